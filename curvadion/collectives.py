@@ -1,0 +1,283 @@
+"""The only module that talks to other ranks. Counts every call and byte, by axis and purpose.
+
+Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they branch only on the reduced
+gate key, and a missing gradient contributes zeros.
+
+    1. if due: agreement         MAX of six int64 over the replicas, then over the shards
+    2. if any: partial gradients SUM over the axes they are partial on
+    3. norms and flags           one SUM over all shards
+    4. gate                      one MAX of one int64 over the replicas
+    5. synchronized step         parameters, moments     mean over replicas   (only if a local step happened since)
+                                 Q                       replica 0's          (only if a local Dion step happened since)
+                                 P                       sum over shards, mean over replicas
+                                 Gram matrices           two SUMs over the shards of P's rows
+                                 R                       sum over shards, mean over replicas
+                                 column norms            one SUM over the shards of R's rows
+                                 AdamW and Lion gradients mean over replicas
+       local step                "dion" matrices: P, Gram, R, column norms as above, over the shards only
+
+What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on S shard ranks is
+reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges its piece with its peers in the other
+replicas, and the pieces are gathered inside the replica. Flat buffers: one call per set of axes and dtype, whatever the number of
+matrices, in buckets of at most BUCKET_BYTES.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from curvadion.layout import Axes, ShardMesh
+
+BUCKET_BYTES = 1 << 28
+
+# torch 2.13 renamed these two; 2.11 has the old names only.
+_reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+Key = tuple[str, str]
+
+
+@dataclass
+class Ledger:
+    """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard".
+
+    Bytes are those of the buffer that this rank hands to the collective.
+    """
+
+    calls: Counter[Key] = field(default_factory=Counter)
+    bytes: Counter[Key] = field(default_factory=Counter)
+    _before: Counter[Key] = field(default_factory=Counter)
+
+    def record(self, axis: str, purpose: str, sent: Tensor) -> None:
+        """Count one collective."""
+        self.calls[axis, purpose] += 1
+        self.bytes[axis, purpose] += sent.numel() * sent.element_size()
+
+    def begin_step(self) -> None:
+        """Remember the totals, so that `last_step` counts from here."""
+        self._before = self.bytes.copy()
+
+    def last_step(self) -> dict[Key, int]:
+        """Return the bytes since `begin_step`."""
+        return {key: total - self._before[key] for key, total in self.bytes.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of `parts` equal pieces of a flat buffer of `numel` elements; the last ones may be short or empty."""
+
+    numel: int
+    parts: int
+    index: int
+
+    @property
+    def chunk(self) -> int:
+        return -(-self.numel // self.parts)
+
+    @property
+    def length(self) -> int:
+        return max(0, min(self.chunk, self.numel - self.index * self.chunk))
+
+
+class Collectives:
+    """Sums over the shards of one replica, means over the replicas.
+
+    Args:
+        shards: the mesh of one replica.
+        replicate_group: this rank's peers in all replicas; None for one replica.
+        device: where small messages live.
+        ledger: where to count.
+    """
+
+    def __init__(self, shards: ShardMesh, replicate_group: ProcessGroup | None, device: torch.device, ledger: Ledger):
+        self.shards = shards
+        self.device = device
+        self.ledger = ledger
+        self._group = replicate_group
+        self.replicas = dist.get_world_size(replicate_group) if replicate_group is not None else 1
+        shards.make_group(shards.axes)
+
+    # ---- inside one replica
+
+    def sum_over_shards(self, tensors: Sequence[Tensor], axes: Sequence[Axes], purpose: str) -> list[Tensor]:
+        """Return each tensor summed over its axes, in flat buffers; the same object where it has none."""
+        result = list(tensors)
+        for (over,), indices in _buckets(tensors, [(a,) for a in axes]):
+            if over:
+                flat = _flatten(tensors, indices)
+                self._all_reduce(flat, self.shards.group(over), ReduceOp.SUM, ("shard", purpose))
+                _unflatten(flat, tensors, indices, result)
+        return result
+
+    def sum_over_all_shards(self, tensor: Tensor, purpose: str) -> Tensor:
+        """Return the tensor summed over the whole replica."""
+        return self.sum_over_shards([tensor], [self.shards.axes], purpose)[0]
+
+    # ---- between replicas
+
+    def mean_over_replicas(
+        self,
+        tensors: Sequence[Tensor],
+        partial: Sequence[Axes],
+        copied: Sequence[Axes],
+        purpose: str,
+        *,
+        payload_dtype: torch.dtype | None = None,
+        keep_own: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return (own, mean): each tensor summed over the axes where it is partial, and the mean of that over the replicas.
+
+        Args:
+            partial: for each tensor, the axes over which it is a partial sum.
+            copied: for each tensor, the axes over which it is the same.
+            payload_dtype: dtype on the wire between replicas, None for the tensor's own.
+            keep_own: whether the caller wants `own`; without it, `own` is unspecified.
+        """
+        if self.replicas == 1:
+            own = self.sum_over_shards(tensors, partial, purpose)
+            return own, own
+
+        def mean(piece: Tensor) -> Tensor:
+            sent = piece.to(payload_dtype or piece.dtype, copy=keep_own)
+            self._all_reduce(sent, self._group, ReduceOp.SUM, ("replicate", purpose))
+            return sent.to(piece.dtype).div_(self.replicas)
+
+        return self._across_replicas(tensors, partial, copied, purpose, mean, keep_own=keep_own)
+
+    def from_first_replica(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> list[Tensor]:
+        """Return replica 0's tensors."""
+        if self.replicas == 1:
+            return list(tensors)
+
+        def broadcast(piece: Tensor) -> Tensor:
+            self.ledger.record("replicate", purpose, piece)
+            dist.broadcast(piece, group=self._group, group_src=0)
+            return piece
+
+        return self._across_replicas(tensors, [()] * len(tensors), copied, purpose, broadcast)[1]
+
+    def max_over_replicas(self, key: Tensor) -> Tensor:
+        """Return the MAX of the gate key over the replicas."""
+        if self.replicas > 1:
+            self._all_reduce(key, self._group, ReduceOp.MAX, ("replicate", "gate"))
+        return key
+
+    def agree(self, step: int, config: int, weights: int) -> list[str]:
+        """Return which of step, config and weights differ somewhere: the same answer on every rank.
+
+        MAX of x and of -x over the replicas, then over the shards; only the peers in other replicas hold comparable weights.
+        """
+        message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
+        message = message.to(self.device)
+        if self.replicas > 1:
+            self._all_reduce(message, self._group, ReduceOp.MAX, ("replicate", "check"))
+        different = int(message[4] != -message[5])
+        message[4], message[5] = different, -different
+        if self.shards.axes:
+            self._all_reduce(message, self.shards.group(self.shards.axes), ReduceOp.MAX, ("shard", "check"))
+        found = message.tolist()
+        names = [("step", found[0] != -found[1]), ("config", found[2] != -found[3]), ("weights", found[4] != 0)]
+        return [name for name, differs in names if differs]
+
+    # ---- how it is done
+
+    def _across_replicas(
+        self,
+        tensors: Sequence[Tensor],
+        partial: Sequence[Axes],
+        copied: Sequence[Axes],
+        purpose: str,
+        exchange: Callable[[Tensor], Tensor],
+        *,
+        keep_own: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        own, result = list(tensors), list(tensors)
+        for (split, copies), indices in _buckets(tensors, list(zip(partial, copied, strict=True))):
+            flat = _flatten(tensors, indices)
+            scatter = self._part(flat.numel(), split)
+            mine = self._scatter_sum(flat, split, scatter, purpose)
+            slices = self._part(mine.numel(), copies)
+            piece = mine.narrow(0, min(slices.index * slices.chunk, mine.numel()), slices.length)
+            if piece.numel():  # its peers in the other replicas hold as much
+                piece = exchange(piece)
+            shared = self._gather(piece, copies, slices, purpose)
+            if split and keep_own:
+                padding = (0, scatter.chunk - mine.numel())
+                both = torch.stack([torch.nn.functional.pad(t, padding) for t in (mine, shared)])
+                both = self._gather_padded(both, split, purpose).view(scatter.parts, 2, scatter.chunk)
+                _unflatten(both[:, 0].reshape(-1), tensors, indices, own)
+                shared = both[:, 1].reshape(-1)
+            else:
+                shared = self._gather(shared, split, scatter, purpose)
+            _unflatten(shared, tensors, indices, result)
+        return own, result
+
+    def _part(self, numel: int, axes: Axes) -> _Part:
+        if not axes:
+            return _Part(numel, 1, 0)
+        group = self.shards.group(axes)
+        return _Part(numel, dist.get_world_size(group), dist.get_rank(group))
+
+    def _scatter_sum(self, flat: Tensor, axes: Axes, part: _Part, purpose: str) -> Tensor:
+        """Return this rank's part of the sum of the flat buffers."""
+        if not axes:
+            return flat
+        flat = torch.nn.functional.pad(flat, (0, part.chunk * part.parts - flat.numel()))
+        piece = flat.new_empty(part.chunk)
+        self.ledger.record("shard", purpose, flat)
+        _reduce_scatter(piece, flat, group=self.shards.group(axes))
+        return piece[: part.length]
+
+    def _gather(self, piece: Tensor, axes: Axes, part: _Part, purpose: str) -> Tensor:
+        """Return the buffer that the pieces make up."""
+        if not axes:
+            return piece
+        piece = torch.nn.functional.pad(piece, (0, part.chunk - piece.numel()))
+        return self._gather_padded(piece, axes, purpose)[: part.numel]
+
+    def _gather_padded(self, piece: Tensor, axes: Axes, purpose: str) -> Tensor:
+        group = self.shards.group(axes)
+        whole = piece.new_empty(dist.get_world_size(group) * piece.numel())
+        self.ledger.record("shard", purpose, piece)
+        _all_gather(whole, piece.reshape(-1), group=group)
+        return whole
+
+    def _all_reduce(self, tensor: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType, key: Key) -> None:
+        self.ledger.record(*key, tensor)
+        dist.all_reduce(tensor, op=op, group=group)
+
+
+def _buckets(tensors: Sequence[Tensor], keys: Sequence[tuple[Axes, ...]]) -> Iterator[tuple[tuple[Axes, ...], list[int]]]:
+    """Yield (axes, indices of the tensors of one flat buffer), in an order that depends on axes, dtypes and sizes alone."""
+    order: dict[tuple, list[int]] = {}
+    for i, (t, key) in enumerate(zip(tensors, keys, strict=True)):
+        order.setdefault((key, str(t.dtype)), []).append(i)
+    for (key, _), indices in sorted(order.items()):
+        bucket: list[int] = []
+        size = 0
+        for i in indices:
+            nbytes = tensors[i].numel() * tensors[i].element_size()
+            if bucket and size + nbytes > BUCKET_BYTES:
+                yield key, bucket
+                bucket, size = [], 0
+            bucket.append(i)
+            size += nbytes
+        yield key, bucket
+
+
+def _flatten(tensors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    return torch.cat([tensors[i].reshape(-1) for i in indices])
+
+
+def _unflatten(flat: Tensor, like: Sequence[Tensor], indices: Sequence[int], result: list[Tensor]) -> None:
+    """Put views of the flat buffer, shaped like the tensors it was made of, into `result`."""
+    start = 0
+    for i in indices:
+        end = start + like[i].numel()
+        result[i] = flat[start:end].view(like[i].shape)
+        start = end

@@ -1,0 +1,182 @@
+"""Dion's mathematics on local shards: power iteration, orthogonalization, the right factor. No ranks in here.
+
+Every function works on lists of batches, one batch (B, ., .) per shape, so that a reduction can serve all matrices in one call.
+What is summed over other ranks comes in as an argument: a `Side` tells how one side of the matrices is spread, and the default
+`Side()` is the identity, so that one process is no special case.
+
+Letters as in the paper (Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295): M (m x n) momentum with m >= n,
+Q (n x r) right factor of the last step, P (m x r) orthonormal left factor, R (n x r) right factor of this step.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from curvadion_kernels import OPS
+from torch import Tensor
+from torch.profiler import record_function
+
+Tensors = list[Tensor]
+
+# Shift of the Gram matrix relative to its trace: above the rounding of a float64 Gram matrix, below (1e-7)^2, so that
+# columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow it.
+GRAM_SHIFT = 1e-15
+# A column of R this many units of rounding below the largest one is numerically zero.
+DEAD_COLUMN_ULPS = 64
+
+
+def _same(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _same_sum(tensors: Tensors, purpose: str) -> Tensors:
+    return tensors
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the rows of (B, rows, r) factors are spread over ranks, batch by batch.
+
+    Attributes:
+        sum: sums small tensors, one per batch, over the ranks that hold different rows; second argument: the purpose, for the ledger.
+        gather: returns the whole factors.
+        take: returns this rank's rows of whole factors.
+    """
+
+    sum: Callable[[Tensors, str], Tensors] = _same_sum
+    gather: Callable[[Tensors], Tensors] = _same
+    take: Callable[[Tensors], Tensors] = _same
+
+
+LOCAL = Side()
+
+
+def rank_of(rows: int, columns: int, rank_fraction: float, rank_multiple_of: int) -> int:
+    """Return r = round_up(rank_fraction * min(m, n), rank_multiple_of), clipped to min(m, n)."""
+    short = min(rows, columns)
+    # A product such as 0.07 * 100 = 7.000000000000001 must not round up to 8.
+    wanted = math.ceil(round(rank_fraction * short, 6))
+    return min(short, math.ceil(max(wanted, 1) / rank_multiple_of) * rank_multiple_of)
+
+
+def initial_right_factor(name: str, n: int, r: int) -> Tensor:
+    """Return the first Q (n x r, float32, unit columns): a function of the parameter's canonical name and the shape alone."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+    Q = torch.randn(n, r, generator=torch.Generator("cpu").manual_seed(seed))
+    return Q / Q.norm(dim=0)
+
+
+def power_iteration(
+    M: Sequence[Tensor],
+    Q: Sequence[Tensor],
+    *,
+    rows: Side = LOCAL,
+    columns: Side = LOCAL,
+    reduce_P: Callable[[Tensors], Tensors] = _same,
+    reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = lambda R: (R, R),
+    orthogonalization: str = "cholesky_qr",
+    right_factor: str = "column_norm",
+) -> tuple[Tensors, Tensors, Tensors]:
+    """Take one step of power iteration from Q and return (P, R_i, new Q).
+
+        P   = orthogonalize( E_i[ M_i Q ] )
+        R_i = M_i^T P,    R = E_i[ R_i ]
+        Q   = column_normalize(R)  or  orthogonalize(R)
+
+    Columns of P that depend on the ones before them, or whose column of R is numerically zero, are zero in the returned P and
+    R_i (they contribute nothing) and keep their old column of Q (it stays usable).
+
+    Args:
+        M: batches (B, m, n) of momenta, m on the longer side of the whole matrix; local shards.
+        Q: batches (B, n, r).
+        rows, columns: how m and n are spread over ranks.
+        reduce_P: the sum over the ranks that share m's rows and split n, then the mean over replicas.
+        reduce_R: the sum over the ranks that split m, then the mean over replicas; returns (R_i, R).
+    """
+    Q = [q.to(m.dtype) for m, q in zip(M, Q, strict=True)]
+    P = reduce_P([m @ q for m, q in zip(M, Q, strict=True)])
+    with record_function("curvadion::orthogonalize"):
+        P = orthogonalize(P, side=rows, method=orthogonalization)
+    own, R = reduce_R([m.mT @ p for m, p in zip(M, P, strict=True)])
+
+    sumsq = columns.sum([OPS["column_sumsq"].reference(r) for r in R], "column_norms")
+    live = [_live_columns(s) for s in sumsq]
+    if right_factor == "qr":
+        with record_function("curvadion::orthogonalize"):
+            new = orthogonalize(R, side=columns, method=orthogonalization)
+    else:
+        new = column_normalize(R, sumsq)
+    P = [p * alive for p, alive in zip(P, live, strict=True)]
+    own = [r * alive for r, alive in zip(own, live, strict=True)]
+    return P, own, [torch.where(alive, q, old) for alive, q, old in zip(live, new, Q, strict=True)]
+
+
+def column_normalize(R: Sequence[Tensor], sumsq: Sequence[Tensor]) -> Tensors:
+    """Return R with columns of unit length, R_j / ||R_j||; zero columns stay zero.
+
+    Args:
+        R: batches (B, n, r), local rows.
+        sumsq: batches (B, r), the squared norms of the whole columns.
+    """
+    return [r * torch.where(s > 0, s.rsqrt(), 0.0).unsqueeze(-2) for r, s in zip(R, sumsq, strict=True)]
+
+
+def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cholesky_qr") -> Tensors:
+    """Return orthonormal bases of the columns: P^T P = I, span(P_1..P_j) kept for every j, dependent columns set to zero.
+
+    Args:
+        P: batches (B, m, r), local rows, m >= r as a whole.
+        side: how the rows are spread over ranks.
+        method: "cholesky_qr", shifted Cholesky QR in two passes, Gram matrices and factors in float64 (Fukaya et al., "Shifted
+            Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42, 2020), accurate up to
+            condition 1e7; only r x r matrices cross ranks. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the reference.
+    """
+    if method == "qr":
+        return side.take([_householder(p) for p in side.gather(list(P))])
+    work = [p.to(torch.float64) for p in P]
+    live: Tensors | None = None
+    for _ in range(2):
+        grams = side.sum([w.mT @ w for w in work], "gram")
+        if live is None:
+            factors, live = map(list, zip(*map(_shifted_cholesky, grams), strict=True))
+        else:  # unit pivots stand in for the columns that are zero by now
+            factors = [
+                torch.linalg.cholesky_ex(g + torch.diag_embed((~alive).squeeze(-2).to(g.dtype)))[0]
+                for g, alive in zip(grams, live, strict=True)
+            ]
+        work = [
+            torch.linalg.solve_triangular(L.mT, w, upper=True, left=False) * alive
+            for L, w, alive in zip(factors, work, live, strict=True)
+        ]
+    return [w.to(p.dtype) for w, p in zip(work, P, strict=True)]
+
+
+def _shifted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor G + sI = L L^T; return L and which columns are independent of those before them, (B, 1, r)."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    shift = (GRAM_SHIFT * trace + torch.finfo(gram.dtype).tiny).unsqueeze(-1)
+    L, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand(gram.shape[:-1])))
+    failed = (info != 0).view(-1, 1, 1)  # not positive definite in spite of the shift: no update is better than a wrong one
+    L = torch.where(failed, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), L)
+    residual = L.diagonal(dim1=-2, dim2=-1).square() - shift
+    return L, (residual > 3 * shift).unsqueeze(-2) & ~failed
+
+
+def _householder(P: Tensor) -> Tensor:
+    """Return Q of P = QR with the columns that depend on earlier ones set to zero and out of the way of later ones."""
+    Q, R = torch.linalg.qr(P)
+    pivots = R.diagonal(dim1=-2, dim2=-1).abs()
+    live = pivots > DEAD_COLUMN_ULPS * torch.finfo(P.dtype).eps * pivots.amax(-1, keepdim=True)
+    if not bool(live.all()):
+        # The basis vector of a dependent column is arbitrary, and later columns lose their part along it: factor again, those last.
+        order = torch.argsort(~live, dim=-1, stable=True).unsqueeze(-2).expand_as(P)
+        Q = torch.empty_like(Q).scatter_(-1, order, torch.linalg.qr(P.gather(-1, order))[0])
+    return Q * live.unsqueeze(-2)
+
+
+def _live_columns(sumsq: Tensor) -> Tensor:
+    """Say which columns are numerically nonzero: (B, r) squared norms -> (B, 1, r) bool."""
+    tolerance = DEAD_COLUMN_ULPS * torch.finfo(sumsq.dtype).eps
+    return (sumsq > tolerance**2 * sumsq.amax(-1, keepdim=True)).unsqueeze(-2)

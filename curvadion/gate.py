@@ -1,0 +1,54 @@
+"""The gate: what one reduced int64 says about this step, and which local reasons there are to synchronize.
+
+Pure functions on host values. The key itself is computed on the device by `curvadion_kernels` (op `gate_key`) and its MAX over the
+replicas is taken by `collectives.py`; after that every rank of every replica decodes the same key and takes the same branch.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONFINITE_BIT, SYNCHRONIZE_BIT
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the reduced key says; equal on all ranks.
+
+    Attributes:
+        synchronize: rho > tau on some replica, or some replica must synchronize.
+        nonfinite: some rank saw a NaN or an infinity.
+        failed: some rank could not do its part of the step.
+        rmmc: the largest defined RMMC over all matrices and replicas (rho), NaN if none is defined.
+        argmax: the index of that matrix, -1 if none.
+    """
+
+    synchronize: bool
+    nonfinite: bool
+    failed: bool
+    rmmc: float
+    argmax: int
+
+
+def decode(key: int) -> Decision:
+    """Decode the MAX over replicas of the gate keys (layout: `curvadion_kernels.reference`)."""
+    if key == FAILED_KEY:
+        return Decision(synchronize=False, nonfinite=False, failed=True, rmmc=float("nan"), argmax=-1)
+    defined = bool(key & INDEX_MASK)
+    bits = (key & (SYNCHRONIZE_BIT - 1)) >> INDEX_BITS
+    return Decision(
+        synchronize=bool(key & SYNCHRONIZE_BIT),
+        nonfinite=bool(key & NONFINITE_BIT),
+        failed=False,
+        rmmc=struct.unpack("<f", struct.pack("<I", bits))[0] if defined else float("nan"),
+        argmax=INDEX_MASK - (key & INDEX_MASK) if defined else -1,
+    )
+
+
+def must_synchronize(*, step: int, local_steps: int, warmup_steps: int, max_local_steps: int | None) -> bool:
+    """Say whether the counters alone open the gate: first step, warm-up, or `max_local_steps` local steps in a row.
+
+    Args:
+        step: steps taken so far.
+        local_steps: local steps since the last synchronized one.
+    """
+    return step == 0 or step < warmup_steps or (max_local_steps is not None and local_steps >= max_local_steps)

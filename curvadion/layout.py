@@ -1,0 +1,255 @@
+"""Layouts: which part of a parameter this rank holds, read off the DTensor, as data.
+
+`ShardMesh` is the mesh of one replica (FSDP, tensor parallel, both or nothing); `Layout` says which of its axes split which
+dimension of a parameter and over which it is copied. Optimizer state is wrapped back into DTensors here and nowhere else.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+
+Axes = tuple[int, ...]  # axes of the shard mesh, ascending
+
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def canonical_name(name: str) -> str:
+    """Return the parameter's name without the prefixes that torch.compile, activation checkpointing, FSDP and DDP insert."""
+    return _WRAPPERS.sub("", name).removeprefix("module.")
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a parameter, gradient or state tensor; call it under `torch.no_grad()`."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+class ShardMesh:
+    """The ranks that together hold one replica, and their axes (mesh dimensions of more than one rank).
+
+    Args:
+        params: all parameters of the optimizer. Their meshes must be sub-meshes of one of them. Plain tensors count as copied
+            over every axis.
+    """
+
+    def __init__(self, params: Iterable[Tensor]):
+        meshes: list[DeviceMesh] = []
+        for p in params:
+            if isinstance(p, DTensor) and all(p.device_mesh is not m for m in meshes):
+                meshes.append(p.device_mesh)
+        self.mesh = max(meshes, key=lambda m: m.size(), default=None)
+        self.ranks: tuple[int, ...] = tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
+        self.names: list[str] = []
+        self._axis_ranks: list[tuple[int, ...]] = []
+        self._groups: dict[Axes, dist.ProcessGroup] = {}
+        if self.mesh is not None:
+            for dim, ranks in _dims(self.mesh):
+                self._groups[(len(self.names),)] = self.mesh.get_group(dim)
+                self.names.append((self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}")
+                self._axis_ranks.append(ranks)
+        self.axes: Axes = tuple(range(len(self.names)))
+        self._axis_of_dim = {id(m): self._match(m) for m in meshes}
+        self._meshes = meshes  # keeps the ids above alive
+
+    def _match(self, mesh: DeviceMesh) -> dict[int, int]:
+        """Return the axis of each dimension of a parameter's mesh (dimensions of size 1 have none)."""
+        found = {}
+        for dim, ranks in _dims(mesh):
+            if ranks not in self._axis_ranks:
+                raise ValueError(
+                    "the meshes of all parameters must be sub-meshes of one mesh, which holds one replica; "
+                    f"got a parameter on {mesh} beside one on {self.mesh}. Build one DeviceMesh, for instance with dimensions "
+                    '("replicate", "shard", "tp"), and slice the meshes for fully_shard and parallelize_module from it'
+                )
+            found[dim] = self._axis_ranks.index(ranks)
+        return found
+
+    def axis_of(self, mesh: DeviceMesh, dim: int) -> int | None:
+        """Return the axis that a dimension of a parameter's mesh is, None if it has one rank."""
+        return self._axis_of_dim[id(mesh)].get(dim)
+
+    def group(self, axes: Axes) -> dist.ProcessGroup:
+        """Return the process group over the given axes. Groups over several axes are made by `make_group`."""
+        return self._groups[axes]
+
+    def make_group(self, axes: Axes) -> None:
+        """Make the process group over several axes (collective over its members; a no-op where it exists)."""
+        if not axes or axes in self._groups:
+            return
+        assert self.mesh is not None
+        dims = [dim for dim, ranks in _dims(self.mesh) if self._axis_ranks.index(ranks) in axes]
+        grid = self.mesh.mesh
+        coordinate = self.mesh.get_coordinate()
+        assert coordinate is not None
+        index = tuple(slice(None) if d in dims else c for d, c in enumerate(coordinate))
+        self._groups[axes] = dist.new_group(sorted(grid[index].flatten().tolist()), use_local_synchronization=True)
+
+    def complement(self, axes: Axes) -> Axes:
+        """Return the other axes."""
+        return tuple(a for a in self.axes if a not in axes)
+
+    def sets_of(self, layout: "Layout") -> list[Axes]:
+        """Return the sets of axes over which something of this layout is summed, scattered or gathered."""
+        return [layout.copied, *layout.sharded, *(self.complement(axes) for axes in layout.sharded)]
+
+    def is_first(self, axes: Axes) -> bool:
+        """Say whether this rank is at coordinate 0 of all the given axes."""
+        return all(dist.get_group_rank(self._groups[(a,)], dist.get_rank()) == 0 for a in axes)
+
+
+def _dims(mesh: DeviceMesh) -> list[tuple[int, tuple[int, ...]]]:
+    """Return (dimension, the ranks along it through this rank) for dimensions of more than one rank."""
+    return [
+        (dim, tuple(dist.get_process_group_ranks(mesh.get_group(dim)))) for dim in range(mesh.ndim) if mesh.size(dim) > 1
+    ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which part of a parameter this rank holds.
+
+    Attributes:
+        shape, local_shape, offset: of the whole tensor, of this rank's part, and where that part begins.
+        sharded: for each tensor dimension, the axes that split it.
+        copied: the axes over which the parameter is copied.
+        mesh, placements: of the DTensor; None and () for a plain tensor.
+    """
+
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    sharded: tuple[Axes, ...]
+    copied: Axes
+    mesh: DeviceMesh | None
+    placements: tuple[Placement, ...]
+
+    @staticmethod
+    def of(param: Tensor, shards: ShardMesh) -> "Layout":
+        """Read the layout off a parameter."""
+        shape = tuple(param.shape)
+        if not isinstance(param, DTensor):
+            return Layout(shape, shape, (0,) * len(shape), ((),) * len(shape), shards.axes, None, ())
+        sharded: list[list[int]] = [[] for _ in shape]
+        for dim, placement in enumerate(param.placements):
+            axis = shards.axis_of(param.device_mesh, dim)
+            if axis is None or isinstance(placement, Replicate):
+                continue
+            if not isinstance(placement, (Shard, _StridedShard)):
+                raise ValueError(f"parameters must be placed Shard or Replicate; got {param.placements}")
+            sharded[placement.dim].append(axis)
+        local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        used = {axis for axes in sharded for axis in axes}
+        return Layout(
+            shape,
+            tuple(local_shape),
+            tuple(offset),
+            tuple(tuple(sorted(axes)) for axes in sharded),
+            tuple(a for a in shards.axes if a not in used),
+            param.device_mesh,
+            tuple(param.placements),
+        )
+
+    @property
+    def split(self) -> Axes:
+        """The axes that split the parameter, in whichever dimension."""
+        return tuple(sorted(axis for axes in self.sharded for axis in axes))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a matrix has more columns than rows, so that Dion's equations hold for its transpose."""
+        return self.shape[0] < self.shape[1]
+
+    @property
+    def long(self) -> int:
+        """The dimension of a matrix that P has."""
+        return 1 if self.transposed else 0
+
+    @property
+    def short(self) -> int:
+        """The dimension of a matrix that Q and R have."""
+        return 0 if self.transposed else 1
+
+    def wrap(self, local: Tensor) -> Tensor:
+        """Return a state tensor of the parameter's own shape as the user sees it: a DTensor placed like the parameter."""
+        if self.mesh is None:
+            return local
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride)
+
+    def wrap_right_factor(self, local: Tensor) -> Tensor:
+        """Return Q (n, r) as a DTensor whose rows are placed like the short side of the matrix."""
+        if self.mesh is None:
+            return local
+        placements = tuple(_along(p, self.short) for p in self.placements)
+        shape = torch.Size((self.shape[self.short], local.shape[-1]))
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
+
+    def take(self, whole: Tensor, dim: int, tensor_dim: int) -> Tensor:
+        """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's dimension `dim`."""
+        if not self.sharded[dim]:
+            return whole
+        length = self.local_shape[dim]
+        return whole.narrow(tensor_dim, self.offset[dim] if length else 0, length)
+
+
+def _along(placement: Placement, dim: int) -> Placement:
+    """Return the placement of a factor's rows, given the matrix's placement and the dimension those rows come from."""
+    if not isinstance(placement, (Shard, _StridedShard)) or placement.dim != dim:
+        return Replicate()
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(0, split_factor=placement.split_factor)
+    return Shard(0)
+
+
+def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, int]:
+    """Return the axes over which a gradient still has to be summed, and the divisor (for an average).
+
+    Raises ValueError where the gradient is placed in any other way than its parameter.
+    """
+    if not isinstance(grad, DTensor) or not isinstance(param, DTensor) or grad.placements == param.placements:
+        if isinstance(grad, DTensor) != isinstance(param, DTensor):
+            raise ValueError(f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}")
+        return (), 1
+    axes, divisor = [], 1
+    for dim, (g, p) in enumerate(zip(grad.placements, param.placements, strict=True)):
+        axis = shards.axis_of(param.device_mesh, dim)
+        if g == p or axis is None:
+            continue
+        if not (isinstance(g, Partial) and isinstance(p, Replicate) and g.reduce_op in ("sum", "avg")):
+            raise ValueError(
+                f"a gradient must be placed like its parameter {param.placements}, or Partial where that is Replicate; got "
+                f"{grad.placements}. Redistribute the gradient before step()"
+            )
+        axes.append(axis)
+        divisor *= param.device_mesh.size(dim) if g.reduce_op == "avg" else 1
+    return tuple(sorted(axes)), divisor
+
+
+def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Iterable[Layout]) -> None:
+    """Raise ValueError if the replicate axis is inside a parameter's mesh, or a mesh axis splits no parameter at all."""
+    shared = sorted(set(replica_ranks) & set(shards.ranks) - {dist.get_rank()}) if shards.ranks else []
+    remedy = 'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must not see the replicate axis'
+    if shared:
+        raise ValueError(
+            "replicate_mesh must not overlap the mesh that the parameters are sharded on; "
+            f"got replicas on ranks {list(replica_ranks)} and parameters on {shards.mesh}. To mend it, {remedy}"
+        )
+    splitting = {axis for layout in layouts for axis in layout.split}
+    for axis in shards.axes:
+        if axis not in splitting:
+            raise ValueError(
+                "every dimension of the parameters' mesh must split some parameter (a dimension over which all are Replicate() is a "
+                f"data-parallel one, as under native HSDP); got {shards.names[axis]!r} of {shards.mesh}, which splits none. "
+                f"To mend it, {remedy}"
+            )

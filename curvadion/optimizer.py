@@ -1,0 +1,955 @@
+"""The optimizer: all state, and a `step()` that reads like the equations.
+
+Mathematics is in `dion.py`, `gate.py` and `scalar.py`, placements in `layout.py`, everything that involves another rank in
+`collectives.py` (its docstring lists the order of collectives in a step).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from curvadion_kernels import OPS
+from curvadion_kernels.reference import NO_NORM, compute_dtype
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.profiler import record_function
+
+from curvadion import dion, gate, scalar
+from curvadion.collectives import Collectives, Ledger
+from curvadion.layout import Axes, Layout, ShardMesh, canonical_name, check_replicas, local_tensor, partial_axes
+from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options
+
+ops = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
+
+
+class NonFiniteError(RuntimeError):
+    """A gradient held a NaN or an infinity; raised on every rank in the same step, parameters untouched."""
+
+
+class ReplicaMismatchError(RuntimeError):
+    """Ranks disagree on what must be common: weights at the start, hyper-parameters, the list of parameters, or the step."""
+
+
+@dataclass
+class _Batch:
+    """Matrices of one group with one shape, dtype and layout, stacked.
+
+    Attributes:
+        group: index of the parameter group.
+        params: positions in `CurvaDion._params`.
+        layout: of each of them.
+        momentum: (B, rows, cols), local shards; Q: (B, n, r), local rows.
+    """
+
+    group: int
+    params: list[int]
+    layout: Layout
+    momentum: Tensor
+    Q: Tensor
+
+    @property
+    def M(self) -> Tensor:
+        """The momenta in the equations' orientation, (B, m, n) with m >= n, in the dtype of the computation."""
+        M = self.momentum.mT if self.layout.transposed else self.momentum
+        return M.to(compute_dtype(M.dtype))
+
+    @property
+    def rows(self) -> Axes:
+        """The axes that split m."""
+        return self.layout.sharded[self.layout.long]
+
+    @property
+    def columns(self) -> Axes:
+        """The axes that split n."""
+        return self.layout.sharded[self.layout.short]
+
+
+@dataclass
+class _Momenta:
+    """m_i of this step, before it is known whether it is kept: one block per batch, and squared norms in the same order."""
+
+    blocks: list[Tensor]
+    sumsq: Tensor
+
+
+class CurvaDion(torch.optim.Optimizer):
+    r"""Dion with synchronization across replicas gated by the relative maximum momentum change (RMMC).
+
+    Per matrix X (m x n, "out x in"), replica i, mean over replicas E_i[.]::
+
+        m_i = M_i + G_i
+        rho = max over matrices and replicas of | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||
+
+        rho > tau, synchronized step:               rho <= tau, local step:
+          P   = orthogonalize(E_i[m_i Q])             "gradient":  M_i <- mu m_i
+          R_i = m_i^T P,  R = E_i[R_i]                             X_i <- (1 - lr wd) X_i - lr_local G_i
+          M_i <- m_i - (1 - mu) P R_i^T               "dion":      as on the left without E_i[.], lr_local for lr
+          Q   <- column_normalize(R)
+          X_i <- E_i[X_i] if a local step happened since the last synchronized one
+          X   <- (1 - lr wd) X - lr sqrt(m/n) P Q^T
+
+    A local step sends one 8-byte all-reduce over `replicate_mesh` and nothing else there. A missing gradient counts as zero: momentum
+    and weights decay. Parameters with ``requires_grad=False`` at construction are left alone.
+
+    Args:
+        params: anything torch accepts: parameters, named parameters, or groups. A group may set every option marked [g], and
+            ``algorithm``: "dion" (default; 2-D parameters only), "adamw" or "lion". See `param_groups_for`.
+        lr: learning rate [g], a number or a 0-d tensor.
+        replicate_mesh: the slow axis: a 1-D `DeviceMesh`, a `ProcessGroup`, or None for one replica. FSDP must not see it.
+        momentum: mu [g].
+        weight_decay: decoupled, uses lr on both branches [g].
+        rank_fraction, rank_multiple_of: r = round_up(rank_fraction * min(m, n), rank_multiple_of), at most min(m, n) [g].
+        tau: threshold of the gate, strict [g]: it opens when any matrix exceeds its group's. inf leaves the bounds alone in charge.
+        warmup_steps: synchronize the first steps. The very first one always is.
+        min_local_steps: after a synchronized step, ignore RMMC for that many steps.
+        max_local_steps: after that many local steps in a row the next one is synchronized; 0 synchronizes every step.
+        local_update: "gradient" or "dion" [g].
+        local_lr_scale: lr_local = local_lr_scale * lr, for matrices on local steps [g].
+        consensus: "average" makes replicas equal again at each synchronized step; "none" is the literal formula, and drifts.
+        error_feedback: keep in the momentum what the low-rank update left out; False is M_i <- mu m_i [g].
+        right_factor: "column_norm" (Dion) or "qr" (Orth-Dion) [g].
+        betas, eps: of AdamW and Lion [g].
+        momentum_dtype: of momentum and moments; None for the parameter's own.
+        payload_dtype: of P, R and AdamW/Lion gradients between replicas; None for the tensor's own.
+        orthogonalization: "cholesky_qr" or "qr", see `curvadion.dion.orthogonalize` [g].
+        on_nonfinite: "raise": every rank raises `NonFiniteError` in the same step, parameters untouched, and state has to be loaded again.
+            "skip": every rank skips the step and everything stays as it was (one more buffer the size of the momentum).
+        check_every: steps between checks that all ranks agree on step, options and weights; 0 for the first step only.
+
+    Raises:
+        ValueError, TypeError: an option or a layout breaks a rule; the message names it, what was got and what to try.
+
+    Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to step(), where all ranks agree
+    _built = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.02,
+        *,
+        replicate_mesh: DeviceMesh | ProcessGroup | None = None,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        rank_fraction: float = 0.25,
+        rank_multiple_of: int = 1,
+        tau: float = 0.1,
+        warmup_steps: int = 0,
+        min_local_steps: int = 0,
+        max_local_steps: int | None = None,
+        local_update: str = "gradient",
+        local_lr_scale: float = 1.0,
+        consensus: str = "average",
+        error_feedback: bool = True,
+        right_factor: str = "column_norm",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        momentum_dtype: torch.dtype | None = None,
+        payload_dtype: torch.dtype | None = None,
+        orthogonalization: str = "cholesky_qr",
+        on_nonfinite: str = "raise",
+        check_every: int = 1000,
+    ):
+        options = {
+            "warmup_steps": warmup_steps,
+            "min_local_steps": min_local_steps,
+            "max_local_steps": max_local_steps,
+            "consensus": consensus,
+            "momentum_dtype": momentum_dtype,
+            "payload_dtype": payload_dtype,
+            "on_nonfinite": on_nonfinite,
+            "check_every": check_every,
+        }
+        defaults = {
+            "algorithm": "dion",
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "rank_fraction": rank_fraction,
+            "rank_multiple_of": rank_multiple_of,
+            "tau": tau,
+            "local_update": local_update,
+            "local_lr_scale": local_lr_scale,
+            "error_feedback": error_feedback,
+            "right_factor": right_factor,
+            "orthogonalization": orthogonalization,
+            "betas": betas,
+            "eps": eps,
+        }
+        check_options(options, OPTIMIZER_OPTIONS)
+        check_group(defaults)
+        self._options = SimpleNamespace(**options)
+        self._replicate_group = _replicate_group(replicate_mesh)
+        self._steps = self._local_steps = self._synchronized_steps = self._skipped_steps = 0
+        self._dense_bytes_total = 0
+        self._diverged = False  # replicas hold different state, so that a checkpoint would be a patchwork
+        self._common_Q = True
+        self._must_synchronize = False
+        self._check_pending = True
+        self._broken: str | None = None
+        self._decision = gate.decode(0)
+        super().__init__(params, defaults)
+        self._build()
+
+    # ---- one step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step; every rank of every replica calls it. Returns the closure's value.
+
+        Raises:
+            NonFiniteError: on every rank, see `on_nonfinite`.
+            ReplicaMismatchError: on every rank, see `check_every`.
+            RuntimeError: on every rank, when one of them could not do its part.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._broken:
+            raise RuntimeError(self._broken)
+        self.ledger.begin_step()
+        self._check_agreement_if_due()
+
+        with record_function("curvadion::gate"):
+            X, G, failure = self._gather_gradients()
+            momenta = self._accumulate_momentum(G)
+            decision = self._decide(momenta, G, failed=failure is not None)
+        if decision.failed or decision.nonfinite:
+            self._refuse(decision, failure, G)
+            return loss
+        self._keep(momenta)
+
+        if decision.synchronize:
+            with record_function("curvadion::synchronized_step"):
+                self._make_common(X, average=self._local_steps > 0 and self._options.consensus == "average" and self.replicas > 1)
+                self._dion_step(self._batches, X, synchronized=True)
+                self._scalar_step(X, self._mean_gradients(G))
+        else:
+            with record_function("curvadion::local_step"):
+                self._gradient_step([b for b in self._batches if self._rule(b) == "gradient"], X, G)
+                self._dion_step([b for b in self._batches if self._rule(b) == "dion"], X, synchronized=False)
+                self._scalar_step(X, G)
+        self._count(decision)
+        return loss
+
+    def _gather_gradients(self) -> tuple[list[Tensor], list[Tensor | None], Exception | None]:
+        """Return local parameters, local gradients, and what was wrong with them on this rank, if anything.
+
+        Never raises: the other ranks have to hear of it through the gate.
+        """
+        failure: Exception | None = None
+        X = [local_tensor(p) for p in self._params]
+        G: list[Tensor | None] = []
+        partial: dict[int, tuple[Axes, int]] = {}
+        try:
+            current = [p for group in self.param_groups for p in group["params"]]
+            if len(current) != len(self._group_params) or any(a is not b for a, b in zip(current, self._group_params, strict=True)):
+                raise RuntimeError(
+                    "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
+                    "construct CurvaDion after the model is sharded, wrapped and moved"
+                )
+        except RuntimeError as error:
+            failure = error
+        for i, (p, x) in enumerate(zip(self._params, X, strict=True)):
+            g = p.grad
+            if g is not None:
+                try:
+                    axes, divisor = partial_axes(g, p, self._shards)
+                    if axes:
+                        partial[i] = axes, divisor
+                    g = local_tensor(g)
+                    if g.layout != torch.strided or g.shape != x.shape:
+                        raise ValueError(
+                            f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got {g.layout}, "
+                            f"{tuple(g.shape)} for {self._names[i]!r}; use dense gradients (nn.Embedding(sparse=False))"
+                        )
+                except (ValueError, RuntimeError) as error:
+                    failure = failure or error
+                    g = torch.zeros_like(x) if i in partial else None
+            G.append(g)
+        if partial:
+            summed = self._collectives.sum_over_shards(
+                [G[i] for i in partial],  # type: ignore[misc]
+                [axes for axes, _ in partial.values()],
+                "partial_gradients",
+            )
+            for (i, (_, divisor)), g in zip(partial.items(), summed, strict=True):
+                G[i] = g / divisor if divisor != 1 else g
+        scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
+        if scale is not None:
+            torch._foreach_mul_([g for g in G if g is not None], float(1 / scale))
+        return X, G, failure
+
+    def _accumulate_momentum(self, G: Sequence[Tensor | None]) -> _Momenta:
+        """m_i <- M_i + G_i. In place, unless a skipped step must leave the momentum as it was."""
+        stored = [b.momentum for b in self._batches]
+        blocks = [block.clone() for block in stored] if self._skips else stored
+        views = [view for block in blocks for view in block.unbind()]
+        norms = ops.momentum_norm_(views, [G[i] for b in self._batches for i in b.params])
+        return _Momenta(blocks, norms)
+
+    def _decide(self, momenta: _Momenta, G: Sequence[Tensor | None], *, failed: bool) -> gate.Decision:
+        """Reduce norms and flags over the shards, the key over the replicas, and say what this step is."""
+        o = self._options
+        must = self._must_synchronize or gate.must_synchronize(
+            step=self._steps,
+            local_steps=self._local_steps,
+            warmup_steps=o.warmup_steps,
+            max_local_steps=o.max_local_steps,
+        )
+        # Where the checks of the momentum do not look: gradients of everything else.
+        nonfinite = ops.count_nonfinite([g for i in self._scalars for g in (G[i],) if g is not None])
+        nonfinite = nonfinite + float(getattr(self, "found_inf", None) or 0.0)
+        sums = torch.zeros(len(self._matrices) + 2, dtype=torch.float32, device=self._device)
+        sums[self._matrix_order] = momenta.sumsq.to(self._device)
+        sums[:-2].mul_(self._owned)
+        sums[-2] = torch.nan if failed else nonfinite
+        sums[-1] = float(must)
+        sums = self._collectives.sum_over_all_shards(sums, "norms")
+        norm, rmmc, key = ops.gate_key(
+            sums, self._last_norm, self._taus(), hold_closed=0 <= self._local_steps < o.min_local_steps
+        )
+        decision = gate.decode(int(self._collectives.max_over_replicas(key)))
+        if not (decision.failed or decision.nonfinite):
+            self._last_norm.copy_(norm)
+            self._rmmc = rmmc
+        return decision
+
+    def _keep(self, momenta: _Momenta) -> None:
+        """Make the accumulated momenta the stored ones."""
+        for batch, block in zip(self._batches, momenta.blocks, strict=True):
+            if block is not batch.momentum:
+                batch.momentum.copy_(block)
+
+    def _dion_step(self, batches: Sequence[_Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
+        """P, R_i, R, M_i, Q and X of the synchronized step, or the same on this replica alone."""
+        if not synchronized and batches:
+            self._common_Q = False
+        for chosen in self._by_method(batches):
+            group = self.param_groups[chosen[0].group]
+            P, R, Q = dion.power_iteration(
+                [b.M for b in chosen],
+                [b.Q for b in chosen],
+                rows=self._side(chosen, [b.layout.long for b in chosen]),
+                columns=self._side(chosen, [b.layout.short for b in chosen]),
+                reduce_P=lambda t, of=chosen: self._reduce(t, [b.columns for b in of], of, synchronized, keep_own=False)[1],
+                reduce_R=lambda t, of=chosen: self._reduce(t, [b.rows for b in of], of, synchronized, keep_own=True),
+                orthogonalization=group["orthogonalization"],
+                right_factor=group["right_factor"],
+            )
+            for b, p, r, q in zip(chosen, P, R, Q, strict=True):
+                group = self.param_groups[b.group]
+                lr, mu, (rows, columns) = float(group["lr"]), group["momentum"], b.layout.shape
+                ops.low_rank_apply_(
+                    [X[i] for i in b.params],
+                    b.momentum,
+                    p,
+                    q,
+                    r,
+                    transposed=b.layout.transposed,
+                    decay=1 - lr * group["weight_decay"],
+                    step_size=lr * (1.0 if synchronized else group["local_lr_scale"]) * math.sqrt(rows / columns),
+                    momentum_decay=1.0 if group["error_feedback"] else mu,
+                    feedback=1 - mu if group["error_feedback"] else 0.0,
+                )
+                b.Q.copy_(q)
+
+    def _gradient_step(self, batches: Sequence[_Batch], X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
+        """M_i <- mu m_i,  X_i <- (1 - lr wd) X_i - lr_local G_i."""
+        for index, group in enumerate(self.param_groups):
+            chosen = [b for b in batches if b.group == index]
+            if not chosen:
+                continue
+            lr, members = float(group["lr"]), [i for b in chosen for i in b.params]
+            torch._foreach_mul_([b.momentum for b in chosen], group["momentum"])
+            ops.local_step_(
+                [X[i] for i in members],
+                [G[i] for i in members],
+                decay=1 - lr * group["weight_decay"],
+                step_size=lr * group["local_lr_scale"],
+            )
+
+    def _scalar_step(self, X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
+        """AdamW or Lion for everything that is not a hidden matrix."""
+        for index, group in enumerate(self.param_groups):
+            if group["algorithm"] == "dion":
+                continue
+            members = [i for i in self._scalars if self._group_of[i] == index and X[i].numel()]
+            if not members:
+                continue
+            x = [X[i] for i in members]
+            g = [_or_zeros(G[i], X[i]) for i in members]
+            moments = {k: [local_tensor(self.state[self._params[i]][k]) for i in members] for k in scalar.MOMENTS[group["algorithm"]]}
+            common = {"lr": float(group["lr"]), "betas": tuple(group["betas"]), "weight_decay": group["weight_decay"]}
+            if group["algorithm"] == "adamw":
+                steps = torch.stack([self.state[self._params[i]]["step"] for i in members]).unbind()
+                scalar.adamw_(x, g, moments, steps, eps=group["eps"], **common)
+            else:
+                scalar.lion_(x, g, moments, **common)
+
+    def _count(self, decision: gate.Decision) -> None:
+        self._decision = decision
+        self._steps += 1
+        self._local_steps = 0 if decision.synchronize else self._local_steps + 1
+        self._synchronized_steps += decision.synchronize
+        self._must_synchronize = False
+        self._diverged = self.replicas > 1
+        self._dense_bytes_total += self._dense_bytes
+        self._counters[0] += 1
+        self._write_counters()
+
+    def _write_counters(self) -> None:
+        self._counters[1].fill_(self._local_steps)
+        self._counters[2].fill_(self._synchronized_steps)
+
+    def _refuse(self, decision: gate.Decision, failure: Exception | None, G: Sequence[Tensor | None]) -> None:
+        """Skip the step, or raise on this rank as on every other. Parameters are untouched so far."""
+        reload = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
+        if decision.failed:
+            if not self._skips:
+                self._broken = "an earlier step() failed on some rank" + reload
+            if failure is not None:
+                raise failure
+            raise RuntimeError("another rank could not do its part of step(); its own error says why")
+        if self._skips:
+            if getattr(self, "found_inf", None) is not None:
+                self.found_inf.fill_(1.0)  # so that the scaler of every rank backs off
+            self._decision = decision
+            self._skipped_steps += 1
+            return
+        self._broken = "a gradient held a NaN or an infinity in an earlier step()" + reload
+        here = [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
+        where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "on another rank"
+        raise NonFiniteError(
+            f"gradients must be finite; got a NaN or an infinity {where}, after {self._steps} steps. Parameters are untouched"
+            f"{reload}, or construct with on_nonfinite='skip' to skip such steps"
+        )
+
+    # ---- between replicas
+
+    @property
+    def replicas(self) -> int:
+        """The number K of replicas."""
+        return self._collectives.replicas
+
+    @property
+    def diverged(self) -> bool:
+        """Whether replicas may hold different state: any step since `synchronize()`, a load, or `discard_divergence()`."""
+        return self._diverged
+
+    @property
+    def ledger(self) -> Ledger:
+        """Calls and bytes of this rank, by (axis, purpose), since construction."""
+        return self._collectives.ledger
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Make all replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
+
+        For use before a checkpoint and at the end. The gate's previous norms are rescaled by ||E_i[M_i]|| / E_i[||M_i||],
+        because momenta shrink when they are averaged and the next step would be synchronized for that alone.
+        """
+        if self.replicas > 1 and self._diverged:
+            self._make_common([local_tensor(p) for p in self._params], average=self._parameters_differ)
+            norms = self._momentum_norms()
+            self._average([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
+            of_mean = self._momentum_norms()
+            together = torch.stack([norms, self._last_norm])
+            [[mean_norm, last]] = [t.unbind() for t in self._collectives.mean_over_replicas([together], [()], [()], "norms")[1]]
+            ratio = torch.where(mean_norm > 0, of_mean / mean_norm, 0.0)
+            self._last_norm.copy_(torch.where(last < 0, NO_NORM, last * ratio))
+        self._local_steps = 0
+        self._write_counters()
+        self._diverged = False
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """Hold the mean over replicas of the parameters inside the context, this replica's own after it. Every rank enters it.
+
+            with opt.consensus():
+                loss = evaluate(model)
+
+        Costs one copy of the local parameters. FSDP2 may keep parameters gathered after a forward without backward;
+        on entry and on exit such copies of the model's parameters are stale: call `model.reshard()` before leaving the context.
+        """
+        own: list[Tensor] | None = None
+        with torch.no_grad():
+            if self._parameters_differ:
+                X = [local_tensor(p) for p in self._params]
+                own = [x.clone() for x in X]
+                self._average(X, [layout.copied for layout in self._layouts], "parameters")
+        try:
+            yield
+        finally:
+            if own is not None:
+                with torch.no_grad():
+                    torch._foreach_copy_([local_tensor(p) for p in self._params], own)
+
+    @torch.no_grad()
+    def broadcast_parameters(self) -> None:
+        """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
+        X = [local_tensor(p) for p in self._params]
+        values = self._collectives.from_first_replica(X, [layout.copied for layout in self._layouts], "parameters")
+        _copy_into(X, values)
+        self._check_pending = True
+
+    def discard_divergence(self) -> None:
+        """Declare this replica's state worthless, so that a checkpoint can be loaded over it without synchronizing first.
+
+        Loaders such as torch.distributed.checkpoint ask for `state_dict()`, which is refused while replicas differ.
+        """
+        self._diverged = False
+
+    @property
+    def _parameters_differ(self) -> bool:
+        return self.replicas > 1 and self._diverged and (self._local_steps > 0 or self._options.consensus == "none")
+
+    def _make_common(self, X: Sequence[Tensor], *, average: bool) -> None:
+        """X_i <- consensus(X_i), the same for moments; Q <- replica 0's where the replicas' Q differ."""
+        if average:
+            self._average(X, [layout.copied for layout in self._layouts], "parameters")
+            moments = [
+                (local_tensor(self.state[self._params[i]][key]), self._layouts[i].copied)
+                for i in self._scalars
+                for key in scalar.MOMENTS[self.param_groups[self._group_of[i]]["algorithm"]]
+            ]
+            self._average([m for m, _ in moments], [copied for _, copied in moments], "moments")
+        if not self._common_Q:
+            Q, copied = [b.Q for b in self._batches], [self._shards.complement(b.columns) for b in self._batches]
+            _copy_into(Q, self._collectives.from_first_replica(Q, copied, "right_factor"))
+            self._common_Q = True
+
+    def _average(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
+        _copy_into(tensors, self._collectives.mean_over_replicas(tensors, [()] * len(tensors), copied, purpose)[1])
+
+    def _mean_gradients(self, G: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the gradients with those of AdamW and Lion parameters averaged over the replicas."""
+        mean = list(G)
+        local = [_or_zeros(G[i], local_tensor(self._params[i])) for i in self._scalars]
+        copied = [self._layouts[i].copied for i in self._scalars]
+        dtype = self._options.payload_dtype
+        _, reduced = self._collectives.mean_over_replicas(local, [()] * len(local), copied, "gradients", payload_dtype=dtype)
+        for i, g in zip(self._scalars, reduced, strict=True):
+            mean[i] = g
+        return mean
+
+    def _reduce(
+        self, factors: list[Tensor], partial: list[Axes], batches: Sequence[_Batch], synchronized: bool, *, keep_own: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Sum factors over the shards where they are partial and, on a synchronized step, average over replicas."""
+        if not synchronized:
+            summed = self._collectives.sum_over_shards(factors, partial, "factors")
+            return summed, summed
+        return self._collectives.mean_over_replicas(
+            factors,
+            partial,
+            [b.layout.copied for b in batches],
+            "factors",
+            payload_dtype=self._options.payload_dtype,
+            keep_own=keep_own,
+        )
+
+    def _side(self, batches: Sequence[_Batch], dims: Sequence[int]) -> dion.Side:
+        """Tell `dion.power_iteration` how the rows of a factor, which run along dimension `dims[k]` of matrix k, are spread."""
+        axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
+
+        def gather(factors: list[Tensor]) -> list[Tensor]:
+            whole = []
+            for f, b, dim in zip(factors, batches, dims, strict=True):
+                whole.append(f.new_zeros(f.shape[0], b.layout.shape[dim], f.shape[-1]))
+                b.layout.take(whole[-1], dim, 1).copy_(f)
+            return self._collectives.sum_over_shards(whole, axes, "gram")
+
+        return dion.Side(
+            sum=lambda tensors, purpose: self._collectives.sum_over_shards(tensors, axes, purpose),
+            gather=gather,
+            take=lambda factors: [b.layout.take(f, d, 1) for f, b, d in zip(factors, batches, dims, strict=True)],
+        )
+
+    def _check_agreement_if_due(self) -> None:
+        """Raise `ReplicaMismatchError` on every rank if ranks disagree on step, options or, where they should be equal, weights."""
+        every = self._options.check_every
+        if not (self._check_pending or (every and self._steps % every == 0)):
+            return
+        comparable = self.replicas > 1 and not self._parameters_differ
+        weights = _hash_tensors([local_tensor(p) for p in self._params]) if comparable else 0
+        different = self._collectives.agree(self._steps, self._hash_config(), weights)
+        if "config" in different:
+            raise ReplicaMismatchError(
+                "all ranks must construct CurvaDion with the same options and the same list of parameters; they differ on some "
+                "rank; compare the arguments, the parameter groups and the model on each of them"
+            )
+        if "step" in different:
+            raise ReplicaMismatchError(
+                f"all ranks must be at the same step; this one has taken {self._steps}, another a different number; load the same "
+                "checkpoint everywhere, and call step() on every rank or on none"
+            )
+        if "weights" in different:
+            raise ReplicaMismatchError(
+                "replicas must hold equal weights here (FSDP does not compare or broadcast across replicate_mesh); they differ; "
+                "seed every replica alike, load the same checkpoint, or call opt.broadcast_parameters() before the first step"
+            )
+        self._check_pending = False
+
+    def _hash_config(self) -> int:
+        """Return 62 bits that are equal on two ranks if everything that must be common is."""
+        groups = [
+            {key: float(value) if key == "lr" else value for key, value in group.items() if key in GROUP_OPTIONS}
+            for group in self.param_groups
+        ]
+        params = [
+            (name, tuple(p.shape), str(p.dtype), of, str(layout.placements))
+            for name, p, of, layout in zip(self._names, self._params, self._group_of, self._layouts, strict=True)
+        ]
+        text = repr((vars(self._options), [sorted(g.items()) for g in groups], params, self.replicas))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2
+
+    # ---- what a user can see
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """Names of the matrices, in the order of `metrics()["curvadion/rmmc_argmax"]` (their position where they are unnamed)."""
+        return [self._names[i] for i in self._matrices]
+
+    def named_rmmc(self) -> dict[str, float]:
+        """Return each matrix's RMMC of the last step on this replica; NaN where it is undefined. Reads from the device."""
+        return dict(zip(self.matrix_names, self._rmmc.tolist(), strict=True))
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the last step did and the totals since construction, as floats. No collective, no device access.
+
+        Keys, all under ``curvadion/``: ``step``, ``synchronized`` (0 or 1), ``sync_rate`` (share of steps), ``steps_since_sync``, ``rmmc_max``
+        (NaN if undefined), ``rmmc_argmax`` (index into `matrix_names`, -1 if none), ``skipped_steps``; ``bytes/<axis>`` and
+        ``bytes/<axis>/<purpose>`` of the last step and ``bytes_total/...``, this rank's; ``dense_bf16_bytes`` and ``..._total``, what this
+        rank's share of a bfloat16 all-reduce of all gradients would have sent between replicas.
+        """
+        d = self._decision
+        values: dict[str, float] = {
+            "step": self._steps,
+            "synchronized": d.synchronize and not d.nonfinite,
+            "sync_rate": self._synchronized_steps / max(self._steps, 1),
+            "steps_since_sync": self._local_steps,
+            "rmmc_max": d.rmmc,
+            "rmmc_argmax": d.argmax,
+            "skipped_steps": self._skipped_steps,
+            "dense_bf16_bytes": self._dense_bytes,
+            "dense_bf16_bytes_total": self._dense_bytes_total,
+        }
+        for prefix, counted in (("bytes", self.ledger.last_step()), ("bytes_total", self.ledger.bytes)):
+            for axis in ("replicate", "shard"):
+                values[f"{prefix}/{axis}"] = sum(n for (a, _), n in counted.items() if a == axis)
+            values.update({f"{prefix}/{axis}/{purpose}": n for (axis, purpose), n in counted.items()})
+        return {f"curvadion/{key}": float(value) for key, value in values.items()}
+
+    # ---- state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at construction or later; the next step is synchronized."""
+        check_group(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for position, p in enumerate(group["params"]):
+                name = group.get("param_names", {position: f"number {position}"})[position]
+                _check_parameter(name, p, group["algorithm"])
+            if self._built:
+                self._build()
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._must_synchronize = self._check_pending = True
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; never communicates.
+
+        Raises RuntimeError if there are several replicas and they may differ.
+        """
+        if self._diverged:
+            raise RuntimeError(
+                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a patchwork of them); a step "
+                "was taken since; call opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
+            )
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict into the existing state, dtypes and memory kept. Groups take the saved hyper-parameters, as in torch.
+
+        Raises ValueError, before anything is changed, if it does not fit.
+        """
+        own, groups, saved = self.state, self.param_groups, {}
+
+        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            saved.update(final)
+            self._check_loadable(final)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            self.state = own
+            for group, before in zip(self.param_groups, groups, strict=True):
+                for key in GROUP_OPTIONS:
+                    group.setdefault(key, before[key])
+            for p, values in self._saved_state(saved):
+                for key, value in values.items():
+                    _assign(own[p][key], value)
+            self._read_counters()
+
+        # The last hook before torch casts every state to its parameter's dtype, and the first one after.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._diverged, self._common_Q, self._check_pending, self._broken = False, True, True, None
+
+    def _saved_state(self, saved: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return (parameter, saved state) for all parameters this optimizer updates."""
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        by_param = dict(zip(self._group_params, numbers, strict=True))
+        return [(p, saved["state"].get(by_param[p], {})) for p in self._params]
+
+    def _check_loadable(self, saved: dict[str, Any]) -> None:
+        here = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in saved["param_groups"]] != here:
+            return  # torch's own check follows and says so
+        for group, of in zip(self.param_groups, saved["param_groups"], strict=True):
+            if of.get("algorithm", group["algorithm"]) != group["algorithm"]:
+                raise ValueError(
+                    f"a checkpoint must hold the same algorithm for each group; got {of['algorithm']!r} for a group with "
+                    f"{group['algorithm']!r}; build the groups as they were when it was saved"
+                )
+        for (p, values), name in zip(self._saved_state(saved), self._names, strict=True):
+            missing, unknown = sorted(set(self.state[p]) - set(values)), sorted(set(values) - set(self.state[p]))
+            if missing or unknown:
+                raise ValueError(
+                    f"a checkpoint must hold exactly {sorted(self.state[p])} for {name!r}; missing {missing}, unknown {unknown}; "
+                    "load one that CurvaDion saved for the same groups"
+                )
+            for key, value in values.items():
+                if tuple(value.shape) != tuple(self.state[p][key].shape):
+                    raise ValueError(
+                        f"a checkpoint must hold state of the same shape; got {key} {tuple(value.shape)} for {name!r}, expected "
+                        f"{tuple(self.state[p][key].shape)}; construct with the rank_fraction and rank_multiple_of it was saved with"
+                    )
+
+    def _read_counters(self) -> None:
+        steps, local_steps, synchronized_steps = self._counters.amax(dim=1).tolist() if self._params else (0, 0, 0)
+        self._steps, self._local_steps, self._synchronized_steps = int(steps), int(local_steps), int(synchronized_steps)
+
+    _COPIED = (
+        *("_options", "_steps", "_local_steps", "_synchronized_steps", "_skipped_steps", "_dense_bytes_total"),
+        *("_must_synchronize", "_check_pending", "_broken", "_decision"),
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._replicate_group is not None or self._shards.mesh is not None:
+            raise TypeError("a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() instead")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._COPIED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
+            self._replicate_group, self._diverged, self._common_Q = None, False, True
+            self._build()
+
+    @torch.no_grad()
+    def _build(self) -> None:
+        """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
+        self._group_params = [p for group in self.param_groups for p in group["params"]]
+        named = [
+            (canonical_name(name), p, index)
+            for index, group in enumerate(self.param_groups)
+            for name, p in zip(group.get("param_names", [""] * len(group["params"])), group["params"], strict=True)
+        ]
+        live = [(name or str(i), p, index) for i, (name, p, index) in enumerate(named) if p.requires_grad]
+        self._names = [name for name, _, _ in live]
+        self._params = [p for _, p, _ in live]
+        self._group_of = [index for _, _, index in live]
+        algorithms = [self.param_groups[index]["algorithm"] for index in self._group_of]
+        self._matrices = [i for i, algorithm in enumerate(algorithms) if algorithm == "dion"]
+        self._scalars = [i for i, algorithm in enumerate(algorithms) if algorithm != "dion"]
+        devices = {local_tensor(p).device for p in self._params}
+        if len(devices) > 1:
+            raise ValueError(f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first")
+        self._device = next(iter(devices), torch.device("cpu"))
+
+        self._shards = ShardMesh(self._params)
+        self._layouts = [Layout.of(p, self._shards) for p in self._params]
+        check_replicas(_ranks(self._replicate_group), self._shards, self._layouts)
+        ledger = self._collectives.ledger if self._built else Ledger()
+        self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
+        for axes in sorted({axes for layout in self._layouts for axes in self._shards.sets_of(layout)}):
+            self._shards.make_group(axes)
+
+        first = [self._shards.is_first(layout.copied) for layout in self._layouts]
+        self._owned = torch.tensor([float(first[i]) for i in self._matrices], device=self._device)
+        self._dense_bytes = sum(2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
+        self._tau_cache: tuple[tuple[float, ...], Tensor] | None = None
+        self._rmmc = torch.full((len(self._matrices),), torch.nan, device=self._device)
+        self._last_norm = torch.full((len(self._matrices),), NO_NORM, device=self._device)
+        self._counters = torch.zeros(3, len(self._params))
+        self._batches = self._make_batches()
+        index_of = {position: index for index, position in enumerate(self._matrices)}
+        order = [index_of[i] for b in self._batches for i in b.params]
+        self._matrix_order = torch.tensor(order, dtype=torch.int64, device=self._device)
+
+        for b in self._batches:
+            for momentum, Q, i in zip(b.momentum, b.Q, b.params, strict=True):
+                self._set_state(
+                    i,
+                    momentum=b.layout.wrap(momentum),
+                    Q=b.layout.wrap_right_factor(Q),
+                    last_norm=self._last_norm[index_of[i]],
+                )
+        for i in self._scalars:
+            moments = scalar.MOMENTS[algorithms[i]]
+            shape, dtype = self._layouts[i].local_shape, self._options.momentum_dtype or self._params[i].dtype
+            zeros = {key: torch.zeros(shape, dtype=dtype, device=self._device) for key in moments}
+            self._set_state(i, **{key: self._layouts[i].wrap(value) for key, value in zeros.items()})
+        self._built = True
+
+    def _make_batches(self) -> list[_Batch]:
+        """Stack matrices that are equal in group, shape, dtype and layout; the same list on every rank."""
+        alike: dict[Any, list[int]] = {}
+        for i in self._matrices:
+            layout = self._layouts[i]
+            key = (self._group_of[i], layout.shape, layout.sharded, str(layout.placements), str(self._params[i].dtype))
+            alike.setdefault(key, []).append(i)
+        batches = []
+        for members in alike.values():
+            layout, dtype = self._layouts[members[0]], self._params[members[0]].dtype
+            group = self.param_groups[self._group_of[members[0]]]
+            r = dion.rank_of(*layout.shape, group["rank_fraction"], group["rank_multiple_of"])
+            n = layout.shape[layout.short]
+            Q = [layout.take(dion.initial_right_factor(self._names[i], n, r), layout.short, 0) for i in members]
+            momentum = torch.zeros(
+                (len(members), *layout.local_shape), dtype=self._options.momentum_dtype or dtype, device=self._device
+            )
+            stacked = torch.stack(Q).to(device=self._device, dtype=compute_dtype(momentum.dtype))
+            batches.append(_Batch(self._group_of[members[0]], members, layout, momentum, stacked))
+        return batches
+
+    def _set_state(self, i: int, **tensors: Tensor) -> None:
+        """Make the tensors the state of parameter i, with the values of its state so far where there is one."""
+        p = self._params[i]
+        fresh = {
+            "step": self._counters[0, i],
+            "synchronized_steps": self._counters[2, i],
+            "local_steps": self._counters[1, i],
+            **tensors,
+        }
+        for key, value in self.state.get(p, {}).items():
+            _assign(fresh[key], value)
+        self.state[p] = fresh
+
+    def _momentum_norms(self) -> Tensor:
+        """Return ||M_i||_F of every matrix, (L,) float32."""
+        views = [view for b in self._batches for view in b.momentum.unbind()]
+        sumsq = torch.zeros(len(self._matrices), dtype=torch.float32, device=self._device)
+        sumsq[self._matrix_order] = ops.momentum_norm_(views, [None] * len(views)).to(self._device)
+        return self._collectives.sum_over_all_shards(sumsq * self._owned, "norms").sqrt()
+
+    def _taus(self) -> Tensor:
+        """Return the threshold of every matrix, (L,) float32, uploaded only when one changed."""
+        taus = tuple(float(self.param_groups[self._group_of[i]]["tau"]) for i in self._matrices)
+        if self._tau_cache is None or self._tau_cache[0] != taus:
+            self._tau_cache = taus, torch.tensor(taus, dtype=torch.float32, device=self._device)
+        return self._tau_cache[1]
+
+    def _rule(self, batch: _Batch) -> str:
+        return self.param_groups[batch.group]["local_update"]
+
+    def _by_method(self, batches: Sequence[_Batch]) -> list[list[_Batch]]:
+        """Split batches by what `dion.power_iteration` takes one value of."""
+        chosen: dict[tuple[str, str], list[_Batch]] = {}
+        for b in batches:
+            group = self.param_groups[b.group]
+            chosen.setdefault((group["orthogonalization"], group["right_factor"]), []).append(b)
+        return [chosen[key] for key in sorted(chosen)]
+
+    @property
+    def _skips(self) -> bool:
+        """Whether a non-finite step is skipped: by option, or because a GradScaler is at work."""
+        return self._options.on_nonfinite == "skip" or getattr(self, "found_inf", None) is not None
+
+
+def _replicate_group(mesh: DeviceMesh | ProcessGroup | None) -> ProcessGroup | None:
+    """Return the process group of this rank's peers in the other replicas."""
+    if mesh is None:
+        return None
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ValueError(
+                f'replicate_mesh must have one dimension; got {mesh}; slice it, as in init_device_mesh(...)["replicate"]'
+            )
+        mesh = mesh.get_group()
+    if not isinstance(mesh, ProcessGroup):
+        raise TypeError(f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']")
+    if dist.get_rank(mesh) < 0:
+        raise ValueError("replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers")
+    return mesh
+
+
+def _ranks(group: ProcessGroup | None) -> list[int]:
+    return dist.get_process_group_ranks(group) if group is not None else []
+
+
+def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
+    """Raise if a parameter cannot be updated by the algorithm of its group."""
+    if algorithm == "dion" and p.requires_grad and p.ndim != 2:
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape {tuple(p.shape)}; put it into "
+            "a group with algorithm='adamw', as param_groups_for(model) does"
+        )
+    if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16")
+    if p.is_meta:
+        raise ValueError(f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it")
+
+
+def _assign(target: Tensor, value: Any) -> None:
+    """Copy a saved value into a state tensor in place; the target keeps its dtype, device and placement."""
+    if isinstance(target, DTensor):
+        if not isinstance(value, DTensor):
+            value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        elif value.placements != target.placements:
+            value = value.redistribute(target.device_mesh, target.placements)
+    local_tensor(target).copy_(local_tensor(value) if isinstance(value, Tensor) else torch.as_tensor(value))
+
+
+def _copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(list(targets), list(values))
+
+
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _hash_tensors(tensors: Iterable[Tensor], chunk: int = 1 << 22) -> int:
+    """Return 62 bits that tell the tensors' contents apart: a weighted sum of their bits modulo 2^64, taken on their device."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total, weights = 0, None
+    for number, t in enumerate(tensors):
+        bits = t.contiguous().view(integer[t.element_size()]).reshape(-1)
+        for part in bits.split(chunk):
+            if weights is None:
+                weights = (torch.arange(chunk, device=t.device) * 0x9E3779B97F4A7C1 + 1) | 1
+            mixed = (part.to(torch.int64) + 0x2545F4914F6CDD1) * weights[: part.numel()]
+            total = hash((total, number, int((mixed ^ (mixed >> 29)).sum())))
+    return total & ((1 << 62) - 1)

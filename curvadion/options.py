@@ -1,0 +1,105 @@
+"""The options of CurvaDion: which belong to a parameter group, and what each may be."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+INF = float("inf")
+
+# option: (predicate, the rule in words, what to try)
+Rule = tuple[Callable[[Any], bool], str, str]
+
+
+def _one_of(*choices: str) -> Rule:
+    return (lambda v: v in choices, "one of " + ", ".join(map(repr, choices)), f"try {choices[0]!r}")
+
+
+def _integer(lowest: int, hint: str) -> Rule:
+    return (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= lowest, f"an integer >= {lowest}", hint)
+
+
+GROUP_OPTIONS: dict[str, Rule] = {
+    "algorithm": _one_of("dion", "adamw", "lion"),
+    "lr": (lambda v: 0 <= float(v) < INF, "a finite number >= 0", "try 0.02 for matrices, 3e-3 for AdamW"),
+    "momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "try 0.95"),
+    "weight_decay": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 0.01"),
+    "rank_fraction": (lambda v: 0 < v <= 1, "in (0, 1]", "try 0.25: a quarter of the short side"),
+    "rank_multiple_of": _integer(1, "try 1, or 8 or 16 for round kernel shapes"),
+    "tau": (lambda v: v >= 0, "a number >= 0, or inf", "try 0.1; max_local_steps=0 synchronizes every step"),
+    "local_update": _one_of("gradient", "dion"),
+    "local_lr_scale": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 1.0"),
+    "error_feedback": (lambda v: isinstance(v, bool), "True or False", "try True"),
+    "right_factor": _one_of("column_norm", "qr"),
+    "orthogonalization": _one_of("cholesky_qr", "qr"),
+    "betas": (
+        lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(0 <= b < 1 for b in v),
+        "a pair of numbers in [0, 1)",
+        "try (0.9, 0.95)",
+    ),
+    "eps": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 1e-8"),
+}
+
+OPTIMIZER_OPTIONS: dict[str, Rule] = {
+    "warmup_steps": _integer(0, "try 0"),
+    "min_local_steps": _integer(0, "try 0"),
+    "max_local_steps": (
+        lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
+        "None or an integer >= 0",
+        "try None, or 100; 0 synchronizes every step",
+    ),
+    "consensus": _one_of("average", "none"),
+    "momentum_dtype": (
+        lambda v: v is None or (isinstance(v, torch.dtype) and v.is_floating_point),
+        "None or a floating-point torch.dtype",
+        "try torch.float32",
+    ),
+    "payload_dtype": (
+        lambda v: v is None or (isinstance(v, torch.dtype) and v.is_floating_point),
+        "None or a floating-point torch.dtype",
+        "try torch.bfloat16",
+    ),
+    "on_nonfinite": _one_of("raise", "skip"),
+    "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
+}
+
+# Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are always batched.
+FOREIGN_KEYS = {
+    *("params", "param_names", "name", "foreach", "fused", "capturable", "differentiable", "maximize"),
+    *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
+}
+
+
+def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> None:
+    """Raise ValueError (TypeError for a wrong type) at the first option that breaks its rule."""
+    for name, (allowed, rule, hint) in rules.items():
+        if name not in options:
+            continue
+        value = options[name]
+        message = f"{name} must be {rule}; got {value!r}{where}; {hint}"
+        try:
+            fine = bool(allowed(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(message) from error
+        if not fine:
+            raise ValueError(message)
+    if options.get("min_local_steps") and options.get("max_local_steps") is not None:
+        low, high = options["min_local_steps"], options["max_local_steps"]
+        if low > high:
+            raise ValueError(f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's to set."""
+    for key in group:
+        if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
+            raise ValueError(f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead")
+        if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
+            close = difflib.get_close_matches(key, GROUP_OPTIONS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
+            raise ValueError(f"a parameter group may hold known options only; got {key!r}; {hint}")
+    check_options(group, GROUP_OPTIONS, " in a parameter group")
+    for key in ("maximize", "capturable", "differentiable"):
+        if group.get(key):
+            raise ValueError(f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out")

@@ -1,0 +1,77 @@
+"""AdamW and Lion for what is not a hidden matrix: embeddings, the head, norms and biases. Local shards only, no ranks."""
+
+from collections.abc import Sequence
+
+import torch
+from curvadion_kernels.reference import store_, upcast
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: dict[str, list[Tensor]],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Take one AdamW step in place, with torch's own kernel: decoupled weight decay, eps outside the square root.
+
+    Args:
+        params, grads: local shards of equal shapes.
+        moments: "exp_avg" and "exp_avg_sq", aligned with params.
+        steps: 0-d float32 tensors, the steps taken before this one; changed in place.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
+    """
+    x, first, second = (upcast(t) for t in (params, moments["exp_avg"], moments["exp_avg_sq"]))
+    adamw(
+        x,
+        upcast(grads),
+        first,
+        second,
+        [],
+        list(steps),
+        foreach=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+    for tensors, values in ((params, x), (moments["exp_avg"], first), (moments["exp_avg_sq"], second)):
+        store_(tensors, values)
+
+
+def lion_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: dict[str, list[Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    """Take one Lion step in place.
+
+        X <- (1 - lr wd) X - lr sign(b1 m + (1 - b1) g)
+        m <- b2 m + (1 - b2) g
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
+    """
+    x, g, m = upcast(params), upcast(grads), upcast(moments["exp_avg"])
+    direction = torch._foreach_lerp(m, g, 1 - betas[0])
+    torch._foreach_sign_(direction)
+    torch._foreach_mul_(x, 1 - lr * weight_decay)
+    torch._foreach_add_(x, direction, alpha=-lr)
+    torch._foreach_lerp_(m, g, 1 - betas[1])
+    store_(params, x)
+    store_(moments["exp_avg"], m)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Lint, types and tests, in an environment that this script makes. Arguments go to pytest:
+#     scripts/test.sh
+#     scripts/test.sh -k param_groups -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_env.sh
+ensure_venv dev
+
+failed=()
+check() {  # NAME COMMAND...: go on after a failure, so that one run tells all
+  echo "== $1"
+  "${@:2}" || failed+=("$1")
+}
+check "ruff check" python -m ruff check .
+check "ruff format" python -m ruff format --check .
+check "mypy" python -m mypy
+check "pytest" python -m pytest "$@"
+
+if ((${#failed[@]})); then
+  printf 'FAILED: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
+echo "All checks passed in $SECONDS s."

@@ -1,0 +1,255 @@
+r"""Train a byte-level Llama-style GPT with CurvaDion, or with one of its controls. Also the example for your own loop.
+
+One machine, 2 replicas x 2 FSDP2 shards on CPU (GPUs are used when there are any; then one process for each):
+
+    torchrun --nproc-per-node 4 scripts/train.py
+    torchrun --nproc-per-node 4 scripts/train.py --optimizer dion              # the control: synchronized every step
+    torchrun --nproc-per-node 4 scripts/train.py --local-update dion --tau 0.05 --text ~/books
+
+Two machines, one replica on each; the same on both, HOST being the name of either:
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id run1 \
+        scripts/train.py
+
+Writes to --out: steps.jsonl (a line per step), summary.json, report.png. Compare runs with `report.py RUN RUN ...`.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from gpt import GPT
+from report import Display, hardware, write_report
+from text import ByteText
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim.lr_scheduler import LambdaLR
+
+from curvadion import CurvaDion, param_groups_for
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("optimizer").add_argument
+    optimizer_help = "dion and adamw are the controls: CurvaDion's own code, synchronized every step"
+    add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
+    add("--tau", type=float, default=0.1, help="synchronize when the momentum's relative change exceeds this")
+    add("--local-update", choices=("gradient", "dion"), default="gradient", help="what a matrix does on a local step")
+    add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")
+    add("--rank-fraction", type=float, default=0.25, help="rank of the update relative to the matrix's shorter side")
+    add("--warmup-steps", type=int, default=20, help="first steps, all of them synchronized")
+    add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: no bound")
+    add("--lr", type=float, default=0.02, help="peak learning rate of matrices")
+    add("--adamw-lr", type=float, default=3e-3, help="peak learning rate of embedding, head and norms")
+    add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
+
+    add = parser.add_argument_group("model and data").add_argument
+    add("--dim", type=int, default=160, help="width of the model")
+    add("--layers", type=int, default=4, help="number of blocks")
+    add("--heads", type=int, default=5, help="attention heads")
+    add("--text", type=Path, help="file or folder to train on; none: the Python standard library's own source")
+    add("--seq", type=int, default=256, help="bytes in a sequence")
+    add("--batch", type=int, default=4, help="sequences on each rank in each step")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--steps", type=int, default=400, help="length of the run and of its learning rate schedule")
+    add("--seed", type=int, default=0, help="fixes initial weights and batches")
+    replicas_help = "copies of the model; none: one a machine, on a single one 2, or a process each if these are odd"
+    add("--replicas", type=int, help=replicas_help)
+    add(
+        "--eval-every", type=int, default=100, help="steps between evaluations on held-out text; 0: first and last only"
+    )
+    add("--eval-bytes", type=int, default=65536, help="held-out bytes in an evaluation")
+    add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
+    add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
+    add("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoint")
+    add("--compile", action="store_true", help="torch.compile each block")
+    args = parser.parse_args()
+    if args.resume and not args.checkpoint:
+        parser.error("--resume needs --checkpoint, the folder to resume from")
+    name = args.optimizer if args.optimizer != "curvadion" else f"curvadion-{args.local_update}"
+    args.out = args.out or Path("runs") / name
+    return args
+
+
+def start(replicas: int | None) -> tuple[torch.device, DeviceMesh]:
+    """Set up this process's device and the mesh: replicas, between which CurvaDion talks, times shards, FSDP2's own."""
+    if "RANK" not in os.environ:
+        raise SystemExit(f"start this with torchrun, for example: torchrun --nproc-per-node 4 {__file__}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu")
+    if accelerator is not None and accelerator.type != "mps":  # which has no collectives
+        device = torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.accelerator.device_count():
+            raise SystemExit(
+                f"each process needs its own device; this machine has {torch.accelerator.device_count()}, so start "
+                f"torchrun with --nproc-per-node {torch.accelerator.device_count()}"
+            )
+        torch.accelerator.set_device_index(device.index)
+    dist.init_process_group(dist.get_default_backend_for_device(device))
+    world = dist.get_world_size()
+    machines = world // int(os.environ["LOCAL_WORLD_SIZE"])
+    replicas = replicas or (machines if machines > 1 else 2 if world % 2 == 0 else world)
+    if world % replicas:
+        raise SystemExit(f"--replicas must divide the number of processes, got {replicas} and {world}")
+    # Neighbouring ranks share a replica, so that shards stay within a machine.
+    return device, init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def build_model(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> GPT:
+    # All ranks draw the same weights before sharding: replicas must start equal, and shards of a CPU mesh that are
+    # initialized afterwards would all get the same rows.
+    torch.manual_seed(args.seed)
+    model = GPT(dim=args.dim, layers=args.layers, heads=args.heads, max_seq=args.seq).to(device)
+    policy = MixedPrecisionPolicy()
+    if device.type != "cpu":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.layers:
+        if args.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh["shard"], mp_policy=policy)
+    return fully_shard(model, mesh=mesh["shard"], mp_policy=policy)  # FSDP2 never sees the replicate axis
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh) -> CurvaDion:
+    everything = {"": "adamw"} if args.optimizer == "adamw" else None
+    return CurvaDion(
+        param_groups_for(model, adamw_lr=args.adamw_lr, overrides=everything),
+        lr=args.lr,
+        replicate_mesh=mesh["replicate"],
+        tau=args.tau,
+        warmup_steps=args.warmup_steps,
+        max_local_steps=args.max_local_steps if args.optimizer == "curvadion" else 0,
+        local_update=args.local_update,
+        local_lr_scale=args.local_lr_scale,
+        rank_fraction=args.rank_fraction,
+        weight_decay=args.weight_decay,
+    )
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Rise over the first 5 % of the run, then fall linearly to a tenth of the peak."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, 1 - 0.9 * max(0, step - warmup) / max(1, steps - warmup))
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device) -> Tensor:
+    logits = model(inputs.to(device))
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten())
+
+
+@torch.no_grad()
+def evaluate(model: FSDPModule, opt: CurvaDion, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    """Return the held-out loss, in nats a byte, of the one model that all replicas average to."""
+    with opt.consensus():
+        loss = torch.stack([loss_of(model, x, y, device) for x, y in batches]).mean()
+        # FSDP2 keeps what the last forward gathered for the root until a backward: without this line the next training
+        # step would compute with the averaged embedding and head.
+        model.reshard()
+    dist.all_reduce(loss, op=dist.ReduceOp.SUM)
+    return loss.item() / dist.get_world_size()
+
+
+def sum_over_shards(loss: Tensor, metrics: dict[str, float], mesh: DeviceMesh) -> tuple[float, dict[str, float]]:
+    """Return this replica's loss, and the metrics with byte counts summed over its ranks. Crosses no replica axis."""
+    counts = [key for key in metrics if "bytes" in key]
+    values = torch.tensor([0.0, *(metrics[key] for key in counts)], dtype=torch.float64, device=loss.device)
+    values[0] = loss / mesh["shard"].size()
+    dist.all_reduce(values, group=mesh["shard"].get_group())
+    mean_loss, *sums = values.tolist()
+    return mean_loss, metrics | dict(zip(counts, sums, strict=True))
+
+
+def save(folder: Path, step: int, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> None:
+    opt.synchronize()  # replicas become one again; a checkpoint of several would be a patchwork
+    model_state, opt_state = get_state_dict(model, opt)
+    state = {"model": model_state, "optimizer": opt_state, "step": step, "schedule": schedule.state_dict()}
+    dcp.save(state, checkpoint_id=folder / f"step-{step}")
+
+
+def load_newest(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> int:
+    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/.metadata")]
+    if not steps:
+        raise SystemExit(f"--resume found no complete checkpoint (step-N) in {folder}")
+    model_state, opt_state = get_state_dict(model, opt)
+    state = {"model": model_state, "optimizer": opt_state, "step": 0, "schedule": schedule.state_dict()}
+    dcp.load(state, checkpoint_id=folder / f"step-{max(steps)}")
+    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"]
+
+
+@record
+def main() -> None:
+    args = parse_args()
+    device, mesh = start(args.replicas)
+    train(args, device, mesh)
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    text = ByteText(args.text)
+    held_out = text.held_out_batches(tokens=args.eval_bytes, batch=args.batch, seq=args.seq, rank=rank, ranks=ranks)
+    model = build_model(args, device, mesh)
+    opt = build_optimizer(args, model, mesh)
+    schedule = LambdaLR(opt, lambda step: learning_rate(step, args.steps))
+    first = load_newest(args.checkpoint, model, opt, schedule) if args.resume else 0
+
+    summary = {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "replicas": mesh["replicate"].size(),
+        "shards": mesh["shard"].size(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "text": text.name,
+        "hardware": hardware(device),
+        "held_out": [],
+    }
+    display = Display(args.out, steps=args.steps, tau=args.tau, start=first, summary=summary) if rank == 0 else None
+
+    def held_out_loss(step: int) -> None:
+        loss = evaluate(model, opt, held_out, device)
+        if display is not None:
+            display.held_out(step, loss)
+
+    held_out_loss(first)
+    for step in range(first + 1, args.steps + 1):
+        began = time.perf_counter()
+        inputs, targets = text.batch(batch=args.batch, seq=args.seq, seed=args.seed, rank=rank, step=step)
+        loss = loss_of(model, inputs, targets, device)
+        loss.backward()
+        lr = schedule.get_last_lr()[0]
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+
+        replica_loss, metrics = sum_over_shards(loss.detach(), opt.metrics(), mesh)
+        seconds = time.perf_counter() - began
+        if display is not None:
+            index = int(metrics["curvadion/rmmc_argmax"])
+            matrix = opt.matrix_names[index] if index >= 0 else None
+            tokens = args.batch * args.seq * ranks
+            display.step(step, loss=replica_loss, lr=lr, tokens=tokens, seconds=seconds, matrix=matrix, metrics=metrics)
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            held_out_loss(step)
+        if args.checkpoint and (step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)):
+            save(args.checkpoint, step, model, opt, schedule)
+
+    if display is not None:
+        display.close()
+        write_report([args.out])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""An independent fp64 reference: one process that simulates K replicas on whole matrices.
+
+Written from the design's equations and from nothing else, for reading rather than speed: no batching, no sharding, no
+process groups, its own orientation, its own QR. The letters are the design's: X, G, m, M, P, R, Q, and rho for the RMMC.
+
+    synchronized step (rho > tau):                          local step (rho <= tau):
+      P   =  orthogonalize( E_i[ m_i Q ] )                    "gradient":  M_i <- mu m_i
+      R_i =  m_i^T P ;  R = E_i[ R_i ]                                     X_i <- (1 - eta wd) X_i - eta_local G_i
+      M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":      the synchronized lines without E_i[.],
+      Q   <- column_normalize(R)      or  orthogonalize(R)                 on this replica's own m_i and Q_i,
+      X_i <- consensus(X_i)                                                eta_local in place of eta
+      X   <- (1 - eta wd) X - eta sqrt(rows/cols) P Q^T
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# A column is dead when less than this share of the largest column is left after removing the earlier ones. Tests keep
+# live columns above 1e-3 and dead ones at rounding (1e-13), so the exact value decides nothing.
+DEAD = 1e-7
+
+GROUP_DEFAULTS = {
+    "algorithm": "dion",
+    "lr": 0.02,
+    "momentum": 0.95,
+    "weight_decay": 0.01,
+    "tau": 0.1,
+    "local_update": "gradient",
+    "local_lr_scale": 1.0,
+    "error_feedback": True,
+    "right_factor": "column_norm",
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did."""
+
+    synchronized: bool
+    rmmc: dict[str, list[float]]  # per matrix, one value per replica; nan where it is undefined
+    margin: float  # the smallest relative distance of a matrix's largest RMMC from its tau
+
+
+@dataclass
+class Replica:
+    """What one replica holds, by parameter name."""
+
+    X: dict[str, Tensor]
+    M: dict[str, Tensor] = field(default_factory=dict)
+    Q: dict[str, Tensor] = field(default_factory=dict)
+    last_norm: dict[str, float] = field(default_factory=dict)  # absent: no previous norm
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+
+
+def rank_of(rows: int, cols: int, rank_fraction: float, rank_multiple_of: int = 1) -> int:
+    """r = round_up(rank_fraction * min(rows, cols), rank_multiple_of), at most min(rows, cols)."""
+    short = min(rows, cols)
+    return min(short, rank_multiple_of * math.ceil(rank_fraction * short / rank_multiple_of))
+
+
+def live_columns(A: Tensor) -> list[int]:
+    """The columns that are not combinations of earlier ones: Gram-Schmidt, each vector orthogonalized twice."""
+    largest = float(A.norm(dim=0).max())
+    basis: list[Tensor] = []
+    live = []
+    for j in range(A.shape[1]):
+        v = A[:, j].clone()
+        for _ in range(2):
+            for b in basis:
+                v -= (b @ v) * b
+        if largest > 0 and float(v.norm()) > DEAD * largest:
+            basis.append(v / v.norm())
+            live.append(j)
+    return live
+
+
+def orthogonalize(A: Tensor) -> Tensor:
+    """Householder QR of the live columns; a dead column is zero in the result.
+
+    Signs are those of Gram-Schmidt, p_j . a_j > 0. For P they are free, but in Q = orthogonalize(R) a flipped column
+    would turn its part of the update P Q^T uphill.
+    """
+    live = live_columns(A)
+    P = torch.zeros_like(A)
+    if live:
+        q, r = torch.linalg.qr(A[:, live])
+        P[:, live] = q * r.diagonal().sign()
+    return P
+
+
+def power_iteration(ms: Sequence[Tensor], Q: Tensor, right_factor: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """P, the P Q^T to apply, the new Q and every R_i, for the mean over the given m_i (long side first)."""
+    P = orthogonalize(sum(m @ Q for m in ms) / len(ms))
+    R = sum(m.T @ P for m in ms) / len(ms)
+    if right_factor == "qr":
+        new = orthogonalize(R)
+    else:
+        norms = R.norm(dim=0)
+        dead = norms <= DEAD * norms.max()
+        new = torch.where(dead, 0.0, R / torch.where(dead, 1.0, norms))
+    alive = new.norm(dim=0) > 0
+    P = P * alive  # a dead column takes no part in the update or the error feedback ...
+    Q = torch.where(alive, new, Q)  # ... and keeps its old column of Q
+    return P, P @ Q.T, Q, [m.T @ P for m in ms]
+
+
+class ReferenceReplicas:
+    """K replicas of named parameters, stepped together.
+
+    parameters: the common start, by name. Q0: the first right factor of each Dion matrix. groups: for each parameter
+    name the options that differ from the keyword defaults (`algorithm`, `lr`, `tau`, ... as in GROUP_DEFAULTS).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        replicas: int,
+        Q0: Mapping[str, Tensor],
+        groups: Mapping[str, Mapping[str, object]] | None = None,
+        consensus: str = "average",
+        warmup_steps: int = 0,
+        min_local_steps: int = 0,
+        max_local_steps: int | None = None,
+        **defaults: object,
+    ) -> None:
+        unknown = set(defaults) - set(GROUP_DEFAULTS)
+        assert not unknown, f"the reference has no option {unknown}"
+        self.group = {name: {**GROUP_DEFAULTS, **defaults, **(groups or {}).get(name, {})} for name in parameters}
+        self.consensus, self.warmup_steps = consensus, warmup_steps
+        self.min_local_steps, self.max_local_steps = min_local_steps, max_local_steps
+        self.matrices = [name for name, group in self.group.items() if group["algorithm"] == "dion"]
+        self.others = [name for name, group in self.group.items() if group["algorithm"] != "dion"]
+        self.steps = self.local_steps = 0  # all steps; local ones in a row
+        self.diverged = False  # a local step happened since replicas were last averaged
+        self.replicas = []
+        for _ in range(replicas):
+            replica = Replica({name: X.detach().clone() for name, X in parameters.items()})
+            for name in self.matrices:
+                replica.M[name] = torch.zeros_like(replica.X[name])
+                replica.Q[name] = Q0[name].detach().clone()
+            for name in self.others:
+                replica.exp_avg[name] = torch.zeros_like(replica.X[name])
+                replica.exp_avg_sq[name] = torch.zeros_like(replica.X[name])
+            self.replicas.append(replica)
+
+    def step(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> Outcome:
+        """One step of all replicas; gradients[i][name] is replica i's, None (or no entry) counts as zero."""
+        G = [
+            {name: torch.zeros_like(X) if g.get(name) is None else g[name] for name, X in replica.X.items()}
+            for replica, g in zip(self.replicas, gradients, strict=True)
+        ]
+        m = [{n: r.M[n] + g[n] for n in self.matrices} for r, g in zip(self.replicas, G, strict=True)]
+        rmmc, must = self._rmmc(m)
+        largest = {n: max((x for x in values if not math.isnan(x)), default=0.0) for n, values in rmmc.items()}
+        opens = any(largest[n] > self.group[n]["tau"] for n in self.matrices)
+
+        must = must or self.steps < self.warmup_steps
+        must = must or (self.max_local_steps is not None and self.local_steps >= self.max_local_steps)
+        synchronized = must or (opens and self.local_steps >= self.min_local_steps)
+
+        self.steps += 1
+        if synchronized:
+            self._synchronized_step(m, G)
+        else:
+            self._local_step(m, G)
+        margins = (abs(largest[n] / self.group[n]["tau"] - 1) for n in self.matrices if self.group[n]["tau"] > 0)
+        return Outcome(synchronized, rmmc, min(margins, default=math.inf))
+
+    def _rmmc(self, m: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, list[float]], bool]:
+        """rho = | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||, and whether some matrix asks for synchronization."""
+        rmmc: dict[str, list[float]] = {name: [] for name in self.matrices}
+        must = False
+        for replica, m_i in zip(self.replicas, m, strict=True):
+            for name in self.matrices:
+                norm, last = float(m_i[name].norm()), replica.last_norm.get(name)
+                replica.last_norm[name] = norm
+                if last is None or (last == 0 and norm > 0):
+                    rmmc[name].append(math.nan)
+                    must = True
+                else:
+                    rmmc[name].append(0.0 if last == norm else abs(norm - last) / last)
+        return rmmc, must
+
+    def _synchronized_step(self, m: Sequence[Mapping[str, Tensor]], G: Sequence[Mapping[str, Tensor]]) -> None:
+        if self.diverged and self.consensus == "average":
+            self._average("X", self.matrices + self.others)
+            self._average_moments()
+            self.diverged = False
+        self.local_steps = 0
+        for name in self.matrices:
+            Q = self.replicas[0].Q[name]
+            replicas = range(len(self.replicas))
+            self._dion(name, [m[i][name] for i in replicas], Q, replicas, lr=self.group[name]["lr"])
+        for name in self.others:
+            mean = sum(g[name] for g in G) / len(G)
+            for replica in self.replicas:
+                self._scalar(replica, name, mean)
+
+    def _local_step(self, m: Sequence[Mapping[str, Tensor]], G: Sequence[Mapping[str, Tensor]]) -> None:
+        self.local_steps += 1
+        self.diverged = True
+        for i, replica in enumerate(self.replicas):
+            for name in self.matrices:
+                group = self.group[name]
+                eta, eta_local = group["lr"], group["local_lr_scale"] * group["lr"]
+                if group["local_update"] == "dion":
+                    self._dion(name, [m[i][name]], replica.Q[name], [i], lr=eta_local)
+                else:
+                    replica.M[name] = group["momentum"] * m[i][name]
+                    decay = 1 - eta * group["weight_decay"]
+                    replica.X[name] = decay * replica.X[name] - eta_local * G[i][name]
+            for name in self.others:
+                self._scalar(replica, name, G[i][name])
+
+    def _dion(self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float) -> None:
+        """The synchronized step's P, R, M, Q and X lines over the given replicas and their m_i."""
+        group = self.group[name]
+        rows, cols = ms[0].shape
+        wide = rows < cols  # P lives on the longer side, ties: rows; a wide matrix is treated as its transpose
+        if wide:
+            ms = [m.T for m in ms]
+        P, update, Q, R = power_iteration(ms, Q, group["right_factor"])
+        for i, m_i, R_i in zip(replicas, ms, R, strict=True):
+            replica, mu = self.replicas[i], group["momentum"]
+            M_i = m_i - (1 - mu) * P @ R_i.T if group["error_feedback"] else mu * m_i
+            replica.M[name] = (M_i.T if wide else M_i).clone()
+            replica.Q[name] = Q.clone()
+            decay = 1 - group["lr"] * group["weight_decay"]
+            scale = math.sqrt(rows / cols)
+            replica.X[name] = decay * replica.X[name] - lr * scale * (update.T if wide else update)
+
+    def _scalar(self, replica: Replica, name: str, g: Tensor) -> None:
+        """AdamW as torch.optim.AdamW has it, or Lion."""
+        group = self.group[name]
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        X = (1 - lr * group["weight_decay"]) * replica.X[name]
+        m, v = replica.exp_avg[name], replica.exp_avg_sq[name]
+        if group["algorithm"] == "lion":
+            replica.X[name] = X - lr * torch.sign(beta1 * m + (1 - beta1) * g)
+            replica.exp_avg[name] = beta2 * m + (1 - beta2) * g
+            return
+        assert group["algorithm"] == "adamw", f"the reference has no algorithm {group['algorithm']!r}"
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        m_hat, v_hat = m / (1 - beta1**self.steps), v / (1 - beta2**self.steps)
+        replica.X[name] = X - lr * m_hat / (v_hat.sqrt() + group["eps"])
+        replica.exp_avg[name], replica.exp_avg_sq[name] = m, v
+
+    def synchronize(self) -> None:
+        """Average X, M and moments, make Q common, restart the local-step count, rescale the previous norms."""
+        for name in self.matrices:
+            mean_norm = sum(float(r.M[name].norm()) for r in self.replicas) / len(self.replicas)
+            norm_mean = float((sum(r.M[name] for r in self.replicas) / len(self.replicas)).norm())
+            last = [r.last_norm[name] for r in self.replicas if name in r.last_norm]
+            for replica in self.replicas:
+                if last and mean_norm > 0:  # one value for all replicas: what a checkpoint holds cannot differ
+                    replica.last_norm[name] = sum(last) / len(last) * norm_mean / mean_norm
+                replica.Q[name] = self.replicas[0].Q[name].clone()
+        self._average("X", self.matrices + self.others)
+        self._average("M", self.matrices)
+        self._average_moments()
+        self.local_steps = 0
+        self.diverged = False
+
+    def _average_moments(self) -> None:
+        self._average("exp_avg", self.others)
+        self._average("exp_avg_sq", self.others)
+
+    def _average(self, what: str, names: Sequence[str]) -> None:
+        for name in names:
+            mean = sum(getattr(replica, what)[name] for replica in self.replicas) / len(self.replicas)
+            for replica in self.replicas:
+                getattr(replica, what)[name] = mean.clone()

@@ -1,0 +1,751 @@
+"""What crosses which axis, byte for byte, and what it makes equal.
+
+The witness is torch's Flight Recorder, which notes every collective where the process group runs it, in C++ below all
+Python: nothing the optimizer could do in Python escapes it. A reduce-scatter appears there as gloo carries it out, with
+its whole input. `expected` is computed from shapes alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import DENSE, MATRICES, Shapes, TinyGPT, Toy, digest, gathered, grid, local, outcome, state_digest, whole
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+from curvadion import CurvaDion
+
+RANDOM: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
+ALWAYS: dict[str, Any] = {"max_local_steps": 0}
+NEVER: dict[str, Any] = {"tau": math.inf}
+
+
+@pytest.fixture(autouse=True)
+def flight_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "20000")  # read when a forked rank makes its first process group
+
+
+@dataclass(frozen=True)
+class Sent:
+    axis: str  # "replicate", "shard", or "both" for a group that spans more than one of each
+    operation: str
+    bytes: int  # this rank's input buffer
+
+
+class Wire:
+    """Reads the Flight Recorder; `since_last()` returns the collectives since the previous call."""
+
+    def __init__(self, shards: int) -> None:
+        assert os.environ.get("TORCH_FR_BUFFER_SIZE"), "the Flight Recorder must be switched on before the first group"
+        self.shards, self.last = shards, -1
+        dist.all_reduce(torch.zeros(3))
+        assert [sent.bytes for sent in self.since_last()][-1:] == [12], "the Flight Recorder does not see collectives"
+
+    def axis(self, group_name: str) -> str:
+        ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(group_name))
+        if len({rank // self.shards for rank in ranks}) == 1:
+            return "shard"
+        return "replicate" if len({rank % self.shards for rank in ranks}) == 1 else "both"
+
+    def since_last(self) -> list[Sent]:
+        entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())["entries"]
+        new = [entry for entry in entries if entry["record_id"] > self.last]
+        self.last = max((entry["record_id"] for entry in new), default=self.last)
+        sizes = {"Float": 4, "Double": 8, "Long": 8, "BFloat16": 2, "Int": 4, "Byte": 1, "Bool": 1}
+        return [
+            Sent(
+                self.axis(entry["process_group"][0]),
+                entry["profiling_name"].removeprefix("gloo:"),
+                sum(
+                    math.prod(size) * sizes[dtype]
+                    for size, dtype in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)
+                ),
+            )
+            for entry in new
+            if "barrier" not in entry["profiling_name"]
+        ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Replicas x shards, and how the matrices lie on the shards."""
+
+    replicas: int
+    shards: tuple[int, ...]
+    matrices: Shapes
+    placements: dict[str, tuple[Any, ...]]
+
+    @property
+    def shard_ranks(self) -> int:
+        return math.prod(self.shards)
+
+    @property
+    def world_size(self) -> int:
+        return self.replicas * self.shard_ranks
+
+    def meshes(self) -> tuple[DeviceMesh, DeviceMesh | None]:
+        names = ("replicate", "first", "second")[: 1 + len(self.shards)]
+        mesh = init_device_mesh("cpu", (self.replicas, *self.shards), mesh_dim_names=names)
+        return mesh["replicate"], mesh[names[1:]] if self.shards else None
+
+    def toy(self, mesh: DeviceMesh | None, **options: Any) -> Toy:
+        return Toy(mesh, matrices=self.matrices, placements=self.placements, **options)
+
+
+UNEVEN: Shapes = {"layers.0.weight": (7, 5), "layers.1.weight": (5, 9), "layers.2.weight": (1, 3)}
+COLWISE = (Shard(0),)
+ROWWISE = (Shard(1),)
+LAYOUTS = {
+    "plain-4x1": Layout(4, (), MATRICES, {}),
+    "fsdp-2x2": Layout(2, (2,), MATRICES, {}),
+    "fsdp-1x4": Layout(1, (4,), MATRICES, {}),
+    "fsdp-2x2-uneven-and-empty": Layout(2, (2,), UNEVEN, {}),
+    "rowwise-2x2": Layout(2, (2,), MATRICES, dict.fromkeys(MATRICES, ROWWISE) | {n: (Replicate(),) for n in DENSE}),
+    "fsdp-tp-2x2x2": Layout(
+        2,
+        (2, 2),
+        MATRICES,
+        {
+            "layers.0.weight": (Shard(0), Shard(1)),
+            "layers.1.weight": (Shard(1), Shard(0)),
+            "layers.2.weight": (Shard(0), Replicate()),
+        }
+        | {name: (Shard(0), Replicate()) for name in DENSE},
+    ),
+}
+TWO_AXES = ["fsdp-2x2", "fsdp-2x2-uneven-and-empty", "rowwise-2x2", "fsdp-tp-2x2x2"]
+LOCAL_UPDATES = ["gradient", "dion"]
+
+
+def rank_of(shape: tuple[int, ...], fraction: float = 0.25) -> int:
+    return max(1, min(math.ceil(fraction * min(shape)), min(shape)))
+
+
+def elements(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def p_and_r_elements(matrices: Shapes) -> int:
+    return sum((rows + cols) * rank_of((rows, cols)) for rows, cols in matrices.values())
+
+
+def q_elements(matrices: Shapes) -> int:
+    return sum(min(shape) * rank_of(shape) for shape in matrices.values())
+
+
+def steps(
+    layout: Layout, count: int, **options: Any
+) -> list[tuple[bool, list[Sent], dict[tuple[str, str], int], dict[tuple[str, str], int]]]:
+    """Run `count` steps; per step: synchronized, what the wire saw, and the ledger's calls and bytes."""
+    replicate, mesh = layout.meshes()
+    replica = replicate.get_local_rank()
+    toy = layout.toy(mesh, dtype=options.pop("dtype", torch.float32))
+    opt = CurvaDion(toy.groups(options.pop("dense_algorithm", "adamw")), replicate_mesh=replicate, **RANDOM | options)
+    wire = Wire(layout.shard_ranks)
+    trace = []
+    for step in range(count):
+        toy.set_gradients(step, replica)
+        wire.since_last()
+        calls, sizes = Counter(opt.ledger.calls), Counter(opt.ledger.bytes)
+        opt.step()
+        sent = wire.since_last()
+        trace.append(
+            (
+                bool(opt.metrics()["curvadion/synchronized"]),
+                sent,
+                dict(Counter(opt.ledger.calls) - calls),
+                dict(Counter(opt.ledger.bytes) - sizes),
+            )
+        )
+    return trace
+
+
+def replica_total(traces: list[Any], layout: Layout, replica: int, step: int) -> Counter[str]:
+    """Bytes over the replicate axis by purpose, summed over all ranks of one replica."""
+    total: Counter[str] = Counter()
+    for rank in range(replica * layout.shard_ranks, (replica + 1) * layout.shard_ranks):
+        for (axis, purpose), size in traces[rank][step][3].items():
+            if axis == "replicate":
+                total[purpose] += size
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ closed gate
+
+
+@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
+@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, local_update: str) -> None:
+    layout = LAYOUTS[name]
+    traces = run_ranks(layout.world_size, lambda: steps(layout, 4, local_update=local_update, **NEVER))
+    norms = 4 * (len(layout.matrices) + 2)
+    for rank, trace in enumerate(traces):
+        for step in (1, 2, 3):
+            synchronized, sent, _, _ = trace[step]
+            assert not synchronized
+            crossing = [entry for entry in sent if entry.axis != "shard"]
+            assert crossing == [Sent("replicate", "all_reduce", 8)], f"rank {rank}, step {step}: {crossing}"
+            within = [entry for entry in sent if entry.axis == "shard"]
+            if not layout.shards:
+                assert within == [], "there is no shard axis"
+            elif local_update == "gradient":
+                assert within == [Sent("shard", "all_reduce", norms)], "one SUM of 4 (L + 2) bytes and nothing else"
+            else:
+                assert within[0] == Sent("shard", "all_reduce", norms)
+
+
+def test_the_gate_is_an_int64_maximum() -> None:
+    """The wire does not show the operation: gloo's MAX on floats loses NaN, so the type matters."""
+
+    def worker() -> list[Any]:
+        seen: list[Any] = []
+        replicate, _ = LAYOUTS["plain-4x1"].meshes()
+        toy = Toy()
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **RANDOM, **NEVER)
+        original = dist.all_reduce
+
+        def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, *args: Any, **kwargs: Any) -> Any:
+            seen.append((tensor.dtype, tensor.numel(), op == dist.ReduceOp.MAX))
+            return original(tensor, op, *args, **kwargs)
+
+        for step in range(2):
+            toy.set_gradients(step, replicate.get_local_rank())
+            seen.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "all_reduce", all_reduce)
+                opt.step()
+        return seen
+
+    for seen in run_ranks(4, worker):
+        assert seen == [(torch.int64, 1, True)]
+
+
+# -------------------------------------------------------------------------------------------------- open gate
+
+
+@pytest.mark.parametrize("payload", [None, torch.bfloat16], ids=["own-dtype", "bf16-payload"])
+@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name: str, payload: Any) -> None:
+    layout = LAYOUTS[name]
+    traces = run_ranks(layout.world_size, lambda: steps(layout, 3, payload_dtype=payload, **ALWAYS))
+    item = 4 if payload is None else 2
+    for step in (1, 2):
+        for replica in range(layout.replicas):
+            total = replica_total(traces, layout, replica, step)
+            assert total.pop("gate") == 8 * layout.shard_ranks
+            assert total.pop("factors") == item * p_and_r_elements(layout.matrices), (
+                f"{name}, step {step}: each element of P and R crosses the replicate axis once per replica"
+            )
+            assert total.pop("gradients") == item * elements(DENSE), "AdamW gradients: dense, once per replica"
+            assert not total, f"no local step happened, so nothing else crosses the replicate axis: {dict(total)}"
+
+
+@pytest.mark.parametrize("dense_algorithm", ["adamw", "lion"])
+@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
+@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+def test_an_open_gate_after_local_steps_sends_consensus_too(name: str, local_update: str, dense_algorithm: str) -> None:
+    layout = LAYOUTS[name]
+    options = {"local_update": local_update, "dense_algorithm": dense_algorithm, "max_local_steps": 2, **NEVER}
+    traces = run_ranks(layout.world_size, lambda: steps(layout, 5, **options))  # S L L S L
+    assert [entry[0] for entry in traces[0]] == [True, False, False, True, False]
+    moments = 2 if dense_algorithm == "adamw" else 1
+    for replica in range(layout.replicas):
+        total = replica_total(traces, layout, replica, 3)
+        assert total.pop("gate") == 8 * layout.shard_ranks
+        assert total.pop("factors") == 4 * p_and_r_elements(layout.matrices)
+        assert total.pop("gradients") == 4 * elements(DENSE)
+        assert total.pop("parameters") == 4 * (elements(layout.matrices) + elements(DENSE)), "each parameter once"
+        assert total.pop("moments") == 4 * moments * elements(DENSE), "each moment once"
+        if local_update == "dion":
+            assert total.pop("right_factor") == 4 * q_elements(layout.matrices), "each element of Q once"
+        assert not total, f"nothing else crosses the replicate axis: {dict(total)}"
+
+
+def test_consensus_none_sends_no_parameters() -> None:
+    layout = LAYOUTS["fsdp-2x2"]
+    traces = run_ranks(4, lambda: steps(layout, 5, consensus="none", max_local_steps=2, **NEVER))
+    total = replica_total(traces, layout, 0, 3)
+    assert set(total) == {"gate", "factors", "gradients"}
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "momentum_dtype", "item"),
+    [(torch.bfloat16, torch.float32, 2), (torch.float64, None, 8)],
+    ids=["bf16-parameters", "fp64"],
+)
+def test_parameters_travel_in_their_own_dtype(param_dtype: torch.dtype, momentum_dtype: Any, item: int) -> None:
+    layout = LAYOUTS["fsdp-2x2"]
+    options = {"dtype": param_dtype, "momentum_dtype": momentum_dtype, "max_local_steps": 1, **NEVER}
+    traces = run_ranks(4, lambda: steps(layout, 3, **options))  # S L S
+    total = replica_total(traces, layout, 0, 2)
+    assert total["parameters"] == item * (elements(MATRICES) + elements(DENSE))
+
+
+# ------------------------------------------------------------------------------------ the ledger and witnesses
+
+
+@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_the_ledger_agrees_with_the_flight_recorder(name: str, local_update: str) -> None:
+    """Calls and bytes, per rank, per axis, on every step of a run with both branches and two checks."""
+    layout = LAYOUTS[name]
+    options = {"local_update": local_update, "max_local_steps": 2, "check_every": 4, **NEVER}
+    traces = run_ranks(layout.world_size, lambda: steps(layout, 6, **options))  # S L L S L L
+    for rank, trace in enumerate(traces):
+        for step, (_, sent, calls, sizes) in enumerate(trace):
+            checks = [entry for entry in sent if entry.bytes == 48 and entry.axis == "both"]
+            # A check over everybody has one row in the ledger, whichever axis it is filed under.
+            rest = Counter(entry.axis for entry in sent if entry not in checks)
+            rest_bytes: Counter[str] = Counter()
+            for entry in sent:
+                if entry not in checks:
+                    rest_bytes[entry.axis] += entry.bytes
+            ledger: Counter[str] = Counter()
+            ledger_bytes: Counter[str] = Counter()
+            for (axis, purpose), count in calls.items():
+                if not (checks and purpose == "check"):
+                    ledger[axis] += count
+                    ledger_bytes[axis] += sizes[axis, purpose]
+            where = f"{name}, rank {rank}, step {step}"
+            assert ledger == rest, f"{where}: number of collectives, ledger {dict(ledger)}, wire {dict(rest)}"
+            assert ledger_bytes == rest_bytes, f"{where}: bytes, ledger {dict(ledger_bytes)}, wire {dict(rest_bytes)}"
+
+
+@pytest.mark.parametrize("name", ["plain-4x1", "fsdp-2x2", "fsdp-tp-2x2x2"])
+def test_the_check_has_a_row_of_its_own_and_comes_first(name: str) -> None:
+    layout = LAYOUTS[name]
+    traces = run_ranks(layout.world_size, lambda: steps(layout, 7, check_every=3, **NEVER))
+    for trace in traces:
+        checked = [{key: size for key, size in entry[3].items() if key[1] == "check"} for entry in trace]
+        assert [bool(rows) for rows in checked] == [True, False, False, True, False, False, True], (
+            "the check runs on the first step and every check_every steps"
+        )
+        for step in (0, 3, 6):
+            assert set(checked[step].values()) == {48}, "six int64"
+            assert trace[step][1][0].bytes == 48, "the check is the first collective of its step"
+            assert sum(size for (axis, _), size in checked[step].items() if axis == "replicate") == 48
+
+
+@pytest.mark.parametrize("name", ["plain-4x1", "fsdp-2x2"])
+def test_the_ledger_agrees_with_comm_debug_mode(name: str) -> None:
+    layout = LAYOUTS[name]
+
+    def worker() -> list[tuple[int, int]]:
+        replicate, mesh = layout.meshes()
+        toy = layout.toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, max_local_steps=1, **RANDOM, **NEVER)
+        counts = []
+        for step in range(4):
+            toy.set_gradients(step, replicate.get_local_rank())
+            before = sum(opt.ledger.calls.values())
+            with CommDebugMode() as mode:
+                opt.step()
+            counts.append((mode.get_total_counts(), sum(opt.ledger.calls.values()) - before))
+        return counts
+
+    for counts in run_ranks(layout.world_size, worker):
+        for step, (dispatched, booked) in enumerate(counts):
+            assert dispatched == booked > 0, f"step {step}: torch dispatched {dispatched} collectives, ledger {booked}"
+
+
+def test_metrics_report_the_ledger_and_the_dense_baseline() -> None:
+    layout = LAYOUTS["fsdp-2x2"]
+
+    def worker() -> Any:
+        replicate, mesh = layout.meshes()
+        toy = layout.toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, max_local_steps=1, **RANDOM, **NEVER)
+        metrics = []
+        for step in range(3):
+            toy.set_gradients(step, replicate.get_local_rank())
+            opt.step()
+            metrics.append(opt.metrics())
+        numel = sum(local(param).numel() for param in toy.params.values())
+        return metrics, dict(opt.ledger.bytes), numel
+
+    total = 0
+    for metrics, ledger, numel in run_ranks(4, worker):
+        for (axis, purpose), size in ledger.items():
+            if size:
+                assert metrics[-1][f"curvadion/bytes_total/{axis}/{purpose}"] == float(size)
+        for axis in ("replicate", "shard"):
+            booked = sum(size for (where, _), size in ledger.items() if where == axis)
+            assert metrics[-1][f"curvadion/bytes_total/{axis}"] == float(booked)
+            assert sum(entry[f"curvadion/bytes/{axis}"] for entry in metrics) == float(booked)
+        assert metrics[1]["curvadion/bytes/replicate"] == metrics[1]["curvadion/bytes/replicate/gate"] == 8.0
+        assert metrics[0]["curvadion/dense_bf16_bytes"] == 2.0 * numel, "this rank's share of a bf16 gradient"
+        assert metrics[2]["curvadion/dense_bf16_bytes_total"] == 3 * 2.0 * numel
+        total += numel
+    assert total == 2 * (elements(MATRICES) + elements(DENSE))
+
+
+def test_reading_metrics_and_state_sends_nothing() -> None:
+    def worker() -> list[Sent]:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        wire = Wire(2)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **RANDOM)
+        made = wire.since_last()
+        toy.set_gradients(0, replicate.get_local_rank())
+        opt.step()
+        opt.synchronize()
+        wire.since_last()
+        opt.metrics()
+        opt.named_rmmc()
+        opt.state_dict()
+        opt.zero_grad()
+        return made + wire.since_last()
+
+    for sent in run_ranks(4, worker):
+        assert sent == [], "construction, metrics(), named_rmmc() and state_dict() do not communicate"
+
+
+def test_one_process_sends_nothing() -> None:
+    toy = Toy()
+    opt = CurvaDion(toy.groups(), max_local_steps=1, **RANDOM, **NEVER)
+    for step in range(3):
+        toy.set_gradients(step, 0)
+        opt.step()
+    opt.synchronize()
+    opt.broadcast_parameters()
+    with opt.consensus():
+        pass
+    assert sum(opt.ledger.bytes.values()) == 0
+    assert sum(opt.ledger.calls.values()) == 0
+    assert opt.replicas == 1
+    assert not opt.diverged, "one replica cannot diverge"
+    opt.state_dict()
+
+
+def test_no_gpu_sized_padding_on_the_shard_axis() -> None:
+    """Partial factors travel whole once over the shards, and back in pieces: no padding to the mesh size."""
+    layout = LAYOUTS["fsdp-2x2-uneven-and-empty"]
+    traces = run_ranks(4, lambda: steps(layout, 2, **ALWAYS))
+    # Tall: P is sharded, R (n x r) is partial. Wide (equations on the transpose): P is partial and R sharded.
+    partial = sum(cols * rank_of((rows, cols)) for rows, cols in layout.matrices.values())
+    for rank, trace in enumerate(traces):
+        sent = trace[1][3].get(("shard", "factors"), 0)
+        # The reduce-scatter takes the whole partial sum, the all-gather this rank's half; flat buffers, two factors.
+        assert sent <= 4 * (math.ceil(1.5 * partial) + 2 * layout.shard_ranks), (
+            f"rank {rank} put {sent} bytes on the shard axis for {partial} partial elements"
+        )
+
+
+# ---------------------------------------------------------------------------------- drifting and coming back
+
+
+def replica_hashes(params: Any, shards: int) -> list[list[str]]:
+    """hashes[replica][shard] of the local parameters."""
+    values = gathered(digest(params))
+    return [values[start : start + shards] for start in range(0, len(values), shards)]
+
+
+@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
+@pytest.mark.parametrize("dense_algorithm", ["adamw", "lion"])
+@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+def test_replicas_drift_in_local_steps_and_are_equal_after_a_synchronized_one(
+    name: str, local_update: str, dense_algorithm: str
+) -> None:
+    layout = LAYOUTS[name]
+
+    def worker() -> list[tuple[bool, dict[str, bool]]]:
+        replicate, mesh = layout.meshes()
+        toy = layout.toy(mesh)
+        opt = CurvaDion(
+            toy.groups(dense_algorithm),
+            replicate_mesh=replicate,
+            local_update=local_update,
+            max_local_steps=2,
+            warmup_steps=2,
+            **RANDOM,
+            **NEVER,
+        )
+        trace = []
+        for step in range(9):  # S S L L S L L S and, by a must-synchronize below, S
+            toy.set_gradients(step, replicate.get_local_rank())
+            if step == 8:
+                opt.add_param_group({"params": [("new.weight", nn.Parameter(torch.ones(4, 4)))]})
+            opt.step()
+            equal = {}
+            for param_name, param in toy.params.items():
+                hashes = replica_hashes([param], layout.shard_ranks)
+                equal[param_name] = all(shard_hashes == hashes[0] for shard_hashes in hashes)
+            trace.append((bool(opt.metrics()["curvadion/synchronized"]), equal))
+        return trace
+
+    trace = run_ranks(layout.world_size, worker)[0]
+    assert [entry[0] for entry in trace] == [True, True, False, False, True, False, False, True, True]
+    for step, (synchronized, equal) in enumerate(trace):
+        for param_name, same in equal.items():
+            if synchronized:
+                assert same, f"step {step}: {param_name} must be bitwise equal over the replicas"
+            else:
+                assert not same, f"step {step}: {param_name} must differ, each replica had its own gradients"
+
+
+def test_consensus_none_drifts() -> None:
+    """The literal formula, for study: a synchronized step adds one update to different weights."""
+
+    def worker() -> list[bool]:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, consensus="none", max_local_steps=1, **RANDOM, **NEVER)
+        equal = []
+        for step in range(5):
+            toy.set_gradients(step, replicate.get_local_rank())
+            opt.step()
+            hashes = replica_hashes(toy.params.values(), 2)
+            equal.append(hashes[0] == hashes[1])
+        return equal
+
+    assert run_ranks(4, worker)[0] == [True, False, False, False, False]
+
+
+def test_unequal_starts_are_refused_and_broadcast_parameters_cures_it() -> None:
+    def worker() -> Any:
+        replicate, mesh = grid(2, 2)
+        found = []
+        for where in range(4):  # one element of one parameter of one rank
+            toy = Toy(mesh)
+            if dist.get_rank() == where:
+                local(toy.params["norm.weight"]).data[0] += 1.0
+            opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **RANDOM)
+            toy.set_gradients(0, replicate.get_local_rank())
+            before = digest(toy.params.values())
+            refused = outcome(opt.step)
+            untouched = digest(toy.params.values()) == before
+            opt.broadcast_parameters()
+            hashes = replica_hashes(toy.params.values(), 2)
+            first_replica_kept = replicate.get_local_rank() != 0 or digest(toy.params.values()) == before
+            after = outcome(opt.step)
+            found.append((refused, untouched, hashes[0] == hashes[1], first_replica_kept, after))
+        return found
+
+    for rank, found in enumerate(run_ranks(4, worker)):
+        for where, (refused, untouched, equal, kept, after) in enumerate(found):
+            note = f"rank {rank}, weights of rank {where} changed"
+            assert refused[0] == "ReplicaMismatchError", f"{note}: every rank must refuse, got {refused}"
+            assert "broadcast_parameters()" in refused[1], f"{note}: the message must name the remedy"
+            assert untouched, f"{note}: a refused step changes nothing"
+            assert equal, f"{note}: broadcast_parameters() must make the replicas equal"
+            assert kept, f"{note}: replica 0's weights are the ones that are kept"
+            assert after == ("ok", ""), f"{note}: the next step must work"
+
+
+def test_a_later_check_finds_replicas_that_were_changed_from_outside() -> None:
+    def worker() -> list[str]:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, check_every=3, **RANDOM, **ALWAYS)
+        seen = []
+        for step in range(4):
+            toy.set_gradients(step, replicate.get_local_rank())
+            if step == 1 and dist.get_rank() == 3:
+                local(toy.params["layers.0.weight"]).data[0, 0] += 0.5
+            seen.append(outcome(opt.step)[0])
+        return seen
+
+    for seen in run_ranks(4, worker):
+        assert seen == ["ok", "ok", "ok", "ReplicaMismatchError"]
+
+
+def test_a_check_between_local_steps_accepts_that_replicas_differ() -> None:
+    def worker() -> str:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, check_every=2, **RANDOM, **NEVER)
+        for step in range(6):
+            toy.set_gradients(step, replicate.get_local_rank())
+            opt.step()
+        return "ok"
+
+    assert run_ranks(4, worker) == ["ok"] * 4
+
+
+@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
+@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+def test_synchronize_makes_everything_equal(name: str, local_update: str) -> None:
+    layout = LAYOUTS[name]
+
+    def worker() -> Any:
+        replicate, mesh = layout.meshes()
+        toy = layout.toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, local_update=local_update, **RANDOM, **NEVER)
+        for step in range(6):
+            toy.set_gradients(step, replicate.get_local_rank())
+            opt.step()
+        parameters = {name: replica_mean(param, layout) for name, param in toy.params.items()}
+        momenta = {name: replica_mean(opt.state[toy.params[name]]["momentum"], layout) for name in toy.matrices}
+        diverged_before = opt.diverged, gathered(state_digest(opt))
+        opt.synchronize()
+        for param_name, mean in parameters.items():
+            torch.testing.assert_close(local(toy.params[param_name]).detach(), mean, msg=f"{param_name} is the average")
+        for matrix, mean in momenta.items():
+            torch.testing.assert_close(local(opt.state[toy.params[matrix]]["momentum"]), mean, msg=f"M of {matrix}")
+        counters = {float(opt.state[param]["local_steps"]) for param in toy.params.values()}
+        after = gathered(state_digest(opt))
+        before_again = after
+        opt.synchronize()
+        return diverged_before, opt.diverged, after, counters, before_again == gathered(state_digest(opt))
+
+    for (was_diverged, hashes), diverged, after, counters, idempotent in run_ranks(layout.world_size, worker):
+        assert was_diverged
+        assert not diverged
+        shards = layout.shard_ranks
+        assert hashes[0] != hashes[shards], "the replicas must have differed, otherwise this shows nothing"
+        for replica in range(1, layout.replicas):
+            assert after[replica * shards : (replica + 1) * shards] == after[:shards], "all state is bitwise equal"
+        assert counters == {0.0}, "the local-step counter starts again"
+        assert idempotent, "a second synchronize() changes nothing"
+
+
+def replica_mean(tensor: Tensor, layout: Layout) -> Tensor:
+    values = gathered(local(tensor).detach().clone())
+    mine = [v for rank, v in enumerate(values) if rank % layout.shard_ranks == dist.get_rank() % layout.shard_ranks]
+    return torch.stack(mine).mean(0)
+
+
+@pytest.mark.parametrize(("replicas", "shards", "tau"), [(4, 1, 0.25), (2, 2, 0.15)])
+def test_synchronize_does_not_fire_the_gate(replicas: int, shards: int, tau: float) -> None:
+    """Averaging shrinks the momenta; the previous norms shrink with them, or every checkpoint would fire the gate."""
+
+    def worker() -> Any:
+        replicate, mesh = grid(replicas, shards)
+        toy = Toy(mesh, matrices={"a": (24, 16), "b": (16, 32)}, dense={})
+        opt = CurvaDion(toy.groups(), lr=0.0, momentum=0.95, replicate_mesh=replicate, tau=tau)
+        branches = []
+        for step in range(60):
+            toy.set_gradients(step, replicate.get_local_rank())
+            opt.step()
+            branches.append(bool(opt.metrics()["curvadion/synchronized"]))
+        [param, _] = toy.params.values()
+        before = float(opt.state[param]["last_norm"])
+        opt.synchronize()
+        shrunk = float(torch.linalg.matrix_norm(whole(opt.state[param]["momentum"]))) / before
+        toy.set_gradients(60, replicate.get_local_rank())
+        opt.step()
+        return branches[40:], shrunk, opt.metrics()["curvadion/synchronized"], opt.metrics()["curvadion/rmmc_max"]
+
+    for settled, shrunk, synchronized, rmmc in run_ranks(replicas * shards, worker):
+        assert not any(settled), "the gate must have been quiet before, otherwise this shows nothing"
+        assert 1.0 - shrunk > 1.5 * tau, f"the momenta shrank to {shrunk:.2f}: without rescaling this would fire"
+        assert synchronized == 0.0, f"synchronize() must not fire the gate, RMMC was {rmmc}"
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_consensus_shows_the_average_and_leaves_the_run_as_it_was(shards: int) -> None:
+    """The same run with and without evaluations in between, through a real FSDP2 model, bitwise."""
+    replicas = 2
+
+    def run(evaluate: bool) -> Any:
+        replicate, mesh = grid(replicas, shards)
+        replica = replicate.get_local_rank()
+        torch.manual_seed(0)
+        model = TinyGPT()
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        opt = CurvaDion(model.groups(), replicate_mesh=replicate, max_local_steps=3, **RANDOM, **NEVER)
+        inside, losses = [], []
+        for step in range(8):  # S LLL S LLL
+            opt.zero_grad()
+            loss = model.loss(step, replica)
+            loss.backward()
+            opt.step()
+            losses.append(float(loss))
+            if evaluate:
+                own = [whole(param) for param in model.parameters()]
+                means = [sum(values) / replicas for values in zip(*every_replica(own, shards), strict=True)]
+                state = state_digest(opt)
+                with opt.consensus():
+                    average = [whole(param) for param in model.parameters()]
+                    with torch.no_grad():
+                        seen = float(model.loss(1000, 0))
+                assert state_digest(opt) == state, "leaving consensus() must put back every bit"
+                for average_value, mean in zip(average, means, strict=True):
+                    torch.testing.assert_close(average_value, mean)
+                inside.append((digest(average), seen, replica_hashes_differ(own, shards)))
+        return state_digest(opt), losses, gathered(inside)
+
+    def worker() -> Any:
+        return run(evaluate=False), run(evaluate=True)
+
+    for rank, (without, with_evaluation) in enumerate(run_ranks(replicas * shards, worker)):
+        assert with_evaluation[1] == without[1], f"rank {rank}: evaluation must not change the losses"
+        assert with_evaluation[0] == without[0], f"rank {rank}: evaluation must not change the run, bitwise"
+        inside = with_evaluation[2]
+        assert any(differed for _, _, differed in inside[0]), "some evaluation must have met diverged replicas"
+        for step, entries in enumerate(zip(*inside, strict=True)):
+            assert len({entry[0] for entry in entries}) == 1, f"step {step}: one averaged model on every rank"
+            assert len({entry[1] for entry in entries}) == 1, f"step {step}: one loss of the averaged model"
+
+
+def every_replica(tensors: list[Tensor], shards: int) -> list[list[Tensor]]:
+    return gathered(tensors)[::shards]
+
+
+def replica_hashes_differ(tensors: list[Tensor], shards: int) -> bool:
+    hashes = gathered(digest(tensors))[::shards]
+    return len(set(hashes)) > 1
+
+
+def test_consensus_restores_after_an_exception() -> None:
+    def worker() -> tuple[bool, bool, bool]:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **RANDOM, **NEVER)
+        for step in range(3):
+            toy.set_gradients(step, replicate.get_local_rank())
+            opt.step()
+        before, inside = state_digest(opt), ""
+        try:
+            with opt.consensus():
+                inside = digest(toy.params.values())
+                raise KeyError("the evaluation failed")
+        except KeyError:
+            pass
+        return state_digest(opt) == before, inside != digest(toy.params.values()), opt.diverged
+
+    for restored, was_average, diverged in run_ranks(4, worker):
+        assert restored, "an exception inside consensus() must not leave the averaged weights in place"
+        assert was_average
+        assert diverged
+
+
+def test_ddp_style_replicas_through_a_process_group() -> None:
+    """Plain tensors and a ProcessGroup, with two replicas out of four ranks each: a subgroup works too."""
+
+    def worker() -> tuple[int, list[str]]:
+        rank = dist.get_rank()
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        toy = Toy()
+        opt = CurvaDion(toy.groups(), replicate_mesh=groups[rank // 2], max_local_steps=1, **RANDOM, **NEVER)
+        for step in range(3):
+            toy.set_gradients(step, rank)
+            opt.step()
+        return opt.replicas, gathered(digest(toy.params.values()))
+
+    for replicas, hashes in run_ranks(4, worker):
+        assert replicas == 2
+        assert hashes[0] == hashes[1], "equal inside the first group"
+        assert hashes[2] == hashes[3], "equal inside the second group"
+        assert hashes[0] != hashes[2], "the groups know nothing of each other"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_group_in_the_parent() -> Iterator[None]:
+    assert not dist.is_initialized(), "a process group in the parent would be inherited by the forked ranks"
+    yield

@@ -1,0 +1,368 @@
+"""What the constructor refuses, and that the message says the rule, the value it got and a way out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import Toy, gathered, grid, local, outcome
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+
+from curvadion import CurvaDion, ReplicaMismatchError
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape or (4, 3)))
+
+
+def fails(error: type[Exception], *words: str, params: Any = None, **options: Any) -> str:
+    """Construct, expect `error`, and expect every one of `words` in its message."""
+    with pytest.raises(error) as caught:
+        CurvaDion([matrix()] if params is None else params, **options)
+    return said(str(caught.value), *words)
+
+
+def said(message: str, *words: str) -> str:
+    for word in words:
+        assert word.lower() in message.lower(), f"the message should say {word!r}: {message}"
+    return message
+
+
+NUMBERS: dict[str, list[Any]] = {
+    "lr": [-0.1, math.nan, math.inf],
+    "momentum": [-0.1, math.nan, 1.0, 1.5],
+    "weight_decay": [-0.1, math.nan, math.inf],
+    "rank_fraction": [0.0, -0.5, 1.01, math.nan],
+    "rank_multiple_of": [0, -1],
+    "tau": [-0.1, math.nan],
+    "local_lr_scale": [-1.0, math.nan, math.inf],
+    "eps": [-1e-8, math.nan],
+    "betas": [(1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan)],
+    "warmup_steps": [-1],
+    "min_local_steps": [-1],
+    "max_local_steps": [-1],
+    "check_every": [-1],
+}
+PER_GROUP = {"lr", "momentum", "weight_decay", "rank_fraction", "rank_multiple_of", "tau", "local_lr_scale"}
+PER_GROUP |= {"eps", "betas", "local_update", "error_feedback", "right_factor", "orthogonalization", "algorithm"}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option in NUMBERS for value in NUMBERS[option]])
+def test_a_number_out_of_range(option: str, value: Any) -> None:
+    fails(ValueError, option, repr(value), **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, values[0]) for option, values in NUMBERS.items() if option in PER_GROUP]
+)
+def test_a_number_out_of_range_in_a_group(option: str, value: Any) -> None:
+    fails(ValueError, option, repr(value), params=[{"params": [matrix()], option: value}])
+    opt = CurvaDion([matrix()])
+    with pytest.raises(ValueError, match=option):
+        opt.add_param_group({"params": [matrix()], option: value})
+
+
+CHOICES = {
+    "local_update": ("gradient", "dion"),
+    "consensus": ("average", "none"),
+    "right_factor": ("column_norm", "qr"),
+    "orthogonalization": ("cholesky_qr", "qr"),
+    "on_nonfinite": ("raise", "skip"),
+}
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
+    fails(ValueError, option, "'bogus'", *CHOICES[option], **{option: "bogus"})
+    if option in PER_GROUP:
+        fails(ValueError, option, "'bogus'", *CHOICES[option], params=[{"params": [matrix()], option: "bogus"}])
+    for choice in CHOICES[option]:
+        CurvaDion([matrix()], **{option: choice})
+
+
+def test_an_unknown_algorithm() -> None:
+    fails(
+        ValueError, "algorithm", "'sgd'", "dion", "adamw", "lion", params=[{"params": [matrix()], "algorithm": "sgd"}]
+    )
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
+def test_a_dion_group_takes_matrices_only(shape: tuple[int, ...]) -> None:
+    named = [("blocks.3.norm.weight", nn.Parameter(torch.ones(shape)))]
+    message = fails(ValueError, "blocks.3.norm.weight", "adamw", params=[{"params": named}])
+    assert str(shape) in message or str(list(shape)) in message, f"the message should give the shape: {message}"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("momentun", "momentum"), ("rank_fractoin", "rank_fraction"), ("weigth_decay", "weight_decay"), ("algo", None)],
+)
+def test_an_unknown_group_key(key: str, meant: str | None) -> None:
+    words = [key, meant] if meant else [key]
+    fails(ValueError, *words, params=[{"params": [matrix()], key: 0.1}])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("replicate_mesh", None),
+        ("warmup_steps", 3),
+        ("min_local_steps", 1),
+        ("max_local_steps", 5),
+        ("consensus", "none"),
+        ("momentum_dtype", torch.float32),
+        ("payload_dtype", torch.bfloat16),
+        ("on_nonfinite", "skip"),
+        ("check_every", 10),
+    ],
+)
+def test_an_option_of_the_whole_optimizer_inside_a_group(option: str, value: Any) -> None:
+    fails(ValueError, option, "group", params=[{"params": [matrix()], option: value}])
+
+
+def test_keys_that_host_trainers_add_are_accepted() -> None:
+    CurvaDion([{"params": [matrix()], "fused": True, "foreach": False, "name": "hidden", "initial_lr": 0.1}])
+
+
+def test_an_option_is_not_accepted_and_ignored() -> None:
+    with pytest.raises(TypeError, match="gate_lag"):
+        CurvaDion([matrix()], gate_lag=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("value", ["replicate", 2, [0, 1], torch.ones(2)])
+def test_a_wrong_type_for_replicate_mesh(value: Any) -> None:
+    fails(TypeError, "replicate_mesh", type(value).__name__, "DeviceMesh", "ProcessGroup", replicate_mesh=value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", "0.1"),
+        ("momentum", None),
+        ("tau", "0.1"),
+        ("betas", 0.9),
+        ("betas", (0.9,)),
+        ("warmup_steps", 2.5),
+        ("max_local_steps", "3"),
+        ("rank_multiple_of", 1.5),
+        ("error_feedback", "yes"),
+        ("local_update", 1),
+        ("momentum_dtype", "float32"),
+        ("payload_dtype", 16),
+    ],
+)
+def test_a_wrong_type(option: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        CurvaDion([matrix()], **{option: value})
+    said(str(caught.value), option, repr(value))
+
+
+@pytest.mark.parametrize("option", ["momentum_dtype", "payload_dtype"])
+def test_an_integer_dtype(option: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=option):
+        CurvaDion([matrix()], **{option: torch.int64})
+
+
+def test_integer_and_complex_parameters_are_refused() -> None:
+    for dtype in (torch.complex64,):
+        with pytest.raises((TypeError, ValueError), match="complex"):
+            CurvaDion([nn.Parameter(torch.ones(3, 4, dtype=dtype))])
+
+
+def test_the_bounds_must_leave_room() -> None:
+    fails(ValueError, "min_local_steps", "max_local_steps", "5", "2", min_local_steps=5, max_local_steps=2)
+
+
+def test_no_parameters_and_duplicates_are_torch_errors() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        CurvaDion([])
+    same = matrix()
+    with pytest.raises(ValueError, match="group"):
+        CurvaDion([{"params": [same]}, {"params": [same]}])
+
+
+@pytest.mark.parametrize("form", ["iterator", "list", "groups", "named", "named-groups"])
+def test_whatever_torch_accepts(form: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 5, bias=False))
+    params: Any = {
+        "iterator": lambda: model.parameters(),
+        "list": lambda: list(model.parameters()),
+        "groups": lambda: [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1].weight}],
+        "named": lambda: model.named_parameters(),
+        "named-groups": lambda: [{"params": list(model.named_parameters()), "tau": 0.5}],
+    }[form]()
+    opt = CurvaDion(params, lr=0.01)
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert sum(len(group["params"]) for group in opt.param_groups) == 2
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    opt.step()
+    if "named" in form:
+        assert opt.matrix_names == ["0.weight", "1.weight"]
+    assert len(opt.matrix_names) == 2
+
+
+def test_a_learning_rate_may_be_a_tensor() -> None:
+    def train(lr: Any) -> torch.Tensor:
+        toy = Toy()
+        opt = CurvaDion(toy.groups(), lr=lr)
+        for step in range(3):
+            toy.set_gradients(step, 0)
+            opt.step()
+        return torch.cat([param.detach().flatten() for param in toy.params.values()])
+
+    torch.testing.assert_close(train(torch.tensor(0.02)), train(0.02))
+    fails(ValueError, "lr", lr=torch.tensor(-0.02))
+
+
+# --------------------------------------------------------------------------------------------------- meshes
+
+
+def test_meshes_that_cannot_work() -> None:
+    def worker() -> dict[str, tuple[str, str]]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        plain = nn.Linear(6, 8, bias=False)
+        hybrid = nn.Linear(6, 8, bias=False)
+        fully_shard(hybrid, mesh=mesh)  # native HSDP
+        sharded = nn.Linear(6, 8, bias=False)
+        fully_shard(sharded, mesh=mesh["shard"])
+        replicated = Toy(mesh["shard"], placements={name: (Replicate(),) for name in Toy().params}).params
+        everyone = nn.Linear(6, 8, bias=False)
+        flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+        fully_shard(everyone, mesh=flat)
+
+        def build(params: Any, replicate_mesh: Any) -> tuple[str, str]:
+            return outcome(lambda: CurvaDion(params, replicate_mesh=replicate_mesh))
+
+        return {
+            "two-dimensional replicate_mesh": build(plain.parameters(), mesh),
+            "native HSDP": build(hybrid.parameters(), mesh["replicate"]),
+            "native HSDP without a replicate_mesh": build(hybrid.parameters(), None),
+            "overlap: the shard mesh itself": build(sharded.parameters(), mesh["shard"]),
+            "overlap: shards over everybody": build(everyone.parameters(), mesh["replicate"]),
+            "right": build(sharded.parameters(), mesh["replicate"]),
+            "right, tensor-parallel Replicate": build([p for p in replicated.values() if p.ndim == 2], None),
+        }
+
+    for rank, found in enumerate(run_ranks(4, worker)):
+        for case, (kind, message) in found.items():
+            expected = "ok" if case.startswith("right") else "ValueError"
+            assert kind == expected, f"rank {rank}, {case}: {kind} {message}"
+        said(found["two-dimensional replicate_mesh"][1], "replicate_mesh", "1-D", "(2, 2)", '["replicate"]')
+        for case in ("native HSDP", "native HSDP without a replicate_mesh"):
+            said(found[case][1], "fully_shard", "Replicate", '["shard"]')
+        for case in ("overlap: the shard mesh itself", "overlap: shards over everybody"):
+            said(found[case][1], "replicate_mesh", "shard", "overlap")
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("tau", ["hyper-parameter"]),
+        ("lr", ["hyper-parameter"]),
+        ("max_local_steps", ["hyper-parameter"]),
+        ("group lr", ["hyper-parameter"]),
+        ("local_update", ["hyper-parameter"]),
+        ("extra parameter", ["parameter"]),
+        ("shape", ["parameter"]),
+        ("order", ["parameter"]),
+        ("algorithm", ["parameter"]),
+        ("dtype", ["parameter"]),
+    ],
+)
+def test_replicas_built_differently_all_raise_at_the_first_step(what: str, words: list[str]) -> None:
+    def worker() -> Any:
+        replicate, mesh = grid(2, 2)
+        found = []
+        for odd in range(2):  # which replica is the odd one out
+            mine = replicate.get_local_rank() == odd
+            matrices = {"a": (4, 6), "b": (6, 4)}
+            options: dict[str, Any] = {"lr": 0.01, "tau": 0.1}
+            if mine and what == "extra parameter":
+                matrices["c"] = (4, 4)
+            if mine and what == "shape":
+                matrices["a"] = (4, 8)
+            if mine and what == "order":
+                matrices = dict(reversed(matrices.items()))
+            if mine and what in ("tau", "lr", "max_local_steps", "local_update"):
+                options[what] = {"tau": 0.2, "lr": 0.011, "max_local_steps": 7, "local_update": "dion"}[what]
+            dtype = torch.float64 if mine and what == "dtype" else torch.float32
+            toy = Toy(mesh, matrices=matrices, dense={"norm": (6,)}, dtype=dtype)
+            groups = toy.groups("lion" if mine and what == "algorithm" else "adamw")
+            if mine and what == "group lr":
+                groups[1]["lr"] = 0.5
+            opt = CurvaDion(groups, replicate_mesh=replicate, **options)
+            toy.set_gradients(0, 0)
+            before = [local(param).detach().clone() for param in toy.params.values()]
+            result = outcome(opt.step)
+            untouched = all(
+                torch.equal(local(param), value) for param, value in zip(toy.params.values(), before, strict=True)
+            )
+            found.append((result, untouched))
+        return gathered(found)
+
+    for found in run_ranks(4, worker)[0]:
+        for (kind, message), untouched in found:
+            assert kind == "ReplicaMismatchError", f"{what}: every rank must raise, got {kind}: {message}"
+            assert untouched, f"{what}: nothing may change"
+            said(message, "replica", *words)
+    assert issubclass(ReplicaMismatchError, RuntimeError)
+
+
+def test_a_rank_that_is_a_step_behind_is_found() -> None:
+    """A resume that loaded different checkpoints on different replicas."""
+
+    def worker() -> tuple[str, str]:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(), lr=0.0, weight_decay=0.0, replicate_mesh=replicate)
+        if replicate.get_local_rank() == 1:
+            for state in opt.state.values():
+                state["step"] += 1
+            opt.load_state_dict(opt.state_dict())
+        toy.set_gradients(0, 0)
+        return outcome(opt.step)
+
+    for kind, message in run_ranks(4, worker):
+        assert kind == "ReplicaMismatchError", f"got {kind}: {message}"
+        said(message, "step")
+
+
+def test_the_process_group_need_not_be_the_whole_world() -> None:
+    def worker() -> int:
+        group = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
+        return CurvaDion([matrix()], replicate_mesh=group).replicas
+
+    assert run_ranks(4, worker) == [2] * 4
+
+
+def test_a_group_of_which_this_rank_is_no_member() -> None:
+    def worker() -> tuple[str, str]:
+        group = dist.new_group([0, 1])
+        return outcome(lambda: CurvaDion([matrix()], replicate_mesh=group))
+
+    found = run_ranks(3, worker)
+    assert [kind for kind, _ in found[:2]] == ["ok", "ok"]
+    assert found[2][0] in ("ValueError", "TypeError"), "dist.new_group gives non-members a placeholder"
+    said(found[2][1], "replicate_mesh")
+
+
+def test_placements_the_optimizer_cannot_read_are_refused_by_name() -> None:
+    def worker() -> tuple[str, str]:
+        _, mesh = grid(1, 2)
+        toy = Toy(mesh, matrices={"blocks.0.weight": (4, 6)}, dense={"conv.weight": (4, 2, 2)})
+        return outcome(lambda: CurvaDion([{"params": [(n, p)]} for n, p in toy.params.items()]))
+
+    for kind, message in run_ranks(2, worker):
+        assert kind == "ValueError"
+        said(message, "conv.weight")
+
+
+assert Shard(0) != Replicate()

@@ -1,0 +1,379 @@
+"""Mesh parity: at a fixed number of replicas K, every layout computes what one process simulating K replicas computes.
+
+All in fp64. Each case runs long enough to take both branches of the gate several times, with replicas that drift apart,
+over matrices of many kinds at once (rank-deficient, zero, dead rows, missing gradients) next to AdamW and Lion
+parameters. X, M and the moments are compared, never P or Q: their column signs are free.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import LAYOUTS, Bag, Layout, Placed, whole
+from ranks import run_ranks
+from reference import Outcome, ReferenceReplicas, Replica
+from torch import Tensor
+
+from curvadion import CurvaDion
+
+# Summation order differs between layouts, and QR amplifies rounding (1e-16) by the condition of m Q, below 1e4 here.
+# Relative to the tensor's largest entry: rounding of a sum is relative to its summands, not to what cancels.
+RTOL = 1e-9
+# named_rmmc() and last_norm come from fp32 norms.
+RTOL_NORM = 1e-5
+# RMMCs stay this far from tau, so that fp32 norms decide as fp64 ones do.
+MARGIN = 1e-3
+
+SHAPES = {
+    "tall.weight": (12, 5),
+    "wide.weight": (5, 14),
+    "square.weight": (8, 8),
+    "odd.weight": (7, 6),  # rows and columns that 2 and 4 do not divide
+    "odd.bias": (7,),
+    "twin.weight": (12, 5),  # as tall: one batch
+    "thin.weight": (3, 10),  # fewer rows than four shards
+    "zero.weight": (8, 6),  # starts at zero, as output projections do
+    "deficient.weight": (9, 8),  # gradients of rank 2, r = 4
+    "deficient_wide.weight": (8, 10),
+    "dead_rows.weight": (10, 4),  # zero gradients in the rows of the first of two shards
+    "silent.weight": (6, 8),  # never a gradient
+    "sleepy.weight": (4, 9),  # no gradient in one step, on the last replica alone
+    "awakened.weight": (9, 4),  # zero gradients at first
+    "lion.weight": (6, 4),
+    "embedding.weight": (11, 4),
+    "norm.weight": (5,),
+    "norm_silent.weight": (4,),
+    "norm_sleepy.weight": (6,),
+}
+ALGORITHMS = {name: "adamw" for name in SHAPES if name.startswith(("embedding", "norm"))}
+ALGORITHMS |= {"odd.bias": "lion", "lion.weight": "lion"}
+DEFICIENT_RANK = 2
+AWAKENS_AT = 5
+
+# How large the gradients are, step by step: a jump opens the gate, the steps around it leave it closed at tau = 0.4.
+SCALES = [1.0, 0.2, 0.2, 2.0, 0.2, 0.2, 0.1, 4.0, 0.2, 0.3]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of one run; `groups` are per parameter name."""
+
+    name: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    synchronize_after: int | None = None  # call synchronize() after this step
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+BASE = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "weight_decay": 0.1, "rank_fraction": 0.5}
+CASES = [
+    Case("gradient"),
+    Case("dion", {"local_update": "dion", "local_lr_scale": 0.5}),
+    Case("dion_householder", {"local_update": "dion", "orthogonalization": "qr"}),
+    Case("dion_right_qr", {"local_update": "dion", "right_factor": "qr"}),
+    Case("no_error_feedback", {"error_feedback": False}),
+    Case("no_error_feedback_dion", {"error_feedback": False, "local_update": "dion", "right_factor": "qr"}),
+    Case("no_consensus", {"consensus": "none", "local_lr_scale": 2.0}),
+    Case("no_consensus_dion", {"consensus": "none", "local_update": "dion"}),
+    Case("bounds_alone", {"tau": math.inf, "warmup_steps": 2, "max_local_steps": 3, "local_update": "dion"}),
+    Case("bounds_and_gate", {"min_local_steps": 1, "max_local_steps": 4}),
+    Case("synchronize", {"local_update": "dion"}, synchronize_after=4),
+    Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0}),
+    Case(
+        "groups",
+        {"local_update": "dion"},
+        {
+            "square.weight": {"lr": 0.01, "momentum": 0.8, "local_update": "gradient", "error_feedback": False},
+            "twin.weight": {"rank_fraction": 0.2, "rank_multiple_of": 2, "right_factor": "qr", "weight_decay": 0.0},
+            "wide.weight": {"tau": 0.6, "local_lr_scale": 0.1, "orthogonalization": "qr"},
+            "norm.weight": {"lr": 0.001, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0},
+            "lion.weight": {"betas": (0.5, 0.6), "lr": 0.002},
+        },
+    ),
+]
+
+
+@functools.cache
+def initial_values() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    values = {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in SHAPES.items()}
+    values["zero.weight"].zero_()
+    return values
+
+
+@functools.cache
+def gradients(replicas: int) -> list[list[dict[str, Tensor | None]]]:
+    """gradients(K)[step][replica][name]."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factors = {n: (draw(s[0], DEFICIENT_RANK), draw(DEFICIENT_RANK, s[1])) for n, s in SHAPES.items() if len(s) == 2}
+    steps = []
+    for step, scale in enumerate(SCALES):
+        common = {name: draw(*shape) for name, shape in SHAPES.items()}
+        by_replica: list[dict[str, Tensor | None]] = []
+        for replica in range(replicas):
+            G: dict[str, Tensor | None] = {n: scale * (common[n] + 0.5 * draw(*shape)) for n, shape in SHAPES.items()}
+            for name in ("deficient.weight", "deficient_wide.weight"):
+                left, right = factors[name]
+                G[name] = scale * left @ draw(DEFICIENT_RANK, DEFICIENT_RANK) @ right
+            G["dead_rows.weight"][:5] = 0
+            G["silent.weight"] = G["norm_silent.weight"] = None
+            if step < AWAKENS_AT:
+                G["awakened.weight"] = torch.zeros(SHAPES["awakened.weight"], dtype=torch.float64)
+            if step == 4 and replica == replicas - 1:
+                G["sleepy.weight"] = G["norm_sleepy.weight"] = None
+            by_replica.append(G)
+        steps.append(by_replica)
+    return steps
+
+
+def make_optimizer(placed: Placed, case: Case, **changes: object) -> CurvaDion:
+    """CurvaDion over all the parameters; those with the same options share a group."""
+    groups: dict[str, dict] = {}
+    for name, parameter in placed.bag.named_parameters():
+        options = {"algorithm": ALGORITHMS.get(name, "dion"), **case.groups.get(name, {})}
+        group = groups.setdefault(repr(options), {"params": [], **options})
+        group["params"].append((name, parameter))
+    options = {**BASE, **case.options, **changes}
+    return CurvaDion(list(groups.values()), replicate_mesh=placed.replicate_mesh, **options)
+
+
+@functools.cache
+def first_right_factors(case: Case) -> dict[str, Tensor]:
+    """Q0 by name, from one process: the first Q depends on the name alone, which every layout's run checks."""
+    bag = Bag(initial_values())
+    optimizer = make_optimizer(Placed(bag, 0, None), case)
+    return {n: optimizer.state[p]["Q"].clone() for n, p in bag.named_parameters() if "Q" in optimizer.state[p]}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The reference after one step."""
+
+    outcome: Outcome
+    replicas: list[Replica]
+
+
+@functools.cache
+def trajectory(case: Case, replicas: int) -> list[Moment]:
+    options = {**BASE, **case.options}
+    groups = {n: {"algorithm": ALGORITHMS.get(n, "dion"), **case.groups.get(n, {})} for n in SHAPES}
+    for group in (options, *groups.values()):  # what only Q0's shape or only the method knows
+        for key in ("rank_fraction", "rank_multiple_of", "orthogonalization"):
+            group.pop(key, None)
+    reference = ReferenceReplicas(
+        initial_values(), replicas=replicas, Q0=first_right_factors(case), groups=groups, **options
+    )
+    moments = []
+    for step, G in enumerate(gradients(replicas)):
+        outcome = reference.step(G)
+        if step == case.synchronize_after:
+            reference.synchronize()
+        moments.append(Moment(outcome, copy.deepcopy(reference.replicas)))
+    return moments
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest error relative to the expected tensor's largest entry."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    error, largest = float((actual - expected).abs().max()), float(expected.abs().max())
+    return 0.0 if error == 0 else error / largest if largest > 0 and not math.isnan(error) else math.inf
+
+
+def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
+    """Every difference from the reference after one step, in words. Gathers, so all ranks must call it."""
+    problems = []
+    expected = moment.replicas[placed.replica]
+    synchronized = bool(optimizer.metrics()["curvadion/synchronized"])
+    if synchronized != moment.outcome.synchronized:
+        problems.append(f"synchronized is {synchronized}, the reference says {moment.outcome.synchronized}")
+    rmmc = optimizer.named_rmmc()
+    for name, parameter in placed.bag.named_parameters():
+        state = optimizer.state[parameter]
+        pairs = [("X", parameter, expected.X)]
+        if name in expected.M:
+            pairs.append(("M", state["momentum"], expected.M))
+            want = moment.outcome.rmmc[name][placed.replica]
+            if not torch.isclose(torch.tensor(rmmc[name]), torch.tensor(want), RTOL_NORM, 1e-6, equal_nan=True):
+                problems.append(f"the RMMC of {name} is {rmmc[name]}, the reference has {want}")
+            if not math.isclose(float(state["last_norm"]), expected.last_norm[name], rel_tol=RTOL_NORM):
+                problems.append(f"last_norm of {name} is {float(state['last_norm'])}, not {expected.last_norm[name]}")
+        else:
+            pairs.append(("exp_avg", state["exp_avg"], expected.exp_avg))
+            if "exp_avg_sq" in state:
+                pairs.append(("exp_avg_sq", state["exp_avg_sq"], expected.exp_avg_sq))
+        for letter, actual, by_name in pairs:
+            error = difference(whole(actual), by_name[name])
+            if not error <= RTOL:
+                problems.append(f"{letter} of {name} on replica {placed.replica} is off by {error:.1e}")
+    return problems
+
+
+def run_case(layout: Layout, replicas: int, case: Case) -> list[str]:
+    placed = layout.build(initial_values(), replicas)
+    optimizer = make_optimizer(placed, case)
+    for name, parameter in placed.bag.named_parameters():
+        if "Q" in optimizer.state[parameter]:
+            Q = whole(optimizer.state[parameter]["Q"])
+            if not torch.equal(Q, first_right_factors(case)[name]):
+                return [f"{case.name}: the first Q of {name} is not that of one process"]
+    for step, G in enumerate(gradients(replicas)):
+        placed.set_gradients(G[placed.replica])
+        optimizer.step()
+        if step == case.synchronize_after:
+            optimizer.synchronize()
+        problems = compare(optimizer, placed, trajectory(case, replicas)[step])
+        # One rank's finding must stop all of them together: the next step has collectives.
+        if dist.is_initialized():
+            found = torch.tensor(len(problems))
+            dist.all_reduce(found)
+            if found and not problems:
+                return []
+        if problems:
+            return [f"{case.name}, step {step}: {problem}" for problem in problems]
+    return []
+
+
+def run_cases(layout: Layout, replicas: int) -> list[str]:
+    return [problem for case in CASES for problem in run_case(layout, replicas, case)]
+
+
+@pytest.mark.parametrize("replicas", [1, 2], ids=["K1", "K2"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_computes_what_one_process_computes(layout: Layout, replicas: int) -> None:
+    for case in CASES:
+        trajectory(case, replicas)  # here, not in every forked rank
+    problems = run_ranks(layout.world_size(replicas), run_cases, layout, replicas)
+    lines = [f"rank {rank}: {problem}" for rank, of_rank in enumerate(problems) for problem in of_rank]
+    assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
+
+
+@pytest.mark.parametrize("replicas", [1, 2], ids=["K1", "K2"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_cases_are_what_they_claim(case: Case, replicas: int) -> None:
+    """Both branches occur, RMMCs stay clear of tau, replicas drift and meet, dead columns are dead."""
+    moments = trajectory(case, replicas)
+    branches = [moment.outcome.synchronized for moment in moments]
+    assert branches[0], "the first step has no previous norm, so it is synchronized"
+    assert branches.count(True) >= 3 and branches.count(False) >= 3, f"too few of one branch: {branches}"
+    assert any(not a and b for a, b in zip(branches, branches[1:], strict=False)), "no synchronized step after a local"
+    margin = min(moment.outcome.margin for moment in moments)
+    assert margin > MARGIN, f"an RMMC is within {margin:.1e} of tau, so fp32 norms might decide otherwise"
+    if replicas == 2:
+        for moment, synchronized in zip(moments, branches, strict=True):
+            left, right = (replica.X["tall.weight"] for replica in moment.replicas)
+            if not synchronized and moment is not moments[case.synchronize_after or -1]:
+                assert not torch.allclose(left, right), "replicas do not differ after a local step"
+            elif case.options.get("consensus") != "none":
+                assert torch.equal(left, right), "replicas differ after a synchronized step"
+    M = moments[-1].replicas[0].M
+    assert torch.linalg.matrix_rank(M["deficient.weight"]) <= 2 * DEFICIENT_RANK
+    assert not M["silent.weight"].any() and not M["dead_rows.weight"][:5].any()
+
+
+# Gradients that come from a backward pass are views into FSDP's flat buffer, at odd offsets.
+BACKWARD_CASE = Case("backward", {"local_update": "dion"})
+
+
+def run_backward() -> list[str]:
+    layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
+    placed = layout.build(initial_values(), 2)
+    optimizer = make_optimizer(placed, BACKWARD_CASE)
+    problems = []
+    for step, G in enumerate(gradients(2)):
+        matrices = {n: g for n, g in G[placed.replica].items() if n in optimizer.matrix_names}
+        placed.set_gradients(G[placed.replica])  # the rest, and through it the right None
+        for name, parameter in placed.bag.named_parameters():
+            if name in matrices:
+                parameter.grad = None
+        placed.bag(matrices).backward()
+        optimizer.step()
+        problems += [f"step {step}: {p}" for p in compare(optimizer, placed, trajectory(BACKWARD_CASE, 2)[step])]
+        optimizer.zero_grad()
+    return problems
+
+
+def test_gradients_of_a_real_fsdp_backward() -> None:
+    trajectory(BACKWARD_CASE, 2)
+    problems = [line for of_rank in run_ranks(4, run_backward) for line in of_rank]
+    assert not problems, "\n".join(problems[:40])
+
+
+def run_always_open(replicas: int) -> None:
+    case = Case("open", {"max_local_steps": 0})
+    placed = LAYOUTS[0].build(initial_values(), replicas)
+    optimizer = make_optimizer(placed, case)
+    central = ReferenceReplicas(
+        initial_values(),
+        replicas=1,
+        Q0=first_right_factors(case),
+        groups={name: {"algorithm": ALGORITHMS.get(name, "dion")} for name in SHAPES},
+        max_local_steps=0,
+        **{key: value for key, value in BASE.items() if key != "rank_fraction"},
+    )
+    for step, G in enumerate(gradients(replicas)):
+        placed.set_gradients(G[placed.replica])
+        optimizer.step()
+        assert optimizer.metrics()["curvadion/synchronized"] == 1, f"step {step} is local with max_local_steps=0"
+        zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+        mean = {n: sum(zeros[n] if g[n] is None else g[n] for g in G) / replicas for n in SHAPES}
+        central.step([mean])
+        for name, parameter in placed.bag.named_parameters():
+            error = difference(parameter.detach(), central.replicas[0].X[name])
+            assert error <= RTOL, f"step {step}: X of {name} is off by {error:.1e} from Dion on the mean gradient"
+            if name in central.matrices:
+                M = optimizer.state[parameter]["momentum"].clone()
+                dist.all_reduce(M)
+                error = difference(M / replicas, central.replicas[0].M[name])
+                assert error <= RTOL, f"step {step}: the mean momentum of {name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_gate_always_open_is_centralized_dion(replicas: int) -> None:
+    run_ranks(replicas, run_always_open, replicas)
+
+
+def run_never_open() -> dict[str, list[int]]:
+    placed = LAYOUTS[0].build(initial_values(), 2)
+    optimizer = make_optimizer(placed, Case("closed", {"tau": math.inf, "local_update": "dion"}))
+    calls: dict[str, list[int]] = {"gate": [], "everything else": []}
+    for G in gradients(2)[:AWAKENS_AT]:
+        placed.set_gradients(G[placed.replica])
+        optimizer.step()
+        across = {p: n for (axis, p), n in optimizer.ledger.calls.items() if axis == "replicate"}
+        calls["gate"].append(across.pop("gate"))
+        calls["everything else"].append(sum(across.values()))
+    return calls
+
+
+def test_tau_inf_sends_no_factors_after_the_first_step() -> None:
+    for calls in run_ranks(2, run_never_open):
+        assert calls["gate"] == [1, 2, 3, 4, 5], f"not one gate a step: {calls}"
+        assert calls["everything else"][0] > 0, "the first step is synchronized and sends factors"
+        assert len(set(calls["everything else"])) == 1, f"a local step sent something over the replicas: {calls}"
+
+
+def run_and_fail(how: str) -> None:
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise ValueError("the cause")
+        raise SystemExit(3)
+    dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize(("how", "says"), [("raise", "ValueError: the cause"), ("exit", "SystemExit: 3")])
+def test_a_failing_rank_fails_the_call_with_its_traceback(how: str, says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        run_ranks(2, run_and_fail, how)

@@ -1,0 +1,412 @@
+"""Values that go wrong: NaN and Inf anywhere, zero and rank-deficient gradients, shapes that do not batch.
+
+The first half is a promise about all ranks at once, so every case returns what each rank saw and the parent compares.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import DENSE, MATRICES, Shapes, Toy, digest, grid, local, outcome, state_digest, whole
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from curvadion import CurvaDion, NonFiniteError
+
+BAD = {"nan": math.nan, "+inf": math.inf, "-inf": -math.inf}
+OPTIONS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "tau": math.inf, "max_local_steps": 2}
+# Three rows on two shards and one row on two shards: the second leaves rank 1 and rank 3 with an empty shard.
+SHAPES: Shapes = MATRICES | {"layers.3.weight": (3, 5), "layers.4.weight": (1, 4)}
+PLACES = ["layers.0.weight", "layers.3.weight", "embedding.weight", "norm.weight"]
+
+
+def poison(param: nn.Parameter, value: float, everywhere: bool = False) -> None:
+    """Put `value` into this rank's shard of the gradient: one element, the last, or all of them."""
+    assert param.grad is not None
+    gradient = local(param.grad)
+    if everywhere:
+        gradient.fill_(value)
+    else:
+        gradient.view(-1)[-1] = value
+
+
+@pytest.mark.parametrize("branch", ["synchronized", "local"])
+@pytest.mark.parametrize("place", PLACES)
+def test_raise_on_every_rank_in_the_same_step(place: str, branch: str) -> None:
+    """By default every rank raises, parameters untouched, until a state dict is loaded."""
+    bad_step = 3 if branch == "synchronized" else 2  # S L L S
+
+    def one(where: int, value: float) -> Any:
+        toy = Toy(shard, matrices=SHAPES)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **OPTIONS)
+        saved, seen = opt.state_dict(), []
+        for step in range(bad_step + 1):
+            toy.set_gradients(step, replica)
+            if step == bad_step and dist.get_rank() == where:
+                poison(toy.params[place], value)
+            before = digest(toy.params.values())
+            seen.append(outcome(opt.step))
+        untouched = digest(toy.params.values()) == before
+        toy.set_gradients(bad_step + 1, replica)  # good again
+        again = [outcome(opt.step)[0] for _ in range(2)]
+        still_untouched = digest(toy.params.values()) == before
+        opt.load_state_dict(saved)
+        opt.broadcast_parameters()
+        return seen, untouched and still_untouched, again, outcome(opt.step)
+
+    replicate = shard = None
+    replica = 0
+
+    def worker() -> list[Any]:
+        nonlocal replicate, shard, replica
+        replicate, shard = grid(2, 2)
+        replica = replicate.get_local_rank()
+        return [one(where, value) for where in range(4) for value in BAD.values()]
+
+    cases = [(where, name) for where in range(4) for name in BAD]
+    for rank, results in enumerate(run_ranks(4, worker)):
+        for (where, name), (seen, untouched, again, healed) in zip(cases, results, strict=True):
+            note = f"rank {rank}, {name} in {place} on rank {where}"
+            assert [kind for kind, _ in seen[:-1]] == ["ok"] * bad_step, f"{note}: {seen}"
+            assert seen[-1][0] == "NonFiniteError", f"{note}: every rank must raise in this step, got {seen[-1]}"
+            assert untouched, f"{note}: the parameters must be untouched"
+            assert again == ["NonFiniteError"] * 2, f"{note}: later steps must raise, the momentum has seen the value"
+            assert healed == ("ok", ""), f"{note}: after load_state_dict() the optimizer works again"
+
+
+def test_the_error_says_what_to_do() -> None:
+    toy = Toy()
+    opt = CurvaDion(toy.groups(), lr=0.01)
+    toy.set_gradients(0, 0)
+    poison(toy.params["embedding.weight"], math.nan)
+    with pytest.raises(NonFiniteError, match=r"load_state_dict|checkpoint") as first:
+        opt.step()
+    assert isinstance(first.value, RuntimeError)
+    with pytest.raises(NonFiniteError, match=r"load_state_dict|checkpoint"):
+        opt.step()
+
+
+@pytest.mark.parametrize("branch", ["synchronized", "local"])
+@pytest.mark.parametrize("place", PLACES)
+def test_skip_leaves_everything_as_it_was(place: str, branch: str) -> None:
+    """on_nonfinite="skip": the run goes on, bitwise, as if the bad step had never been asked for."""
+    bad_step = 3 if branch == "synchronized" else 2
+
+    def run(bad: tuple[int, float] | None) -> Any:
+        toy = Toy(shard, matrices=SHAPES)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, on_nonfinite="skip", **OPTIONS)
+        as_before = True
+        for step in range(7):
+            if step == bad_step and bad is not None:
+                toy.set_gradients(99, replica)
+                if dist.get_rank() == bad[0]:
+                    poison(toy.params[place], bad[1], everywhere=bad[0] % 2 == 0)
+                before = state_digest(opt)
+                opt.step()
+                as_before = state_digest(opt) == before
+            toy.set_gradients(step, replica)
+            opt.step()
+        return as_before, state_digest(opt), opt.metrics()["curvadion/skipped_steps"]
+
+    replicate = shard = None
+    replica = 0
+
+    def worker() -> list[Any]:
+        nonlocal replicate, shard, replica
+        replicate, shard = grid(2, 2)
+        replica = replicate.get_local_rank()
+        return [run(None)] + [run((where, value)) for where in range(4) for value in BAD.values()]
+
+    cases = [(where, name) for where in range(4) for name in BAD]
+    for rank, (clean, *results) in enumerate(run_ranks(4, worker)):
+        assert clean[2] == 0.0
+        for (where, name), (as_before, final, skipped) in zip(cases, results, strict=True):
+            note = f"rank {rank}, {name} in {place} on rank {where}"
+            assert as_before, f"{note}: parameters and state must be bitwise as before the skipped step"
+            assert skipped == 1.0, f"{note}: the skipped step must be counted on every rank"
+            assert final == clean[1], f"{note}: the run must go on as if the bad step had not happened"
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_the_first_step_may_be_the_bad_one(mode: str) -> None:
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, on_nonfinite=mode, **OPTIONS)
+        toy.set_gradients(0, replicate.get_local_rank())
+        if dist.get_rank() == 2:
+            poison(toy.params["layers.1.weight"], math.nan)
+        before = state_digest(opt)
+        first = outcome(opt.step)[0]
+        unchanged = state_digest(opt) == before
+        toy.set_gradients(1, replicate.get_local_rank())
+        second = outcome(opt.step)[0]
+        return first, unchanged, second, opt.metrics()["curvadion/synchronized"]
+
+    for first, unchanged, second, synchronized in run_ranks(4, worker):
+        if mode == "raise":
+            assert (first, second) == ("NonFiniteError", "NonFiniteError")
+        else:
+            assert (first, unchanged, second) == ("ok", True, "ok")
+            assert synchronized == 1.0, "a skipped first step leaves no previous norm: the next one synchronizes"
+
+
+@pytest.mark.parametrize("value", [1e25, 3e38], ids=["squares-overflow", "near-the-largest-float"])
+def test_a_finite_gradient_whose_norm_overflows_is_handled_alike_on_all_ranks(value: float) -> None:
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **OPTIONS)
+        toy.set_gradients(0, replicate.get_local_rank())
+        opt.step()
+        toy.set_gradients(1, replicate.get_local_rank())
+        if dist.get_rank() == 1:
+            poison(toy.params["layers.0.weight"], value, everywhere=True)
+        kind = outcome(opt.step)[0]
+        finite = all(bool(local(param).isfinite().all()) for param in toy.params.values())
+        return kind, finite
+
+    results = run_ranks(4, worker)
+    assert len({kind for kind, _ in results}) == 1, f"the ranks must act alike, got {results}"
+    assert results[0][0] in ("ok", "NonFiniteError")
+    assert all(finite for _, finite in results), "the parameters must stay finite"
+
+
+# ----------------------------------------------------------------------------- degenerate but finite gradients
+
+
+EXACT: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "max_local_steps": 0}
+RTOL = 1e-9  # fp64 throughout, a handful of steps: only the order of the sums over shards differs
+
+
+def degenerate(name: str, shape: tuple[int, ...], step: int) -> Tensor:
+    """A gradient with a defect; the same on every mesh, since it is drawn for the whole matrix."""
+    generator = torch.Generator().manual_seed(17 * step + len(shape) + shape[0])
+    full = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if name == "zero-shard":
+        full[: shape[0] // 2] = 0.0
+    elif name == "dead-rows":
+        full[1::2] = 0.0
+    elif name == "zero":
+        full.zero_()
+    elif name == "zero-at-first":
+        full *= float(step > 1)
+    elif name == "rank-one" and len(shape) == 2:
+        full = full[:, :1] @ full[:1]
+    elif name == "one-element":
+        full = torch.zeros_like(full)
+        full.view(-1)[-1] = 1.0
+    elif name == "dead-columns" and len(shape) == 2:
+        full[:, 1:] = 0.0
+    return full
+
+
+DEFECTS = ["zero-shard", "dead-rows", "zero", "zero-at-first", "rank-one", "one-element", "dead-columns"]
+
+
+@pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(defect: str, right_factor: str) -> None:
+    shapes: Shapes = {"a": (8, 6), "b": (6, 10), "c": (12, 4)}
+
+    def train(mesh: Any) -> tuple[dict[str, Tensor], bool]:
+        toy = Toy(mesh, matrices=shapes, dtype=torch.float64)
+        opt = CurvaDion(toy.groups(), rank_fraction=0.5, right_factor=right_factor, **EXACT)
+        for step in range(5):
+            for name, param in toy.params.items():
+                param.grad = toy.place(name, degenerate(defect, tuple(param.shape), step))
+            opt.step()
+        for name in shapes:
+            for key in ("momentum", "Q"):
+                assert whole(opt.state[toy.params[name]][key]).isfinite().all(), f"{key} of {name}"
+        norms = torch.stack([whole(opt.state[toy.params[name]]["Q"]).norm(dim=0).min() for name in shapes])
+        return toy.whole(), bool((norms > 0.1).all())
+
+    def worker() -> Any:
+        return train(grid(1, dist.get_world_size())[1])
+
+    expected, alive = train(None)
+    assert alive, "no column of Q may die"
+    for shards in (2, 4):
+        for rank, (actual, sharded_alive) in enumerate(run_ranks(shards, worker)):
+            assert sharded_alive, f"rank {rank} of {shards}: no column of Q may die"
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    actual[name], value, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{defect}, {n}: {text}"
+                )
+
+
+def test_a_dead_projection_wakes_up() -> None:
+    """A zero gradient for some steps must not freeze the matrix: the update has full size once gradients arrive."""
+    toy = Toy(matrices={"a": (8, 6)}, dense={}, dtype=torch.float64)
+    opt = CurvaDion(toy.groups(), lr=1.0, momentum=0.9, weight_decay=0.0, rank_fraction=0.5, max_local_steps=0)
+    [param] = toy.params.values()
+    for _ in range(3):
+        before = param.detach().clone()
+        param.grad = torch.zeros_like(param)
+        opt.step()
+        assert torch.equal(param, before), "a zero momentum gives no update"
+    before = param.detach().clone()
+    param.grad = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    opt.step()
+    update = (param.detach() - before) / math.sqrt(8 / 6)
+    values = torch.linalg.svdvals(update)
+    assert (values[:3] > 0.1).all(), f"three directions must be updated, singular values {values.tolist()}"
+    assert (values[3:] < 1e-9).all(), "the update has rank r = 3"
+
+
+def test_an_update_is_orthonormal_in_every_direction_it_uses() -> None:
+    """P has orthonormal columns and Q unit columns, so ||update|| = lr sqrt(m / n) sqrt(r) however small G is."""
+    for scale in (1e-12, 1.0, 1e12):
+        toy = Toy(matrices={"a": (9, 4)}, dense={}, dtype=torch.float64)
+        opt = CurvaDion(toy.groups(), lr=0.1, weight_decay=0.0, rank_fraction=1.0, max_local_steps=0)
+        [param] = toy.params.values()
+        before = param.detach().clone()
+        toy.set_gradients(0, 0, scale=scale)
+        opt.step()
+        update = param.detach() - before
+        expected = 0.1 * math.sqrt(9 / 4) * math.sqrt(4)
+        torch.testing.assert_close(float(update.norm()), expected, rtol=1e-9, atol=0.0)
+
+
+def test_a_missing_gradient_counts_as_zero() -> None:
+    """Momentum, moments and weight decay still apply, on both branches, also for a parameter that never has one."""
+
+    def train(missing: bool) -> list[dict[str, Tensor]]:
+        toy = Toy(dtype=torch.float64)
+        opt = CurvaDion(toy.groups(), lr=0.02, momentum=0.9, weight_decay=0.1, max_local_steps=1, tau=math.inf)
+        trace = []
+        for step in range(6):
+            toy.set_gradients(step, 0)
+            for name in ("layers.1.weight", "norm.weight", *(["embedding.weight"] if step == 2 else [])):
+                toy.params[name].grad = None if missing else torch.zeros_like(toy.params[name])
+            opt.step()
+            trace.append(toy.whole())
+        return trace
+
+    start = Toy(dtype=torch.float64).whole()
+    trace = train(missing=True)
+    for step, (left, right) in enumerate(zip(trace, train(missing=False), strict=True)):
+        for name in left:
+            assert torch.equal(left[name], right[name]), f"step {step}, {name}: None must equal zeros"
+    for name in ("layers.1.weight", "norm.weight"):
+        decayed = start[name] * (1 - 0.02 * 0.1) ** 6
+        torch.testing.assert_close(trace[-1][name], decayed, rtol=RTOL, atol=0.0)
+
+
+def test_a_gradient_missing_on_one_replica_alone() -> None:
+    """Replica 1 has no gradient at all: the same order of collectives, and the mean counts it as zero."""
+
+    def worker() -> Any:
+        def train(missing: bool) -> str:
+            toy = Toy(shard)
+            opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **OPTIONS)
+            for step in range(5):
+                toy.set_gradients(step, replica)
+                for param in toy.params.values():
+                    if replica == 1 and step in (0, 2, 3):
+                        param.grad = None if missing else torch.zeros_like(param)
+                opt.step()
+            return state_digest(opt)
+
+        replicate, shard = grid(2, 2)
+        replica = replicate.get_local_rank()
+        return train(missing=True) == train(missing=False)
+
+    assert run_ranks(4, worker) == [True] * 4
+
+
+def test_many_shapes_and_groups() -> None:
+    """Seven distinct shapes, two of them twice, 1 x n and n x 1 among them: batching by shape must not mix them up."""
+    shapes: Shapes = {
+        "a": (8, 6),
+        "b": (6, 8),
+        "c": (5, 5),
+        "d": (1, 7),
+        "e": (7, 1),
+        "f": (12, 3),
+        "g": (8, 6),
+        "h": (5, 5),
+        "i": (16, 16),
+    }
+    together = Toy(matrices=shapes, dtype=torch.float64)
+    opt = CurvaDion(together.groups(), **EXACT)
+    for step in range(4):
+        together.set_gradients(step, 0)
+        opt.step()
+    for index, name in enumerate(shapes):
+        alone = nn.Parameter(Toy(matrices=shapes, dtype=torch.float64).params[name].detach().clone())
+        single = CurvaDion([(name, alone)], **EXACT)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(1_000_003 * step + index)
+            alone.grad = torch.randn(alone.shape, generator=generator, dtype=torch.float64)
+            single.step()
+        torch.testing.assert_close(
+            together.params[name], alone, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_betas_and_learning_rates_of_a_group_are_used() -> None:
+    """Each AdamW group against torch.optim.AdamW with that group's values."""
+    settings = [
+        {"betas": (0.5, 0.6), "lr": 0.1, "weight_decay": 0.0, "eps": 1e-3},
+        {"betas": (0.9, 0.99), "lr": 0.01, "weight_decay": 0.2, "eps": 1e-8},
+    ]
+    ours = [nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64)) for _ in settings]
+    theirs = [nn.Parameter(param.detach().clone()) for param in ours]
+    opt = CurvaDion([{"params": [p], "algorithm": "adamw", **s} for p, s in zip(ours, settings, strict=True)])
+    reference = torch.optim.AdamW([{"params": [p], **s} for p, s in zip(theirs, settings, strict=True)])
+    for step in range(5):
+        for param in (*ours, *theirs):
+            param.grad = torch.sin(torch.arange(6, dtype=torch.float64) + step)
+        opt.step()
+        reference.step()
+    for setting, mine, expected in zip(settings, ours, theirs, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=RTOL, atol=1e-12, msg=lambda text, s=setting: f"{s}: {text}")
+
+
+def test_matrix_options_of_a_group_are_used() -> None:
+    """momentum, weight_decay, rank_fraction and lr per group equal separate optimizers with those values."""
+    settings: list[dict[str, Any]] = [
+        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "rank_fraction": 1.0, "right_factor": "qr"},
+        {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.3, "rank_fraction": 0.3, "error_feedback": False},
+        {"lr": 0.02, "momentum": 0.0, "weight_decay": 0.1, "rank_fraction": 0.3, "rank_multiple_of": 3},
+    ]
+    toys = [Toy(matrices={f"m{i}": (8, 6)}, dense={}, dtype=torch.float64) for i in range(len(settings))]
+    alone = [Toy(matrices={f"m{i}": (8, 6)}, dense={}, dtype=torch.float64) for i in range(len(settings))]
+    opt = CurvaDion(
+        [group | setting for toy, setting in zip(toys, settings, strict=True) for group in toy.groups()],
+        max_local_steps=0,
+    )
+    singles = [CurvaDion(toy.groups(), max_local_steps=0, **s) for toy, s in zip(alone, settings, strict=True)]
+    for step in range(4):
+        for toy in (*toys, *alone):
+            toy.set_gradients(step, 0)
+        for optimizer in (opt, *singles):
+            optimizer.step()
+    for setting, toy, single in zip(settings, toys, alone, strict=True):
+        for name in toy.params:
+            torch.testing.assert_close(
+                toy.params[name], single.params[name], rtol=RTOL, atol=1e-12, msg=lambda text, s=setting: f"{s}: {text}"
+            )
+    ranks = [opt.state[param]["Q"].shape[1] for toy in toys for param in toy.params.values()]
+    assert ranks == [6, 2, 3], "r = round_up(rank_fraction * min(m, n), rank_multiple_of), clipped to min(m, n)"
+
+
+def test_dense_shapes_are_any() -> None:
+    """AdamW and Lion take scalars, vectors and higher dimensions."""
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((), (3,), (2, 3, 4), (0,))]
+    for algorithm in ("adamw", "lion"):
+        opt = CurvaDion([{"params": params, "algorithm": algorithm}], lr=0.1)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        before = [param.detach().clone() for param in params]
+        opt.step()
+        assert all((b > p).all() for b, p in zip(before, params, strict=True)), f"{algorithm} must descend"
+
+
+assert set(DENSE) <= {*PLACES}, "every kind of AdamW parameter is poisoned in turn"

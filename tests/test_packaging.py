@@ -1,0 +1,88 @@
+"""What a user installs: the wheel holds both packages and nothing else, and imports far from this tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import curvadion
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    result = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    missing = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"building the wheel needs {' and '.join(missing)}: python -m pip install '.[dev]' brings them")
+    # A copy, because setuptools writes build/ and *.egg-info beside the sources.
+    copy = tmp_path_factory.mktemp("source") / "curvadion"
+    junk = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copy, ignore=junk)
+    out = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
+    run(*pip, "--wheel-dir", str(out), str(copy), cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_contents(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert wheel.name == f"curvadion-{curvadion.__version__}-py3-none-any.whl"
+    assert {name.partition("/")[0] for name in names} == {
+        "curvadion",
+        "curvadion_kernels",
+        f"curvadion-{curvadion.__version__}.dist-info",
+    }
+    assert {"curvadion/py.typed", "curvadion_kernels/py.typed", "curvadion_kernels/reference.py"} <= set(names)
+    assert any(name.endswith("/LICENSE") for name in names)
+
+
+def test_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(path).decode().splitlines()
+    base = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert len(base) == 1, "torch alone is the base dependency"
+    assert re.fullmatch(r"Requires-Dist: torch\b.*", base[0])
+    assert f"Version: {curvadion.__version__}" in lines
+    assert "License-Expression: BSD-3-Clause" in lines
+    assert {f"Provides-Extra: {extra}" for extra in ("report", "kernels", "torchtitan", "dev")} <= set(lines)
+
+
+def test_imports_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = """
+import curvadion, curvadion_kernels, torch
+print(curvadion.__file__, curvadion_kernels.__file__, curvadion.__version__, sep="\\n")
+model = torch.nn.Linear(6, 4)
+optimizer = curvadion.CurvaDion(curvadion.param_groups_for(model), lr=0.02)
+before = model.weight.detach().clone()
+model(torch.ones(2, 6)).sum().backward()
+optimizer.step()
+print(bool(torch.equal(before, model.weight)))
+"""
+    lines = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1").splitlines()
+    assert lines == [
+        str(site / "curvadion" / "__init__.py"),
+        str(site / "curvadion_kernels" / "__init__.py"),
+        curvadion.__version__,
+        "False",
+    ]

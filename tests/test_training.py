@@ -1,0 +1,147 @@
+"""The training script from end to end: torchrun, 2 replicas x 2 shards, a tiny model, and what a run leaves behind."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+STEPS, CHECKPOINT_EVERY, LAYERS = 16, 8, 2
+
+pytest.importorskip("rich", reason="the training script shows its results with rich: install the [report] extra")
+pytest.importorskip("matplotlib", reason="the training script draws with matplotlib: install the [report] extra")
+
+
+def run(*command: object) -> str:
+    """Run a Python command against this tree, and return its output."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def train(out: Path, *options: object, processes: int = 4) -> str:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, SCRIPTS / "train.py")
+    model = ("--dim", 32, "--layers", LAYERS, "--heads", 2, "--seq", 32, "--batch", 4)
+    # lr 0.05 and tau 0.25 take both branches of the gate within a few steps of so small a model.
+    small = (
+        "--steps",
+        STEPS,
+        "--warmup-steps",
+        2,
+        "--eval-bytes",
+        1024,
+        "--text",
+        SCRIPTS,
+        "--lr",
+        0.05,
+        "--tau",
+        0.25,
+    )
+    return run(*torchrun, *model, *small, "--out", out, *options)
+
+
+def lines(folder: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("run")
+    options = ("--checkpoint", folder / "checkpoints", "--checkpoint-every", CHECKPOINT_EVERY, "--eval-every", 8)
+    return folder, train(folder, *options)
+
+
+def test_a_run_learns_and_says_so(finished):
+    folder, output = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    steps, losses = zip(*summary["held_out"], strict=True)
+    assert steps == (0, 8, 16)
+    assert losses[0] == pytest.approx(math.log(256), abs=0.1)
+    assert losses[2] < losses[1] < losses[0] - 0.5
+    assert (summary["replicas"], summary["shards"]) == (2, 2)
+    for expected in ("held-out loss after", "synchronized steps", "dense bf16 gradients", "RMMC"):
+        assert expected in output
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_step_has_a_json_line(finished):
+    records = lines(finished[0])
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert records[0]["curvadion/rmmc_max"] is None, "the first step has no previous norm"
+    synchronized = {record["curvadion/synchronized"] for record in records}
+    assert synchronized == {0.0, 1.0}, "both branches of the gate, or the checks below are idle"
+    for record in records:
+        assert record["loss"] > 0 and record["lr"] > 0 and record["tokens"] == 4 * 4 * 32
+        rmmc = record["curvadion/rmmc_max"]
+        if record["step"] > 2:
+            assert (rmmc > 0.25) == bool(record["curvadion/synchronized"])
+        if rmmc is not None:
+            assert record["rmmc_matrix"].startswith("layers.")
+
+
+def test_bytes_are_those_of_a_whole_replica(finished):
+    parameters = json.loads((finished[0] / "summary.json").read_text())["parameters"]
+    for record in lines(finished[0]):
+        assert record["curvadion/dense_bf16_bytes"] == 2 * parameters
+        if not record["curvadion/synchronized"]:
+            assert record["curvadion/bytes/replicate"] == 2 * 8, "8 bytes from each of the 2 shards"
+
+
+def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
+    folder, _ = finished
+    checkpoint = tmp_path / "checkpoints"
+    checkpoint.mkdir()
+    (checkpoint / f"step-{CHECKPOINT_EVERY}").symlink_to(folder / "checkpoints" / f"step-{CHECKPOINT_EVERY}")
+    train(tmp_path, "--checkpoint", checkpoint, "--resume", "--eval-every", 8)
+    resumed, uninterrupted = lines(tmp_path), lines(folder)[CHECKPOINT_EVERY:]
+    for key in ("step", "loss", "lr", "rmmc_matrix", "curvadion/rmmc_max", "curvadion/synchronized"):
+        assert [record[key] for record in resumed] == [record[key] for record in uninterrupted], key
+
+
+def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path):
+    train(tmp_path / "adamw", "--optimizer", "adamw", processes=1)
+    records = lines(tmp_path / "adamw")
+    assert all(record["curvadion/synchronized"] for record in records)
+    assert records[-1]["loss"] < records[0]["loss"]
+    output = run(SCRIPTS / "report.py", finished[0], tmp_path / "adamw", "--picture", tmp_path / "both.png")
+    assert "AdamW, every step" in output and "CurvaDion" in output
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_is_split_and_drawn_reproducibly(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from text import HELD_OUT_EVERY, ByteText
+
+    for i in range(2 * HELD_OUT_EVERY):
+        (tmp_path / f"{i:02}.txt").write_text(f"<{i:02}>" * 50)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    text = ByteText(tmp_path)
+    held_out, training = (bytes(part.tolist()).decode() for part in (text.held_out, text.train))
+    assert {held_out[i : i + 4] for i in (0, len(held_out) - 4)} == {"<09>", "<29>"}
+    assert "<09>" not in training and "<29>" not in training and training.count("<00>") == 50
+
+    draw = {"batch": 3, "seq": 8, "seed": 1, "step": 5}
+    inputs, targets = text.batch(**draw, rank=0)
+    torch.testing.assert_close(inputs[:, 1:], targets[:, :-1])
+    torch.testing.assert_close(inputs, ByteText(tmp_path).batch(**draw, rank=0)[0])
+    assert not torch.equal(inputs, text.batch(**draw, rank=1)[0]), "ranks read different text"
+    with pytest.raises(ValueError, match=r"shorter --seq"):
+        text.batch(batch=1, seq=10**6, seed=0, rank=0, step=1)
+
+
+def test_a_checkpoint_must_exist_to_resume(tmp_path):
+    with pytest.raises(AssertionError, match="no complete checkpoint"):
+        train(tmp_path, "--checkpoint", tmp_path, "--resume", processes=1)
