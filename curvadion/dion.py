@@ -14,15 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from curvadion_kernels import OPS
 from torch import Tensor
 from torch.profiler import record_function
+
+from curvadion_kernels import OPS
 
 Tensors = list[Tensor]
 
 # Shift of the Gram matrix relative to its trace: above the rounding of a float64 Gram matrix, below (1e-7)^2, so that
 # columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow it.
 GRAM_SHIFT = 1e-15
+# Squared norm below which a column counts as dependent after the first pass, where an independent one has 1.
+INDEPENDENT = 1e-2
+FAR_PIVOT = 1e200
 # A column of R this many units of rounding below the largest one is numerically zero.
 DEAD_COLUMN_ULPS = 64
 
@@ -135,33 +139,36 @@ def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cho
     """
     if method == "qr":
         return side.take([_householder(p) for p in side.gather(list(P))])
-    work = [p.to(torch.float64) for p in P]
-    live: Tensors | None = None
-    for _ in range(2):
-        grams = side.sum([w.mT @ w for w in work], "gram")
-        if live is None:
-            factors, live = map(list, zip(*map(_shifted_cholesky, grams), strict=True))
-        else:  # unit pivots stand in for the columns that are zero by now
-            factors = [
-                torch.linalg.cholesky_ex(g + torch.diag_embed((~alive).squeeze(-2).to(g.dtype)))[0]
-                for g, alive in zip(grams, live, strict=True)
-            ]
-        work = [
-            torch.linalg.solve_triangular(L.mT, w, upper=True, left=False) * alive
-            for L, w, alive in zip(factors, work, live, strict=True)
-        ]
-    return [w.to(p.dtype) for w, p in zip(work, P, strict=True)]
+    first = [p.to(torch.float64) for p in P]
+    factors = [_shifted_cholesky(g) for g in side.sum([w.mT @ w for w in first], "gram")]
+    second = [_solve(w, L) for w, L in zip(first, factors, strict=True)]
+    grams = side.sum([w.mT @ w for w in second], "gram")
+    # An independent column has norm 1 by now; a dependent one is rounding noise over a pivot that the shift keeps away from zero.
+    live = [g.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) > INDEPENDENT for g in grams]
+    factors = [_masked_cholesky(g, alive) for g, alive in zip(grams, live, strict=True)]
+    return [_solve(w * alive, L).to(p.dtype) for p, w, L, alive in zip(P, second, factors, live, strict=True)]
 
 
-def _shifted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor G + sI = L L^T; return L and which columns are independent of those before them, (B, 1, r)."""
+def _solve(P: Tensor, L: Tensor) -> Tensor:
+    """Return P L^-T."""
+    return torch.linalg.solve_triangular(L.mT, P, upper=True, left=False)
+
+
+def _shifted_cholesky(gram: Tensor) -> Tensor:
+    """Return L of G + sI = L L^T."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     shift = (GRAM_SHIFT * trace + torch.finfo(gram.dtype).tiny).unsqueeze(-1)
     L, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand(gram.shape[:-1])))
-    failed = (info != 0).view(-1, 1, 1)  # not positive definite in spite of the shift: no update is better than a wrong one
-    L = torch.where(failed, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), L)
-    residual = L.diagonal(dim1=-2, dim2=-1).square() - shift
-    return L, (residual > 3 * shift).unsqueeze(-2) & ~failed
+    # Not positive definite in spite of the shift: no update is better than a wrong one (such a pivot makes every column dead).
+    return torch.where(
+        (info != 0).view(-1, 1, 1), FAR_PIVOT * torch.eye(L.shape[-1], dtype=L.dtype, device=L.device), L
+    )
+
+
+def _masked_cholesky(gram: Tensor, live: Tensor) -> Tensor:
+    """Return L of G = L L^T over the live columns, the identity over the others."""
+    gram = gram * live * live.mT + torch.diag_embed((~live).squeeze(-2).to(gram.dtype))
+    return torch.linalg.cholesky_ex(gram)[0]
 
 
 def _householder(P: Tensor) -> Tensor:
@@ -173,7 +180,8 @@ def _householder(P: Tensor) -> Tensor:
         # The basis vector of a dependent column is arbitrary, and later columns lose their part along it: factor again, those last.
         order = torch.argsort(~live, dim=-1, stable=True).unsqueeze(-2).expand_as(P)
         Q = torch.empty_like(Q).scatter_(-1, order, torch.linalg.qr(P.gather(-1, order))[0])
-    return Q * live.unsqueeze(-2)
+    # Householder's column signs are free; a right factor must point the way its column does, so: Gram-Schmidt's.
+    return Q * (torch.where((Q * P).sum(-2) < 0, -1.0, 1.0) * live).unsqueeze(-2)
 
 
 def _live_columns(sumsq: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
@@ -33,6 +35,18 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor
     local = tensor.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def reshard_gathered_modules() -> None:
+    """Make FSDP2 forget parameters that it keeps gathered, before or after somebody changes the shards behind its back.
+
+    After a forward without backward the root module's parameters stay gathered, and the next forward would use those copies
+    as they were. FSDP2 offers no way from a parameter to its module, hence the register of all modules under `fully_shard`; a
+    module that is gathered for no reason only pays one more all-gather.
+    """
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class ShardMesh:
@@ -56,7 +70,9 @@ class ShardMesh:
         if self.mesh is not None:
             for dim, ranks in _dims(self.mesh):
                 self._groups[(len(self.names),)] = self.mesh.get_group(dim)
-                self.names.append((self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}")
+                self.names.append(
+                    (self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}"
+                )
                 self._axis_ranks.append(ranks)
         self.axes: Axes = tuple(range(len(self.names)))
         self._axis_of_dim = {id(m): self._match(m) for m in meshes}
@@ -111,7 +127,9 @@ class ShardMesh:
 def _dims(mesh: DeviceMesh) -> list[tuple[int, tuple[int, ...]]]:
     """Return (dimension, the ranks along it through this rank) for dimensions of more than one rank."""
     return [
-        (dim, tuple(dist.get_process_group_ranks(mesh.get_group(dim)))) for dim in range(mesh.ndim) if mesh.size(dim) > 1
+        (dim, tuple(dist.get_process_group_ranks(mesh.get_group(dim))))
+        for dim in range(mesh.ndim)
+        if mesh.size(dim) > 1
     ]
 
 
@@ -185,7 +203,9 @@ class Layout:
         if self.mesh is None:
             return local
         stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride)
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
+        )
 
     def wrap_right_factor(self, local: Tensor) -> Tensor:
         """Return Q (n, r) as a DTensor whose rows are placed like the short side of the matrix."""
@@ -219,7 +239,9 @@ def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, 
     """
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor) or grad.placements == param.placements:
         if isinstance(grad, DTensor) != isinstance(param, DTensor):
-            raise ValueError(f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}")
+            raise ValueError(
+                f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}"
+            )
         return (), 1
     axes, divisor = [], 1
     for dim, (g, p) in enumerate(zip(grad.placements, param.placements, strict=True)):

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from curvadion_kernels import OPS
-from curvadion_kernels.reference import NO_NORM, compute_dtype
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,8 +22,19 @@ from torch.profiler import record_function
 
 from curvadion import dion, gate, scalar
 from curvadion.collectives import Collectives, Ledger
-from curvadion.layout import Axes, Layout, ShardMesh, canonical_name, check_replicas, local_tensor, partial_axes
+from curvadion.layout import (
+    Axes,
+    Layout,
+    ShardMesh,
+    canonical_name,
+    check_replicas,
+    local_tensor,
+    partial_axes,
+    reshard_gathered_modules,
+)
 from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options
+from curvadion_kernels import OPS
+from curvadion_kernels.reference import NO_NORM, compute_dtype
 
 ops = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 
@@ -130,7 +139,9 @@ class CurvaDion(torch.optim.Optimizer):
     Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to step(), where all ranks agree
+    _step_supports_amp_scaling = (
+        True  # torch.amp.GradScaler then leaves unscaling and skipping to step(), where all ranks agree
+    )
     _built = False
 
     def __init__(
@@ -232,7 +243,9 @@ class CurvaDion(torch.optim.Optimizer):
 
         if decision.synchronize:
             with record_function("curvadion::synchronized_step"):
-                self._make_common(X, average=self._local_steps > 0 and self._options.consensus == "average" and self.replicas > 1)
+                self._make_common(
+                    X, average=self._local_steps > 0 and self._options.consensus == "average" and self.replicas > 1
+                )
                 self._dion_step(self._batches, X, synchronized=True)
                 self._scalar_step(X, self._mean_gradients(G))
         else:
@@ -254,7 +267,9 @@ class CurvaDion(torch.optim.Optimizer):
         partial: dict[int, tuple[Axes, int]] = {}
         try:
             current = [p for group in self.param_groups for p in group["params"]]
-            if len(current) != len(self._group_params) or any(a is not b for a, b in zip(current, self._group_params, strict=True)):
+            if len(current) != len(self._group_params) or any(
+                a is not b for a, b in zip(current, self._group_params, strict=True)
+            ):
                 raise RuntimeError(
                     "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
                     "construct CurvaDion after the model is sharded, wrapped and moved"
@@ -343,7 +358,9 @@ class CurvaDion(torch.optim.Optimizer):
                 [b.Q for b in chosen],
                 rows=self._side(chosen, [b.layout.long for b in chosen]),
                 columns=self._side(chosen, [b.layout.short for b in chosen]),
-                reduce_P=lambda t, of=chosen: self._reduce(t, [b.columns for b in of], of, synchronized, keep_own=False)[1],
+                reduce_P=lambda t, of=chosen: self._reduce(
+                    t, [b.columns for b in of], of, synchronized, keep_own=False
+                )[1],
                 reduce_R=lambda t, of=chosen: self._reduce(t, [b.rows for b in of], of, synchronized, keep_own=True),
                 orthogonalization=group["orthogonalization"],
                 right_factor=group["right_factor"],
@@ -390,7 +407,10 @@ class CurvaDion(torch.optim.Optimizer):
                 continue
             x = [X[i] for i in members]
             g = [_or_zeros(G[i], X[i]) for i in members]
-            moments = {k: [local_tensor(self.state[self._params[i]][k]) for i in members] for k in scalar.MOMENTS[group["algorithm"]]}
+            moments = {
+                k: [local_tensor(self.state[self._params[i]][k]) for i in members]
+                for k in scalar.MOMENTS[group["algorithm"]]
+            }
             common = {"lr": float(group["lr"]), "betas": tuple(group["betas"]), "weight_decay": group["weight_decay"]}
             if group["algorithm"] == "adamw":
                 steps = torch.stack([self.state[self._params[i]]["step"] for i in members]).unbind()
@@ -430,7 +450,11 @@ class CurvaDion(torch.optim.Optimizer):
             return
         self._broken = "a gradient held a NaN or an infinity in an earlier step()" + reload
         here = [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
-        where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "on another rank"
+        where = (
+            f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
+            if here
+            else "on another rank"
+        )
         raise NonFiniteError(
             f"gradients must be finite; got a NaN or an infinity {where}, after {self._steps} steps. Parameters are untouched"
             f"{reload}, or construct with on_nonfinite='skip' to skip such steps"
@@ -466,9 +490,12 @@ class CurvaDion(torch.optim.Optimizer):
             self._average([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
             of_mean = self._momentum_norms()
             together = torch.stack([norms, self._last_norm])
-            [[mean_norm, last]] = [t.unbind() for t in self._collectives.mean_over_replicas([together], [()], [()], "norms")[1]]
+            [[mean_norm, last]] = [
+                t.unbind() for t in self._collectives.mean_over_replicas([together], [()], [()], "norms")[1]
+            ]
             ratio = torch.where(mean_norm > 0, of_mean / mean_norm, 0.0)
             self._last_norm.copy_(torch.where(last < 0, NO_NORM, last * ratio))
+            reshard_gathered_modules()
         self._local_steps = 0
         self._write_counters()
         self._diverged = False
@@ -480,8 +507,7 @@ class CurvaDion(torch.optim.Optimizer):
             with opt.consensus():
                 loss = evaluate(model)
 
-        Costs one copy of the local parameters. FSDP2 may keep parameters gathered after a forward without backward;
-        on entry and on exit such copies of the model's parameters are stale: call `model.reshard()` before leaving the context.
+        Costs one copy of the local parameters. Enter and leave it between steps, not between a forward and its backward.
         """
         own: list[Tensor] | None = None
         with torch.no_grad():
@@ -489,12 +515,14 @@ class CurvaDion(torch.optim.Optimizer):
                 X = [local_tensor(p) for p in self._params]
                 own = [x.clone() for x in X]
                 self._average(X, [layout.copied for layout in self._layouts], "parameters")
+                reshard_gathered_modules()
         try:
             yield
         finally:
             if own is not None:
                 with torch.no_grad():
-                    torch._foreach_copy_([local_tensor(p) for p in self._params], own)
+                    _copy_into([local_tensor(p) for p in self._params], own)
+                    reshard_gathered_modules()
 
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
@@ -502,6 +530,7 @@ class CurvaDion(torch.optim.Optimizer):
         X = [local_tensor(p) for p in self._params]
         values = self._collectives.from_first_replica(X, [layout.copied for layout in self._layouts], "parameters")
         _copy_into(X, values)
+        reshard_gathered_modules()
         self._check_pending = True
 
     def discard_divergence(self) -> None:
@@ -539,13 +568,21 @@ class CurvaDion(torch.optim.Optimizer):
         local = [_or_zeros(G[i], local_tensor(self._params[i])) for i in self._scalars]
         copied = [self._layouts[i].copied for i in self._scalars]
         dtype = self._options.payload_dtype
-        _, reduced = self._collectives.mean_over_replicas(local, [()] * len(local), copied, "gradients", payload_dtype=dtype)
+        _, reduced = self._collectives.mean_over_replicas(
+            local, [()] * len(local), copied, "gradients", payload_dtype=dtype
+        )
         for i, g in zip(self._scalars, reduced, strict=True):
             mean[i] = g
         return mean
 
     def _reduce(
-        self, factors: list[Tensor], partial: list[Axes], batches: Sequence[_Batch], synchronized: bool, *, keep_own: bool
+        self,
+        factors: list[Tensor],
+        partial: list[Axes],
+        batches: Sequence[_Batch],
+        synchronized: bool,
+        *,
+        keep_own: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sum factors over the shards where they are partial and, on a synchronized step, average over replicas."""
         if not synchronized:
@@ -758,7 +795,9 @@ class CurvaDion(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._replicate_group is not None or self._shards.mesh is not None:
-            raise TypeError("a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() instead")
+            raise TypeError(
+                "a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() instead"
+            )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -785,7 +824,9 @@ class CurvaDion(torch.optim.Optimizer):
         self._scalars = [i for i, algorithm in enumerate(algorithms) if algorithm != "dion"]
         devices = {local_tensor(p).device for p in self._params}
         if len(devices) > 1:
-            raise ValueError(f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first")
+            raise ValueError(
+                f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first"
+            )
         self._device = next(iter(devices), torch.device("cpu"))
 
         self._shards = ShardMesh(self._params)
@@ -798,7 +839,9 @@ class CurvaDion(torch.optim.Optimizer):
 
         first = [self._shards.is_first(layout.copied) for layout in self._layouts]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], device=self._device)
-        self._dense_bytes = sum(2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
+        self._dense_bytes = sum(
+            2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine
+        )
         self._tau_cache: tuple[tuple[float, ...], Tensor] | None = None
         self._rmmc = torch.full((len(self._matrices),), torch.nan, device=self._device)
         self._last_norm = torch.full((len(self._matrices),), NO_NORM, device=self._device)
@@ -899,9 +942,13 @@ def _replicate_group(mesh: DeviceMesh | ProcessGroup | None) -> ProcessGroup | N
             )
         mesh = mesh.get_group()
     if not isinstance(mesh, ProcessGroup):
-        raise TypeError(f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']")
+        raise TypeError(
+            f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']"
+        )
     if dist.get_rank(mesh) < 0:
-        raise ValueError("replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers")
+        raise ValueError(
+            "replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers"
+        )
     return mesh
 
 
@@ -917,16 +964,22 @@ def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
             "a group with algorithm='adamw', as param_groups_for(model) does"
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16")
+        raise TypeError(
+            f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16"
+        )
     if p.is_meta:
-        raise ValueError(f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it")
+        raise ValueError(
+            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it"
+        )
 
 
 def _assign(target: Tensor, value: Any) -> None:
     """Copy a saved value into a state tensor in place; the target keeps its dtype, device and placement."""
     if isinstance(target, DTensor):
         if not isinstance(value, DTensor):
-            value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+            value = distribute_tensor(
+                value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+            )
         elif value.placements != target.placements:
             value = value.redistribute(target.device_mesh, target.placements)
     local_tensor(target).copy_(local_tensor(value) if isinstance(value, Tensor) else torch.as_tensor(value))

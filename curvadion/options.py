@@ -87,14 +87,18 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: 
     if options.get("min_local_steps") and options.get("max_local_steps") is not None:
         low, high = options["min_local_steps"], options["max_local_steps"]
         if low > high:
-            raise ValueError(f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}")
+            raise ValueError(
+                f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}"
+            )
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's to set."""
     for key in group:
         if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
-            raise ValueError(f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead")
+            raise ValueError(
+                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead"
+            )
         if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
             close = difflib.get_close_matches(key, GROUP_OPTIONS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from curvadion_kernels.reference import store_, upcast
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from curvadion_kernels.reference import store_, upcast
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from curvadion import CurvaDion, param_groups_for
@@ -150,13 +150,10 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.dev
 
 
 @torch.no_grad()
-def evaluate(model: FSDPModule, opt: CurvaDion, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def evaluate(model: nn.Module, opt: CurvaDion, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
     """Return the held-out loss, in nats a byte, of the one model that all replicas average to."""
     with opt.consensus():
         loss = torch.stack([loss_of(model, x, y, device) for x, y in batches]).mean()
-        # FSDP2 keeps what the last forward gathered for the root until a backward: without this line the next training
-        # step would compute with the averaged embedding and head.
-        model.reshard()
     dist.all_reduce(loss, op=dist.ReduceOp.SUM)
     return loss.item() / dist.get_world_size()
 

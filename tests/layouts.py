@@ -122,23 +122,43 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(parameter: DTensor, value: Tensor) -> DTensor:
-    """This rank's part of a whole tensor, placed as the parameter is; cut by hand, without DTensor's own slicing."""
-    mesh, placements = parameter.device_mesh, parameter.placements
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Tensor, tensor: Tensor) -> Tensor:
+    """What this rank holds of a whole value that is distributed as the tensor is.
+
+    Cut by hand, without DTensor's own slicing and without a collective.
+    """
+    if not isinstance(tensor, DTensor):
+        return value
+    mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside a parameter's mesh"
-    local = value
+    assert coordinate is not None, "a rank outside a tensor's mesh"
     # A _StridedShard dimension cuts what the later mesh dimensions left over; everything else in mesh order.
     for d in sorted(range(mesh.ndim), key=lambda d: isinstance(placements[d], _StridedShard)):
         placement = placements[d]
         if isinstance(placement, (Shard, _StridedShard)):
-            chunks = torch.chunk(local, mesh.size(d), dim=placement.dim)
-            empty = local.narrow(placement.dim, 0, 0)
-            local = chunks[coordinate[d]] if coordinate[d] < len(chunks) else empty
+            chunks = torch.chunk(value, mesh.size(d), dim=placement.dim)
+            empty = value.narrow(placement.dim, 0, 0)
+            value = chunks[coordinate[d]] if coordinate[d] < len(chunks) else empty
         else:
-            assert placement.is_replicate(), f"a parameter placed {placement}"
+            assert placement.is_replicate(), f"a tensor placed {placement}"
+    return value
+
+
+def like(parameter: DTensor, value: Tensor) -> DTensor:
+    """A whole value, distributed as the parameter is."""
     return DTensor.from_local(
-        local.clone(), mesh, placements, run_check=False, shape=value.shape, stride=parameter.stride()
+        part_of(value, parameter).clone(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=parameter.stride(),
     )
 
 

@@ -1,7 +1,7 @@
 """An independent fp64 reference: one process that simulates K replicas on whole matrices.
 
-Written from the design's equations and from nothing else, for reading rather than speed: no batching, no sharding, no
-process groups, its own orientation, its own QR. The letters are the design's: X, G, m, M, P, R, Q, and rho for the RMMC.
+Written from the equations below and nothing else, for reading rather than speed: no batching, no sharding, no process
+groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, Q, and rho for the RMMC.
 
     synchronized step (rho > tau):                          local step (rho <= tau):
       P   =  orthogonalize( E_i[ m_i Q ] )                    "gradient":  M_i <- mu m_i

@@ -138,7 +138,7 @@ def test_an_option_is_not_accepted_and_ignored() -> None:
 
 @pytest.mark.parametrize("value", ["replicate", 2, [0, 1], torch.ones(2)])
 def test_a_wrong_type_for_replicate_mesh(value: Any) -> None:
-    fails(TypeError, "replicate_mesh", type(value).__name__, "DeviceMesh", "ProcessGroup", replicate_mesh=value)
+    fails(TypeError, "replicate_mesh", repr(value), "DeviceMesh", "ProcessGroup", replicate_mesh=value)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,10 @@ def test_meshes_that_cannot_work() -> None:
         fully_shard(hybrid, mesh=mesh)  # native HSDP
         sharded = nn.Linear(6, 8, bias=False)
         fully_shard(sharded, mesh=mesh["shard"])
-        replicated = Toy(mesh["shard"], placements={name: (Replicate(),) for name in Toy().params}).params
+        # As under tensor parallelism: some matrices split by it, norms and others copied.
+        tensor_parallel = Toy(
+            mesh["shard"], placements={"layers.1.weight": (Replicate(),), "norm.weight": (Replicate(),)}
+        )
         everyone = nn.Linear(6, 8, bias=False)
         flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
         fully_shard(everyone, mesh=flat)
@@ -248,7 +251,7 @@ def test_meshes_that_cannot_work() -> None:
             "overlap: the shard mesh itself": build(sharded.parameters(), mesh["shard"]),
             "overlap: shards over everybody": build(everyone.parameters(), mesh["replicate"]),
             "right": build(sharded.parameters(), mesh["replicate"]),
-            "right, tensor-parallel Replicate": build([p for p in replicated.values() if p.ndim == 2], None),
+            "right, tensor-parallel Replicate": build(tensor_parallel.groups(), None),
         }
 
     for rank, found in enumerate(run_ranks(4, worker)):
@@ -262,22 +265,12 @@ def test_meshes_that_cannot_work() -> None:
             said(found[case][1], "replicate_mesh", "shard", "overlap")
 
 
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("tau", ["hyper-parameter"]),
-        ("lr", ["hyper-parameter"]),
-        ("max_local_steps", ["hyper-parameter"]),
-        ("group lr", ["hyper-parameter"]),
-        ("local_update", ["hyper-parameter"]),
-        ("extra parameter", ["parameter"]),
-        ("shape", ["parameter"]),
-        ("order", ["parameter"]),
-        ("algorithm", ["parameter"]),
-        ("dtype", ["parameter"]),
-    ],
-)
-def test_replicas_built_differently_all_raise_at_the_first_step(what: str, words: list[str]) -> None:
+DIFFERENCES = ["tau", "lr", "max_local_steps", "group lr", "local_update", "extra parameter", "shape", "order", "name"]
+DIFFERENCES += ["algorithm", "dtype"]
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_replicas_built_differently_all_raise_at_the_first_step(what: str) -> None:
     def worker() -> Any:
         replicate, mesh = grid(2, 2)
         found = []
@@ -289,6 +282,8 @@ def test_replicas_built_differently_all_raise_at_the_first_step(what: str, words
                 matrices["c"] = (4, 4)
             if mine and what == "shape":
                 matrices["a"] = (4, 8)
+            if mine and what == "name":
+                matrices = {"a": (4, 6), "c": (6, 4)}
             if mine and what == "order":
                 matrices = dict(reversed(matrices.items()))
             if mine and what in ("tau", "lr", "max_local_steps", "local_update"):
@@ -312,7 +307,7 @@ def test_replicas_built_differently_all_raise_at_the_first_step(what: str, words
         for (kind, message), untouched in found:
             assert kind == "ReplicaMismatchError", f"{what}: every rank must raise, got {kind}: {message}"
             assert untouched, f"{what}: nothing may change"
-            said(message, "replica", *words)
+            said(message, "same options", "list of parameters", "compare")
     assert issubclass(ReplicaMismatchError, RuntimeError)
 
 

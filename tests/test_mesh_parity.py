@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import LAYOUTS, Bag, Layout, Placed, whole
+from layouts import LAYOUTS, Bag, Layout, Placed, local, part_of, whole
 from ranks import run_ranks
 from reference import Outcome, ReferenceReplicas, Replica
 from torch import Tensor
@@ -80,6 +81,7 @@ CASES = [
     Case("dion", {"local_update": "dion", "local_lr_scale": 0.5}),
     Case("dion_householder", {"local_update": "dion", "orthogonalization": "qr"}),
     Case("dion_right_qr", {"local_update": "dion", "right_factor": "qr"}),
+    Case("householder_right_qr", {"orthogonalization": "qr", "right_factor": "qr"}),
     Case("no_error_feedback", {"error_feedback": False}),
     Case("no_error_feedback_dion", {"error_feedback": False, "local_update": "dion", "right_factor": "qr"}),
     Case("no_consensus", {"consensus": "none", "local_lr_scale": 2.0}),
@@ -186,14 +188,17 @@ def trajectory(case: Case, replicas: int) -> list[Moment]:
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """The largest error relative to the expected tensor's largest entry."""
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    error, largest = float((actual - expected).abs().max()), float(expected.abs().max())
-    return 0.0 if error == 0 else error / largest if largest > 0 and not math.isnan(error) else math.inf
+    """The largest error on this rank, relative to the whole expected tensor's largest entry."""
+    mine, theirs = local(actual), part_of(expected, actual)
+    assert mine.shape == theirs.shape, f"this rank holds {tuple(mine.shape)} of it instead of {tuple(theirs.shape)}"
+    if torch.equal(mine, theirs):
+        return 0.0
+    error, largest = float((mine - theirs).abs().max()), float(expected.abs().max())
+    return error / largest if largest > 0 and not math.isnan(error) else math.inf
 
 
 def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
-    """Every difference from the reference after one step, in words. Gathers, so all ranks must call it."""
+    """Every difference of what this rank holds from the reference after one step, in words."""
     problems = []
     expected = moment.replicas[placed.replica]
     synchronized = bool(optimizer.metrics()["curvadion/synchronized"])
@@ -215,7 +220,7 @@ def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
             if "exp_avg_sq" in state:
                 pairs.append(("exp_avg_sq", state["exp_avg_sq"], expected.exp_avg_sq))
         for letter, actual, by_name in pairs:
-            error = difference(whole(actual), by_name[name])
+            error = difference(actual, by_name[name])
             if not error <= RTOL:
                 problems.append(f"{letter} of {name} on replica {placed.replica} is off by {error:.1e}")
     return problems
@@ -226,22 +231,17 @@ def run_case(layout: Layout, replicas: int, case: Case) -> list[str]:
     optimizer = make_optimizer(placed, case)
     for name, parameter in placed.bag.named_parameters():
         if "Q" in optimizer.state[parameter]:
-            Q = whole(optimizer.state[parameter]["Q"])
-            if not torch.equal(Q, first_right_factors(case)[name]):
-                return [f"{case.name}: the first Q of {name} is not that of one process"]
+            Q = optimizer.state[parameter]["Q"]
+            assert not difference(Q, first_right_factors(case)[name]), f"{name} starts from another Q than alone"
     for step, G in enumerate(gradients(replicas)):
         placed.set_gradients(G[placed.replica])
         optimizer.step()
         if step == case.synchronize_after:
             optimizer.synchronize()
         problems = compare(optimizer, placed, trajectory(case, replicas)[step])
-        # One rank's finding must stop all of them together: the next step has collectives.
-        if dist.is_initialized():
-            found = torch.tensor(len(problems))
-            dist.all_reduce(found)
-            if found and not problems:
-                return []
-        if problems:
+        found = torch.tensor(len(problems))
+        dist.all_reduce(found)  # all ranks stop together: the next step has collectives
+        if found:
             return [f"{case.name}, step {step}: {problem}" for problem in problems]
     return []
 
@@ -260,6 +260,36 @@ def test_layout_computes_what_one_process_computes(layout: Layout, replicas: int
     assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
 
 
+def check_layout(layout: Layout) -> list[str]:
+    """DTensor's own gathering must give back what was cut by hand; returns the placements that occur."""
+    placed = layout.build(initial_values(), 1)
+    placed.set_gradients(initial_values())
+    placements = set()
+    for name, parameter in placed.bag.named_parameters():
+        value = initial_values()[name]
+        assert torch.equal(whole(parameter), value), f"{name} is not the value it was built from"
+        assert torch.equal(local(parameter), part_of(value, parameter)), f"{name} is cut otherwise than by hand"
+        assert parameter.grad is not None and torch.equal(whole(parameter.grad), value), f"the gradient of {name}"
+        placements.add(str(getattr(parameter, "placements", "plain")) + " empty" * (local(parameter).numel() == 0))
+    return sorted(placements)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_layouts_are_what_they_claim(layout: Layout) -> None:
+    placements = " ".join(p for of_rank in run_ranks(layout.world_size(1), check_layout, layout) for p in of_rank)
+    for claim, sign in {
+        "plain": "plain",
+        "fsdp2": "(Shard(dim=0),)",
+        "empty": "empty",
+        "colwise": "(Shard(dim=0),)",
+        "rowwise": "(Shard(dim=1),)",
+        "replicated": "(Replicate(),)",
+        "fsdp2_tp2": "_StridedShard",
+        "twice": "(Shard(dim=0), Shard(dim=0))",
+    }.items():
+        assert claim not in layout.name or sign in placements, f"{layout.name} has only {placements}"
+
+
 @pytest.mark.parametrize("replicas", [1, 2], ids=["K1", "K2"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_cases_are_what_they_claim(case: Case, replicas: int) -> None:
@@ -268,7 +298,7 @@ def test_the_cases_are_what_they_claim(case: Case, replicas: int) -> None:
     branches = [moment.outcome.synchronized for moment in moments]
     assert branches[0], "the first step has no previous norm, so it is synchronized"
     assert branches.count(True) >= 3 and branches.count(False) >= 3, f"too few of one branch: {branches}"
-    assert any(not a and b for a, b in zip(branches, branches[1:], strict=False)), "no synchronized step after a local"
+    assert any(not a and b for a, b in itertools.pairwise(branches)), "no synchronized step after a local"
     margin = min(moment.outcome.margin for moment in moments)
     assert margin > MARGIN, f"an RMMC is within {margin:.1e} of tau, so fp32 norms might decide otherwise"
     if replicas == 2:

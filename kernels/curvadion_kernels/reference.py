@@ -162,7 +162,7 @@ def column_sumsq(R: Tensor) -> Tensor:
 
 def upcast(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors in the dtype they are computed in: the same object where that is its own."""
-    return [t.to(compute_dtype(t.dtype)) for t in tensors]
+    return [t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32) for t in tensors]
 
 
 def store_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
