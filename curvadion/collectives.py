@@ -252,9 +252,7 @@ class Collectives:
         dist.all_reduce(tensor, op=op, group=group)
 
 
-def _buckets(
-    tensors: Sequence[Tensor], keys: Sequence[tuple[Axes, ...]]
-) -> Iterator[tuple[tuple[Axes, ...], list[int]]]:
+def _buckets(tensors: Sequence[Tensor], keys: Sequence[tuple[Axes, ...]]) -> Iterator[tuple[tuple[Axes, ...], list[int]]]:
     """Yield (axes, indices of the tensors of one flat buffer), in an order that depends on axes, dtypes and sizes alone."""
     order: dict[tuple, list[int]] = {}
     for i, (t, key) in enumerate(zip(tensors, keys, strict=True)):

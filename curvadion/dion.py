@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from curvadion_kernels import OPS
+from curvadion_kernels.reference import column_sumsq
 
 Tensors = list[Tensor]
 
@@ -33,6 +33,10 @@ DEAD_COLUMN_ULPS = 64
 
 def _same(tensors: Tensors) -> Tensors:
     return tensors
+
+
+def _same_twice(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return tensors, tensors
 
 
 def _same_sum(tensors: Tensors, purpose: str) -> Tensors:
@@ -57,9 +61,8 @@ class Side:
 LOCAL = Side()
 
 
-def rank_of(rows: int, columns: int, rank_fraction: float, rank_multiple_of: int) -> int:
-    """Return r = round_up(rank_fraction * min(m, n), rank_multiple_of), clipped to min(m, n)."""
-    short = min(rows, columns)
+def rank_of(short: int, rank_fraction: float, rank_multiple_of: int) -> int:
+    """Return r = round_up(rank_fraction * short, rank_multiple_of), clipped to the short side."""
     # A product such as 0.07 * 100 = 7.000000000000001 must not round up to 8.
     wanted = math.ceil(round(rank_fraction * short, 6))
     return min(short, math.ceil(max(wanted, 1) / rank_multiple_of) * rank_multiple_of)
@@ -78,8 +81,8 @@ def power_iteration(
     *,
     rows: Side = LOCAL,
     columns: Side = LOCAL,
-    reduce_P: Callable[[Tensors], Tensors] = _same,
-    reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = lambda R: (R, R),
+    reduce_P: Callable[[Tensors], tuple[Tensors, Tensors]] = _same_twice,
+    reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = _same_twice,
     orthogonalization: str = "cholesky_qr",
     right_factor: str = "column_norm",
 ) -> tuple[Tensors, Tensors, Tensors]:
@@ -96,16 +99,16 @@ def power_iteration(
         M: batches (B, m, n) of momenta, m on the longer side of the whole matrix; local shards.
         Q: batches (B, n, r).
         rows, columns: how m and n are spread over ranks.
-        reduce_P: the sum over the ranks that share m's rows and split n, then the mean over replicas.
-        reduce_R: the sum over the ranks that split m, then the mean over replicas; returns (R_i, R).
+        reduce_P: the sum over the ranks that split n (own), then the mean over replicas; returns (own, mean).
+        reduce_R: the sum over the ranks that split m (own, R_i), then the mean over replicas (R); returns (R_i, R).
     """
     Q = [q.to(m.dtype) for m, q in zip(M, Q, strict=True)]
-    P = reduce_P([m @ q for m, q in zip(M, Q, strict=True)])
+    _, P = reduce_P([m @ q for m, q in zip(M, Q, strict=True)])
     with record_function("curvadion::orthogonalize"):
         P = orthogonalize(P, side=rows, method=orthogonalization)
     own, R = reduce_R([m.mT @ p for m, p in zip(M, P, strict=True)])
 
-    sumsq = columns.sum([OPS["column_sumsq"].reference(r) for r in R], "column_norms")
+    sumsq = columns.sum([column_sumsq(r) for r in R], "column_norms")
     live = [_live_columns(s) for s in sumsq]
     if right_factor == "qr":
         with record_function("curvadion::orthogonalize"):
@@ -160,9 +163,7 @@ def _shifted_cholesky(gram: Tensor) -> Tensor:
     shift = (GRAM_SHIFT * trace + torch.finfo(gram.dtype).tiny).unsqueeze(-1)
     L, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand(gram.shape[:-1])))
     # Not positive definite in spite of the shift: no update is better than a wrong one (such a pivot makes every column dead).
-    return torch.where(
-        (info != 0).view(-1, 1, 1), FAR_PIVOT * torch.eye(L.shape[-1], dtype=L.dtype, device=L.device), L
-    )
+    return torch.where((info != 0).view(-1, 1, 1), FAR_PIVOT * torch.eye(L.shape[-1], dtype=L.dtype, device=L.device), L)
 
 
 def _masked_cholesky(gram: Tensor, live: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -70,9 +71,7 @@ class ShardMesh:
         if self.mesh is not None:
             for dim, ranks in _dims(self.mesh):
                 self._groups[(len(self.names),)] = self.mesh.get_group(dim)
-                self.names.append(
-                    (self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}"
-                )
+                self.names.append((self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}")
                 self._axis_ranks.append(ranks)
         self.axes: Axes = tuple(range(len(self.names)))
         self._axis_of_dim = {id(m): self._match(m) for m in meshes}
@@ -126,11 +125,7 @@ class ShardMesh:
 
 def _dims(mesh: DeviceMesh) -> list[tuple[int, tuple[int, ...]]]:
     """Return (dimension, the ranks along it through this rank) for dimensions of more than one rank."""
-    return [
-        (dim, tuple(dist.get_process_group_ranks(mesh.get_group(dim))))
-        for dim in range(mesh.ndim)
-        if mesh.size(dim) > 1
-    ]
+    return [(dim, tuple(dist.get_process_group_ranks(mesh.get_group(dim)))) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
 
 
 @dataclass(frozen=True)
@@ -203,9 +198,7 @@ class Layout:
         if self.mesh is None:
             return local
         stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
-        )
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride)
 
     def wrap_right_factor(self, local: Tensor) -> Tensor:
         """Return Q (n, r) as a DTensor whose rows are placed like the short side of the matrix."""
@@ -239,9 +232,7 @@ def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, 
     """
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor) or grad.placements == param.placements:
         if isinstance(grad, DTensor) != isinstance(param, DTensor):
-            raise ValueError(
-                f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}"
-            )
+            raise ValueError(f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}")
         return (), 1
     axes, divisor = [], 1
     for dim, (g, p) in enumerate(zip(grad.placements, param.placements, strict=True)):
@@ -275,3 +266,23 @@ def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Ite
                 f"data-parallel one, as under native HSDP); got {shards.names[axis]!r} of {shards.mesh}, which splits none. "
                 f"To mend it, {remedy}"
             )
+
+
+def replicate_group(mesh: DeviceMesh | ProcessGroup | None) -> ProcessGroup | None:
+    """Return the process group of this rank's peers in the other replicas."""
+    if mesh is None:
+        return None
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ValueError(f'replicate_mesh must have one dimension; got {mesh}; slice it, as in init_device_mesh(...)["replicate"]')
+        mesh = mesh.get_group()
+    if not isinstance(mesh, ProcessGroup):
+        raise TypeError(f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']")
+    if dist.get_rank(mesh) < 0:
+        raise ValueError("replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers")
+    return mesh
+
+
+def ranks_of(group: ProcessGroup | None) -> list[int]:
+    """Return the global ranks of a group, none for None."""
+    return dist.get_process_group_ranks(group) if group is not None else []

@@ -6,18 +6,15 @@ Mathematics is in `dion.py`, `gate.py` and `scalar.py`, placements in `layout.py
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import record_function
 
 from curvadion import dion, gate, scalar
@@ -30,11 +27,14 @@ from curvadion.layout import (
     check_replicas,
     local_tensor,
     partial_axes,
+    ranks_of,
+    replicate_group,
     reshard_gathered_modules,
 )
-from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options
+from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options, check_parameter
+from curvadion.state import Batch, Momenta, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
 from curvadion_kernels import OPS
-from curvadion_kernels.reference import NO_NORM, compute_dtype
+from curvadion_kernels.reference import NO_NORM
 
 ops = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 
@@ -45,48 +45,6 @@ class NonFiniteError(RuntimeError):
 
 class ReplicaMismatchError(RuntimeError):
     """Ranks disagree on what must be common: weights at the start, hyper-parameters, the list of parameters, or the step."""
-
-
-@dataclass
-class _Batch:
-    """Matrices of one group with one shape, dtype and layout, stacked.
-
-    Attributes:
-        group: index of the parameter group.
-        params: positions in `CurvaDion._params`.
-        layout: of each of them.
-        momentum: (B, rows, cols), local shards; Q: (B, n, r), local rows.
-    """
-
-    group: int
-    params: list[int]
-    layout: Layout
-    momentum: Tensor
-    Q: Tensor
-
-    @property
-    def M(self) -> Tensor:
-        """The momenta in the equations' orientation, (B, m, n) with m >= n, in the dtype of the computation."""
-        M = self.momentum.mT if self.layout.transposed else self.momentum
-        return M.to(compute_dtype(M.dtype))
-
-    @property
-    def rows(self) -> Axes:
-        """The axes that split m."""
-        return self.layout.sharded[self.layout.long]
-
-    @property
-    def columns(self) -> Axes:
-        """The axes that split n."""
-        return self.layout.sharded[self.layout.short]
-
-
-@dataclass
-class _Momenta:
-    """m_i of this step, before it is known whether it is kept: one block per batch, and squared norms in the same order."""
-
-    blocks: list[Tensor]
-    sumsq: Tensor
 
 
 class CurvaDion(torch.optim.Optimizer):
@@ -139,10 +97,17 @@ class CurvaDion(torch.optim.Optimizer):
     Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update.
     """
 
-    _step_supports_amp_scaling = (
-        True  # torch.amp.GradScaler then leaves unscaling and skipping to step(), where all ranks agree
-    )
+    grad_scale: Tensor | None = None  # torch.amp.GradScaler sets these two around step()
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to step(), where all ranks agree
     _built = False
+    # Made by `_build`, which runs again when a group is added.
+    _collectives: Collectives
+    _matrix_order: Tensor
+    _owned: Tensor
+    _last_norm: Tensor
+    _rmmc: Tensor
+    _counters: Tensor
 
     def __init__(
         self,
@@ -200,7 +165,7 @@ class CurvaDion(torch.optim.Optimizer):
         check_options(options, OPTIMIZER_OPTIONS)
         check_group(defaults)
         self._options = SimpleNamespace(**options)
-        self._replicate_group = _replicate_group(replicate_mesh)
+        self._replicate_group = replicate_group(replicate_mesh)
         self._steps = self._local_steps = self._synchronized_steps = self._skipped_steps = 0
         self._dense_bytes_total = 0
         self._diverged = False  # replicas hold different state, so that a checkpoint would be a patchwork
@@ -215,7 +180,7 @@ class CurvaDion(torch.optim.Optimizer):
     # ---- one step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; every rank of every replica calls it. Returns the closure's value.
 
         Raises:
@@ -243,9 +208,7 @@ class CurvaDion(torch.optim.Optimizer):
 
         if decision.synchronize:
             with record_function("curvadion::synchronized_step"):
-                self._make_common(
-                    X, average=self._local_steps > 0 and self._options.consensus == "average" and self.replicas > 1
-                )
+                self._make_common(X, average=self._local_steps > 0 and self._options.consensus == "average" and self.replicas > 1)
                 self._dion_step(self._batches, X, synchronized=True)
                 self._scalar_step(X, self._mean_gradients(G))
         else:
@@ -267,9 +230,7 @@ class CurvaDion(torch.optim.Optimizer):
         partial: dict[int, tuple[Axes, int]] = {}
         try:
             current = [p for group in self.param_groups for p in group["params"]]
-            if len(current) != len(self._group_params) or any(
-                a is not b for a, b in zip(current, self._group_params, strict=True)
-            ):
+            if len(current) != len(self._group_params) or any(a is not b for a, b in zip(current, self._group_params, strict=True)):
                 raise RuntimeError(
                     "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
                     "construct CurvaDion after the model is sharded, wrapped and moved"
@@ -301,20 +262,19 @@ class CurvaDion(torch.optim.Optimizer):
             )
             for (i, (_, divisor)), g in zip(partial.items(), summed, strict=True):
                 G[i] = g / divisor if divisor != 1 else g
-        scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
-        if scale is not None:
-            torch._foreach_mul_([g for g in G if g is not None], float(1 / scale))
+        if self.grad_scale is not None:
+            torch._foreach_mul_([g for g in G if g is not None], float(1 / self.grad_scale))
         return X, G, failure
 
-    def _accumulate_momentum(self, G: Sequence[Tensor | None]) -> _Momenta:
+    def _accumulate_momentum(self, G: Sequence[Tensor | None]) -> Momenta:
         """m_i <- M_i + G_i. In place, unless a skipped step must leave the momentum as it was."""
         stored = [b.momentum for b in self._batches]
         blocks = [block.clone() for block in stored] if self._skips else stored
         views = [view for block in blocks for view in block.unbind()]
         norms = ops.momentum_norm_(views, [G[i] for b in self._batches for i in b.params])
-        return _Momenta(blocks, norms)
+        return Momenta(blocks, norms)
 
-    def _decide(self, momenta: _Momenta, G: Sequence[Tensor | None], *, failed: bool) -> gate.Decision:
+    def _decide(self, momenta: Momenta, G: Sequence[Tensor | None], *, failed: bool) -> gate.Decision:
         """Reduce norms and flags over the shards, the key over the replicas, and say what this step is."""
         o = self._options
         must = self._must_synchronize or gate.must_synchronize(
@@ -325,29 +285,27 @@ class CurvaDion(torch.optim.Optimizer):
         )
         # Where the checks of the momentum do not look: gradients of everything else.
         nonfinite = ops.count_nonfinite([g for i in self._scalars for g in (G[i],) if g is not None])
-        nonfinite = nonfinite + float(getattr(self, "found_inf", None) or 0.0)
+        nonfinite = nonfinite + (0.0 if self.found_inf is None else float(self.found_inf))
         sums = torch.zeros(len(self._matrices) + 2, dtype=torch.float32, device=self._device)
         sums[self._matrix_order] = momenta.sumsq.to(self._device)
         sums[:-2].mul_(self._owned)
         sums[-2] = torch.nan if failed else nonfinite
         sums[-1] = float(must)
         sums = self._collectives.sum_over_all_shards(sums, "norms")
-        norm, rmmc, key = ops.gate_key(
-            sums, self._last_norm, self._taus(), hold_closed=0 <= self._local_steps < o.min_local_steps
-        )
+        norm, rmmc, key = ops.gate_key(sums, self._last_norm, self._taus(), hold_closed=self._local_steps < o.min_local_steps)
         decision = gate.decode(int(self._collectives.max_over_replicas(key)))
         if not (decision.failed or decision.nonfinite):
             self._last_norm.copy_(norm)
             self._rmmc = rmmc
         return decision
 
-    def _keep(self, momenta: _Momenta) -> None:
+    def _keep(self, momenta: Momenta) -> None:
         """Make the accumulated momenta the stored ones."""
         for batch, block in zip(self._batches, momenta.blocks, strict=True):
             if block is not batch.momentum:
                 batch.momentum.copy_(block)
 
-    def _dion_step(self, batches: Sequence[_Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
+    def _dion_step(self, batches: Sequence[Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
         """P, R_i, R, M_i, Q and X of the synchronized step, or the same on this replica alone."""
         if not synchronized and batches:
             self._common_Q = False
@@ -358,10 +316,8 @@ class CurvaDion(torch.optim.Optimizer):
                 [b.Q for b in chosen],
                 rows=self._side(chosen, [b.layout.long for b in chosen]),
                 columns=self._side(chosen, [b.layout.short for b in chosen]),
-                reduce_P=lambda t, of=chosen: self._reduce(
-                    t, [b.columns for b in of], of, synchronized, keep_own=False
-                )[1],
-                reduce_R=lambda t, of=chosen: self._reduce(t, [b.rows for b in of], of, synchronized, keep_own=True),
+                reduce_P=self._reduction(chosen, [b.columns for b in chosen], synchronized),
+                reduce_R=self._reduction(chosen, [b.rows for b in chosen], synchronized, keep_own=True),
                 orthogonalization=group["orthogonalization"],
                 right_factor=group["right_factor"],
             )
@@ -382,7 +338,7 @@ class CurvaDion(torch.optim.Optimizer):
                 )
                 b.Q.copy_(q)
 
-    def _gradient_step(self, batches: Sequence[_Batch], X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
+    def _gradient_step(self, batches: Sequence[Batch], X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
         """M_i <- mu m_i,  X_i <- (1 - lr wd) X_i - lr_local G_i."""
         for index, group in enumerate(self.param_groups):
             chosen = [b for b in batches if b.group == index]
@@ -406,11 +362,8 @@ class CurvaDion(torch.optim.Optimizer):
             if not members:
                 continue
             x = [X[i] for i in members]
-            g = [_or_zeros(G[i], X[i]) for i in members]
-            moments = {
-                k: [local_tensor(self.state[self._params[i]][k]) for i in members]
-                for k in scalar.MOMENTS[group["algorithm"]]
-            }
+            g = [or_zeros(G[i], X[i]) for i in members]
+            moments = {k: [local_tensor(self.state[self._params[i]][k]) for i in members] for k in scalar.MOMENTS[group["algorithm"]]}
             common = {"lr": float(group["lr"]), "betas": tuple(group["betas"]), "weight_decay": group["weight_decay"]}
             if group["algorithm"] == "adamw":
                 steps = torch.stack([self.state[self._params[i]]["step"] for i in members]).unbind()
@@ -443,18 +396,12 @@ class CurvaDion(torch.optim.Optimizer):
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
         if self._skips:
-            if getattr(self, "found_inf", None) is not None:
-                self.found_inf.fill_(1.0)  # so that the scaler of every rank backs off
             self._decision = decision
             self._skipped_steps += 1
             return
         self._broken = "a gradient held a NaN or an infinity in an earlier step()" + reload
         here = [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
-        where = (
-            f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
-            if here
-            else "on another rank"
-        )
+        where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "on another rank"
         raise NonFiniteError(
             f"gradients must be finite; got a NaN or an infinity {where}, after {self._steps} steps. Parameters are untouched"
             f"{reload}, or construct with on_nonfinite='skip' to skip such steps"
@@ -490,9 +437,7 @@ class CurvaDion(torch.optim.Optimizer):
             self._average([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
             of_mean = self._momentum_norms()
             together = torch.stack([norms, self._last_norm])
-            [[mean_norm, last]] = [
-                t.unbind() for t in self._collectives.mean_over_replicas([together], [()], [()], "norms")[1]
-            ]
+            [[mean_norm, last]] = [t.unbind() for t in self._collectives.mean_over_replicas([together], [()], [()], "norms")[1]]
             ratio = torch.where(mean_norm > 0, of_mean / mean_norm, 0.0)
             self._last_norm.copy_(torch.where(last < 0, NO_NORM, last * ratio))
             reshard_gathered_modules()
@@ -521,7 +466,7 @@ class CurvaDion(torch.optim.Optimizer):
         finally:
             if own is not None:
                 with torch.no_grad():
-                    _copy_into([local_tensor(p) for p in self._params], own)
+                    copy_into([local_tensor(p) for p in self._params], own)
                     reshard_gathered_modules()
 
     @torch.no_grad()
@@ -529,7 +474,7 @@ class CurvaDion(torch.optim.Optimizer):
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         X = [local_tensor(p) for p in self._params]
         values = self._collectives.from_first_replica(X, [layout.copied for layout in self._layouts], "parameters")
-        _copy_into(X, values)
+        copy_into(X, values)
         reshard_gathered_modules()
         self._check_pending = True
 
@@ -556,48 +501,38 @@ class CurvaDion(torch.optim.Optimizer):
             self._average([m for m, _ in moments], [copied for _, copied in moments], "moments")
         if not self._common_Q:
             Q, copied = [b.Q for b in self._batches], [self._shards.complement(b.columns) for b in self._batches]
-            _copy_into(Q, self._collectives.from_first_replica(Q, copied, "right_factor"))
+            copy_into(Q, self._collectives.from_first_replica(Q, copied, "right_factor"))
             self._common_Q = True
 
     def _average(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
-        _copy_into(tensors, self._collectives.mean_over_replicas(tensors, [()] * len(tensors), copied, purpose)[1])
+        copy_into(tensors, self._collectives.mean_over_replicas(tensors, [()] * len(tensors), copied, purpose)[1])
 
     def _mean_gradients(self, G: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients with those of AdamW and Lion parameters averaged over the replicas."""
         mean = list(G)
-        local = [_or_zeros(G[i], local_tensor(self._params[i])) for i in self._scalars]
+        local = [or_zeros(G[i], local_tensor(self._params[i])) for i in self._scalars]
         copied = [self._layouts[i].copied for i in self._scalars]
         dtype = self._options.payload_dtype
-        _, reduced = self._collectives.mean_over_replicas(
-            local, [()] * len(local), copied, "gradients", payload_dtype=dtype
-        )
+        _, reduced = self._collectives.mean_over_replicas(local, [()] * len(local), copied, "gradients", payload_dtype=dtype)
         for i, g in zip(self._scalars, reduced, strict=True):
             mean[i] = g
         return mean
 
-    def _reduce(
-        self,
-        factors: list[Tensor],
-        partial: list[Axes],
-        batches: Sequence[_Batch],
-        synchronized: bool,
-        *,
-        keep_own: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Sum factors over the shards where they are partial and, on a synchronized step, average over replicas."""
-        if not synchronized:
-            summed = self._collectives.sum_over_shards(factors, partial, "factors")
-            return summed, summed
-        return self._collectives.mean_over_replicas(
-            factors,
-            partial,
-            [b.layout.copied for b in batches],
-            "factors",
-            payload_dtype=self._options.payload_dtype,
-            keep_own=keep_own,
-        )
+    def _reduction(
+        self, batches: Sequence[Batch], partial: Sequence[Axes], synchronized: bool, *, keep_own: bool = False
+    ) -> Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+        """Return what sums factors over the shards where they are partial and, on a synchronized step, averages over replicas."""
+        copied, dtype = [b.layout.copied for b in batches], self._options.payload_dtype
 
-    def _side(self, batches: Sequence[_Batch], dims: Sequence[int]) -> dion.Side:
+        def reduce(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            if synchronized:
+                return self._collectives.mean_over_replicas(factors, partial, copied, "factors", payload_dtype=dtype, keep_own=keep_own)
+            own = self._collectives.sum_over_shards(factors, partial, "factors")
+            return own, own
+
+        return reduce
+
+    def _side(self, batches: Sequence[Batch], dims: Sequence[int]) -> dion.Side:
         """Tell `dion.power_iteration` how the rows of a factor, which run along dimension `dims[k]` of matrix k, are spread."""
         axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
 
@@ -620,7 +555,7 @@ class CurvaDion(torch.optim.Optimizer):
         if not (self._check_pending or (every and self._steps % every == 0)):
             return
         comparable = self.replicas > 1 and not self._parameters_differ
-        weights = _hash_tensors([local_tensor(p) for p in self._params]) if comparable else 0
+        weights = hash_tensors([local_tensor(p) for p in self._params]) if comparable else 0
         different = self._collectives.agree(self._steps, self._hash_config(), weights)
         if "config" in different:
             raise ReplicaMismatchError(
@@ -666,8 +601,8 @@ class CurvaDion(torch.optim.Optimizer):
     def metrics(self) -> dict[str, float]:
         """Return what the last step did and the totals since construction, as floats. No collective, no device access.
 
-        Keys, all under ``curvadion/``: ``step``, ``synchronized`` (0 or 1), ``sync_rate`` (share of steps), ``steps_since_sync``, ``rmmc_max``
-        (NaN if undefined), ``rmmc_argmax`` (index into `matrix_names`, -1 if none), ``skipped_steps``; ``bytes/<axis>`` and
+        Keys, all under ``curvadion/``: ``step``, ``synchronized`` (0 or 1), ``sync_rate`` (share of steps), ``steps_since_sync``,
+        ``rmmc_max`` (NaN if undefined), ``rmmc_argmax`` (index into `matrix_names`, -1 if none), ``skipped_steps``; ``bytes/<axis>`` and
         ``bytes/<axis>/<purpose>`` of the last step and ``bytes_total/...``, this rank's; ``dense_bf16_bytes`` and ``..._total``, what this
         rank's share of a bfloat16 all-reduce of all gradients would have sent between replicas.
         """
@@ -699,7 +634,7 @@ class CurvaDion(torch.optim.Optimizer):
         try:
             for position, p in enumerate(group["params"]):
                 name = group.get("param_names", {position: f"number {position}"})[position]
-                _check_parameter(name, p, group["algorithm"])
+                check_parameter(name, p, group["algorithm"])
             if self._built:
                 self._build()
         except Exception:
@@ -726,20 +661,29 @@ class CurvaDion(torch.optim.Optimizer):
 
         Raises ValueError, before anything is changed, if it does not fit.
         """
-        own, groups, saved = self.state, self.param_groups, {}
+        own, groups = self.state, self.param_groups
+        saved: dict[str, Any] = {}
+
+        def saved_states() -> list[tuple[Tensor, dict[str, Any]]]:
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            number_of = dict(zip(self._group_params, numbers, strict=True))
+            return [(p, saved["state"].get(number_of[p], {})) for p in self._params]
 
         def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
             saved.update(final)
-            self._check_loadable(final)
+            sizes = [len(group["params"]) for group in groups]
+            if [len(group["params"]) for group in saved["param_groups"]] == sizes:  # otherwise torch says what is wrong
+                states = [(name, values, own[p]) for name, (p, values) in zip(self._names, saved_states(), strict=True)]
+                check_loadable(saved["param_groups"], groups, states)
 
         def restore(_: torch.optim.Optimizer) -> None:
             self.state = own
             for group, before in zip(self.param_groups, groups, strict=True):
                 for key in GROUP_OPTIONS:
                     group.setdefault(key, before[key])
-            for p, values in self._saved_state(saved):
+            for p, values in saved_states():
                 for key, value in values.items():
-                    _assign(own[p][key], value)
+                    assign(own[p][key], value)
             self._read_counters()
 
         # The last hook before torch casts every state to its parameter's dtype, and the first one after.
@@ -754,36 +698,6 @@ class CurvaDion(torch.optim.Optimizer):
                 handle.remove()
         self._diverged, self._common_Q, self._check_pending, self._broken = False, True, True, None
 
-    def _saved_state(self, saved: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Return (parameter, saved state) for all parameters this optimizer updates."""
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        by_param = dict(zip(self._group_params, numbers, strict=True))
-        return [(p, saved["state"].get(by_param[p], {})) for p in self._params]
-
-    def _check_loadable(self, saved: dict[str, Any]) -> None:
-        here = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in saved["param_groups"]] != here:
-            return  # torch's own check follows and says so
-        for group, of in zip(self.param_groups, saved["param_groups"], strict=True):
-            if of.get("algorithm", group["algorithm"]) != group["algorithm"]:
-                raise ValueError(
-                    f"a checkpoint must hold the same algorithm for each group; got {of['algorithm']!r} for a group with "
-                    f"{group['algorithm']!r}; build the groups as they were when it was saved"
-                )
-        for (p, values), name in zip(self._saved_state(saved), self._names, strict=True):
-            missing, unknown = sorted(set(self.state[p]) - set(values)), sorted(set(values) - set(self.state[p]))
-            if missing or unknown:
-                raise ValueError(
-                    f"a checkpoint must hold exactly {sorted(self.state[p])} for {name!r}; missing {missing}, unknown {unknown}; "
-                    "load one that CurvaDion saved for the same groups"
-                )
-            for key, value in values.items():
-                if tuple(value.shape) != tuple(self.state[p][key].shape):
-                    raise ValueError(
-                        f"a checkpoint must hold state of the same shape; got {key} {tuple(value.shape)} for {name!r}, expected "
-                        f"{tuple(self.state[p][key].shape)}; construct with the rank_fraction and rank_multiple_of it was saved with"
-                    )
-
     def _read_counters(self) -> None:
         steps, local_steps, synchronized_steps = self._counters.amax(dim=1).tolist() if self._params else (0, 0, 0)
         self._steps, self._local_steps, self._synchronized_steps = int(steps), int(local_steps), int(synchronized_steps)
@@ -795,9 +709,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._replicate_group is not None or self._shards.mesh is not None:
-            raise TypeError(
-                "a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() instead"
-            )
+            raise TypeError("a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() instead")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -824,14 +736,12 @@ class CurvaDion(torch.optim.Optimizer):
         self._scalars = [i for i, algorithm in enumerate(algorithms) if algorithm != "dion"]
         devices = {local_tensor(p).device for p in self._params}
         if len(devices) > 1:
-            raise ValueError(
-                f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first"
-            )
+            raise ValueError(f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first")
         self._device = next(iter(devices), torch.device("cpu"))
 
         self._shards = ShardMesh(self._params)
         self._layouts = [Layout.of(p, self._shards) for p in self._params]
-        check_replicas(_ranks(self._replicate_group), self._shards, self._layouts)
+        check_replicas(ranks_of(self._replicate_group), self._shards, self._layouts)
         ledger = self._collectives.ledger if self._built else Ledger()
         self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
         for axes in sorted({axes for layout in self._layouts for axes in self._shards.sets_of(layout)}):
@@ -839,14 +749,20 @@ class CurvaDion(torch.optim.Optimizer):
 
         first = [self._shards.is_first(layout.copied) for layout in self._layouts]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], device=self._device)
-        self._dense_bytes = sum(
-            2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine
-        )
+        self._dense_bytes = sum(2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
         self._tau_cache: tuple[tuple[float, ...], Tensor] | None = None
         self._rmmc = torch.full((len(self._matrices),), torch.nan, device=self._device)
         self._last_norm = torch.full((len(self._matrices),), NO_NORM, device=self._device)
         self._counters = torch.zeros(3, len(self._params))
-        self._batches = self._make_batches()
+        self._batches = make_batches(
+            self._matrices,
+            names=self._names,
+            params=self._params,
+            layouts=self._layouts,
+            group_of=self._group_of,
+            groups=self.param_groups,
+            momentum_dtype=self._options.momentum_dtype,
+        )
         index_of = {position: index for index, position in enumerate(self._matrices)}
         order = [index_of[i] for b in self._batches for i in b.params]
         self._matrix_order = torch.tensor(order, dtype=torch.int64, device=self._device)
@@ -866,27 +782,6 @@ class CurvaDion(torch.optim.Optimizer):
             self._set_state(i, **{key: self._layouts[i].wrap(value) for key, value in zeros.items()})
         self._built = True
 
-    def _make_batches(self) -> list[_Batch]:
-        """Stack matrices that are equal in group, shape, dtype and layout; the same list on every rank."""
-        alike: dict[Any, list[int]] = {}
-        for i in self._matrices:
-            layout = self._layouts[i]
-            key = (self._group_of[i], layout.shape, layout.sharded, str(layout.placements), str(self._params[i].dtype))
-            alike.setdefault(key, []).append(i)
-        batches = []
-        for members in alike.values():
-            layout, dtype = self._layouts[members[0]], self._params[members[0]].dtype
-            group = self.param_groups[self._group_of[members[0]]]
-            r = dion.rank_of(*layout.shape, group["rank_fraction"], group["rank_multiple_of"])
-            n = layout.shape[layout.short]
-            Q = [layout.take(dion.initial_right_factor(self._names[i], n, r), layout.short, 0) for i in members]
-            momentum = torch.zeros(
-                (len(members), *layout.local_shape), dtype=self._options.momentum_dtype or dtype, device=self._device
-            )
-            stacked = torch.stack(Q).to(device=self._device, dtype=compute_dtype(momentum.dtype))
-            batches.append(_Batch(self._group_of[members[0]], members, layout, momentum, stacked))
-        return batches
-
     def _set_state(self, i: int, **tensors: Tensor) -> None:
         """Make the tensors the state of parameter i, with the values of its state so far where there is one."""
         p = self._params[i]
@@ -897,7 +792,7 @@ class CurvaDion(torch.optim.Optimizer):
             **tensors,
         }
         for key, value in self.state.get(p, {}).items():
-            _assign(fresh[key], value)
+            assign(fresh[key], value)
         self.state[p] = fresh
 
     def _momentum_norms(self) -> Tensor:
@@ -914,12 +809,12 @@ class CurvaDion(torch.optim.Optimizer):
             self._tau_cache = taus, torch.tensor(taus, dtype=torch.float32, device=self._device)
         return self._tau_cache[1]
 
-    def _rule(self, batch: _Batch) -> str:
+    def _rule(self, batch: Batch) -> str:
         return self.param_groups[batch.group]["local_update"]
 
-    def _by_method(self, batches: Sequence[_Batch]) -> list[list[_Batch]]:
+    def _by_method(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """Split batches by what `dion.power_iteration` takes one value of."""
-        chosen: dict[tuple[str, str], list[_Batch]] = {}
+        chosen: dict[tuple[str, str], list[Batch]] = {}
         for b in batches:
             group = self.param_groups[b.group]
             chosen.setdefault((group["orthogonalization"], group["right_factor"]), []).append(b)
@@ -928,81 +823,4 @@ class CurvaDion(torch.optim.Optimizer):
     @property
     def _skips(self) -> bool:
         """Whether a non-finite step is skipped: by option, or because a GradScaler is at work."""
-        return self._options.on_nonfinite == "skip" or getattr(self, "found_inf", None) is not None
-
-
-def _replicate_group(mesh: DeviceMesh | ProcessGroup | None) -> ProcessGroup | None:
-    """Return the process group of this rank's peers in the other replicas."""
-    if mesh is None:
-        return None
-    if isinstance(mesh, DeviceMesh):
-        if mesh.ndim != 1:
-            raise ValueError(
-                f'replicate_mesh must have one dimension; got {mesh}; slice it, as in init_device_mesh(...)["replicate"]'
-            )
-        mesh = mesh.get_group()
-    if not isinstance(mesh, ProcessGroup):
-        raise TypeError(
-            f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']"
-        )
-    if dist.get_rank(mesh) < 0:
-        raise ValueError(
-            "replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers"
-        )
-    return mesh
-
-
-def _ranks(group: ProcessGroup | None) -> list[int]:
-    return dist.get_process_group_ranks(group) if group is not None else []
-
-
-def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
-    """Raise if a parameter cannot be updated by the algorithm of its group."""
-    if algorithm == "dion" and p.requires_grad and p.ndim != 2:
-        raise ValueError(
-            f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape {tuple(p.shape)}; put it into "
-            "a group with algorithm='adamw', as param_groups_for(model) does"
-        )
-    if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16"
-        )
-    if p.is_meta:
-        raise ValueError(
-            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it"
-        )
-
-
-def _assign(target: Tensor, value: Any) -> None:
-    """Copy a saved value into a state tensor in place; the target keeps its dtype, device and placement."""
-    if isinstance(target, DTensor):
-        if not isinstance(value, DTensor):
-            value = distribute_tensor(
-                value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-            )
-        elif value.placements != target.placements:
-            value = value.redistribute(target.device_mesh, target.placements)
-    local_tensor(target).copy_(local_tensor(value) if isinstance(value, Tensor) else torch.as_tensor(value))
-
-
-def _copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(list(targets), list(values))
-
-
-def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
-
-
-def _hash_tensors(tensors: Iterable[Tensor], chunk: int = 1 << 22) -> int:
-    """Return 62 bits that tell the tensors' contents apart: a weighted sum of their bits modulo 2^64, taken on their device."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    total, weights = 0, None
-    for number, t in enumerate(tensors):
-        bits = t.contiguous().view(integer[t.element_size()]).reshape(-1)
-        for part in bits.split(chunk):
-            if weights is None:
-                weights = (torch.arange(chunk, device=t.device) * 0x9E3779B97F4A7C1 + 1) | 1
-            mixed = (part.to(torch.int64) + 0x2545F4914F6CDD1) * weights[: part.numel()]
-            total = hash((total, number, int((mixed ^ (mixed >> 29)).sum())))
-    return total & ((1 << 62) - 1)
+        return self._options.on_nonfinite == "skip" or self.found_inf is not None

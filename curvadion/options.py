@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 INF = float("inf")
 
@@ -87,18 +88,14 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: 
     if options.get("min_local_steps") and options.get("max_local_steps") is not None:
         low, high = options["min_local_steps"], options["max_local_steps"]
         if low > high:
-            raise ValueError(
-                f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}"
-            )
+            raise ValueError(f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's to set."""
     for key in group:
         if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
-            raise ValueError(
-                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead"
-            )
+            raise ValueError(f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead")
         if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
             close = difflib.get_close_matches(key, GROUP_OPTIONS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
@@ -107,3 +104,16 @@ def check_group(group: Mapping[str, Any]) -> None:
     for key in ("maximize", "capturable", "differentiable"):
         if group.get(key):
             raise ValueError(f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out")
+
+
+def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
+    """Raise if a parameter cannot be updated by the algorithm of its group."""
+    if algorithm == "dion" and p.requires_grad and p.ndim != 2:
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape {tuple(p.shape)}; put it into "
+            "a group with algorithm='adamw', as param_groups_for(model) does"
+        )
+    if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16")
+    if p.is_meta:
+        raise ValueError(f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it")

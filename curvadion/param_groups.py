@@ -165,10 +165,7 @@ class _Parameter:
 
         Names, because a library's own linear layer or embedding need not derive from torch's.
         """
-        return any(
-            isinstance(owner, types) or any(re.search(named, cls.__name__) for cls in type(owner).__mro__)
-            for owner in self.owners
-        )
+        return any(isinstance(owner, types) or any(re.search(named, cls.__name__) for cls in type(owner).__mro__) for owner in self.owners)
 
 
 def _parts(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
@@ -269,13 +266,10 @@ def _is_numbered(path: list[str]) -> bool:
 
 def _unplaced_message(unplaced: list[_Parameter], total: int) -> str:
     width = max(len(parameter.names[0]) for parameter in unplaced)
-    rows = [
-        f"    {p.names[0]:<{width}}  {tuple(p.tensor.shape)} owned by {type(p.owners[0]).__name__}" for p in unplaced
-    ]
+    rows = [f"    {p.names[0]:<{width}}  {tuple(p.tensor.shape)} owned by {type(p.owners[0]).__name__}" for p in unplaced]
     # One pattern for the same parameter of all blocks.
     patterns = dict.fromkeys(
-        r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in parameter.names[0].split("."))
-        for parameter in unplaced
+        r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in parameter.names[0].split(".")) for parameter in unplaced
     )
     overrides = ", ".join(f'r"^{pattern}$": "adamw"' for pattern in patterns)
     return "\n".join(

@@ -29,7 +29,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def momentum_norm_(momenta: Sequence[Tensor], grads: Sequence[Tensor | None], *, decay: float = 1.0) -> Tensor:
+def momentum_norm_(momenta: list[Tensor], grads: Sequence[Tensor | None], *, decay: float = 1.0) -> Tensor:
     """Accumulate the gradients into the momenta and return the squared norms of what was stored.
 
         m <- decay m + g,    s_l = ||m_l||_F^2
