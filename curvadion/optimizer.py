@@ -637,10 +637,10 @@ class CurvaDion(torch.optim.Optimizer):
                 check_parameter(name, p, group["algorithm"])
             if self._built:
                 self._build()
+                self._must_synchronize = self._check_pending = True
         except Exception:
             self.param_groups.pop()
             raise
-        self._must_synchronize = self._check_pending = True
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -696,7 +696,7 @@ class CurvaDion(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        self._diverged, self._common_Q, self._check_pending, self._broken = False, True, True, None
+        self._diverged, self._must_synchronize, self._common_Q, self._check_pending, self._broken = False, False, True, True, None
 
     def _read_counters(self) -> None:
         steps, local_steps, synchronized_steps = self._counters.amax(dim=1).tolist() if self._params else (0, 0, 0)
