@@ -71,7 +71,7 @@ def rank_of(short: int, rank_fraction: float, rank_multiple_of: int) -> int:
 def initial_right_factor(name: str, n: int, r: int) -> Tensor:
     """Return the first Q (n x r, float32, unit columns): a function of the parameter's canonical name and the shape alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
-    Q = torch.randn(n, r, generator=torch.Generator("cpu").manual_seed(seed))
+    Q = torch.randn(n, r, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
     return Q / Q.norm(dim=0)
 
 

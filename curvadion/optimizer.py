@@ -640,6 +640,8 @@ class CurvaDion(torch.optim.Optimizer):
                 self._must_synchronize = self._check_pending = True
         except Exception:
             self.param_groups.pop()
+            if self._built:
+                self._build()
             raise
 
     @torch.no_grad()
@@ -740,6 +742,11 @@ class CurvaDion(torch.optim.Optimizer):
         self._device = next(iter(devices), torch.device("cpu"))
 
         self._shards = ShardMesh(self._params)
+        if self._shards.mesh is not None and self._shards.mesh.device_type != self._device.type:
+            raise ValueError(
+                f"parameters must be on their mesh's device type; got {self._device} on {self._shards.mesh}; FSDP's CPU offload is not "
+                "supported, keep the shards on the accelerator"
+            )
         self._layouts = [Layout.of(p, self._shards) for p in self._params]
         check_replicas(ranks_of(self._replicate_group), self._shards, self._layouts)
         ledger = self._collectives.ledger if self._built else Ledger()
@@ -748,12 +755,12 @@ class CurvaDion(torch.optim.Optimizer):
             self._shards.make_group(axes)
 
         first = [self._shards.is_first(layout.copied) for layout in self._layouts]
-        self._owned = torch.tensor([float(first[i]) for i in self._matrices], device=self._device)
+        self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
         self._dense_bytes = sum(2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
         self._tau_cache: tuple[tuple[float, ...], Tensor] | None = None
-        self._rmmc = torch.full((len(self._matrices),), torch.nan, device=self._device)
-        self._last_norm = torch.full((len(self._matrices),), NO_NORM, device=self._device)
-        self._counters = torch.zeros(3, len(self._params))
+        self._rmmc = torch.full((len(self._matrices),), torch.nan, dtype=torch.float32, device=self._device)
+        self._last_norm = torch.full((len(self._matrices),), NO_NORM, dtype=torch.float32, device=self._device)
+        self._counters = torch.zeros(3, len(self._params), dtype=torch.float32, device="cpu")
         self._batches = make_batches(
             self._matrices,
             names=self._names,

@@ -188,7 +188,7 @@ def _placed_parameters(parts: list[nn.Module]) -> list[_Parameter]:
                 "Matrices must keep their two dimensions, and FullyShardedDataParallel flattens them. "
                 "Shard the model with torch.distributed.fsdp.fully_shard."
             )
-        for leaf, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+        for leaf, tensor in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}" if path else leaf
             if is_lazy(tensor):
                 raise ValueError(

@@ -48,7 +48,7 @@ def momentum_norm_(momenta: list[Tensor], grads: Sequence[Tensor | None], *, dec
     if present:
         torch._foreach_add_([m for m, _ in present], [g for _, g in present])
     if not momenta:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32)
     dtype = functools.reduce(torch.promote_types, {m.dtype for m in momenta}, torch.float32)
     norms = torch._foreach_norm(momenta, 2, dtype=dtype)
     return torch.stack(norms).square().to(torch.float32)
