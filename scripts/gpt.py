@@ -65,9 +65,7 @@ class GPT(nn.Module):
     def __init__(self, *, vocabulary: int = 256, dim: int = 160, layers: int = 4, heads: int = 5, max_seq: int = 2048):
         super().__init__()
         if dim % heads or (dim // heads) % 2:
-            raise ValueError(
-                f"dim must split into heads of even width, got dim={dim}, heads={heads}; try dim={heads * 32}"
-            )
+            raise ValueError(f"dim must split into heads of even width, got dim={dim}, heads={heads}; try dim={heads * 32}")
         hidden = 16 * math.ceil(dim * 8 / 3 / 16)
         self.embedding = nn.Embedding(vocabulary, dim)
         self.layers = nn.ModuleList(Block(dim, heads, hidden) for _ in range(layers))

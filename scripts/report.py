@@ -24,11 +24,9 @@ try:
     import matplotlib
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
+    from rich.table import Column, Table
 except ImportError as error:  # now, not after the last step
-    raise SystemExit(
-        f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'"
-    ) from None
+    raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
 
 PURPOSES = {
     "gate": "gate",
@@ -70,15 +68,10 @@ class Display:
             summary["held_out"] = [point for point in earlier if point[0] < start]
         self.file = (folder / "steps.jsonl").open("a" if start else "w")
         self.console = Console(soft_wrap=True, highlight=False)
-        self.progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        bar = (BarColumn(bar_width=12),) if self.console.width >= 120 else ()
+        line = TextColumn("{task.fields[line]}", table_column=Column(no_wrap=False))  # two lines where one is too narrow
+        columns = (MofNCompleteColumn(), *bar, line, TimeRemainingColumn(compact=True))
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=steps, completed=start, line="")
         self.console.print(
             f"{summary['parameters']:,} parameters; {summary['replicas']} replicas x {summary['shards']} shards on "
@@ -119,15 +112,18 @@ class Display:
 
 def live_line(record: dict[str, Any], tau: float) -> str:
     rmmc = record["curvadion/rmmc_max"]
+    sent, dense = record["curvadion/bytes_total/replicate"], record["curvadion/dense_bf16_bytes_total"]
     return (
         f"loss {record['loss']:.3f}  {record['tokens'] / record['seconds'] / 1000:.1f}k tokens/s  "
-        f"RMMC {'  -  ' if rmmc is None else f'{rmmc:.3f}'}/{tau:g} "
-        f"{'sync ' if record['curvadion/synchronized'] else 'local'}  sync rate {record['curvadion/sync_rate']:4.0%}  "
-        f"bytes {saved(record['curvadion/bytes_total/replicate'], record['curvadion/dense_bf16_bytes_total'])}"
+        f"RMMC {'  -  ' if rmmc is None else f'{rmmc:.3f}'}/{tau:g} {'sync ' if record['curvadion/synchronized'] else 'local'}  "
+        f"{record['curvadion/sync_rate']:4.0%} synchronized  bytes {saved(sent, dense)}"
     )
 
 
 def saved(sent: float, dense: float) -> str:
+    """Compare with the baseline, in words; a single replica sends nothing and has none."""
+    if not sent or not dense:
+        return "none"
     return f"{100 * (1 - sent / dense):.1f}% fewer" if sent < dense else f"{sent / dense:.2f} x dense"
 
 
@@ -139,9 +135,7 @@ class Run:
             self.summary = json.loads((folder / "summary.json").read_text())
             lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
         except FileNotFoundError as error:
-            raise SystemExit(
-                f"{folder} must be the --out folder of a training run, and has no {Path(error.filename).name}"
-            ) from None
+            raise SystemExit(f"{folder} must be the --out folder of a training run, and has no {Path(error.filename).name}") from None
         # By step, because a resumed run repeats the steps since its checkpoint.
         self.steps = [record for _, record in sorted({record["step"]: record for record in lines}.items())]
         self.arguments = self.summary["arguments"]
@@ -205,25 +199,17 @@ def draw(runs: list[Run], file: Path) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     gated = [run for run in runs if run.arguments["optimizer"] != "adamw"]
-    pyplot.rcParams.update(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    )
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     heights = [2.4, *[1.5] * len(gated), 1.3]
-    figure, axes = pyplot.subplots(
-        len(heights), sharex=True, figsize=(10, 1.6 * sum(heights)), height_ratios=heights, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(len(heights), sharex=True, figsize=(10, 1.6 * sum(heights)), height_ratios=heights, layout="constrained")
     loss_axis, *rmmc_axes, bytes_axis = axes
 
     for run, color in zip(runs, COLORS * len(runs), strict=False):
         steps = run.column("step")
         after = run.summary["held_out"][-1][1]
         loss_axis.plot(steps, run.column("loss"), color=color, alpha=0.25, linewidth=0.8)
-        loss_axis.plot(
-            steps, smooth(run.column("loss")), color=color, linewidth=1.6, label=f"{run.name}: {after:.3f} held out"
-        )
-        loss_axis.plot(
-            *zip(*run.summary["held_out"], strict=True), "o", color=color, markersize=6, markeredgecolor="white"
-        )
+        loss_axis.plot(steps, smooth(run.column("loss")), color=color, linewidth=1.6, label=f"{run.name}: {after:.3f} held out")
+        loss_axis.plot(*zip(*run.summary["held_out"], strict=True), "o", color=color, markersize=6, markeredgecolor="white")
         sent = [total / 1e6 for total in accumulate(run.column("curvadion/bytes/replicate"))]
         bytes_axis.plot(steps, sent, color=color, linewidth=1.6, label=run.name)
     dense = [total / 1e6 for total in accumulate(runs[0].column("curvadion/dense_bf16_bytes"))]
@@ -259,9 +245,13 @@ def draw(runs: list[Run], file: Path) -> None:
         axis.set_ylabel("RMMC")
         count = f"{run.total('synchronized'):.0f} of {len(run.steps)} steps synchronized"
         axis.set_title(f"Relative momentum change ({run.name}): {count}", loc="left")
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, run.tau / 2), max(high, run.tau * 2) * 2)  # room for the legend
+        axis.legend(loc="upper right", ncols=4, columnspacing=1.2, handletextpad=0.3)
+    loss_axis.legend(loc="upper right")
+    bytes_axis.legend(loc="upper left")
     for axis in axes:
         axis.grid(alpha=0.25)
-        axis.legend(loc="upper right", ncols=2 if axis in rmmc_axes else 1)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
 

@@ -39,9 +39,7 @@ class ByteText:
         starts = torch.randint(self._places(self.train, seq), (batch,), generator=generator)
         return cut(self.train, starts, seq)
 
-    def held_out_batches(
-        self, *, tokens: int, batch: int, seq: int, rank: int, ranks: int
-    ) -> list[tuple[Tensor, Tensor]]:
+    def held_out_batches(self, *, tokens: int, batch: int, seq: int, rank: int, ranks: int) -> list[tuple[Tensor, Tensor]]:
         """Cut about `tokens` evenly spread bytes of the held-out part into batches, equally many for each rank."""
         places = self._places(self.held_out, seq)
         count = max(1, min(tokens, len(self.held_out)) // (batch * seq * ranks)) * batch * ranks

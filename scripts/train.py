@@ -37,9 +37,7 @@ from curvadion import CurvaDion, param_groups_for
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("optimizer").add_argument
     optimizer_help = "dion and adamw are the controls: CurvaDion's own code, synchronized every step"
     add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
@@ -66,9 +64,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="fixes initial weights and batches")
     replicas_help = "copies of the model; none: one a machine, on a single one 2, or a process each if these are odd"
     add("--replicas", type=int, help=replicas_help)
-    add(
-        "--eval-every", type=int, default=100, help="steps between evaluations on held-out text; 0: first and last only"
-    )
+    add("--eval-every", type=int, default=100, help="steps between evaluations on held-out text; 0: first and last only")
     add("--eval-bytes", type=int, default=65536, help="held-out bytes in an evaluation")
     add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
     add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
@@ -97,7 +93,7 @@ def start(replicas: int | None) -> tuple[torch.device, DeviceMesh]:
                 f"torchrun with --nproc-per-node {torch.accelerator.device_count()}"
             )
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(dist.get_default_backend_for_device(device))
+    dist.init_process_group(dist.get_default_backend_for_device(device), device_id=None if device.type == "cpu" else device)
     world = dist.get_world_size()
     machines = world // int(os.environ["LOCAL_WORLD_SIZE"])
     replicas = replicas or (machines if machines > 1 else 2 if world % 2 == 0 else world)

@@ -2,7 +2,7 @@
 
 A `Layout` says how many shard ranks a replica has, how their mesh is named, and how a module is laid out over it with
 the real APIs (`fully_shard`, `parallelize_module`, `distribute_tensor`). `Layout.build` does that on this rank for K
-replicas; `Placed.set_gradients` turns whole gradients into this rank's `.grad`, so a test prescribes them exactly.
+replicas; `Placed.parts_of` turns whole gradients into this rank's, so a test prescribes them exactly.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Bag(nn.Module):
         return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placed:
     """A laid-out module on this rank, and the replica this rank belongs to."""
 
@@ -63,21 +63,32 @@ class Placed:
     replicate_mesh: DeviceMesh | ProcessGroup | None
     partial_gradients: bool = False
 
-    def set_gradients(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Set every parameter's .grad to this rank's part of the whole gradient; None stays None."""
+    def parts_of(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Turn whole gradients into what this rank's parameters take as .grad; None stays None."""
+        parts: dict[str, Tensor | None] = {}
         for name, parameter in self.bag.named_parameters():
             G = gradients.get(name)
-            if G is None:
-                parameter.grad = None
-            elif not isinstance(parameter, DTensor):
-                parameter.grad = G.clone()
+            if G is None or not isinstance(parameter, DTensor):
+                parts[name] = None if G is None else G.clone()
             elif self.partial_gradients and all(p.is_replicate() for p in parameter.placements):
                 # What sequence parallelism leaves on replicated weights: each rank has a summand (exact in binary).
                 rank, size = parameter.device_mesh.get_local_rank(), parameter.device_mesh.size()
                 share = 1 - (size - 1) / 4 if rank == 0 else 1 / 4
-                parameter.grad = DTensor.from_local(G * share, parameter.device_mesh, [Partial()], run_check=False)
+                parts[name] = DTensor.from_local(G * share, parameter.device_mesh, [Partial()], run_check=False)
             else:
-                parameter.grad = like(parameter, G)
+                parts[name] = like(parameter, G)
+        return parts
+
+    def set_gradients(self, parts: Mapping[str, Tensor | None]) -> None:
+        """Set every parameter's .grad to what `parts_of` returned."""
+        for name, parameter in self.bag.named_parameters():
+            parameter.grad = parts[name]
+
+    @torch.no_grad()
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set the parameters to these whole values."""
+        for name, parameter in self.bag.named_parameters():
+            local(parameter).copy_(part_of(values[name], parameter))
 
 
 @dataclass(frozen=True)
@@ -122,10 +133,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """What this rank holds of a tensor; a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def part_of(value: Tensor, tensor: Tensor) -> Tensor:
@@ -143,8 +154,8 @@ def part_of(value: Tensor, tensor: Tensor) -> Tensor:
         placement = placements[d]
         if isinstance(placement, (Shard, _StridedShard)):
             chunks = torch.chunk(value, mesh.size(d), dim=placement.dim)
-            empty = value.narrow(placement.dim, 0, 0)
-            value = chunks[coordinate[d]] if coordinate[d] < len(chunks) else empty
+            has_rows = coordinate[d] < len(chunks)
+            value = chunks[coordinate[d]] if has_rows else value.narrow(placement.dim, 0, 0)
         else:
             assert placement.is_replicate(), f"a tensor placed {placement}"
     return value

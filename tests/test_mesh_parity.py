@@ -70,6 +70,7 @@ class Case:
     options: Mapping[str, object] = field(default_factory=dict)
     groups: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     synchronize_after: int | None = None  # call synchronize() after this step
+    everywhere: bool = False  # also with one replica and on the layouts of 8 ranks, where a run takes longest
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -77,19 +78,18 @@ class Case:
 
 BASE = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "weight_decay": 0.1, "rank_fraction": 0.5}
 CASES = [
-    Case("gradient"),
-    Case("dion", {"local_update": "dion", "local_lr_scale": 0.5}),
-    Case("dion_householder", {"local_update": "dion", "orthogonalization": "qr"}),
-    Case("dion_right_qr", {"local_update": "dion", "right_factor": "qr"}),
-    Case("householder_right_qr", {"orthogonalization": "qr", "right_factor": "qr"}),
+    Case("gradient", everywhere=True),
+    Case("dion_right_qr", {"local_update": "dion", "right_factor": "qr"}, everywhere=True),
+    Case("householder", {"local_update": "dion", "orthogonalization": "qr"}),
+    Case("householder_right_qr", {"orthogonalization": "qr", "right_factor": "qr", "error_feedback": False}),
+    Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0}),
     Case("no_error_feedback", {"error_feedback": False}),
-    Case("no_error_feedback_dion", {"error_feedback": False, "local_update": "dion", "right_factor": "qr"}),
+    Case("no_error_feedback_dion", {"error_feedback": False, "local_update": "dion"}),
     Case("no_consensus", {"consensus": "none", "local_lr_scale": 2.0}),
-    Case("no_consensus_dion", {"consensus": "none", "local_update": "dion"}),
+    Case("no_consensus_dion", {"consensus": "none", "local_update": "dion", "local_lr_scale": 0.5}),
     Case("bounds_alone", {"tau": math.inf, "warmup_steps": 2, "max_local_steps": 3, "local_update": "dion"}),
     Case("bounds_and_gate", {"min_local_steps": 1, "max_local_steps": 4}),
     Case("synchronize", {"local_update": "dion"}, synchronize_after=4),
-    Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0}),
     Case(
         "groups",
         {"local_update": "dion"},
@@ -100,6 +100,7 @@ CASES = [
             "norm.weight": {"lr": 0.001, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0},
             "lion.weight": {"betas": (0.5, 0.6), "lr": 0.002},
         },
+        everywhere=True,
     ),
 ]
 
@@ -211,7 +212,9 @@ def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
         if name in expected.M:
             pairs.append(("M", state["momentum"], expected.M))
             want = moment.outcome.rmmc[name][placed.replica]
-            if not torch.isclose(torch.tensor(rmmc[name]), torch.tensor(want), RTOL_NORM, 1e-6, equal_nan=True):
+            both_undefined = math.isnan(want) and math.isnan(rmmc[name])
+            # Differences of fp32 norms: their rounding is relative to the norms, so absolute in the RMMC.
+            if not both_undefined and not math.isclose(rmmc[name], want, rel_tol=RTOL_NORM, abs_tol=1e-6):
                 problems.append(f"the RMMC of {name} is {rmmc[name]}, the reference has {want}")
             if not math.isclose(float(state["last_norm"]), expected.last_norm[name], rel_tol=RTOL_NORM):
                 problems.append(f"last_norm of {name} is {float(state['last_norm'])}, not {expected.last_norm[name]}")
@@ -226,15 +229,15 @@ def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
     return problems
 
 
-def run_case(layout: Layout, replicas: int, case: Case) -> list[str]:
-    placed = layout.build(initial_values(), replicas)
+def run_case(placed: Placed, parts: list[dict[str, Tensor | None]], case: Case, replicas: int) -> list[str]:
+    placed.set_values(initial_values())
     optimizer = make_optimizer(placed, case)
     for name, parameter in placed.bag.named_parameters():
         if "Q" in optimizer.state[parameter]:
             Q = optimizer.state[parameter]["Q"]
             assert not difference(Q, first_right_factors(case)[name]), f"{name} starts from another Q than alone"
-    for step, G in enumerate(gradients(replicas)):
-        placed.set_gradients(G[placed.replica])
+    for step, parts_of_step in enumerate(parts):
+        placed.set_gradients(parts_of_step)
         optimizer.step()
         if step == case.synchronize_after:
             optimizer.synchronize()
@@ -247,7 +250,11 @@ def run_case(layout: Layout, replicas: int, case: Case) -> list[str]:
 
 
 def run_cases(layout: Layout, replicas: int) -> list[str]:
-    return [problem for case in CASES for problem in run_case(layout, replicas, case)]
+    placed = layout.build(initial_values(), replicas)
+    parts = [placed.parts_of(G[placed.replica]) for G in gradients(replicas)]
+    all_cases = replicas > 1 and dist.get_world_size() <= 4
+    cases = [case for case in CASES if case.everywhere or all_cases]
+    return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
 @pytest.mark.parametrize("replicas", [1, 2], ids=["K1", "K2"])
@@ -263,7 +270,7 @@ def test_layout_computes_what_one_process_computes(layout: Layout, replicas: int
 def check_layout(layout: Layout) -> list[str]:
     """DTensor's own gathering must give back what was cut by hand; returns the placements that occur."""
     placed = layout.build(initial_values(), 1)
-    placed.set_gradients(initial_values())
+    placed.set_gradients(placed.parts_of(initial_values()))
     placements = set()
     for name, parameter in placed.bag.named_parameters():
         value = initial_values()[name]
@@ -302,9 +309,9 @@ def test_the_cases_are_what_they_claim(case: Case, replicas: int) -> None:
     margin = min(moment.outcome.margin for moment in moments)
     assert margin > MARGIN, f"an RMMC is within {margin:.1e} of tau, so fp32 norms might decide otherwise"
     if replicas == 2:
-        for moment, synchronized in zip(moments, branches, strict=True):
+        for step, (moment, synchronized) in enumerate(zip(moments, branches, strict=True)):
             left, right = (replica.X["tall.weight"] for replica in moment.replicas)
-            if not synchronized and moment is not moments[case.synchronize_after or -1]:
+            if not synchronized and step != case.synchronize_after:
                 assert not torch.allclose(left, right), "replicas do not differ after a local step"
             elif case.options.get("consensus") != "none":
                 assert torch.equal(left, right), "replicas differ after a synchronized step"
@@ -324,11 +331,10 @@ def run_backward() -> list[str]:
     problems = []
     for step, G in enumerate(gradients(2)):
         matrices = {n: g for n, g in G[placed.replica].items() if n in optimizer.matrix_names}
-        placed.set_gradients(G[placed.replica])  # the rest, and through it the right None
-        for name, parameter in placed.bag.named_parameters():
-            if name in matrices:
-                parameter.grad = None
         placed.bag(matrices).backward()
+        for name, part in placed.parts_of(G[placed.replica]).items():
+            if name not in matrices:
+                placed.bag.get_parameter(name).grad = part
         optimizer.step()
         problems += [f"step {step}: {p}" for p in compare(optimizer, placed, trajectory(BACKWARD_CASE, 2)[step])]
         optimizer.zero_grad()
@@ -354,7 +360,7 @@ def run_always_open(replicas: int) -> None:
         **{key: value for key, value in BASE.items() if key != "rank_fraction"},
     )
     for step, G in enumerate(gradients(replicas)):
-        placed.set_gradients(G[placed.replica])
+        placed.set_gradients(placed.parts_of(G[placed.replica]))
         optimizer.step()
         assert optimizer.metrics()["curvadion/synchronized"] == 1, f"step {step} is local with max_local_steps=0"
         zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
@@ -380,7 +386,7 @@ def run_never_open() -> dict[str, list[int]]:
     optimizer = make_optimizer(placed, Case("closed", {"tau": math.inf, "local_update": "dion"}))
     calls: dict[str, list[int]] = {"gate": [], "everything else": []}
     for G in gradients(2)[:AWAKENS_AT]:
-        placed.set_gradients(G[placed.replica])
+        placed.set_gradients(placed.parts_of(G[placed.replica]))
         optimizer.step()
         across = {p: n for (axis, p), n in optimizer.ledger.calls.items() if axis == "replicate"}
         calls["gate"].append(across.pop("gate"))

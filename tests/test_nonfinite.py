@@ -5,6 +5,7 @@ The first half is a promise about all ranks at once, so every case returns what 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_raise_on_every_rank_in_the_same_step(place: str, branch: str) -> None:
     def one(where: int, value: float) -> Any:
         toy = Toy(shard, matrices=SHAPES)
         opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **OPTIONS)
-        saved, seen = opt.state_dict(), []
+        saved, seen = copy.deepcopy(opt.state_dict()), []  # torch's state dicts alias the live state
         for step in range(bad_step + 1):
             toy.set_gradients(step, replica)
             if step == bad_step and dist.get_rank() == where:
@@ -52,7 +53,7 @@ def test_raise_on_every_rank_in_the_same_step(place: str, branch: str) -> None:
             seen.append(outcome(opt.step))
         untouched = digest(toy.params.values()) == before
         toy.set_gradients(bad_step + 1, replica)  # good again
-        again = [outcome(opt.step)[0] for _ in range(2)]
+        again = [outcome(opt.step) for _ in range(2)]
         still_untouched = digest(toy.params.values()) == before
         opt.load_state_dict(saved)
         opt.broadcast_parameters()
@@ -74,7 +75,9 @@ def test_raise_on_every_rank_in_the_same_step(place: str, branch: str) -> None:
             assert [kind for kind, _ in seen[:-1]] == ["ok"] * bad_step, f"{note}: {seen}"
             assert seen[-1][0] == "NonFiniteError", f"{note}: every rank must raise in this step, got {seen[-1]}"
             assert untouched, f"{note}: the parameters must be untouched"
-            assert again == ["NonFiniteError"] * 2, f"{note}: later steps must raise, the momentum has seen the value"
+            for kind, message in again:
+                assert kind in ("NonFiniteError", "RuntimeError"), f"{note}: later steps must raise, got {kind}"
+                assert "load_state_dict" in message, f"{note}: and say what to do: {message}"
             assert healed == ("ok", ""), f"{note}: after load_state_dict() the optimizer works again"
 
 
@@ -83,11 +86,11 @@ def test_the_error_says_what_to_do() -> None:
     opt = CurvaDion(toy.groups(), lr=0.01)
     toy.set_gradients(0, 0)
     poison(toy.params["embedding.weight"], math.nan)
-    with pytest.raises(NonFiniteError, match=r"load_state_dict|checkpoint") as first:
+    with pytest.raises(NonFiniteError, match="load_state_dict") as first:
         opt.step()
     assert isinstance(first.value, RuntimeError)
-    with pytest.raises(NonFiniteError, match=r"load_state_dict|checkpoint"):
-        opt.step()
+    assert "embedding.weight" in str(first.value), "the rank that saw the value names the parameter"
+    assert "skip" in str(first.value), "the alternative is named"
 
 
 @pytest.mark.parametrize("branch", ["synchronized", "local"])
@@ -149,7 +152,8 @@ def test_the_first_step_may_be_the_bad_one(mode: str) -> None:
 
     for first, unchanged, second, synchronized in run_ranks(4, worker):
         if mode == "raise":
-            assert (first, second) == ("NonFiniteError", "NonFiniteError")
+            assert first == "NonFiniteError"
+            assert second != "ok", "and every later step raises"
         else:
             assert (first, unchanged, second) == ("ok", True, "ok")
             assert synchronized == 1.0, "a skipped first step leaves no previous norm: the next one synchronizes"

@@ -91,8 +91,7 @@ def test_llama_groups_and_options() -> None:
         "matrices": [f"layers.{i}.{name}.weight" for i in range(2) for name in ("wqkv", "wo", "w1", "w2")],
         "embeddings": ["tok_embeddings.weight"],
         "head": ["output.weight"],
-        "norms_and_biases": [f"layers.{i}.{name}_norm.weight" for i in range(2) for name in ("attention", "ffn")]
-        + ["norm.weight"],
+        "norms_and_biases": [f"layers.{i}.{name}_norm.weight" for i in range(2) for name in ("attention", "ffn")] + ["norm.weight"],
     }
     assert options(groups) == {
         "matrices": {"algorithm": "dion"},
@@ -248,6 +247,14 @@ def test_byte_level_model_with_the_head_away_from_the_embedding() -> None:
     assert heads(model) == ["readout.projection.weight"]
 
 
+def test_byte_level_model_whose_head_is_registered_first() -> None:
+    model = nn.Module()
+    model.to_bytes = nn.Linear(WIDTH, WIDTH)
+    model.tokens = nn.Embedding(WIDTH, WIDTH)
+    model.mixer = nn.ModuleDict({"up": nn.Linear(WIDTH, HIDDEN), "down": nn.Linear(HIDDEN, WIDTH)})
+    assert heads(model) == ["to_bytes.weight"]
+
+
 def test_byte_level_model_that_multiplies_by_the_embedding_has_no_head() -> None:
     """`F.linear(x, embedding.weight)` leaves no module behind, and the last block's matrices are no head."""
     model = Llama(vocabulary=WIDTH)
@@ -293,9 +300,7 @@ def test_multihead_attention() -> None:
         "norms_and_biases": ["in_proj_bias", "bias_k", "bias_v", "out_proj.bias"],
     }
     separate = nn.MultiheadAttention(WIDTH, 2, kdim=6, vdim=4, bias=False)
-    assert placed(param_groups_for(separate)) == {
-        "matrices": ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
-    }
+    assert placed(param_groups_for(separate)) == {"matrices": ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]}
 
 
 def test_torch_transformer_encoder() -> None:
@@ -339,9 +344,7 @@ def test_layers_of_other_libraries_by_class_name() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(VOCABULARY, 4))
 
-    model = nn.ModuleDict(
-        {"a": Conv1D(6, 4), "b": ColumnParallelLinear(), "c": QuantizedProjection(), "d": VocabParallelEmbedding()}
-    )
+    model = nn.ModuleDict({"a": Conv1D(6, 4), "b": ColumnParallelLinear(), "c": QuantizedProjection(), "d": VocabParallelEmbedding()})
     assert placed(param_groups_for(model)) == {
         "matrices": ["a.weight", "b.weight", "c.weight"],
         "embeddings": ["d.weight"],
@@ -473,6 +476,16 @@ def test_first_matching_override_wins() -> None:
 def test_overrides_know_a_tied_parameter_by_all_its_names() -> None:
     groups = placed(param_groups_for(GPT2(), overrides={"lm_head": {"lr": 0.1}}))
     assert groups["embeddings: lm_head"] == ["transformer.wte.weight"]
+
+
+def test_overrides_know_a_shared_module_by_all_its_names() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 4)})
+    model["decoder"] = model["encoder"]
+    groups = placed(param_groups_for(model, overrides={"decoder": "adamw"}))
+    assert groups == {
+        "matrices: decoder": ["encoder.weight"],
+        "norms_and_biases: decoder": ["encoder.bias"],
+    }
 
 
 @pytest.mark.parametrize(

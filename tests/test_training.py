@@ -22,9 +22,7 @@ def run(*command: object) -> str:
     """Run a Python command against this tree, and return its output."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -141,8 +139,3 @@ def test_text_is_split_and_drawn_reproducibly(tmp_path, monkeypatch):
     assert not torch.equal(inputs, text.batch(**draw, rank=1)[0]), "ranks read different text"
     with pytest.raises(ValueError, match=r"shorter --seq"):
         text.batch(batch=1, seq=10**6, seed=0, rank=0, step=1)
-
-
-def test_a_checkpoint_must_exist_to_resume(tmp_path):
-    with pytest.raises(AssertionError, match="no complete checkpoint"):
-        train(tmp_path, "--checkpoint", tmp_path, "--resume", processes=1)
