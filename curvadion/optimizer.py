@@ -97,8 +97,6 @@ class CurvaDion(torch.optim.Optimizer):
     Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update.
     """
 
-    grad_scale: Tensor | None = None  # torch.amp.GradScaler sets these two around step()
-    found_inf: Tensor | None = None
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to step(), where all ranks agree
     _built = False
     # Made by `_build`, which runs again when a group is added.
@@ -262,8 +260,9 @@ class CurvaDion(torch.optim.Optimizer):
             )
             for (i, (_, divisor)), g in zip(partial.items(), summed, strict=True):
                 G[i] = g / divisor if divisor != 1 else g
-        if self.grad_scale is not None:
-            torch._foreach_mul_([g for g in G if g is not None], float(1 / self.grad_scale))
+        scale = getattr(self, "grad_scale", None)  # torch.amp.GradScaler sets this and found_inf for the time of step()
+        if scale is not None:
+            torch._foreach_mul_([g for g in G if g is not None], float(1 / scale))
         return X, G, failure
 
     def _accumulate_momentum(self, G: Sequence[Tensor | None]) -> Momenta:
@@ -285,7 +284,7 @@ class CurvaDion(torch.optim.Optimizer):
         )
         # Where the checks of the momentum do not look: gradients of everything else.
         nonfinite = ops.count_nonfinite([g for i in self._scalars for g in (G[i],) if g is not None])
-        nonfinite = nonfinite + (0.0 if self.found_inf is None else float(self.found_inf))
+        nonfinite = nonfinite + float(getattr(self, "found_inf", 0.0))
         sums = torch.zeros(len(self._matrices) + 2, dtype=torch.float32, device=self._device)
         sums[self._matrix_order] = momenta.sumsq.to(self._device)
         sums[:-2].mul_(self._owned)
@@ -830,4 +829,4 @@ class CurvaDion(torch.optim.Optimizer):
     @property
     def _skips(self) -> bool:
         """Whether a non-finite step is skipped: by option, or because a GradScaler is at work."""
-        return self._options.on_nonfinite == "skip" or self.found_inf is not None
+        return self._options.on_nonfinite == "skip" or hasattr(self, "found_inf")

@@ -23,7 +23,11 @@ def _integer(lowest: int, hint: str) -> Rule:
 
 GROUP_OPTIONS: dict[str, Rule] = {
     "algorithm": _one_of("dion", "adamw", "lion"),
-    "lr": (lambda v: 0 <= float(v) < INF, "a finite number >= 0", "try 0.02 for matrices, 3e-3 for AdamW"),
+    "lr": (
+        lambda v: 0 <= (float(v) if isinstance(v, Tensor) else v) < INF,
+        "a finite number >= 0",
+        "try 0.02 for matrices, 3e-3 for AdamW",
+    ),
     "momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "try 0.95"),
     "weight_decay": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 0.01"),
     "rank_fraction": (lambda v: 0 < v <= 1, "in (0, 1]", "try 0.25: a quarter of the short side"),

@@ -139,12 +139,14 @@ def check_loadable(
 def hash_tensors(tensors: Iterable[Tensor], chunk: int = 1 << 22) -> int:
     """Return 62 bits that tell the tensors' contents apart: a weighted sum of their bits modulo 2^64, taken on their device."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    total, weights = 0, None
-    for number, t in enumerate(tensors):
-        bits = t.contiguous().view(integer[t.element_size()]).reshape(-1)
+    tensors = [t.contiguous().view(integer[t.element_size()]).reshape(-1) for t in tensors]
+    if not tensors:
+        return 0
+    longest = min(chunk, max(t.numel() for t in tensors))
+    weights = torch.arange(longest, device=tensors[0].device).mul_(0x9E3779B97F4A7C1).add_(1).bitwise_or_(1)
+    total = 0
+    for number, bits in enumerate(tensors):
         for part in bits.split(chunk):
-            if weights is None:
-                weights = (torch.arange(chunk, device=t.device) * 0x9E3779B97F4A7C1 + 1) | 1
             mixed = (part.to(torch.int64) + 0x2545F4914F6CDD1) * weights[: part.numel()]
             total = hash((total, number, int((mixed ^ (mixed >> 29)).sum())))
     return total & ((1 << 62) - 1)

@@ -70,15 +70,14 @@ def rank_of(rows: int, cols: int, rank_fraction: float, rank_multiple_of: int = 
 def live_columns(A: Tensor) -> list[int]:
     """The columns that are not combinations of earlier ones: Gram-Schmidt, each vector orthogonalized twice."""
     largest = float(A.norm(dim=0).max())
-    basis: list[Tensor] = []
+    basis = torch.zeros_like(A)
     live = []
     for j in range(A.shape[1]):
         v = A[:, j].clone()
         for _ in range(2):
-            for b in basis:
-                v -= (b @ v) * b
+            v -= basis @ (basis.T @ v)
         if largest > 0 and float(v.norm()) > DEAD * largest:
-            basis.append(v / v.norm())
+            basis[:, j] = v / v.norm()
             live.append(j)
     return live
 

@@ -69,10 +69,7 @@ class Wire:
             Sent(
                 self.axis(entry["process_group"][0]),
                 entry["profiling_name"].removeprefix("gloo:"),
-                sum(
-                    math.prod(size) * sizes[dtype]
-                    for size, dtype in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)
-                ),
+                sum(math.prod(size) * sizes[dtype] for size, dtype in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)),
             )
             for entry in new
             if "barrier" not in entry["profiling_name"]
@@ -456,9 +453,7 @@ def replica_hashes(params: Any, shards: int) -> list[list[str]]:
 @pytest.mark.parametrize("local_update", LOCAL_UPDATES)
 @pytest.mark.parametrize("dense_algorithm", ["adamw", "lion"])
 @pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
-def test_replicas_drift_in_local_steps_and_are_equal_after_a_synchronized_one(
-    name: str, local_update: str, dense_algorithm: str
-) -> None:
+def test_replicas_drift_in_local_steps_and_are_equal_after_a_synchronized_one(name: str, local_update: str, dense_algorithm: str) -> None:
     layout = LAYOUTS[name]
 
     def worker() -> list[tuple[bool, dict[str, bool]]]:

@@ -59,9 +59,7 @@ def test_a_number_out_of_range(option: str, value: Any) -> None:
     fails(ValueError, option, repr(value), **{option: value})
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [(option, values[0]) for option, values in NUMBERS.items() if option in PER_GROUP]
-)
+@pytest.mark.parametrize(("option", "value"), [(option, values[0]) for option, values in NUMBERS.items() if option in PER_GROUP])
 def test_a_number_out_of_range_in_a_group(option: str, value: Any) -> None:
     fails(ValueError, option, repr(value), params=[{"params": [matrix()], option: value}])
     opt = CurvaDion([matrix()])
@@ -88,9 +86,7 @@ def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
 
 
 def test_an_unknown_algorithm() -> None:
-    fails(
-        ValueError, "algorithm", "'sgd'", "dion", "adamw", "lion", params=[{"params": [matrix()], "algorithm": "sgd"}]
-    )
+    fails(ValueError, "algorithm", "'sgd'", "dion", "adamw", "lion", params=[{"params": [matrix()], "algorithm": "sgd"}])
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
@@ -234,9 +230,7 @@ def test_meshes_that_cannot_work() -> None:
         sharded = nn.Linear(6, 8, bias=False)
         fully_shard(sharded, mesh=mesh["shard"])
         # As under tensor parallelism: some matrices split by it, norms and others copied.
-        tensor_parallel = Toy(
-            mesh["shard"], placements={"layers.1.weight": (Replicate(),), "norm.weight": (Replicate(),)}
-        )
+        tensor_parallel = Toy(mesh["shard"], placements={"layers.1.weight": (Replicate(),), "norm.weight": (Replicate(),)})
         everyone = nn.Linear(6, 8, bias=False)
         flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
         fully_shard(everyone, mesh=flat)
@@ -297,9 +291,7 @@ def test_replicas_built_differently_all_raise_at_the_first_step(what: str) -> No
             toy.set_gradients(0, 0)
             before = [local(param).detach().clone() for param in toy.params.values()]
             result = outcome(opt.step)
-            untouched = all(
-                torch.equal(local(param), value) for param, value in zip(toy.params.values(), before, strict=True)
-            )
+            untouched = all(torch.equal(local(param), value) for param, value in zip(toy.params.values(), before, strict=True))
             found.append((result, untouched))
         return gathered(found)
 

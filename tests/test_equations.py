@@ -135,9 +135,7 @@ def test_without_feedback_and_with_gradient_steps_the_momentum_is_the_plain_sum(
 @pytest.mark.parametrize("rank_fraction", [0.5, 1.0])
 def test_update_has_norm_lr_sqrt_out_over_in_sqrt_rank(shape: tuple[int, int], rank_fraction: float) -> None:
     """P is orthonormal and Q has unit columns, so ||P Q^T||_F = sqrt(r) exactly."""
-    optimizer, parameters = build(
-        {"W": draw(*shape)}, lr=0.1, weight_decay=0.0, rank_fraction=rank_fraction, **ALWAYS_OPEN
-    )
+    optimizer, parameters = build({"W": draw(*shape)}, lr=0.1, weight_decay=0.0, rank_fraction=rank_fraction, **ALWAYS_OPEN)
     before = parameters["W"].detach().clone()
     step(optimizer, parameters, W=draw(*shape, seed=1))
     r = math.ceil(rank_fraction * min(shape))
@@ -173,9 +171,7 @@ def test_right_factor_qr_at_full_rank_gives_an_orthogonal_update(orthogonalizati
 def test_weight_decay_is_decoupled_and_uses_lr_on_both_branches(branch: dict, algorithm: str) -> None:
     """Without a gradient only the decay is left, and local_lr_scale has no part in it."""
     W = torch.full((4, 2), 16.0)
-    optimizer, parameters = build(
-        {"W": W}, lr=0.5, weight_decay=0.5, local_lr_scale=0.1, algorithms={"W": algorithm}, **branch
-    )
+    optimizer, parameters = build({"W": W}, lr=0.5, weight_decay=0.5, local_lr_scale=0.1, algorithms={"W": algorithm}, **branch)
     for t in range(1, 4):
         step(optimizer, parameters)
         assert torch.equal(parameters["W"].detach(), W * 0.75**t), f"step {t}: not (1 - lr wd)^t X"
@@ -194,9 +190,7 @@ def test_weight_decay_is_decoupled_and_uses_lr_on_both_branches(branch: dict, al
         ((6, 6), 0.5, 8, 6),
     ],
 )
-def test_rank_is_rounded_up_and_clipped(
-    shape: tuple[int, int], rank_fraction: float, rank_multiple_of: int, r: int
-) -> None:
+def test_rank_is_rounded_up_and_clipped(shape: tuple[int, int], rank_fraction: float, rank_multiple_of: int, r: int) -> None:
     optimizer, parameters = build({"W": draw(*shape)}, rank_fraction=rank_fraction, rank_multiple_of=rank_multiple_of)
     assert tuple(optimizer.state[parameters["W"]]["Q"].shape) == (min(shape), r)
 
@@ -221,9 +215,7 @@ def run_two_norms(first: float, second: float, tau: float) -> tuple[CurvaDion, b
     [(1.0, 2.0, 1.0, False), (1.0, 2.0, 0.999, True), (2.0, 1.0, 0.5, False), (2.0, 1.0, 0.499, True)],
     ids=["grows_equal_tau", "grows_above_tau", "shrinks_equal_tau", "shrinks_above_tau"],
 )
-def test_rmmc_is_the_relative_change_and_the_comparison_strict(
-    first: float, second: float, tau: float, synchronized: bool
-) -> None:
+def test_rmmc_is_the_relative_change_and_the_comparison_strict(first: float, second: float, tau: float, synchronized: bool) -> None:
     optimizer, was = run_two_norms(first, second, tau)
     rmmc = abs(second - first) / first
     assert optimizer.named_rmmc() == {"W": rmmc}, "the RMMC is | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||"
@@ -408,7 +400,9 @@ def test_degenerate_columns_are_zero_and_the_rest_a_basis(name: str, dtype: torc
     P = P[0].double()
     gram = P.T @ P
     live = gram.diagonal() > 0.5
-    assert int(live.sum()) == rank, f"{int(live.sum())} live columns for rank {rank}"
+    count = int(live.sum())
+    # In float32 the rounding of A itself is a direction within the accuracy asked for (condition 1e7): more may live.
+    assert count == rank or (count > rank and dtype == torch.float32), f"{count} live columns for rank {rank}"
     tolerance = 2e-6 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(gram, torch.diag(live.double()), rtol=0, atol=tolerance)
     assert not P[:, ~live].any(), "a dead column must be exactly zero"
@@ -418,9 +412,7 @@ def test_degenerate_columns_are_zero_and_the_rest_a_basis(name: str, dtype: torc
 
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_both_methods_span_the_same_space(name: str) -> None:
-    projectors = [
-        P @ P.mT for m in ("cholesky_qr", "qr") for P in orthogonalize([DEGENERATE[name][None].double()], method=m)
-    ]
+    projectors = [P @ P.mT for m in ("cholesky_qr", "qr") for P in orthogonalize([DEGENERATE[name][None].double()], method=m)]
     torch.testing.assert_close(projectors[0], projectors[1], rtol=0, atol=1e-9)
 
 
@@ -442,6 +434,25 @@ def test_q_stays_usable_whatever_the_spectrum(right_factor: str, condition: floa
             Q = optimizer.state[parameters["W"]]["Q"]
             torch.testing.assert_close(Q.norm(dim=0), torch.ones(12), rtol=0, atol=1e-4, msg=lambda m: f"Q: {m}")
             assert parameters["W"].isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
+@pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (33, 33)], ids=str)
+def test_update_of_a_rank_deficient_fp32_momentum_has_its_rank(shape: tuple[int, int], right_factor: str, method: str) -> None:
+    """Rounding noise must not become part of the update: with unit columns of Q it would weigh as much as the signal."""
+    options = {"rank_fraction": 0.5, "right_factor": right_factor, "orthogonalization": method, **ALWAYS_OPEN}
+    optimizer, parameters = build({"W": torch.zeros(shape)}, lr=1.0, weight_decay=0.0, **options)
+    U, V = draw(shape[0], 3), draw(3, shape[1], seed=1)
+    r = math.ceil(0.5 * min(shape))
+    for t in range(4):
+        before, Q = parameters["W"].detach().clone(), optimizer.state[parameters["W"]]["Q"].clone()
+        step(optimizer, parameters, W=(U @ draw(3, 3, seed=2 + t) @ V).float())
+        update = (parameters["W"].detach() - before) / math.sqrt(shape[0] / shape[1])
+        values = torch.linalg.svdvals(update)
+        assert int((values > 1e-3).sum()) == 3, f"step {t}: the update's singular values are {values[:6].tolist()}"
+        kept = (optimizer.state[parameters["W"]]["Q"] == Q).all(dim=0)
+        assert int(kept.sum()) == r - 3, f"step {t}: {int(kept.sum())} of {r - 3} dead columns of Q were kept"
 
 
 # ---- what the state does in bad weather
@@ -548,9 +559,7 @@ def test_bf16_parameters_with_fp32_momentum(local_update: str) -> None:
     values = {name: value.bfloat16() for name, value in values.items()}
     algorithms = {"embedding": "adamw", "bias": "lion"}
     options = {"lr": 0.05, "momentum": 0.9, "tau": 0.4, "local_update": local_update}
-    optimizer, parameters = build(
-        values, algorithms=algorithms, momentum_dtype=torch.float32, rank_fraction=0.5, **options
-    )
+    optimizer, parameters = build(values, algorithms=algorithms, momentum_dtype=torch.float32, rank_fraction=0.5, **options)
     reference = ReferenceReplicas(
         {name: value.double() for name, value in values.items()},
         replicas=1,

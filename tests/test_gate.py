@@ -69,9 +69,7 @@ def test_bounds_alone_decide_when_tau_is_inf(options: dict[str, Any], expected: 
     assert branches == expected, "with tau = inf only the first step, warm-up and max_local_steps synchronize"
 
 
-@pytest.mark.parametrize(
-    ("minimum", "expected"), [(0, [S] * 8), (1, [S, L, S, L, S, L, S, L]), (3, [S, L, L, L, S, L, L, L])]
-)
+@pytest.mark.parametrize(("minimum", "expected"), [(0, [S] * 8), (1, [S, L, S, L, S, L, S, L]), (3, [S, L, L, L, S, L, L, L])])
 def test_min_local_steps_holds_the_gate_closed(minimum: int, expected: list[bool]) -> None:
     wild = [1.0, 100.0, 1.0, 100.0, 1.0, 100.0, 1.0, 100.0]
     branches, rmmcs, _ = run(wild, tau=0.5, min_local_steps=minimum)

@@ -224,11 +224,11 @@ def test_step_hooks_and_closure() -> None:
         loss.backward()
         return loss
 
-    before = float((param * param).sum())
-    assert float(opt.step(closure)) == pytest.approx(before)
+    before = float((param * param).sum().detach())
+    assert float(opt.step(closure).detach()) == pytest.approx(before)
     assert called == ["pre", "closure", "post"]
     assert opt.step() is None
-    assert float((param * param).sum()) < before, "the step used the gradient that the closure made"
+    assert float((param * param).sum().detach()) < before, "the step used the gradient that the closure made"
 
 
 def test_profiler_spans() -> None:
@@ -290,13 +290,13 @@ def test_grad_scaler_with_sharded_parameters() -> None:
         replica = replicate.get_local_rank()
         toy = Toy(mesh)
         opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **OPTIONS)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000, backoff_factor=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
         skipped = []
         for step in range(4):
             toy.set_gradients(step, replica)
             scaler.scale(torch.zeros(()))
             for param in toy.params.values():
-                local(param.grad).mul_(1024.0)
+                local(param.grad).mul_(scaler.get_scale())
             if step == 2 and dist.get_rank() == 3:
                 local(toy.params["embedding.weight"].grad).view(-1)[0] = math.nan
             before = state_digest(opt)
@@ -354,7 +354,7 @@ def test_frozen_parameters_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dion", "adamw"])
-def test_parameters_swapped_after_construction_are_named(kind: str) -> None:
+def test_parameters_swapped_after_construction_are_refused(kind: str) -> None:
     """Accelerate does this: the optimizer would go on with the old tensors, in silence."""
     toy = Toy()
     opt = CurvaDion(toy.groups(), **OPTIONS)
@@ -362,10 +362,8 @@ def test_parameters_swapped_after_construction_are_named(kind: str) -> None:
     group = opt.param_groups[0 if kind == "dion" else 1]
     group["params"][0] = nn.Parameter(group["params"][0].detach().clone())
     toy.set_gradients(1, 0)
-    with pytest.raises((RuntimeError, ValueError), match="param") as caught:
+    with pytest.raises(RuntimeError, match="replaced.*construct CurvaDion after"):
         opt.step()
-    name = "layers.0.weight" if kind == "dion" else "embedding.weight"
-    assert name in str(caught.value), f"the message should name the parameter: {caught.value}"
 
 
 def test_a_hyper_parameter_changed_in_a_group_takes_effect() -> None:
@@ -439,9 +437,7 @@ def gradient_steps(model: nn.Module, opt: CurvaDion, steps: range) -> None:
             generator = torch.Generator().manual_seed(1_009 * step + index)
             full = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
             assert isinstance(param, DTensor)
-            param.grad = torch.distributed.tensor.distribute_tensor(
-                full, param.device_mesh, param.placements, src_data_rank=None
-            )
+            param.grad = torch.distributed.tensor.distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
         opt.step()
 
 
@@ -496,9 +492,7 @@ def test_dcp_round_trip_on_the_same_mesh_is_bitwise(tmp_path: Path, param_dtype:
 
 
 @pytest.mark.parametrize(("replicas", "shards"), [(1, 4), (1, 2), (2, 1), (4, 1)], ids=["1x4", "1x2", "2x1", "4x1"])
-def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
-    tmp_path: Path, replicas: int, shards: int
-) -> None:
+def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(tmp_path: Path, replicas: int, shards: int) -> None:
     """DCP reshards; momentum, Q and counters arrive whole, and the run goes on as on the first mesh."""
 
     def build(replicas: int, shards: int) -> tuple[TinyGPT, CurvaDion, int]:

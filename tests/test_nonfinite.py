@@ -239,9 +239,7 @@ def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(defec
         for rank, (actual, sharded_alive) in enumerate(run_ranks(shards, worker)):
             assert sharded_alive, f"rank {rank} of {shards}: no column of Q may die"
             for name, value in expected.items():
-                torch.testing.assert_close(
-                    actual[name], value, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{defect}, {n}: {text}"
-                )
+                torch.testing.assert_close(actual[name], value, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{defect}, {n}: {text}")
 
 
 def test_a_dead_projection_wakes_up() -> None:
@@ -349,9 +347,7 @@ def test_many_shapes_and_groups() -> None:
             generator = torch.Generator().manual_seed(1_000_003 * step + index)
             alone.grad = torch.randn(alone.shape, generator=generator, dtype=torch.float64)
             single.step()
-        torch.testing.assert_close(
-            together.params[name], alone, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        torch.testing.assert_close(together.params[name], alone, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_betas_and_learning_rates_of_a_group_are_used() -> None:
