@@ -92,8 +92,8 @@ def power_iteration(
         R_i = M_i^T P,    R = E_i[ R_i ]
         Q   = column_normalize(R)  or  orthogonalize(R)
 
-    Columns of P that depend on the ones before them, or whose column of R is numerically zero, are zero in the returned P and
-    R_i (they contribute nothing) and keep their old column of Q (it stays usable).
+    Columns of P that depend on the ones before them, or whose column of R is numerically zero (or dependent, for "qr"), are zero in
+    the returned P and R_i (they contribute nothing) and keep their old column of Q (it stays usable).
 
     Args:
         M: batches (B, m, n) of momenta, m on the longer side of the whole matrix; local shards.
@@ -112,7 +112,8 @@ def power_iteration(
     live = [_live_columns(s) for s in sumsq]
     if right_factor == "qr":
         with record_function("curvadion::orthogonalize"):
-            new = orthogonalize(R, side=columns, method=orthogonalization)
+            new, independent = _orthonormal_columns(R, columns, orthogonalization)
+        live = [a & b for a, b in zip(live, independent, strict=True)]
     else:
         new = column_normalize(R, sumsq)
     P = [p * alive for p, alive in zip(P, live, strict=True)]
@@ -140,8 +141,14 @@ def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cho
             Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42, 2020), accurate up to
             condition 1e7; only r x r matrices cross ranks. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the reference.
     """
+    return _orthonormal_columns(P, side, method)[0]
+
+
+def _orthonormal_columns(P: Sequence[Tensor], side: Side, method: str) -> tuple[Tensors, Tensors]:
+    """Return the bases, and which columns are independent of those before them, (B, 1, r) bool."""
     if method == "qr":
-        return side.take([_householder(p) for p in side.gather(list(P))])
+        bases, live = map(list, zip(*map(_householder, side.gather(list(P))), strict=True)) if P else ([], [])
+        return side.take(bases), live
     first = [p.to(torch.float64) for p in P]
     factors = [_shifted_cholesky(g) for g in side.sum([w.mT @ w for w in first], "gram")]
     second = [_solve(w, L) for w, L in zip(first, factors, strict=True)]
@@ -149,7 +156,7 @@ def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cho
     # An independent column has norm 1 by now; a dependent one is rounding noise over a pivot that the shift keeps away from zero.
     live = [g.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) > INDEPENDENT for g in grams]
     factors = [_masked_cholesky(g, alive) for g, alive in zip(grams, live, strict=True)]
-    return [_solve(w * alive, L).to(p.dtype) for p, w, L, alive in zip(P, second, factors, live, strict=True)]
+    return [_solve(w * alive, L).to(p.dtype) for p, w, L, alive in zip(P, second, factors, live, strict=True)], live
 
 
 def _solve(P: Tensor, L: Tensor) -> Tensor:
@@ -172,8 +179,8 @@ def _masked_cholesky(gram: Tensor, live: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(gram)[0]
 
 
-def _householder(P: Tensor) -> Tensor:
-    """Return Q of P = QR with the columns that depend on earlier ones set to zero and out of the way of later ones."""
+def _householder(P: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q of P = QR, columns that depend on earlier ones set to zero and out of the way of later ones, and which do not."""
     Q, R = torch.linalg.qr(P)
     pivots = R.diagonal(dim1=-2, dim2=-1).abs()
     live = pivots > DEAD_COLUMN_ULPS * torch.finfo(P.dtype).eps * pivots.amax(-1, keepdim=True)
@@ -182,7 +189,7 @@ def _householder(P: Tensor) -> Tensor:
         order = torch.argsort(~live, dim=-1, stable=True).unsqueeze(-2).expand_as(P)
         Q = torch.empty_like(Q).scatter_(-1, order, torch.linalg.qr(P.gather(-1, order))[0])
     # Householder's column signs are free; a right factor must point the way its column does, so: Gram-Schmidt's.
-    return Q * (torch.where((Q * P).sum(-2) < 0, -1.0, 1.0) * live).unsqueeze(-2)
+    return Q * (torch.where((Q * P).sum(-2) < 0, -1.0, 1.0) * live).unsqueeze(-2), live.unsqueeze(-2)
 
 
 def _live_columns(sumsq: Tensor) -> Tensor:

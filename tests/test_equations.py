@@ -14,7 +14,7 @@ from reference import ReferenceReplicas
 from torch import Tensor, nn
 
 from curvadion import CurvaDion, NonFiniteError
-from curvadion.dion import orthogonalize
+from curvadion.dion import orthogonalize, power_iteration
 
 # One or a few fp64 products and a QR of condition below 1e3: rounding of 1e-16, amplified.
 FP64 = {"rtol": 1e-11, "atol": 1e-12}
@@ -434,6 +434,21 @@ def test_q_stays_usable_whatever_the_spectrum(right_factor: str, condition: floa
             Q = optimizer.state[parameters["W"]]["Q"]
             torch.testing.assert_close(Q.norm(dim=0), torch.ones(12), rtol=0, atol=1e-4, msg=lambda m: f"Q: {m}")
             assert parameters["W"].isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_right_factor_qr_agrees_with_the_left_on_which_columns_are_dead(dtype: torch.dtype, method: str) -> None:
+    """Wherever the threshold lies: a column that is live in P and dead in R must not leave a zero column in Q."""
+    pivots = torch.logspace(-17, -3, 1401, dtype=torch.float64)
+    M = torch.zeros(len(pivots), 4, 2, dtype=torch.float64)
+    M[:, 0, 0] = M[:, 0, 1] = 1
+    M[:, 1, 1] = pivots
+    Q = torch.eye(2, dtype=dtype).expand(len(pivots), 2, 2)
+    [P], _, [new] = power_iteration([M.to(dtype)], [Q], orthogonalization=method, right_factor="qr")
+    zero = pivots[new.norm(dim=-2).amin(-1) < 0.5]
+    assert not len(zero), f"{len(zero)} of 1401 have a zero column in Q, such as the pivot {float(zero[0]):.3e}"
+    assert P.isfinite().all() and new.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
