@@ -218,9 +218,6 @@ def test_a_learning_rate_may_be_a_tensor() -> None:
     fails(ValueError, "lr", lr=torch.tensor(-0.02))
 
 
-# --------------------------------------------------------------------------------------------------- meshes
-
-
 def test_meshes_that_cannot_work() -> None:
     def worker() -> dict[str, tuple[str, str]]:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -252,7 +249,7 @@ def test_meshes_that_cannot_work() -> None:
         for case, (kind, message) in found.items():
             expected = "ok" if case.startswith("right") else "ValueError"
             assert kind == expected, f"rank {rank}, {case}: {kind} {message}"
-        said(found["two-dimensional replicate_mesh"][1], "replicate_mesh", "1-D", "(2, 2)", '["replicate"]')
+        said(found["two-dimensional replicate_mesh"][1], "one dimension", "shard=2", '["replicate"]')
         for case in ("native HSDP", "native HSDP without a replicate_mesh"):
             said(found[case][1], "fully_shard", "Replicate", '["shard"]')
         for case in ("overlap: the shard mesh itself", "overlap: shards over everybody"):

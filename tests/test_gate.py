@@ -144,6 +144,19 @@ def test_rmmc_argmax_and_names() -> None:
     assert all(math.isnan(value) for value in opt.named_rmmc().values())
 
 
+def test_repeated_names_are_told_apart() -> None:
+    """Groups made from two submodules may repeat a name; no matrix may vanish from the report."""
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    opt = CurvaDion([{"params": [("weight", param)]} for param in params], lr=0.01, tau=math.inf, **MEMORYLESS)
+    for norms in ((1.0, 1.0), (1.5, 3.0)):
+        for param, norm in zip(params, norms, strict=True):
+            param.grad = torch.zeros(4, 3)
+            param.grad[0, 0] = norm
+        opt.step()
+    assert len(set(opt.matrix_names)) == 2
+    assert sorted(opt.named_rmmc().values()) == [0.5, 2.0]
+
+
 def test_one_undefined_matrix_synchronizes_and_hides_no_other() -> None:
     _, _, opt = run([[4.0, 0.0], [5.0, 0.0], [5.0, 1.0]], tau=math.inf)
     assert opt.metrics()["curvadion/synchronized"] == 1.0, "from 0 to nonzero synchronizes even with tau = inf"
@@ -253,7 +266,7 @@ def test_the_norm_is_of_the_whole_matrix_over_its_shards() -> None:
 @pytest.mark.parametrize("local_update", ["gradient", "dion"])
 def test_the_branch_is_common_under_random_gradients(local_update: str) -> None:
     """Hundreds of steps, every rank with gradients of its own, some huge, some zero, some missing."""
-    steps = 300
+    steps = 200
 
     def worker() -> list[Any]:
         replicate, shard = grid(2, 2)
@@ -286,4 +299,4 @@ def test_the_branch_is_common_under_random_gradients(local_update: str) -> None:
     for rank, (same, finite, synchronized) in enumerate(run_ranks(4, worker)):
         assert same, f"rank {rank}: branch, RMMC, index or the number of collectives differ between ranks"
         assert finite, f"rank {rank}: parameters must stay finite"
-        assert 30 <= synchronized <= steps - 30, f"both branches must be frequent, {synchronized} of {steps} were not"
+        assert 20 <= synchronized <= steps - 20, f"both branches must be frequent, {synchronized} of {steps} were not"

@@ -255,8 +255,11 @@ def run_cases(layout: Layout, replicas: int) -> list[str]:
     return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
-@pytest.mark.parametrize("replicas", [1, 2], ids=["K1", "K2"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+# Three, because a mean over two is exact in binary.
+LAYOUTS_AND_REPLICAS = [(layout, replicas) for layout in LAYOUTS for replicas in (1, 2)] + [(LAYOUTS[0], 3)]
+
+
+@pytest.mark.parametrize(("layout", "replicas"), LAYOUTS_AND_REPLICAS, ids=str)
 def test_layout_computes_what_one_process_computes(layout: Layout, replicas: int) -> None:
     for case in CASES:
         trajectory(case, replicas)  # here, not in every forked rank

@@ -103,7 +103,7 @@ def test_skip_leaves_everything_as_it_was(place: str, branch: str) -> None:
         toy = Toy(shard, matrices=SHAPES)
         opt = CurvaDion(toy.groups(), replicate_mesh=replicate, on_nonfinite="skip", **OPTIONS)
         as_before = True
-        for step in range(7):
+        for step in range(bad_step + 2):
             if step == bad_step and bad is not None:
                 toy.set_gradients(99, replica)
                 if dist.get_rank() == bad[0]:
@@ -159,6 +159,31 @@ def test_the_first_step_may_be_the_bad_one(mode: str) -> None:
             assert synchronized == 1.0, "a skipped first step leaves no previous norm: the next one synchronizes"
 
 
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_rank_that_cannot_do_its_part_stops_every_rank(on_nonfinite: str) -> None:
+    """A sparse gradient on one rank: raising there before the gate would leave the others waiting for ever."""
+
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        embedding = nn.Embedding(6, 3, sparse=True)
+        nn.init.ones_(embedding.weight)
+        groups = [*toy.groups(), {"params": [("sparse.weight", embedding.weight)], "algorithm": "adamw"}]
+        opt = CurvaDion(groups, replicate_mesh=replicate, on_nonfinite=on_nonfinite, **OPTIONS)
+        toy.set_gradients(0, replicate.get_local_rank())
+        if dist.get_rank() == 3:
+            embedding(torch.tensor([1])).sum().backward()
+        before = digest(toy.params.values())
+        return outcome(opt.step), digest(toy.params.values()) == before
+
+    *others, (own, _) = run_ranks(4, worker)
+    assert own[0] == "ValueError"
+    assert "sparse.weight" in own[1]
+    for (kind, _), untouched in others:
+        assert kind == "RuntimeError", "every other rank raises in the same step"
+        assert untouched
+
+
 @pytest.mark.parametrize("value", [1e25, 3e38], ids=["squares-overflow", "near-the-largest-float"])
 def test_a_finite_gradient_whose_norm_overflows_is_handled_alike_on_all_ranks(value: float) -> None:
     def worker() -> Any:
@@ -178,9 +203,6 @@ def test_a_finite_gradient_whose_norm_overflows_is_handled_alike_on_all_ranks(va
     assert len({kind for kind, _ in results}) == 1, f"the ranks must act alike, got {results}"
     assert results[0][0] in ("ok", "NonFiniteError")
     assert all(finite for _, finite in results), "the parameters must stay finite"
-
-
-# ----------------------------------------------------------------------------- degenerate but finite gradients
 
 
 EXACT: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "max_local_steps": 0}
