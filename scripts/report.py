@@ -1,7 +1,7 @@
 """What a training run shows: a live line, a JSON line for each step, and at the end a table and a picture.
 
-    python scripts/report.py runs/curvadion-gradient                    # table and picture again, from the files
-    python scripts/report.py runs/curvadion-gradient runs/dion          # several runs side by side
+    python scripts/report.py runs/curvadion-dion                    # table and picture again, from the files
+    python scripts/report.py runs/curvadion-dion runs/dion          # several runs side by side
 
 Bytes are those that the optimizer's ledger counted on training steps, summed over the ranks of one replica. Evaluations
 and checkpoints, which bring the replicas together for a moment, are not in them.

@@ -4,7 +4,7 @@ One machine, 2 replicas x 2 FSDP2 shards on CPU (GPUs are used when there are an
 
     torchrun --nproc-per-node 4 scripts/train.py
     torchrun --nproc-per-node 4 scripts/train.py --optimizer dion              # the control: synchronized every step
-    torchrun --nproc-per-node 4 scripts/train.py --local-update dion --tau 0.05 --text ~/books
+    torchrun --nproc-per-node 4 scripts/train.py --local-update gradient --tau 0.2 --text ~/books
 
 Two machines, one replica on each; the same on both, HOST being the name of either:
 
@@ -41,14 +41,15 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("optimizer").add_argument
     optimizer_help = "dion and adamw are the controls: CurvaDion's own code, synchronized every step"
     add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
-    add("--tau", type=float, default=0.1, help="synchronize when the momentum's relative change exceeds this")
-    add("--local-update", choices=("gradient", "dion"), default="gradient", help="what a matrix does on a local step")
+    add("--tau", type=float, default=0.3, help="synchronize when the momentum's relative change exceeds this")
+    local_help = "what a matrix does on a local step; gradient, the paper's text, is CurvaDion's own default"
+    add("--local-update", choices=("gradient", "dion"), default="dion", help=local_help)
     add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")
     add("--rank-fraction", type=float, default=0.25, help="rank of the update relative to the matrix's shorter side")
     add("--warmup-steps", type=int, default=20, help="first steps, all of them synchronized")
     add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: no bound")
-    add("--lr", type=float, default=0.02, help="peak learning rate of matrices")
-    add("--adamw-lr", type=float, default=3e-3, help="peak learning rate of embedding, head and norms")
+    add("--lr", type=float, default=0.01, help="peak learning rate of matrices")
+    add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
     add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
 
     add = parser.add_argument_group("model and data").add_argument
@@ -56,16 +57,16 @@ def parse_args() -> argparse.Namespace:
     add("--layers", type=int, default=4, help="number of blocks")
     add("--heads", type=int, default=5, help="attention heads")
     add("--text", type=Path, help="file or folder to train on; none: the Python standard library's own source")
-    add("--seq", type=int, default=256, help="bytes in a sequence")
-    add("--batch", type=int, default=4, help="sequences on each rank in each step")
+    add("--seq", type=int, default=128, help="bytes in a sequence")
+    add("--batch", type=int, default=8, help="sequences on each rank in each step")
 
     add = parser.add_argument_group("run").add_argument
-    add("--steps", type=int, default=400, help="length of the run and of its learning rate schedule")
+    add("--steps", type=int, default=300, help="length of the run and of its learning rate schedule")
     add("--seed", type=int, default=0, help="fixes initial weights and batches")
     replicas_help = "copies of the model; none: one a machine, on a single one 2, or a process each if these are odd"
     add("--replicas", type=int, help=replicas_help)
     add("--eval-every", type=int, default=100, help="steps between evaluations on held-out text; 0: first and last only")
-    add("--eval-bytes", type=int, default=65536, help="held-out bytes in an evaluation")
+    add("--eval-bytes", type=int, default=32768, help="held-out bytes in an evaluation")
     add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
     add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
     add("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")

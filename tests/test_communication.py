@@ -126,6 +126,8 @@ LAYOUTS = {
 }
 TWO_AXES = ["fsdp-2x2", "fsdp-2x2-uneven-and-empty", "rowwise-2x2", "fsdp-tp-2x2x2"]
 LOCAL_UPDATES = ["gradient", "dion"]
+CASES = [(name, update, "adamw") for name in ("plain-4x1", *TWO_AXES) for update in LOCAL_UPDATES]
+CASES += [("plain-4x1", "gradient", "lion"), ("fsdp-tp-2x2x2", "dion", "lion")]
 
 
 def rank_of(shape: tuple[int, ...], fraction: float = 0.25) -> int:
@@ -245,9 +247,7 @@ def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name:
             assert not total, f"no local step happened, so nothing else crosses the replicate axis: {dict(total)}"
 
 
-@pytest.mark.parametrize("dense_algorithm", ["adamw", "lion"])
-@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
-@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+@pytest.mark.parametrize(("name", "local_update", "dense_algorithm"), CASES)
 def test_an_open_gate_after_local_steps_sends_consensus_too(name: str, local_update: str, dense_algorithm: str) -> None:
     layout = LAYOUTS[name]
     options = {"local_update": local_update, "dense_algorithm": dense_algorithm, "max_local_steps": 2, **NEVER}
@@ -440,9 +440,7 @@ def replica_hashes(params: Any, shards: int) -> list[list[str]]:
     return [values[start : start + shards] for start in range(0, len(values), shards)]
 
 
-@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
-@pytest.mark.parametrize("dense_algorithm", ["adamw", "lion"])
-@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+@pytest.mark.parametrize(("name", "local_update", "dense_algorithm"), CASES)
 def test_replicas_drift_in_local_steps_and_are_equal_after_a_synchronized_one(name: str, local_update: str, dense_algorithm: str) -> None:
     layout = LAYOUTS[name]
 

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate
 
 from curvadion import CurvaDion, ReplicaMismatchError
 
@@ -347,6 +347,3 @@ def test_placements_the_optimizer_cannot_read_are_refused_by_name() -> None:
     for kind, message in run_ranks(2, worker):
         assert kind == "ValueError"
         said(message, "conv.weight")
-
-
-assert Shard(0) != Replicate()

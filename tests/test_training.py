@@ -12,40 +12,26 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
-STEPS, CHECKPOINT_EVERY, LAYERS = 16, 8, 2
+STEPS, CHECKPOINT_EVERY = 16, 8
+# With this lr and tau a model so small takes both branches of the gate within a few steps.
+SMALL = (
+    f"--dim 32 --layers 2 --heads 2 --seq 32 --batch 4 --steps {STEPS} --warmup-steps 2 --eval-bytes 1024 --lr 0.05 --tau 0.25"
+).split()
 
 pytest.importorskip("rich", reason="the training script shows its results with rich: install the [report] extra")
 pytest.importorskip("matplotlib", reason="the training script draws with matplotlib: install the [report] extra")
 
 
-def run(*command: object) -> str:
-    """Run a Python command against this tree, and return its output."""
+def train(out: Path, *options: object, processes: int = 4) -> str:
+    """Train through torchrun, on this tree, and return the output."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+    arguments = ["--text", SCRIPTS, "--out", out, *options]
+    command = [*torchrun, str(SCRIPTS / "train.py"), *SMALL, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-def train(out: Path, *options: object, processes: int = 4) -> str:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, SCRIPTS / "train.py")
-    model = ("--dim", 32, "--layers", LAYERS, "--heads", 2, "--seq", 32, "--batch", 4)
-    # lr 0.05 and tau 0.25 take both branches of the gate within a few steps of so small a model.
-    small = (
-        "--steps",
-        STEPS,
-        "--warmup-steps",
-        2,
-        "--eval-bytes",
-        1024,
-        "--text",
-        SCRIPTS,
-        "--lr",
-        0.05,
-        "--tau",
-        0.25,
-    )
-    return run(*torchrun, *model, *small, "--out", out, *options)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -110,12 +96,17 @@ def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
         assert [record[key] for record in resumed] == [record[key] for record in uninterrupted], key
 
 
-def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path):
+def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path, monkeypatch, capsys):
     train(tmp_path / "adamw", "--optimizer", "adamw", processes=1)
     records = lines(tmp_path / "adamw")
     assert all(record["curvadion/synchronized"] for record in records)
     assert records[-1]["loss"] < records[0]["loss"]
-    output = run(SCRIPTS / "report.py", finished[0], tmp_path / "adamw", "--picture", tmp_path / "both.png")
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from report import write_report
+
+    write_report([finished[0], tmp_path / "adamw"], tmp_path / "both.png")
+    output = capsys.readouterr().out
     assert "AdamW, every step" in output and "CurvaDion" in output
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
