@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from curvadion_kernels.reference import column_sumsq
+from curvadion_kernels import ops
 
 Tensors = list[Tensor]
 
 # Shift of the Gram matrix relative to its trace: above the rounding of a float64 Gram matrix, below (1e-7)^2, so that
 # columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow it.
 GRAM_SHIFT = 1e-15
-# Squared norm below which a column counts as dependent after the first pass, where an independent one has 1.
+# A column counts as independent in the second pass if this much of its squared norm, 1 by then, is left after those before it.
 INDEPENDENT = 1e-2
-FAR_PIVOT = 1e200
-# A column of R this many units of rounding below the largest one is numerically zero.
-DEAD_COLUMN_ULPS = 64
+# What is left of a column, relative to the largest one, below which it is rounding noise: in units of the product's rounding ...
+NOISE_ULPS = 64
+# ... and, where every entry was rounded to a coarser format than it was summed in, in units of that format's.
+COARSE_NOISE_ULPS = 2
 
 
 def _same(tensors: Tensors) -> Tensors:
@@ -85,6 +86,7 @@ def power_iteration(
     reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = _same_twice,
     orthogonalization: str = "cholesky_qr",
     right_factor: str = "column_norm",
+    payload_dtype: torch.dtype | None = None,
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Take one step of power iteration from Q and return (P, R_i, new Q).
 
@@ -101,24 +103,39 @@ def power_iteration(
         rows, columns: how m and n are spread over ranks.
         reduce_P: the sum over the ranks that split n (own), then the mean over replicas; returns (own, mean).
         reduce_R: the sum over the ranks that split m (own, R_i), then the mean over replicas (R); returns (R_i, R).
+        payload_dtype: what the reductions round P and R to, None if they do not.
     """
+    floors = [noise_floor(m, payload_dtype) for m in M]
     Q = [q.to(m.dtype) for m, q in zip(M, Q, strict=True)]
     _, P = reduce_P([m @ q for m, q in zip(M, Q, strict=True)])
     with record_function("curvadion::orthogonalize"):
-        P = orthogonalize(P, side=rows, method=orthogonalization)
+        P, _ = _orthonormal_columns(P, rows, orthogonalization, floors)
     own, R = reduce_R([m.mT @ p for m, p in zip(M, P, strict=True)])
 
-    sumsq = columns.sum([column_sumsq(r) for r in R], "column_norms")
-    live = [_live_columns(s) for s in sumsq]
+    sumsq = columns.sum([ops.column_sumsq(r) for r in R], "column_norms")
+    live = [(s > floor**2 * s.amax(-1, keepdim=True)).unsqueeze(-2) for s, floor in zip(sumsq, floors, strict=True)]
     if right_factor == "qr":
         with record_function("curvadion::orthogonalize"):
-            new, independent = _orthonormal_columns(R, columns, orthogonalization)
+            new, independent = _orthonormal_columns(R, columns, orthogonalization, floors)
         live = [a & b for a, b in zip(live, independent, strict=True)]
     else:
         new = column_normalize(R, sumsq)
     P = [p * alive for p, alive in zip(P, live, strict=True)]
     own = [r * alive for r, alive in zip(own, live, strict=True)]
     return P, own, [torch.where(alive, q, old) for alive, q, old in zip(live, new, Q, strict=True)]
+
+
+def noise_floor(M: Tensor, payload_dtype: torch.dtype | None = None) -> float:
+    """Return the relative size below which a column of a product with M is rounding noise.
+
+    Knows of TF32 and bfloat16 products on CUDA (`torch.set_float32_matmul_precision`) and of factors rounded to `payload_dtype`.
+    """
+    coarse = [payload_dtype] if payload_dtype is not None else []
+    floor = max([NOISE_ULPS * torch.finfo(M.dtype).eps] + [COARSE_NOISE_ULPS * torch.finfo(dtype).eps for dtype in coarse])
+    if M.is_cuda and M.dtype == torch.float32:
+        eps = {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(torch.backends.cuda.matmul.fp32_precision, 0.0)
+        floor = max(floor, COARSE_NOISE_ULPS * eps)
+    return floor
 
 
 def column_normalize(R: Sequence[Tensor], sumsq: Sequence[Tensor]) -> Tensors:
@@ -131,7 +148,7 @@ def column_normalize(R: Sequence[Tensor], sumsq: Sequence[Tensor]) -> Tensors:
     return [r * torch.where(s > 0, s.rsqrt(), 0.0).unsqueeze(-2) for r, s in zip(R, sumsq, strict=True)]
 
 
-def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cholesky_qr") -> Tensors:
+def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cholesky_qr", floor: float = 0.0) -> Tensors:
     """Return orthonormal bases of the columns: P^T P = I, span(P_1..P_j) kept for every j, dependent columns set to zero.
 
     Args:
@@ -140,23 +157,33 @@ def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cho
         method: "cholesky_qr", shifted Cholesky QR in two passes, Gram matrices and factors in float64 (Fukaya et al., "Shifted
             Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42, 2020), accurate up to
             condition 1e7; only r x r matrices cross ranks. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the reference.
+        floor: a column is dependent if less than this, relative to the largest column, is left of it after those before it.
     """
-    return _orthonormal_columns(P, side, method)[0]
+    return _orthonormal_columns(P, side, method, [floor] * len(P))[0]
 
 
-def _orthonormal_columns(P: Sequence[Tensor], side: Side, method: str) -> tuple[Tensors, Tensors]:
+def _orthonormal_columns(P: Sequence[Tensor], side: Side, method: str, floors: Sequence[float]) -> tuple[Tensors, Tensors]:
     """Return the bases, and which columns are independent of those before them, (B, 1, r) bool."""
     if method == "qr":
-        bases, live = map(list, zip(*map(_householder, side.gather(list(P))), strict=True)) if P else ([], [])
-        return side.take(bases), live
-    first = [p.to(torch.float64) for p in P]
-    factors = [_shifted_cholesky(g) for g in side.sum([w.mT @ w for w in first], "gram")]
-    second = [_solve(w, L) for w, L in zip(first, factors, strict=True)]
-    grams = side.sum([w.mT @ w for w in second], "gram")
-    # An independent column has norm 1 by now; a dependent one is rounding noise over a pivot that the shift keeps away from zero.
-    live = [g.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) > INDEPENDENT for g in grams]
-    factors = [_masked_cholesky(g, alive) for g, alive in zip(grams, live, strict=True)]
-    return [_solve(w * alive, L).to(p.dtype) for p, w, L, alive in zip(P, second, factors, live, strict=True)], live
+        pairs = [_householder(p, floor) for p, floor in zip(side.gather(list(P)), floors, strict=True)]
+        return side.take([basis for basis, _ in pairs]), [live for _, live in pairs]
+    bases, live = [], []
+    wide = [p.to(torch.float64) for p in P]
+    for w, gram, floor in zip(wide, side.sum([w.mT @ w for w in wide], "gram"), floors, strict=True):
+        L, pivots = _shifted_cholesky(gram)
+        # Noise must not pass for a direction: what later columns have along it would be lost.
+        above = pivots > floor**2 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
+        L, _ = _shifted_cholesky(gram * above * above.mT)
+        bases.append(_solve(w * above, L))
+    for k, gram in enumerate(side.sum([w.mT @ w for w in bases], "gram")):
+        # Independent columns are nearly orthonormal by now. Others are noise over a pivot that the shift keeps away from zero.
+        independent = _shifted_cholesky(gram)[1] > INDEPENDENT
+        gram = gram * independent * independent.mT + torch.diag_embed((~independent).squeeze(-2).to(gram.dtype))
+        L, info = torch.linalg.cholesky_ex(gram)
+        live.append(independent & (info == 0).view(-1, 1, 1))
+        L = torch.where((info == 0).view(-1, 1, 1), L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
+        bases[k] = _solve(bases[k] * live[k], L).to(P[k].dtype)
+    return bases, live
 
 
 def _solve(P: Tensor, L: Tensor) -> Tensor:
@@ -164,35 +191,27 @@ def _solve(P: Tensor, L: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L.mT, P, upper=True, left=False)
 
 
-def _shifted_cholesky(gram: Tensor) -> Tensor:
-    """Return L of G + sI = L L^T."""
+def _shifted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L of G + sI = L L^T and its squared pivots, (B, 1, r): what is left of each column after those before it.
+
+    Where G + sI is not positive definite in spite of the shift, L is the identity and the pivots are 0: no direction, no update.
+    """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     shift = (GRAM_SHIFT * trace + torch.finfo(gram.dtype).tiny).unsqueeze(-1)
     L, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand(gram.shape[:-1])))
-    # Not positive definite in spite of the shift: no update is better than a wrong one (such a pivot makes every column dead).
-    return torch.where((info != 0).view(-1, 1, 1), FAR_PIVOT * torch.eye(L.shape[-1], dtype=L.dtype, device=L.device), L)
+    positive = (info == 0).view(-1, 1, 1)
+    pivots = L.diagonal(dim1=-2, dim2=-1).square().unsqueeze(-2)
+    return torch.where(positive, L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)), torch.where(positive, pivots, 0.0)
 
 
-def _masked_cholesky(gram: Tensor, live: Tensor) -> Tensor:
-    """Return L of G = L L^T over the live columns, the identity over the others."""
-    gram = gram * live * live.mT + torch.diag_embed((~live).squeeze(-2).to(gram.dtype))
-    return torch.linalg.cholesky_ex(gram)[0]
-
-
-def _householder(P: Tensor) -> tuple[Tensor, Tensor]:
+def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """Return Q of P = QR, columns that depend on earlier ones set to zero and out of the way of later ones, and which do not."""
     Q, R = torch.linalg.qr(P)
     pivots = R.diagonal(dim1=-2, dim2=-1).abs()
-    live = pivots > DEAD_COLUMN_ULPS * torch.finfo(P.dtype).eps * pivots.amax(-1, keepdim=True)
+    live = pivots > max(NOISE_ULPS * torch.finfo(P.dtype).eps, floor) * pivots.amax(-1, keepdim=True)
     if not bool(live.all()):
         # The basis vector of a dependent column is arbitrary, and later columns lose their part along it: factor again, those last.
         order = torch.argsort(~live, dim=-1, stable=True).unsqueeze(-2).expand_as(P)
         Q = torch.empty_like(Q).scatter_(-1, order, torch.linalg.qr(P.gather(-1, order))[0])
     # Householder's column signs are free; a right factor must point the way its column does, so: Gram-Schmidt's.
     return Q * (torch.where((Q * P).sum(-2) < 0, -1.0, 1.0) * live).unsqueeze(-2), live.unsqueeze(-2)
-
-
-def _live_columns(sumsq: Tensor) -> Tensor:
-    """Say which columns are numerically nonzero: (B, r) squared norms -> (B, 1, r) bool."""
-    tolerance = DEAD_COLUMN_ULPS * torch.finfo(sumsq.dtype).eps
-    return (sumsq > tolerance**2 * sumsq.amax(-1, keepdim=True)).unsqueeze(-2)

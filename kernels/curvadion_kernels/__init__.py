@@ -6,10 +6,11 @@ signature goes beside it in the same `Op`, and tests and benchmarks iterate over
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from curvadion_kernels import reference
 
-__all__ = ["OPS", "Op", "reference"]
+__all__ = ["OPS", "Op", "ops", "reference"]
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,6 @@ OPS: dict[str, Op] = {
     "low_rank_apply_": Op(reference.low_rank_apply_),
     "column_sumsq": Op(reference.column_sumsq),
 }
+
+# The operations as the optimizer calls them.
+ops = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
