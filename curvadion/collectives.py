@@ -10,19 +10,20 @@ gate key, and a missing gradient contributes zeros.
     5. synchronized step         parameters, moments     mean over replicas   (only if a local step happened since)
                                  Q                       replica 0's          (only if a local Dion step happened since)
                                  P                       sum over shards, mean over replicas
-                                 Gram matrices           two SUMs over the shards of P's rows
+                                 Gram matrices           two SUMs over the shards of P's rows ("qr": the whole P instead)
                                  R                       sum over shards, mean over replicas
                                  column norms            one SUM over the shards of R's rows
+                                 Gram matrices           two SUMs over the shards of R's rows (right_factor="qr" only)
                                  AdamW and Lion gradients mean over replicas
        local step                "dion" matrices: P, Gram, R, column norms as above, over the shards only
 
 What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on S shard ranks is
 reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges its piece with its peers in the other
 replicas, and the pieces are gathered inside the replica. Flat buffers: one call per set of axes and dtype, whatever the number of
-matrices, in buckets of at most BUCKET_BYTES.
+matrices, in buckets of at most BUCKET_BYTES. A sum over several axes is one collective after the other, so that the groups of the
+DeviceMesh suffice and none has to be made.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -40,18 +41,30 @@ _reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", 
 _all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Key = tuple[str, str]
+PURPOSES = {
+    "replicate": ("check", "gate", "factors", "gradients", "parameters", "moments", "right_factor", "momentum", "norms"),
+    "shard": (
+        *("check", "partial_gradients", "norms", "gram", "column_norms"),
+        *("factors", "gradients", "parameters", "moments", "right_factor", "momentum"),  # their legs inside a replica
+    ),
+}
+
+
+def _nothing_yet() -> dict[Key, int]:
+    return {(axis, purpose): 0 for axis, purposes in PURPOSES.items() for purpose in purposes}
 
 
 @dataclass
 class Ledger:
-    """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard".
+    """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard"; the same keys on every rank.
 
     Bytes are those of the buffer that this rank hands to the collective.
     """
 
-    calls: Counter[Key] = field(default_factory=Counter)
-    bytes: Counter[Key] = field(default_factory=Counter)
-    _before: Counter[Key] = field(default_factory=Counter)
+    calls: dict[Key, int] = field(default_factory=_nothing_yet)
+    bytes: dict[Key, int] = field(default_factory=_nothing_yet)
+    last_step: dict[Key, int] = field(default_factory=_nothing_yet)
+    _before: dict[Key, int] = field(default_factory=_nothing_yet)
 
     def record(self, axis: str, purpose: str, sent: Tensor) -> None:
         """Count one collective."""
@@ -59,12 +72,12 @@ class Ledger:
         self.bytes[axis, purpose] += sent.numel() * sent.element_size()
 
     def begin_step(self) -> None:
-        """Remember the totals, so that `last_step` counts from here."""
-        self._before = self.bytes.copy()
+        """Remember the totals; `end_step` counts from here."""
+        self._before = dict(self.bytes)
 
-    def last_step(self) -> dict[Key, int]:
-        """Return the bytes since `begin_step`."""
-        return {key: total - self._before[key] for key, total in self.bytes.items()}
+    def end_step(self) -> None:
+        """Make `last_step` the bytes since `begin_step`."""
+        self.last_step = {key: total - self._before[key] for key, total in self.bytes.items()}
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,10 @@ class _Part:
     def length(self) -> int:
         return max(0, min(self.chunk, self.numel - self.index * self.chunk))
 
+    def of(self, flat: Tensor) -> Tensor:
+        """Return this part of the buffer."""
+        return flat.narrow(0, min(self.index * self.chunk, self.numel), self.length)
+
 
 class Collectives:
     """Sums over the shards of one replica, means over the replicas.
@@ -100,7 +117,6 @@ class Collectives:
         self.ledger = ledger
         self._group = replicate_group
         self.replicas = dist.get_world_size(replicate_group) if replicate_group is not None else 1
-        shards.make_group(shards.axes)
 
     # ---- inside one replica
 
@@ -110,7 +126,8 @@ class Collectives:
         for (over,), indices in _buckets(tensors, [(a,) for a in axes]):
             if over:
                 flat = _flatten(tensors, indices)
-                self._all_reduce(flat, self.shards.group(over), ReduceOp.SUM, ("shard", purpose))
+                for axis in over:
+                    self._all_reduce(flat, self.shards.group(axis), ReduceOp.SUM, ("shard", purpose))
                 _unflatten(flat, tensors, indices, result)
         return result
 
@@ -142,24 +159,29 @@ class Collectives:
             own = self.sum_over_shards(tensors, partial, purpose)
             return own, own
 
-        def mean(piece: Tensor) -> Tensor:
-            sent = piece.to(payload_dtype or piece.dtype, copy=keep_own)
-            self._all_reduce(sent, self._group, ReduceOp.SUM, ("replicate", purpose))
-            return sent.to(piece.dtype).div_(self.replicas)
+        own, mean = list(tensors), list(tensors)
+        exchange = self._mean(purpose, payload_dtype, copy=keep_own)
+        for indices, own_flat, flat in self._across_replicas(tensors, partial, copied, purpose, exchange, keep_own=keep_own):
+            _unflatten(flat, tensors, indices, mean)
+            if own_flat is not None:
+                _unflatten(own_flat, tensors, indices, own)
+        return own, mean
 
-        return self._across_replicas(tensors, partial, copied, purpose, mean, keep_own=keep_own)
+    def average_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
+        """Replace tensors by their mean over the replicas, one bucket after the other."""
+        if self.replicas > 1:
+            self._replace(tensors, copied, purpose, self._mean(purpose))
 
-    def from_first_replica(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> list[Tensor]:
-        """Return replica 0's tensors."""
-        if self.replicas == 1:
-            return list(tensors)
+    def broadcast_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
+        """Replace tensors by replica 0's."""
 
         def broadcast(piece: Tensor) -> Tensor:
             self.ledger.record("replicate", purpose, piece)
             dist.broadcast(piece, group=self._group, group_src=0)
             return piece
 
-        return self._across_replicas(tensors, [()] * len(tensors), copied, purpose, broadcast)[1]
+        if self.replicas > 1:
+            self._replace(tensors, copied, purpose, broadcast)
 
     def max_over_replicas(self, key: Tensor) -> Tensor:
         """Return the MAX of the gate key over the replicas."""
@@ -178,13 +200,27 @@ class Collectives:
             self._all_reduce(message, self._group, ReduceOp.MAX, ("replicate", "check"))
         different = int(message[4] != -message[5])
         message[4], message[5] = different, -different
-        if self.shards.axes:
-            self._all_reduce(message, self.shards.group(self.shards.axes), ReduceOp.MAX, ("shard", "check"))
+        for axis in self.shards.axes:
+            self._all_reduce(message, self.shards.group(axis), ReduceOp.MAX, ("shard", "check"))
         found = message.tolist()
         names = [("step", found[0] != -found[1]), ("config", found[2] != -found[3]), ("weights", found[4] != 0)]
         return [name for name, differs in names if differs]
 
     # ---- how it is done
+
+    def _mean(self, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False) -> Callable[[Tensor], Tensor]:
+        def mean(piece: Tensor) -> Tensor:
+            sent = piece.to(payload_dtype or piece.dtype, copy=copy)
+            self._all_reduce(sent, self._group, ReduceOp.SUM, ("replicate", purpose))
+            return sent.to(piece.dtype).div_(self.replicas)
+
+        return mean
+
+    def _replace(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str, exchange: Callable[[Tensor], Tensor]) -> None:
+        for indices, _, flat in self._across_replicas(tensors, [()] * len(tensors), copied, purpose, exchange):
+            values = list(tensors)
+            _unflatten(flat, tensors, indices, values)
+            torch._foreach_copy_([tensors[i] for i in indices], [values[i] for i in indices])
 
     def _across_replicas(
         self,
@@ -195,57 +231,46 @@ class Collectives:
         exchange: Callable[[Tensor], Tensor],
         *,
         keep_own: bool = False,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        own, result = list(tensors), list(tensors)
+    ) -> Iterator[tuple[list[int], Tensor | None, Tensor]]:
+        """Yield, for each flat buffer, the indices of its tensors, this replica's sum (if asked for) and what `exchange` made of it."""
         for (split, copies), indices in _buckets(tensors, list(zip(partial, copied, strict=True))):
-            flat = _flatten(tensors, indices)
-            scatter = self._part(flat.numel(), split)
-            mine = self._scatter_sum(flat, split, scatter, purpose)
-            slices = self._part(mine.numel(), copies)
-            piece = mine.narrow(0, min(slices.index * slices.chunk, mine.numel()), slices.length)
+            mine = _flatten(tensors, indices)
+            parts = []
+            for axis in split:
+                parts.append(self._part(mine.numel(), axis))
+                mine = self._scatter_sum(mine, axis, parts[-1], purpose)
+            piece = mine
+            for axis in copies:
+                parts.append(self._part(piece.numel(), axis))
+                piece = parts[-1].of(piece)
             if piece.numel():  # its peers in the other replicas hold as much
                 piece = exchange(piece)
-            shared = self._gather(piece, copies, slices, purpose)
-            if split and keep_own:
-                padding = (0, scatter.chunk - mine.numel())
-                both = torch.stack([torch.nn.functional.pad(t, padding) for t in (mine, shared)])
-                both = self._gather_padded(both, split, purpose).view(scatter.parts, 2, scatter.chunk)
-                _unflatten(both[:, 0].reshape(-1), tensors, indices, own)
-                shared = both[:, 1].reshape(-1)
-            else:
-                shared = self._gather(shared, split, scatter, purpose)
-            _unflatten(shared, tensors, indices, result)
-        return own, result
+            axes = [*split, *copies]
+            result = self._gather(piece, axes, parts, purpose)
+            own = self._gather(mine, axes[: len(split)], parts[: len(split)], purpose) if keep_own else None
+            yield indices, own, result
 
-    def _part(self, numel: int, axes: Axes) -> _Part:
-        if not axes:
-            return _Part(numel, 1, 0)
-        group = self.shards.group(axes)
+    def _part(self, numel: int, axis: int) -> _Part:
+        group = self.shards.group(axis)
         return _Part(numel, dist.get_world_size(group), dist.get_rank(group))
 
-    def _scatter_sum(self, flat: Tensor, axes: Axes, part: _Part, purpose: str) -> Tensor:
+    def _scatter_sum(self, flat: Tensor, axis: int, part: _Part, purpose: str) -> Tensor:
         """Return this rank's part of the sum of the flat buffers."""
-        if not axes:
-            return flat
-        flat = torch.nn.functional.pad(flat, (0, part.chunk * part.parts - flat.numel()))
+        flat = _pad(flat, part.chunk * part.parts)
         piece = flat.new_empty(part.chunk)
         self.ledger.record("shard", purpose, flat)
-        _reduce_scatter(piece, flat, group=self.shards.group(axes))
+        _reduce_scatter(piece, flat, group=self.shards.group(axis))
         return piece[: part.length]
 
-    def _gather(self, piece: Tensor, axes: Axes, part: _Part, purpose: str) -> Tensor:
-        """Return the buffer that the pieces make up."""
-        if not axes:
-            return piece
-        piece = torch.nn.functional.pad(piece, (0, part.chunk - piece.numel()))
-        return self._gather_padded(piece, axes, purpose)[: part.numel]
-
-    def _gather_padded(self, piece: Tensor, axes: Axes, purpose: str) -> Tensor:
-        group = self.shards.group(axes)
-        whole = piece.new_empty(dist.get_world_size(group) * piece.numel())
-        self.ledger.record("shard", purpose, piece)
-        _all_gather(whole, piece.reshape(-1), group=group)
-        return whole
+    def _gather(self, piece: Tensor, axes: Sequence[int], parts: Sequence[_Part], purpose: str) -> Tensor:
+        """Return the buffer of which the pieces are the parts, taken along one axis after the other."""
+        for axis, part in reversed(list(zip(axes, parts, strict=True))):
+            piece = _pad(piece, part.chunk)
+            whole = piece.new_empty(part.parts * part.chunk)
+            self.ledger.record("shard", purpose, piece)
+            _all_gather(whole, piece, group=self.shards.group(axis))
+            piece = whole[: part.numel]
+        return piece
 
     def _all_reduce(self, tensor: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType, key: Key) -> None:
         self.ledger.record(*key, tensor)
@@ -268,6 +293,11 @@ def _buckets(tensors: Sequence[Tensor], keys: Sequence[tuple[Axes, ...]]) -> Ite
             bucket.append(i)
             size += nbytes
         yield key, bucket
+
+
+def _pad(flat: Tensor, numel: int) -> Tensor:
+    """Return the buffer with zeros at its end, contiguous."""
+    return torch.nn.functional.pad(flat, (0, numel - flat.numel())) if flat.numel() < numel else flat.contiguous()
 
 
 def _flatten(tensors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:

@@ -12,10 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
@@ -45,6 +43,9 @@ def reshard_gathered_modules() -> None:
     as they were. FSDP2 offers no way from a parameter to its module, hence the register of all modules under `fully_shard`; a
     module that is gathered for no reason only pays one more all-gather.
     """
+    from torch.distributed._composable_state import _module_state_mapping  # private, so: only where it is needed
+    from torch.distributed.fsdp import FSDPModule
+
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -67,10 +68,10 @@ class ShardMesh:
         self.ranks: tuple[int, ...] = tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
         self.names: list[str] = []
         self._axis_ranks: list[tuple[int, ...]] = []
-        self._groups: dict[Axes, dist.ProcessGroup] = {}
+        self._groups: list[ProcessGroup] = []
         if self.mesh is not None:
             for dim, ranks in _dims(self.mesh):
-                self._groups[(len(self.names),)] = self.mesh.get_group(dim)
+                self._groups.append(self.mesh.get_group(dim))
                 self.names.append((self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}")
                 self._axis_ranks.append(ranks)
         self.axes: Axes = tuple(range(len(self.names)))
@@ -94,33 +95,17 @@ class ShardMesh:
         """Return the axis that a dimension of a parameter's mesh is, None if it has one rank."""
         return self._axis_of_dim[id(mesh)].get(dim)
 
-    def group(self, axes: Axes) -> dist.ProcessGroup:
-        """Return the process group over the given axes. Groups over several axes are made by `make_group`."""
-        return self._groups[axes]
-
-    def make_group(self, axes: Axes) -> None:
-        """Make the process group over several axes (collective over its members; a no-op where it exists)."""
-        if not axes or axes in self._groups:
-            return
-        assert self.mesh is not None
-        dims = [dim for dim, ranks in _dims(self.mesh) if self._axis_ranks.index(ranks) in axes]
-        grid = self.mesh.mesh
-        coordinate = self.mesh.get_coordinate()
-        assert coordinate is not None
-        index = tuple(slice(None) if d in dims else c for d, c in enumerate(coordinate))
-        self._groups[axes] = dist.new_group(sorted(grid[index].flatten().tolist()), use_local_synchronization=True)
+    def group(self, axis: int) -> ProcessGroup:
+        """Return this rank's process group along an axis."""
+        return self._groups[axis]
 
     def complement(self, axes: Axes) -> Axes:
         """Return the other axes."""
         return tuple(a for a in self.axes if a not in axes)
 
-    def sets_of(self, layout: "Layout") -> list[Axes]:
-        """Return the sets of axes over which something of this layout is summed, scattered or gathered."""
-        return [layout.copied, *layout.sharded, *(self.complement(axes) for axes in layout.sharded)]
-
     def is_first(self, axes: Axes) -> bool:
         """Say whether this rank is at coordinate 0 of all the given axes."""
-        return all(dist.get_group_rank(self._groups[(a,)], dist.get_rank()) == 0 for a in axes)
+        return all(dist.get_rank(self._groups[axis]) == 0 for axis in axes)
 
 
 def _dims(mesh: DeviceMesh) -> list[tuple[int, tuple[int, ...]]]:

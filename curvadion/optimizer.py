@@ -33,10 +33,8 @@ from curvadion.layout import (
 )
 from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options, check_parameter
 from curvadion.state import Batch, Momenta, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
-from curvadion_kernels import OPS
+from curvadion_kernels import ops
 from curvadion_kernels.reference import NO_NORM
-
-ops = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 
 
 class NonFiniteError(RuntimeError):
@@ -97,7 +95,7 @@ class CurvaDion(torch.optim.Optimizer):
     Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to step(), where all ranks agree
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree
     _built = False
     # Made by `_build`, which runs again when a group is added.
     _collectives: Collectives
@@ -166,8 +164,8 @@ class CurvaDion(torch.optim.Optimizer):
         self._replicate_group = replicate_group(replicate_mesh)
         self._steps = self._local_steps = self._synchronized_steps = self._skipped_steps = 0
         self._dense_bytes_total = 0
+        self._in_consensus = False
         self._diverged = False  # replicas hold different state, so that a checkpoint would be a patchwork
-        self._common_Q = True
         self._must_synchronize = False
         self._check_pending = True
         self._broken: str | None = None
@@ -192,6 +190,7 @@ class CurvaDion(torch.optim.Optimizer):
                 loss = closure()
         if self._broken:
             raise RuntimeError(self._broken)
+        self._refuse_inside_consensus("step()")
         self.ledger.begin_step()
         self._check_agreement_if_due()
 
@@ -206,7 +205,7 @@ class CurvaDion(torch.optim.Optimizer):
 
         if decision.synchronize:
             with record_function("curvadion::synchronized_step"):
-                self._make_common(X, average=self._local_steps > 0 and self._options.consensus == "average" and self.replicas > 1)
+                self._make_common(X, average=self._parameters_differ and self._options.consensus == "average")
                 self._dion_step(self._batches, X, synchronized=True)
                 self._scalar_step(X, self._mean_gradients(G))
         else:
@@ -225,51 +224,64 @@ class CurvaDion(torch.optim.Optimizer):
         failure: Exception | None = None
         X = [local_tensor(p) for p in self._params]
         G: list[Tensor | None] = []
-        partial: dict[int, tuple[Axes, int]] = {}
         try:
-            current = [p for group in self.param_groups for p in group["params"]]
-            if len(current) != len(self._group_params) or any(a is not b for a, b in zip(current, self._group_params, strict=True)):
-                raise RuntimeError(
-                    "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
-                    "construct CurvaDion after the model is sharded, wrapped and moved"
-                )
-        except RuntimeError as error:
+            self._check_groups()
+        except (RuntimeError, ValueError, TypeError) as error:
             failure = error
         for i, (p, x) in enumerate(zip(self._params, X, strict=True)):
             g = p.grad
-            if g is not None:
-                try:
+            try:
+                if g is not None:
                     axes, divisor = partial_axes(g, p, self._shards)
                     if axes:
-                        partial[i] = axes, divisor
+                        self._partial[i] = axes, divisor
                     g = local_tensor(g)
                     if g.layout != torch.strided or g.shape != x.shape:
                         raise ValueError(
                             f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got {g.layout}, "
                             f"{tuple(g.shape)} for {self._names[i]!r}; use dense gradients (nn.Embedding(sparse=False))"
                         )
-                except (ValueError, RuntimeError) as error:
-                    failure = failure or error
-                    g = torch.zeros_like(x) if i in partial else None
+            except Exception as error:
+                failure, g = failure or error, None
             G.append(g)
-        if partial:
-            summed = self._collectives.sum_over_shards(
-                [G[i] for i in partial],  # type: ignore[misc]
-                [axes for axes, _ in partial.values()],
-                "partial_gradients",
-            )
-            for (i, (_, divisor)), g in zip(partial.items(), summed, strict=True):
-                G[i] = g / divisor if divisor != 1 else g
+        for i, g in zip(self._partial, self._sum_partial([or_zeros(G[i], X[i]) for i in self._partial]), strict=True):
+            G[i] = g
         scale = getattr(self, "grad_scale", None)  # torch.amp.GradScaler sets this and found_inf for the time of step()
-        if scale is not None:
-            torch._foreach_mul_([g for g in G if g is not None], float(1 / scale))
+        present = [g for g in G if g is not None]
+        if scale is not None and present:
+            torch._foreach_mul_(present, float(1 / scale))
         return X, G, failure
+
+    def _check_groups(self) -> None:
+        """Raise if parameters or options were changed in a way that this optimizer cannot follow."""
+        current = [p for group in self.param_groups for p in group["params"]]
+        if len(current) != len(self._group_params) or any(a is not b for a, b in zip(current, self._group_params, strict=True)):
+            raise RuntimeError(
+                "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
+                "construct CurvaDion after the model is sharded, wrapped and moved"
+            )
+        for group in self.param_groups:
+            check_options(group, GROUP_OPTIONS, " in a parameter group")
+        for b in self._batches:
+            group = self.param_groups[b.group]
+            r = dion.rank_of(min(b.layout.shape), group["rank_fraction"], group["rank_multiple_of"])
+            if r != b.Q.shape[-1]:
+                raise ValueError(
+                    f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} for Q of {b.Q.shape[-1]} "
+                    "columns; construct a new optimizer to change the rank"
+                )
+
+    def _sum_partial(self, grads: list[Tensor]) -> list[Tensor]:
+        """Sum the gradients that tensor parallelism leaves Partial over the axes they are partial on."""
+        where = list(self._partial.values())
+        summed = self._collectives.sum_over_shards(grads, [axes for axes, _ in where], "partial_gradients")
+        return [g / divisor if divisor != 1 else g for g, (_, divisor) in zip(summed, where, strict=True)]
 
     def _accumulate_momentum(self, G: Sequence[Tensor | None]) -> Momenta:
         """m_i <- M_i + G_i. In place, unless a skipped step must leave the momentum as it was."""
         stored = [b.momentum for b in self._batches]
         blocks = [block.clone() for block in stored] if self._skips else stored
-        views = [view for block in blocks for view in block.unbind()]
+        views = [view for b in self._batches for view in b.views] if blocks is stored else [v for block in blocks for v in block.unbind()]
         norms = ops.momentum_norm_(views, [G[i] for b in self._batches for i in b.params])
         return Momenta(blocks, norms)
 
@@ -306,23 +318,22 @@ class CurvaDion(torch.optim.Optimizer):
 
     def _dion_step(self, batches: Sequence[Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
         """P, R_i, R, M_i, Q and X of the synchronized step, or the same on this replica alone."""
-        if not synchronized and batches:
-            self._common_Q = False
         for chosen in self._by_method(batches):
-            group = self.param_groups[chosen[0].group]
-            P, R, Q = dion.power_iteration(
+            method = self.param_groups[chosen[0].group]
+            P, R_i, Q = dion.power_iteration(
                 [b.M for b in chosen],
                 [b.Q for b in chosen],
                 rows=self._side(chosen, [b.layout.long for b in chosen]),
                 columns=self._side(chosen, [b.layout.short for b in chosen]),
                 reduce_P=self._reduction(chosen, [b.columns for b in chosen], synchronized),
                 reduce_R=self._reduction(chosen, [b.rows for b in chosen], synchronized, keep_own=True),
-                orthogonalization=group["orthogonalization"],
-                right_factor=group["right_factor"],
+                orthogonalization=method["orthogonalization"],
+                right_factor=method["right_factor"],
+                payload_dtype=self._options.payload_dtype if synchronized else None,
             )
-            for b, p, r, q in zip(chosen, P, R, Q, strict=True):
+            for b, p, r, q in zip(chosen, P, R_i, Q, strict=True):
                 group = self.param_groups[b.group]
-                lr, mu, (rows, columns) = float(group["lr"]), group["momentum"], b.layout.shape
+                lr, mu, (m, n) = float(group["lr"]), group["momentum"], b.layout.shape
                 ops.low_rank_apply_(
                     [X[i] for i in b.params],
                     b.momentum,
@@ -331,11 +342,12 @@ class CurvaDion(torch.optim.Optimizer):
                     r,
                     transposed=b.layout.transposed,
                     decay=1 - lr * group["weight_decay"],
-                    step_size=lr * (1.0 if synchronized else group["local_lr_scale"]) * math.sqrt(rows / columns),
+                    step_size=lr * (1.0 if synchronized else group["local_lr_scale"]) * math.sqrt(m / n),
                     momentum_decay=1.0 if group["error_feedback"] else mu,
                     feedback=1 - mu if group["error_feedback"] else 0.0,
                 )
                 b.Q.copy_(q)
+                b.common_Q = synchronized
 
     def _gradient_step(self, batches: Sequence[Batch], X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
         """M_i <- mu m_i,  X_i <- (1 - lr wd) X_i - lr_local G_i."""
@@ -380,6 +392,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._dense_bytes_total += self._dense_bytes
         self._counters[0] += 1
         self._write_counters()
+        self.ledger.end_step()
 
     def _write_counters(self) -> None:
         self._counters[1].fill_(self._local_steps)
@@ -397,10 +410,15 @@ class CurvaDion(torch.optim.Optimizer):
         if self._skips:
             self._decision = decision
             self._skipped_steps += 1
+            self.ledger.end_step()
             return
         self._broken = "a gradient held a NaN or an infinity in an earlier step()" + reload
         here = [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
-        where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "on another rank"
+        where = (
+            f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
+            if here
+            else "on another rank (or a momentum whose squared norm overflows float32)"
+        )
         raise NonFiniteError(
             f"gradients must be finite; got a NaN or an infinity {where}, after {self._steps} steps. Parameters are untouched"
             f"{reload}, or construct with on_nonfinite='skip' to skip such steps"
@@ -430,13 +448,15 @@ class CurvaDion(torch.optim.Optimizer):
         For use before a checkpoint and at the end. The gate's previous norms are rescaled by ||E_i[M_i]|| / E_i[||M_i||],
         because momenta shrink when they are averaged and the next step would be synchronized for that alone.
         """
+        self._refuse_inside_consensus("synchronize()")
         if self.replicas > 1 and self._diverged:
             self._make_common([local_tensor(p) for p in self._params], average=self._parameters_differ)
             norms = self._momentum_norms()
-            self._average([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
+            self._collectives.average_([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
             of_mean = self._momentum_norms()
             together = torch.stack([norms, self._last_norm])
-            [[mean_norm, last]] = [t.unbind() for t in self._collectives.mean_over_replicas([together], [()], [()], "norms")[1]]
+            _, [mean] = self._collectives.mean_over_replicas([together], [()], [self._shards.axes], "norms")
+            mean_norm, last = mean
             ratio = torch.where(mean_norm > 0, of_mean / mean_norm, 0.0)
             self._last_norm.copy_(torch.where(last < 0, NO_NORM, last * ratio))
             reshard_gathered_modules()
@@ -453,16 +473,19 @@ class CurvaDion(torch.optim.Optimizer):
 
         Costs one copy of the local parameters. Enter and leave it between steps, not between a forward and its backward.
         """
+        self._refuse_inside_consensus("consensus()")
         own: list[Tensor] | None = None
         with torch.no_grad():
             if self._parameters_differ:
                 X = [local_tensor(p) for p in self._params]
                 own = [x.clone() for x in X]
-                self._average(X, [layout.copied for layout in self._layouts], "parameters")
+                self._collectives.average_(X, [layout.copied for layout in self._layouts], "parameters")
                 reshard_gathered_modules()
+        self._in_consensus = True
         try:
             yield
         finally:
+            self._in_consensus = False
             if own is not None:
                 with torch.no_grad():
                     copy_into([local_tensor(p) for p in self._params], own)
@@ -472,8 +495,7 @@ class CurvaDion(torch.optim.Optimizer):
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         X = [local_tensor(p) for p in self._params]
-        values = self._collectives.from_first_replica(X, [layout.copied for layout in self._layouts], "parameters")
-        copy_into(X, values)
+        self._collectives.broadcast_(X, [layout.copied for layout in self._layouts], "parameters")
         reshard_gathered_modules()
         self._check_pending = True
 
@@ -484,6 +506,10 @@ class CurvaDion(torch.optim.Optimizer):
         """
         self._diverged = False
 
+    def _refuse_inside_consensus(self, call: str) -> None:
+        if self._in_consensus:
+            raise RuntimeError(f"{call} must not be called inside consensus(), which puts the old parameters back; leave the context first")
+
     @property
     def _parameters_differ(self) -> bool:
         return self.replicas > 1 and self._diverged and (self._local_steps > 0 or self._options.consensus == "none")
@@ -491,20 +517,17 @@ class CurvaDion(torch.optim.Optimizer):
     def _make_common(self, X: Sequence[Tensor], *, average: bool) -> None:
         """X_i <- consensus(X_i), the same for moments; Q <- replica 0's where the replicas' Q differ."""
         if average:
-            self._average(X, [layout.copied for layout in self._layouts], "parameters")
+            self._collectives.average_(X, [layout.copied for layout in self._layouts], "parameters")
             moments = [
                 (local_tensor(self.state[self._params[i]][key]), self._layouts[i].copied)
                 for i in self._scalars
                 for key in scalar.MOMENTS[self.param_groups[self._group_of[i]]["algorithm"]]
             ]
-            self._average([m for m, _ in moments], [copied for _, copied in moments], "moments")
-        if not self._common_Q:
-            Q, copied = [b.Q for b in self._batches], [self._shards.complement(b.columns) for b in self._batches]
-            copy_into(Q, self._collectives.from_first_replica(Q, copied, "right_factor"))
-            self._common_Q = True
-
-    def _average(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
-        copy_into(tensors, self._collectives.mean_over_replicas(tensors, [()] * len(tensors), copied, purpose)[1])
+            self._collectives.average_([m for m, _ in moments], [copied for _, copied in moments], "moments")
+        differ = [b for b in self._batches if not b.common_Q]
+        self._collectives.broadcast_([b.Q for b in differ], [self._shards.complement(b.columns) for b in differ], "right_factor")
+        for b in differ:
+            b.common_Q = True
 
     def _mean_gradients(self, G: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients with those of AdamW and Lion parameters averaged over the replicas."""
@@ -566,6 +589,12 @@ class CurvaDion(torch.optim.Optimizer):
                 f"all ranks must be at the same step; this one has taken {self._steps}, another a different number; load the same "
                 "checkpoint everywhere, and call step() on every rank or on none"
             )
+        if "weights" in different and self._steps:
+            raise ReplicaMismatchError(
+                f"replicas must hold equal weights after a synchronized step or a load; after {self._steps} steps they differ; if a "
+                "checkpoint was loaded, load the same model and optimizer everywhere; if hardware or shard layouts differ between replicas, "
+                "so does rounding: construct with check_every=0"
+            )
         if "weights" in different:
             raise ReplicaMismatchError(
                 "replicas must hold equal weights here (FSDP does not compare or broadcast across replicate_mesh); they differ; "
@@ -617,7 +646,7 @@ class CurvaDion(torch.optim.Optimizer):
             "dense_bf16_bytes": self._dense_bytes,
             "dense_bf16_bytes_total": self._dense_bytes_total,
         }
-        for prefix, counted in (("bytes", self.ledger.last_step()), ("bytes_total", self.ledger.bytes)):
+        for prefix, counted in (("bytes", self.ledger.last_step), ("bytes_total", self.ledger.bytes)):
             for axis in ("replicate", "shard"):
                 values[f"{prefix}/{axis}"] = sum(n for (a, _), n in counted.items() if a == axis)
             values.update({f"{prefix}/{axis}/{purpose}": n for (axis, purpose), n in counted.items()})
@@ -697,7 +726,9 @@ class CurvaDion(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        self._diverged, self._must_synchronize, self._common_Q, self._check_pending, self._broken = False, False, True, True, None
+        for b in self._batches:
+            b.common_Q = True
+        self._diverged, self._must_synchronize, self._check_pending, self._broken = False, False, True, None
 
     def _read_counters(self) -> None:
         steps, local_steps, synchronized_steps = self._counters.amax(dim=1).tolist() if self._params else (0, 0, 0)
@@ -705,7 +736,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     _COPIED = (
         *("_options", "_steps", "_local_steps", "_synchronized_steps", "_skipped_steps", "_dense_bytes_total"),
-        *("_must_synchronize", "_check_pending", "_broken", "_decision"),
+        *("_must_synchronize", "_check_pending", "_broken", "_decision", "_in_consensus"),
     )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -716,7 +747,7 @@ class CurvaDion(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
-            self._replicate_group, self._diverged, self._common_Q = None, False, True
+            self._replicate_group, self._diverged = None, False
             self._build()
 
     @torch.no_grad()
@@ -750,13 +781,12 @@ class CurvaDion(torch.optim.Optimizer):
         check_replicas(ranks_of(self._replicate_group), self._shards, self._layouts)
         ledger = self._collectives.ledger if self._built else Ledger()
         self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
-        for axes in sorted({axes for layout in self._layouts for axes in self._shards.sets_of(layout)}):
-            self._shards.make_group(axes)
 
         first = [self._shards.is_first(layout.copied) for layout in self._layouts]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
         self._dense_bytes = sum(2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
         self._tau_cache: tuple[tuple[float, ...], Tensor] | None = None
+        self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
         self._rmmc = torch.full((len(self._matrices),), torch.nan, dtype=torch.float32, device=self._device)
         self._last_norm = torch.full((len(self._matrices),), NO_NORM, dtype=torch.float32, device=self._device)
         self._counters = torch.zeros(3, len(self._params), dtype=torch.float32, device="cpu")
@@ -787,6 +817,11 @@ class CurvaDion(torch.optim.Optimizer):
             zeros = {key: torch.zeros(shape, dtype=dtype, device=self._device) for key in moments}
             self._set_state(i, **{key: self._layouts[i].wrap(value) for key, value in zeros.items()})
         self._built = True
+        if not self._matrices and self._params and self.replicas > 1 and self._options.max_local_steps is None:
+            raise ValueError(
+                "with several replicas and no matrix, whose RMMC opens the gate, max_local_steps must be set; got None; try 0, which "
+                "synchronizes every step"
+            )
 
     def _set_state(self, i: int, **tensors: Tensor) -> None:
         """Make the tensors the state of parameter i, with the values of its state so far where there is one."""
@@ -803,7 +838,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     def _momentum_norms(self) -> Tensor:
         """Return ||M_i||_F of every matrix, (L,) float32."""
-        views = [view for b in self._batches for view in b.momentum.unbind()]
+        views = [view for b in self._batches for view in b.views]
         sumsq = torch.zeros(len(self._matrices), dtype=torch.float32, device=self._device)
         sumsq[self._matrix_order] = ops.momentum_norm_(views, [None] * len(views)).to(self._device)
         return self._collectives.sum_over_all_shards(sumsq * self._owned, "norms").sqrt()

@@ -56,13 +56,13 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     ),
     "consensus": _one_of("average", "none"),
     "momentum_dtype": (
-        lambda v: v is None or (isinstance(v, torch.dtype) and v.is_floating_point),
-        "None or a floating-point torch.dtype",
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "None or a floating-point torch.dtype of 16, 32 or 64 bits",
         "try torch.float32",
     ),
-    "payload_dtype": (
-        lambda v: v is None or (isinstance(v, torch.dtype) and v.is_floating_point),
-        "None or a floating-point torch.dtype",
+    "payload_dtype": (  # a sum over replicas in float16 could overflow
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
+        "None, torch.float64, torch.float32 or torch.bfloat16",
         "try torch.bfloat16",
     ),
     "on_nonfinite": _one_of("raise", "skip"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from curvadion import dion
 from curvadion.layout import Axes, Layout, local_tensor
+from curvadion.options import GROUP_OPTIONS, check_options
 from curvadion_kernels.reference import compute_dtype
 
 
@@ -22,6 +24,7 @@ class Batch:
         params: positions in the optimizer's list of parameters.
         layout: of each of them.
         momentum: (B, rows, cols), local shards; Q: (B, n, r), local rows.
+        common_Q: whether Q is the same on all replicas.
     """
 
     group: int
@@ -29,6 +32,12 @@ class Batch:
     layout: Layout
     momentum: Tensor
     Q: Tensor
+    common_Q: bool = True
+
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """The momenta one by one."""
+        return list(self.momentum.unbind())
 
     @property
     def M(self) -> Tensor:
@@ -116,6 +125,7 @@ def check_loadable(
         states: (name, saved state, own state) of every parameter.
     """
     for group, saved in zip(groups, saved_groups, strict=True):
+        check_options(saved, GROUP_OPTIONS, " in a parameter group of the checkpoint")
         if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
             raise ValueError(
                 f"a checkpoint must hold the same algorithm for each group; got {saved['algorithm']!r} for a group with "
@@ -129,9 +139,10 @@ def check_loadable(
                 "CurvaDion saved for the same groups"
             )
         for key, value in saved.items():
-            if tuple(value.shape) != tuple(own[key].shape):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if shape != tuple(own[key].shape):
                 raise ValueError(
-                    f"a checkpoint must hold state of the same shape; got {key} {tuple(value.shape)} for {name!r}, expected "
+                    f"a checkpoint must hold state of the same shape; got {key} {shape} for {name!r}, expected "
                     f"{tuple(own[key].shape)}; construct with the rank_fraction and rank_multiple_of it was saved with"
                 )
 

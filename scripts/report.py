@@ -32,7 +32,7 @@ PURPOSES = {
     "gate": "gate",
     "check": "check that ranks agree",
     "factors": "Dion factors of matrices",
-    "gradients": "gradients of the rest",
+    "gradients": "gradients for AdamW",
     "parameters": "parameters, to average",
     "moments": "AdamW moments, to average",
     "right_factor": "right factors, made common",
@@ -139,8 +139,9 @@ class Run:
         # By step, because a resumed run repeats the steps since its checkpoint.
         self.steps = [record for _, record in sorted({record["step"]: record for record in lines}.items())]
         self.arguments = self.summary["arguments"]
-        self.tau = self.arguments["tau"]
+        self.tau = float(self.arguments["tau"])
         local = f"CurvaDion, local steps: {self.arguments['local_update']}"
+        self.folder = folder
         self.name = {"dion": "Dion, every step", "adamw": "AdamW, every step"}.get(self.arguments["optimizer"], local)
 
     def column(self, key: str) -> list[float]:
@@ -161,20 +162,21 @@ class Run:
             "training time, s": f"{seconds:,.0f}",
             "tokens per second": f"{tokens / seconds:,.0f}",
             "synchronized steps": f"{synchronized:.0f} of {len(self.steps)}",
-            **{label: megabytes(self.total(f"bytes/replicate/{key}")) for key, label in PURPOSES.items()},
-            "sent between replicas": megabytes(sent),
-            "dense bf16 gradients": megabytes(dense),
-            "saved": saved(sent, dense),
+            **{label: readable(self.total(f"bytes/replicate/{key}")) for key, label in PURPOSES.items()},
+            "sent between replicas": readable(sent),
+            "dense bf16 gradients": readable(dense),
+            "against dense": saved(sent, dense),
         }
 
 
-def megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f}" if count >= 1e5 or not count else f"{count / 1e6:,.4f}"
+def readable(count: float) -> str:
+    unit, size = next((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= n or n == 1)
+    return f"{count / size:,.1f} {unit}" if size > 1 else f"{count:.0f} B"
 
 
 def show_table(runs: list[Run]) -> None:
     table = Table(
-        title="Held-out loss in nats a byte, of the replicas' average. Bytes in MB, sent by one replica to the others.",
+        title="Held-out loss in nats a byte, of the replicas' average; bytes that one replica sent to the others",
         caption="; ".join(f"{key} {value}" for key, value in runs[0].summary["hardware"].items()),
     )
     table.add_column("")
@@ -183,7 +185,7 @@ def show_table(runs: list[Run]) -> None:
         table.add_column(f"{run.name}\n{run.summary['replicas']} x {run.summary['shards']}", justify="right")
     sections = {"held-out loss after", "synchronized steps", list(PURPOSES.values())[-1], "sent between replicas"}
     for label in columns[0]:
-        if label in PURPOSES.values() and all(column[label] == "0.0" for column in columns):
+        if label in PURPOSES.values() and all(column[label] == "0 B" for column in columns):
             continue
         table.add_row(label, *(column[label] for column in columns))
         if label in sections:
@@ -238,7 +240,8 @@ def draw(runs: list[Run], file: Path) -> None:
             if chosen:
                 x, y, _ = zip(*chosen, strict=True)
                 axis.scatter(x, y, label=label, **style)
-        axis.axhline(run.tau, color=GREY, linestyle="--", label=f"tau = {run.tau:g}")
+        if math.isfinite(run.tau):
+            axis.axhline(run.tau, color=GREY, linestyle="--", label=f"tau = {run.tau:g}")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
@@ -246,7 +249,7 @@ def draw(runs: list[Run], file: Path) -> None:
         count = f"{run.total('synchronized'):.0f} of {len(run.steps)} steps synchronized"
         axis.set_title(f"Relative momentum change ({run.name}): {count}", loc="left")
         low, high = axis.get_ylim()
-        axis.set_ylim(min(low, run.tau / 2), max(high, run.tau * 2) * 2)  # room for the legend
+        axis.set_ylim(low, high**1.4 / low**0.4)  # room for the legend
         axis.legend(loc="upper right", ncols=4, columnspacing=1.2, handletextpad=0.3)
     loss_axis.legend(loc="upper right")
     bytes_axis.legend(loc="upper left")
@@ -265,6 +268,10 @@ def smooth(values: list[float], memory: float = 0.9) -> list[float]:
 def write_report(folders: list[Path], picture: Path | None = None) -> None:
     """Print the table of one or several runs and draw their picture, by default into the first one's folder."""
     runs = [Run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name += f" ({run.folder.name})"
     picture = picture or folders[0] / ("report.png" if len(runs) == 1 else "comparison.png")
     show_table(runs)
     draw(runs, picture)

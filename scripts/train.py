@@ -202,7 +202,7 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
     first = load_newest(args.checkpoint, model, opt, schedule) if args.resume else 0
 
     summary = {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "arguments": {key: value if value is None or isinstance(value, int) else str(value) for key, value in vars(args).items()},
         "replicas": mesh["replicate"].size(),
         "shards": mesh["shard"].size(),
         "parameters": sum(p.numel() for p in model.parameters()),
