@@ -244,8 +244,7 @@ class CurvaDion(torch.optim.Optimizer):
             except Exception as error:
                 failure, g = failure or error, None
             G.append(g)
-        for i, g in zip(self._partial, self._sum_partial([or_zeros(G[i], X[i]) for i in self._partial]), strict=True):
-            G[i] = g
+        self._sum_partial(X, G)
         scale = getattr(self, "grad_scale", None)  # torch.amp.GradScaler sets this and found_inf for the time of step()
         present = [g for g in G if g is not None]
         if scale is not None and present:
@@ -271,11 +270,13 @@ class CurvaDion(torch.optim.Optimizer):
                     "columns; construct a new optimizer to change the rank"
                 )
 
-    def _sum_partial(self, grads: list[Tensor]) -> list[Tensor]:
+    def _sum_partial(self, X: Sequence[Tensor], G: list[Tensor | None]) -> None:
         """Sum the gradients that tensor parallelism leaves Partial over the axes they are partial on."""
-        where = list(self._partial.values())
-        summed = self._collectives.sum_over_shards(grads, [axes for axes, _ in where], "partial_gradients")
-        return [g / divisor if divisor != 1 else g for g, (_, divisor) in zip(summed, where, strict=True)]
+        members = sorted(self._partial)
+        axes = [self._partial[i][0] for i in members]
+        summed = self._collectives.sum_over_shards([or_zeros(G[i], X[i]) for i in members], axes, "partial_gradients")
+        for i, g in zip(members, summed, strict=True):
+            G[i] = g / self._partial[i][1]
 
     def _accumulate_momentum(self, G: Sequence[Tensor | None]) -> Momenta:
         """m_i <- M_i + G_i. In place, unless a skipped step must leave the momentum as it was."""
@@ -414,11 +415,9 @@ class CurvaDion(torch.optim.Optimizer):
             return
         self._broken = "a gradient held a NaN or an infinity in an earlier step()" + reload
         here = [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
-        where = (
-            f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
-            if here
-            else "on another rank (or a momentum whose squared norm overflows float32)"
-        )
+        where = "on another rank, or a momentum whose squared norm overflows float32"
+        if here:
+            where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
         raise NonFiniteError(
             f"gradients must be finite; got a NaN or an infinity {where}, after {self._steps} steps. Parameters are untouched"
             f"{reload}, or construct with on_nonfinite='skip' to skip such steps"
@@ -592,8 +591,8 @@ class CurvaDion(torch.optim.Optimizer):
         if "weights" in different and self._steps:
             raise ReplicaMismatchError(
                 f"replicas must hold equal weights after a synchronized step or a load; after {self._steps} steps they differ; if a "
-                "checkpoint was loaded, load the same model and optimizer everywhere; if hardware or shard layouts differ between replicas, "
-                "so does rounding: construct with check_every=0"
+                "checkpoint was loaded, load the same model and optimizer everywhere; if hardware or shard layouts differ between "
+                "replicas, so does rounding: construct with check_every=0"
             )
         if "weights" in different:
             raise ReplicaMismatchError(

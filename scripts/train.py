@@ -202,7 +202,7 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
     first = load_newest(args.checkpoint, model, opt, schedule) if args.resume else 0
 
     summary = {
-        "arguments": {key: value if value is None or isinstance(value, int) else str(value) for key, value in vars(args).items()},
+        "arguments": {k: str(v) if isinstance(v, Path) or v == float("inf") else v for k, v in vars(args).items()},
         "replicas": mesh["replicate"].size(),
         "shards": mesh["shard"].size(),
         "parameters": sum(p.numel() for p in model.parameters()),
