@@ -259,6 +259,11 @@ class CurvaDion(torch.optim.Optimizer):
                 "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
                 "construct CurvaDion after the model is sharded, wrapped and moved"
             )
+        if [p.requires_grad for p in current] != self._trainable:
+            raise RuntimeError(
+                "requires_grad must stay as it was at construction; it was changed for some parameter; to train a parameter from now on, "
+                "leave it out at first and add_param_group() it later; to freeze one, give its group lr=0 and momentum=0"
+            )
         for group in self.param_groups:
             check_options(group, GROUP_OPTIONS, " in a parameter group")
         for b in self._batches:
@@ -493,6 +498,7 @@ class CurvaDion(torch.optim.Optimizer):
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
+        self._refuse_inside_consensus("broadcast_parameters()")
         X = [local_tensor(p) for p in self._params]
         self._collectives.broadcast_(X, [layout.copied for layout in self._layouts], "parameters")
         reshard_gathered_modules()
@@ -618,8 +624,12 @@ class CurvaDion(torch.optim.Optimizer):
 
     @property
     def matrix_names(self) -> list[str]:
-        """Names of the matrices, in the order of `metrics()["curvadion/rmmc_argmax"]` (their position where they are unnamed)."""
-        return [self._names[i] for i in self._matrices]
+        """Names of the matrices, in the order of `metrics()["curvadion/rmmc_argmax"]`.
+
+        An unnamed one has its position for a name; one whose name was there before gets its position appended.
+        """
+        names = [self._names[i] for i in self._matrices]
+        return [name if names.index(name) == k else f"{name}#{self._matrices[k]}" for k, name in enumerate(names)]
 
     def named_rmmc(self) -> dict[str, float]:
         """Return each matrix's RMMC of the last step on this replica; NaN where it is undefined. Reads from the device."""
@@ -690,6 +700,7 @@ class CurvaDion(torch.optim.Optimizer):
 
         Raises ValueError, before anything is changed, if it does not fit.
         """
+        self._refuse_inside_consensus("load_state_dict()")
         own, groups = self.state, self.param_groups
         saved: dict[str, Any] = {}
 
@@ -753,6 +764,7 @@ class CurvaDion(torch.optim.Optimizer):
     def _build(self) -> None:
         """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
         self._group_params = [p for group in self.param_groups for p in group["params"]]
+        self._trainable = [p.requires_grad for p in self._group_params]
         named = [
             (canonical_name(name), p, index)
             for index, group in enumerate(self.param_groups)
@@ -783,7 +795,8 @@ class CurvaDion(torch.optim.Optimizer):
 
         first = [self._shards.is_first(layout.copied) for layout in self._layouts]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
-        self._dense_bytes = sum(2 * local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
+        owned = sum(local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
+        self._dense_bytes = 2 * owned if self.replicas > 1 else 0
         self._tau_cache: tuple[tuple[float, ...], Tensor] | None = None
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
         self._rmmc = torch.full((len(self._matrices),), torch.nan, dtype=torch.float32, device=self._device)

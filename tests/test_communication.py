@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,11 @@ ALWAYS: dict[str, Any] = {"max_local_steps": 0}
 NEVER: dict[str, Any] = {"tau": math.inf}
 
 
-@pytest.fixture(autouse=True)
-def flight_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "20000")  # read when a forked rank makes its first process group
+def run_recorded(world_size: int, fn: Callable[[], Any]) -> list[Any]:
+    """run_ranks with the Flight Recorder on: it reads the variable when a forked rank makes its first process group."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
+        return run_ranks(world_size, fn)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def replica_total(traces: list[Any], layout: Layout, replica: int, step: int) ->
 @pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
 def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, local_update: str) -> None:
     layout = LAYOUTS[name]
-    traces = run_ranks(layout.world_size, lambda: steps(layout, 4, local_update=local_update, **NEVER))
+    traces = run_recorded(layout.world_size, lambda: steps(layout, 4, local_update=local_update, **NEVER))
     norms = 4 * (len(layout.matrices) + 2)
     for rank, trace in enumerate(traces):
         for step in (1, 2, 3):
@@ -199,7 +201,8 @@ def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, loca
             if not layout.shards:
                 assert within == [], "there is no shard axis"
             elif local_update == "gradient":
-                assert within == [Sent("shard", "all_reduce", norms)], "one SUM of 4 (L + 2) bytes and nothing else"
+                one_sum = [Sent("shard", "all_reduce", norms)] * len(layout.shards)
+                assert within == one_sum, "one SUM of 4 (L + 2) bytes along each shard axis and nothing else"
             else:
                 assert within[0] == Sent("shard", "all_reduce", norms)
 
@@ -234,7 +237,7 @@ def test_the_gate_is_an_int64_maximum() -> None:
 @pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
 def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name: str, payload: Any) -> None:
     layout = LAYOUTS[name]
-    traces = run_ranks(layout.world_size, lambda: steps(layout, 3, payload_dtype=payload, **ALWAYS))
+    traces = run_recorded(layout.world_size, lambda: steps(layout, 3, payload_dtype=payload, **ALWAYS))
     item = 4 if payload is None else 2
     for step in (1, 2):
         for replica in range(layout.replicas):
@@ -251,7 +254,7 @@ def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name:
 def test_an_open_gate_after_local_steps_sends_consensus_too(name: str, local_update: str, dense_algorithm: str) -> None:
     layout = LAYOUTS[name]
     options = {"local_update": local_update, "dense_algorithm": dense_algorithm, "max_local_steps": 2, **NEVER}
-    traces = run_ranks(layout.world_size, lambda: steps(layout, 5, **options))  # S L L S L
+    traces = run_recorded(layout.world_size, lambda: steps(layout, 5, **options))  # S L L S L
     assert [entry[0] for entry in traces[0]] == [True, False, False, True, False]
     moments = 2 if dense_algorithm == "adamw" else 1
     for replica in range(layout.replicas):
@@ -268,7 +271,7 @@ def test_an_open_gate_after_local_steps_sends_consensus_too(name: str, local_upd
 
 def test_consensus_none_sends_no_parameters() -> None:
     layout = LAYOUTS["fsdp-2x2"]
-    traces = run_ranks(4, lambda: steps(layout, 5, consensus="none", max_local_steps=2, **NEVER))
+    traces = run_recorded(4, lambda: steps(layout, 5, consensus="none", max_local_steps=2, **NEVER))
     total = replica_total(traces, layout, 0, 3)
     assert set(total) == {"gate", "factors", "gradients"}
 
@@ -281,7 +284,7 @@ def test_consensus_none_sends_no_parameters() -> None:
 def test_parameters_travel_in_their_own_dtype(param_dtype: torch.dtype, momentum_dtype: Any, item: int) -> None:
     layout = LAYOUTS["fsdp-2x2"]
     options = {"dtype": param_dtype, "momentum_dtype": momentum_dtype, "max_local_steps": 1, **NEVER}
-    traces = run_ranks(4, lambda: steps(layout, 3, **options))  # S L S
+    traces = run_recorded(4, lambda: steps(layout, 3, **options))  # S L S
     total = replica_total(traces, layout, 0, 2)
     assert total["parameters"] == item * (elements(MATRICES) + elements(DENSE))
 
@@ -292,7 +295,7 @@ def test_the_ledger_agrees_with_the_flight_recorder(name: str, local_update: str
     """Calls and bytes, per rank, per axis, on every step of a run with both branches and two checks."""
     layout = LAYOUTS[name]
     options = {"local_update": local_update, "max_local_steps": 2, "check_every": 4, **NEVER}
-    traces = run_ranks(layout.world_size, lambda: steps(layout, 6, **options))  # S L L S L L
+    traces = run_recorded(layout.world_size, lambda: steps(layout, 6, **options))  # S L L S L L
     for rank, trace in enumerate(traces):
         for step, (_, sent, calls, sizes) in enumerate(trace):
             checks = [entry for entry in sent if entry.bytes == 48 and entry.axis == "both"]
@@ -316,14 +319,15 @@ def test_the_ledger_agrees_with_the_flight_recorder(name: str, local_update: str
 @pytest.mark.parametrize("name", ["plain-4x1", "fsdp-2x2", "fsdp-tp-2x2x2"])
 def test_the_check_has_a_row_of_its_own_and_comes_first(name: str) -> None:
     layout = LAYOUTS[name]
-    traces = run_ranks(layout.world_size, lambda: steps(layout, 7, check_every=3, **NEVER))
+    traces = run_recorded(layout.world_size, lambda: steps(layout, 7, check_every=3, **NEVER))
     for trace in traces:
         checked = [{key: size for key, size in entry[3].items() if key[1] == "check"} for entry in trace]
         assert [bool(rows) for rows in checked] == [True, False, False, True, False, False, True], (
             "the check runs on the first step and every check_every steps"
         )
         for step in (0, 3, 6):
-            assert set(checked[step].values()) == {48}, "six int64"
+            expected = {("replicate", "check"): 48, ("shard", "check"): 48 * len(layout.shards)}
+            assert checked[step] == {key: size for key, size in expected.items() if size}, "six int64 along each axis"
             assert trace[step][1][0].bytes == 48, "the check is the first collective of its step"
             assert sum(size for (axis, _), size in checked[step].items() if axis == "replicate") == 48
 
@@ -398,7 +402,7 @@ def test_reading_metrics_and_state_sends_nothing() -> None:
         opt.zero_grad()
         return made + wire.since_last()
 
-    for sent in run_ranks(4, worker):
+    for sent in run_recorded(4, worker):
         assert sent == [], "construction, metrics(), named_rmmc() and state_dict() do not communicate"
 
 
@@ -422,7 +426,7 @@ def test_one_process_sends_nothing() -> None:
 def test_factors_are_not_padded_on_the_shard_axis() -> None:
     """A partial sum goes in whole once (reduce-scatter) and comes back in pieces (all-gather), in flat buffers."""
     layout = LAYOUTS["fsdp-2x2-uneven-and-empty"]
-    traces = run_ranks(4, lambda: steps(layout, 2, **ALWAYS))
+    traces = run_recorded(4, lambda: steps(layout, 2, **ALWAYS))
     # Rows are split: R (n x r) of a tall matrix is partial, and P of a wide one, where the equations hold for X^T.
     partial_p = sum(cols * rank_of((rows, cols)) for rows, cols in layout.matrices.values() if rows < cols)
     partial_r = sum(cols * rank_of((rows, cols)) for rows, cols in layout.matrices.values() if rows >= cols)

@@ -702,3 +702,31 @@ def test_first_q_depends_on_the_canonical_name_alone() -> None:
 )
 def test_wrappers_do_not_change_the_first_q(wrapped: str) -> None:
     assert torch.equal(first_Q(wrapped), first_Q("layers.0.weight"))
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
+@pytest.mark.parametrize("r", [4, 16, 48])
+def test_a_decaying_spectrum_with_dead_rows_gives_an_orthonormal_basis(r: int, method: str) -> None:
+    """Few live rows and singular values down to the rounding of float32: residuals fall into every window there is."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        P = torch.zeros(64, r)
+        P[:8] = torch.logspace(0, -6, 8)[:, None] * torch.randn(8, r, generator=generator)
+        [Z] = orthogonalize([P[None]], method=method)
+        Z = Z[0].double()
+        assert Z.isfinite().all(), "a dependent column must be zero, not NaN"
+        live = (Z.norm(dim=0) > 0.5).double()
+        torch.testing.assert_close(Z.T @ Z, torch.diag(live), rtol=0, atol=1e-5, msg="live columns are orthonormal, others zero")
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
+def test_a_noise_column_does_not_disturb_the_columns_after_it(method: str) -> None:
+    """P_2 = M q_2 is rounding noise; taken for a direction it would take part of u_2 away from P_3."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        U = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64, generator=generator))[0]
+        V = torch.linalg.qr(torch.randn(48, 8, dtype=torch.float64, generator=generator))[0]
+        M = torch.outer(U[:, 0], V[:, 0]) + 0.5 * torch.outer(U[:, 1], V[:, 1])
+        [P], _, [Q] = power_iteration([M.float()[None]], [V[:, [0, 5, 1, 6]].float()[None]], orthogonalization=method)
+        expected = torch.outer(U[:, 0], V[:, 0]) + torch.outer(U[:, 1], V[:, 1])
+        torch.testing.assert_close((P @ Q.mT)[0].double(), expected, rtol=0, atol=1e-5)
