@@ -588,3 +588,13 @@ def test_q_depends_on_the_canonical_name_alone() -> None:
     for values, untouched in run_ranks(4, worker):
         assert (values == a.numpy()).all(), "neither rank nor mesh matters"
         assert untouched, "the global generator is not used"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_changed_requires_grad_is_refused(before: bool) -> None:
+    """Frozen later, a parameter would go on moving with its momentum; thawed later, it would never be trained."""
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3), requires_grad=before)]
+    opt = CurvaDion(params)
+    params[1].requires_grad_(not before)
+    with pytest.raises(RuntimeError, match="requires_grad must stay"):
+        opt.step()
