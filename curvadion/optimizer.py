@@ -207,7 +207,7 @@ class CurvaDion(torch.optim.Optimizer):
             with record_function("curvadion::synchronized_step"):
                 self._make_common(X, average=self._parameters_differ and self._options.consensus == "average")
                 self._dion_step(self._batches, X, synchronized=True)
-                self._scalar_step(X, self._mean_gradients(G))
+                self._scalar_step(X, self._mean_gradients(X, G))
         else:
             with record_function("curvadion::local_step"):
                 self._gradient_step([b for b in self._batches if self._rule(b) == "gradient"], X, G)
@@ -483,7 +483,7 @@ class CurvaDion(torch.optim.Optimizer):
             if self._parameters_differ:
                 X = [local_tensor(p) for p in self._params]
                 own = [x.clone() for x in X]
-                self._collectives.average_(X, [layout.copied for layout in self._layouts], "parameters")
+                self._collectives.average_(X, self._copied, "parameters")
                 reshard_gathered_modules()
         self._in_consensus = True
         try:
@@ -500,7 +500,7 @@ class CurvaDion(torch.optim.Optimizer):
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         self._refuse_inside_consensus("broadcast_parameters()")
         X = [local_tensor(p) for p in self._params]
-        self._collectives.broadcast_(X, [layout.copied for layout in self._layouts], "parameters")
+        self._collectives.broadcast_(X, self._copied, "parameters")
         reshard_gathered_modules()
         self._check_pending = True
 
@@ -522,9 +522,9 @@ class CurvaDion(torch.optim.Optimizer):
     def _make_common(self, X: Sequence[Tensor], *, average: bool) -> None:
         """X_i <- consensus(X_i), the same for moments; Q <- replica 0's where the replicas' Q differ."""
         if average:
-            self._collectives.average_(X, [layout.copied for layout in self._layouts], "parameters")
+            self._collectives.average_(X, self._copied, "parameters")
             moments = [
-                (local_tensor(self.state[self._params[i]][key]), self._layouts[i].copied)
+                (local_tensor(self.state[self._params[i]][key]), self._copied[i])
                 for i in self._scalars
                 for key in scalar.MOMENTS[self.param_groups[self._group_of[i]]["algorithm"]]
             ]
@@ -534,11 +534,11 @@ class CurvaDion(torch.optim.Optimizer):
         for b in differ:
             b.common_Q = True
 
-    def _mean_gradients(self, G: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _mean_gradients(self, X: Sequence[Tensor], G: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients with those of AdamW and Lion parameters averaged over the replicas."""
         mean = list(G)
-        local = [or_zeros(G[i], local_tensor(self._params[i])) for i in self._scalars]
-        copied = [self._layouts[i].copied for i in self._scalars]
+        local = [or_zeros(G[i], X[i]) for i in self._scalars]
+        copied = [self._copied[i] for i in self._scalars]
         dtype = self._options.payload_dtype
         _, reduced = self._collectives.mean_over_replicas(local, [()] * len(local), copied, "gradients", payload_dtype=dtype)
         for i, g in zip(self._scalars, reduced, strict=True):
@@ -793,7 +793,8 @@ class CurvaDion(torch.optim.Optimizer):
         ledger = self._collectives.ledger if self._built else Ledger()
         self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
 
-        first = [self._shards.is_first(layout.copied) for layout in self._layouts]
+        self._copied = [layout.copied for layout in self._layouts]
+        first = [self._shards.is_first(copied) for copied in self._copied]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
         owned = sum(local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
         self._dense_bytes = 2 * owned if self.replicas > 1 else 0
