@@ -1,7 +1,7 @@
 """Plain-torch reference of every hot operation of CurvaDion: the definition that a fused kernel must reproduce.
 
 Runs wherever torch runs. Low-precision tensors are computed in float32 (float64 stays float64) and rounded once, when they
-are stored. Nothing here talks to other ranks, and nothing here reads a device value back to the host.
+are stored. Nothing here talks to other ranks.
 """
 
 import functools
@@ -21,6 +21,8 @@ INDEX_BITS = 30
 INDEX_MASK = (1 << INDEX_BITS) - 1
 FAILED_KEY = (1 << 63) - 1  # larger than any regular key: a rank could not do its part of the step
 
+Scalar = float | Tensor
+
 NO_NORM = -1.0  # last_norm of a matrix that the gate has not seen yet
 
 
@@ -29,41 +31,52 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def momentum_norm_(momenta: list[Tensor], grads: Sequence[Tensor | None], *, decay: float = 1.0) -> Tensor:
-    """Accumulate the gradients into the momenta and return the squared norms of what was stored.
+def momentum_norm_(
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    decay: Scalar = 1.0,
+    watch: Sequence[Tensor] = (),
+    store: bool = True,
+) -> Tensor:
+    """Accumulate the gradients into the momenta and return the squared norms of what was stored: the gate's message.
 
-        m <- decay m + g,    s_l = ||m_l||_F^2
+        m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
 
     Args:
-        momenta: L local shards, any shapes, changed in place.
+        momenta: L local shards, any shapes and floating-point dtypes, contiguous, changed in place.
         grads: L gradients of the same shapes; None counts as zero.
-        decay: the factor of the old momentum, common to all.
+        decay: c, the factor of the old momentum: one number, a 0-d tensor, or a tensor of L.
+        watch: further tensors that are only searched for NaN and infinities.
+        store: whether to change the momenta; without it, only the norms that they would have are returned.
 
-    Returns: s, shape (L,), float32. Not finite where a momentum is not.
-    Bytes: one read of g, one read and one write of m.
+    Returns: (L + 2,) float32: s, not finite where a momentum is not; 1 if a watched tensor holds a NaN or an infinity, else 0; and 0,
+        the place of the flag that the replicas must synchronize (see `gate_key`).
+    Bytes: one read of g, one read and one write of m, one read of what is watched.
     """
-    if decay != 1.0:
-        torch._foreach_mul_(momenta, decay)
-    present = [(m, g) for m, g in zip(momenta, grads, strict=True) if g is not None]
+    if not store:
+        momenta = [m.clone() for m in momenta]
+    wide = upcast(momenta)
+    if isinstance(decay, Tensor) and decay.ndim:
+        if decay.shape != (len(momenta),):
+            raise ValueError(f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {len(momenta)} tensors")
+        torch._foreach_mul_(wide, list(decay.to(wide[0].dtype).unbind()))
+    elif isinstance(decay, Tensor) or decay != 1.0:
+        torch._foreach_mul_(wide, decay)
+    present = [(m, g) for m, g in zip(wide, grads, strict=True) if g is not None]
     if present:
         torch._foreach_add_([m for m, _ in present], [g for _, g in present])
-    if not momenta:
-        return torch.zeros(0, dtype=torch.float32)
-    dtype = functools.reduce(torch.promote_types, {m.dtype for m in momenta}, torch.float32)
-    norms = torch._foreach_norm(momenta, 2, dtype=dtype)
-    return torch.stack(norms).square().to(torch.float32)
-
-
-def count_nonfinite(tensors: Sequence[Tensor]) -> Tensor | float:
-    """Return how many of the tensors hold a NaN or an infinity (0-d float32, or 0.0 for no tensors).
-
-    Bytes: one read of every tensor.
-    """
-    tensors = [t for t in tensors if t.numel()]
-    if not tensors:
-        return 0.0
-    largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(tensors, float("inf"))])
-    return (~largest.isfinite()).sum(dtype=torch.float32)
+    store_(momenta, wide)
+    device = next((t.device for t in (*momenta, *watch)), None)
+    sums = torch.zeros(len(momenta) + 2, dtype=torch.float32, device=device)
+    if momenta:
+        dtype = functools.reduce(torch.promote_types, {m.dtype for m in momenta}, torch.float32)
+        sums[:-2] = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=dtype)).square()
+    watched = [t for t in watch if t.numel()]
+    if watched:
+        largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(watched, float("inf"))])
+        sums[-2] = (~largest.isfinite()).any()
+    return sums
 
 
 def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +87,8 @@ def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool)
     0 when both norms are 0; undefined (NaN), and a reason to synchronize, when there is no previous norm or it was 0.
 
     Args:
-        sums: (L + 2,) float32: squared norms, count of non-finite tensors (NaN: a rank failed), count of ranks that must synchronize.
+        sums: (L + 2,) float32, sums over the shards: squared norms; ranks that saw a non-finite value (NaN: a rank failed); ranks that must
+            synchronize.
         last_norm: (L,) float32, the previous norms, NO_NORM where there is none.
         tau: (L,) float32 thresholds; the comparison is strict.
         hold_closed: do not synchronize on account of RMMC alone.
@@ -101,57 +115,82 @@ def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool)
     return norm, rmmc, torch.where(sums[count].isnan(), FAILED_KEY, key)
 
 
-def local_step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], *, decay: float, step_size: float) -> None:
-    """Take one gradient step: X <- decay X - step_size G, in place; a gradient of None counts as zero.
+def local_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    decay: Scalar,
+    step_size: Scalar,
+    key: Tensor | None = None,
+) -> None:
+    """Take one gradient step, X_l <- a_l X_l - b_l G_l, in place; a gradient of None counts as zero.
+
+    Args:
+        params, grads: L local shards of equal shapes.
+        decay, step_size: a and b: one number, a 0-d tensor, or a tensor of L.
+        key: the reduced gate key, 0-d int64; given, nothing happens unless the gate is closed and all values were finite.
 
     Bytes: one read of G, one read and one write of X.
     """
+    if not params or (key is not None and int(key) >= SYNCHRONIZE_BIT):
+        return
     work = upcast(params)
-    torch._foreach_mul_(work, decay)
-    present = [(x, g) for x, g in zip(work, grads, strict=True) if g is not None]
-    if present:
-        torch._foreach_add_([x for x, _ in present], [g for _, g in present], alpha=-step_size)
+    factors = [list(v.to(work[0].dtype).unbind()) if isinstance(v, Tensor) and v.ndim else v for v in (decay, step_size)]
+    torch._foreach_mul_(work, factors[0])
+    present = [i for i, g in enumerate(grads) if g is not None]
+    slopes = [g.to(x.dtype) for x, g in zip(work, grads, strict=True) if g is not None]
+    if present and isinstance(factors[1], float):
+        torch._foreach_add_([work[i] for i in present], slopes, alpha=-factors[1])
+    elif present:
+        steps = [factors[1][i] for i in present] if isinstance(factors[1], list) else factors[1]
+        torch._foreach_sub_([work[i] for i in present], torch._foreach_mul(slopes, steps))
     store_(params, work)
 
 
 def low_rank_apply_(
     params: Sequence[Tensor],
-    momentum: Tensor,
+    momentum: Tensor | None,
     P: Tensor,
-    Q: Tensor,
-    R: Tensor,
+    Q: Tensor | None,
+    R: Tensor | None,
     *,
     transposed: bool,
-    decay: float,
-    step_size: float,
-    momentum_decay: float,
-    feedback: float,
+    decay: Scalar,
+    step_size: Scalar,
+    feedback: Scalar = 0.0,
+    scale: Tensor | None = None,
 ) -> None:
     """Apply a low-rank update to B equal matrices and take it out of their momenta, in place.
 
-        X <- decay X - step_size P Q^T
-        M <- momentum_decay M - feedback P R^T
+        X <- a X - b P Q^T
+        M <- M - c P R^T
 
     Args:
         params: B local shards of X, (rows, cols).
-        momentum: (B, rows, cols).
-        P, Q, R: (B, m, r), (B, n, r), (B, n, r) with m the longer side of the whole matrix.
+        momentum: M, (B, rows, cols), or None to leave it alone.
+        P, Q, R: (B, m, r), (B, n, r), (B, n, r) with m the longer side of the whole matrix. R may be None without momentum.
         transposed: the equations hold for X^T and M^T (X has more columns than rows).
+        decay, step_size, feedback: a, b and c, numbers or 0-d tensors.
+        scale: (B, r), with Q = None: Q is R with its columns scaled, R diag(scale).
 
     Bytes: one read and one write of X and of M; P, Q and R once.
     """
-    M = momentum if momentum.dtype == P.dtype else momentum.to(P.dtype)
-    if momentum_decay != 1.0:
-        M.mul_(momentum_decay)
-    if feedback:
-        (M.mT if transposed else M).baddbmm_(P, R.mT, alpha=-feedback)
-    if M is not momentum:
-        momentum.copy_(M)
-
+    if momentum is not None:
+        assert R is not None, "the update of the momentum needs R"
+        M = momentum if momentum.dtype == P.dtype else momentum.to(P.dtype)
+        (M.mT if transposed else M).baddbmm_(P * -feedback, R.mT)
+        if M is not momentum:
+            momentum.copy_(M)
+    if Q is None:
+        assert R is not None and scale is not None, "Q may be left out where R and scale stand for it"
+        Q = R * scale.unsqueeze(-2)
+    P = P * -step_size
     work = upcast(params)
-    update = Q @ P.mT if transposed else P @ Q.mT
-    torch._foreach_mul_(work, decay)
-    torch._foreach_add_(work, list(update.unbind()), alpha=-step_size)
+    if isinstance(decay, Tensor):
+        torch._foreach_mul_(work, decay)
+        decay = 1.0
+    for x, left, right in zip(work, Q if transposed else P, P if transposed else Q, strict=True):
+        x.addmm_(left, right.mT, beta=decay)
     store_(params, work)
 
 

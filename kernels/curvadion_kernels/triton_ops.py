@@ -1,0 +1,705 @@
+"""Triton kernels of CurvaDion's hot operations: every byte touched once, all parameters in a handful of launches.
+
+Each public function has the signature, the equation and the meaning of its namesake in `reference.py`, and says how many bytes it
+moves. The lists of tensors travel as tables in device memory, one of addresses and one that cuts the tensors into chunks, one
+program per chunk; a table is uploaded only when it differs from those used before. Hyper-parameters lie in device memory too, so a
+schedule recompiles nothing, and a captured CUDA graph follows a schedule if it is given tensors.
+
+Sums are deterministic: a program sums its chunk, a second stage sums the chunks of a tensor, both in an order that depends on the
+sizes alone, not on alignment or timing.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from curvadion_kernels import reference
+from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONFINITE_BIT, SYNCHRONIZE_BIT, Scalar, compute_dtype
+
+CHUNK = 8192  # elements of a tensor that one program works on
+BLOCK = 2048  # of which this many at a time; part of the norms' summation order
+WARPS = 8
+SUM_BLOCK = 256
+GATE_BLOCK = 1024
+COLUMN_TILE = (32, 64)  # rows and columns of R that `column_sumsq` reads at a time
+COLUMN_ROWS = 512  # rows of R that one program of `column_sumsq` sums
+
+# Above this rank, and only where TF32 products are allowed, two cuBLAS products take the place of the fused low-rank apply: their
+# arithmetic then outweighs the second pass over X and M that fusing saves. An estimate from the roofline of an H200 (400 TFLOP/s,
+# 4.3 TB/s, a fused kernel at 60 % of cuBLAS), not a measurement; `benchmarks/kernels.py --only low_rank_apply` measures it.
+FUSED_RANK_TF32 = 192
+
+_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_SYNCHRONIZE = tl.constexpr(SYNCHRONIZE_BIT)
+_NONFINITE = tl.constexpr(NONFINITE_BIT)
+_FAILED = tl.constexpr(FAILED_KEY)
+_INDEX_BITS = tl.constexpr(INDEX_BITS)
+_INDEX_MASK = tl.constexpr(INDEX_MASK)
+
+
+# ---- kernels
+
+
+@triton.jit
+def _chunk(owner, sizes, count, CHUNK: tl.constexpr):
+    """Return this program's tensor, where in it its chunk begins (int64), and how many elements that has."""
+    chunk = tl.program_id(0)
+    t = tl.load(owner + chunk)
+    begin = (chunk - tl.load(sizes + count + t)).to(tl.int64) * CHUNK
+    size = tl.minimum(tl.load(sizes + t) - begin, CHUNK).to(tl.int32)
+    return t, begin, size
+
+
+@triton.jit(do_not_specialize=["count", "decay_stride"])
+def momentum_norm_kernel(
+    addresses,  # (2, count) int64: of m, of g (0: no gradient)
+    owner,  # (chunks,) int32: the tensor of each chunk
+    sizes,  # (2, count) int64: elements; first chunk, counted from this launch's
+    decay,  # () or (count,) float64
+    decay_stride,
+    partial,  # (chunks,) sums of squares
+    count,
+    M_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    TYPE: tl.constexpr,
+    STORE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t, begin, size = _chunk(owner, sizes, count, CHUNK)
+    m_address = tl.load(addresses + t)
+    g_address = tl.load(addresses + count + t)
+    c = tl.load(decay + t * decay_stride).to(TYPE)
+    total = tl.zeros((BLOCK,), TYPE)
+    body = 0  # elements that 16-byte loads can have
+    if ((m_address | g_address) % 16 == 0) & (g_address != 0):
+        body = size // BLOCK * BLOCK
+        m = tl.multiple_of(m_address.to(tl.pointer_type(M_TYPE)), 16) + begin
+        g = tl.multiple_of(g_address.to(tl.pointer_type(G_TYPE)), 16) + begin
+        for offset in range(0, body, BLOCK):
+            i = offset + tl.arange(0, BLOCK)
+            new = (c * tl.load(m + i).to(TYPE) + tl.load(g + i).to(TYPE)).to(M_TYPE)
+            if STORE:
+                tl.store(m + i, new)
+            total += new.to(TYPE) * new.to(TYPE)
+    m = m_address.to(tl.pointer_type(M_TYPE)) + begin
+    g = g_address.to(tl.pointer_type(G_TYPE)) + begin
+    for offset in range(body, size, BLOCK):
+        i = offset + tl.arange(0, BLOCK)
+        there = i < size
+        old = tl.load(m + i, mask=there, other=0.0).to(TYPE)
+        new = (c * old + tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)).to(M_TYPE)
+        if STORE:
+            tl.store(m + i, new, mask=there)
+        total += new.to(TYPE) * new.to(TYPE)
+    tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def nonfinite_kernel(
+    addresses,  # (count,) int64
+    owner,
+    sizes,
+    partial,  # (chunks,) how many values are not finite
+    count,
+    G_TYPE: tl.constexpr,
+    TYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t, begin, size = _chunk(owner, sizes, count, CHUNK)
+    address = tl.load(addresses + t)
+    total = tl.zeros((BLOCK,), TYPE)
+    body = 0
+    if address % 16 == 0:
+        body = size // BLOCK * BLOCK
+        g = tl.multiple_of(address.to(tl.pointer_type(G_TYPE)), 16) + begin
+        for offset in range(0, body, BLOCK):
+            value = tl.load(g + offset + tl.arange(0, BLOCK)).to(TYPE)
+            total += tl.where(tl.abs(value) < float("inf"), 0.0, 1.0).to(TYPE)
+    g = address.to(tl.pointer_type(G_TYPE)) + begin
+    for offset in range(body, size, BLOCK):
+        i = offset + tl.arange(0, BLOCK)
+        value = tl.load(g + i, mask=i < size, other=0.0).to(TYPE)
+        total += tl.where(tl.abs(value) < float("inf"), 0.0, 1.0).to(TYPE)
+    tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def segment_sum_kernel(
+    partial,
+    segments,  # (2, count + 1) int64: first chunk of each tensor and the one behind its last; the last segment: the watched tensors
+    sums,  # (count + 2,) float32
+    count,
+    BLOCK: tl.constexpr,
+):
+    s = tl.program_id(0)
+    begin = tl.load(segments + s).to(tl.int32)
+    end = tl.load(segments + count + 1 + s).to(tl.int32)
+    total = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    for offset in range(begin, end, BLOCK):
+        i = offset + tl.arange(0, BLOCK)
+        total += tl.load(partial + i, mask=i < end, other=0.0)
+    value = tl.sum(total, axis=0).to(tl.float32)
+    if s == count:
+        value = tl.where(value > 0, 1.0, 0.0)
+        tl.store(sums + count + 1, 0.0)
+    tl.store(sums + s, value)
+
+
+@triton.jit(do_not_specialize=["count", "hold_closed"])
+def gate_key_kernel(sums, last_norm, tau, norm_out, rmmc_out, key_out, count, hold_closed, BLOCK: tl.constexpr):
+    ranked_max = tl.zeros((BLOCK,), tl.int64)
+    must = tl.zeros((BLOCK,), tl.int32)
+    infinite = tl.zeros((BLOCK,), tl.int32)
+    for offset in range(0, count, BLOCK):
+        i = offset + tl.arange(0, BLOCK)
+        there = i < count
+        norm = tl.sqrt_rn(tl.load(sums + i, mask=there, other=0.0))
+        last = tl.load(last_norm + i, mask=there, other=0.0)
+        rmmc = tl.div_rn(tl.abs(norm - last), tl.where(last == 0, 1.0, last))
+        undefined = (last < 0) | ((last == 0) & (norm > 0))
+        # From 0 to NaN: neither both 0 nor defined; the flag of non-finite values says the rest.
+        rmmc = tl.where(undefined | ((last == 0) & (norm != norm)), float("nan"), rmmc)
+        tl.store(norm_out + i, norm, mask=there)
+        tl.store(rmmc_out + i, rmmc, mask=there)
+        above = (rmmc > tl.load(tau + i, mask=there, other=float("inf"))) & (hold_closed == 0)
+        must |= (there & (undefined | above)).to(tl.int32)
+        infinite |= (there & ~(norm < float("inf"))).to(tl.int32)
+        bits = tl.where(rmmc == rmmc, rmmc, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+        ranked = (bits << _INDEX_BITS) | (_INDEX_MASK - i)
+        ranked_max = tl.maximum(ranked_max, tl.where(there & (rmmc == rmmc), ranked, 0))
+    key = tl.max(ranked_max, axis=0)
+    nonfinite = tl.load(sums + count)
+    synchronize = (tl.max(must, axis=0) > 0) | (tl.load(sums + count + 1) > 0)
+    broken = (tl.max(infinite, axis=0) > 0) | (nonfinite > 0)
+    key = tl.where(synchronize, key | _SYNCHRONIZE, key)
+    key = tl.where(broken, key | _NONFINITE, key)
+    tl.store(key_out, tl.where(nonfinite != nonfinite, _FAILED, key))
+
+
+@triton.jit(do_not_specialize=["count", "decay_stride", "step_stride"])
+def local_step_kernel(
+    addresses,  # (2, count) int64: of X, of G (0: no gradient)
+    owner,
+    sizes,
+    decay,  # () or (count,) float64
+    step_size,  # () or (count,) float64
+    decay_stride,
+    step_stride,
+    key,  # () int64, the reduced gate key
+    count,
+    X_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    TYPE: tl.constexpr,
+    GATED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if GATED:  # noqa: SIM102 (known when compiling; without a gate the key must not be read)
+        if tl.load(key) >= _SYNCHRONIZE:  # or not finite, or failed: those bits are above
+            return
+    t, begin, size = _chunk(owner, sizes, count, CHUNK)
+    x_address = tl.load(addresses + t)
+    g_address = tl.load(addresses + count + t)
+    a = tl.load(decay + t * decay_stride).to(TYPE)
+    b = tl.load(step_size + t * step_stride).to(TYPE)
+    body = 0
+    if ((x_address | g_address) % 16 == 0) & (g_address != 0):
+        body = size // BLOCK * BLOCK
+        x = tl.multiple_of(x_address.to(tl.pointer_type(X_TYPE)), 16) + begin
+        g = tl.multiple_of(g_address.to(tl.pointer_type(G_TYPE)), 16) + begin
+        for offset in range(0, body, BLOCK):
+            i = offset + tl.arange(0, BLOCK)
+            tl.store(x + i, (a * tl.load(x + i).to(TYPE) - b * tl.load(g + i).to(TYPE)).to(X_TYPE))
+    x = x_address.to(tl.pointer_type(X_TYPE)) + begin
+    g = g_address.to(tl.pointer_type(G_TYPE)) + begin
+    for offset in range(body, size, BLOCK):
+        i = offset + tl.arange(0, BLOCK)
+        there = i < size
+        old = tl.load(x + i, mask=there, other=0.0).to(TYPE)
+        slope = tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)
+        tl.store(x + i, (a * old - b * slope).to(X_TYPE), mask=there)
+
+
+@triton.jit
+def _factor(F, batch, i, k, rows, r, there_k):
+    """Load the tile (rows i, columns k) of matrix `batch` of F (B, rows, r)."""
+    inside = (i < rows)[:, None] & there_k[None, :]
+    return tl.load(F + (batch * rows + i).to(tl.int64)[:, None] * r + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def low_rank_apply_kernel(
+    addresses,  # (B,) int64: of X, each (rows, cols)
+    M,  # (B, rows, cols)
+    left,  # (B, rows, r): P, or Q's or R's rows where the equations hold for X^T
+    right,  # (B, cols, r)
+    other,  # the one of Q and R that is neither left nor right
+    scale,  # (B, r)
+    scalars,  # (3,) float64: decay, step size, feedback
+    rows,
+    cols,
+    r,
+    X_TYPE: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every X begins at a multiple of 16 bytes
+    FEEDBACK: tl.constexpr,  # M takes part
+    OTHER: tl.constexpr,  # "": Q = R diag(scale) | "left", "right": that side of M's product is `other`
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    batch = tl.program_id(1)
+    # Tiles in groups of GROUP rows, so that the factors of neighbouring programs stay in the cache.
+    tile_rows = tl.cdiv(rows, ROWS)
+    tile_cols = tl.cdiv(cols, COLS)
+    group = tl.program_id(0) // (GROUP * tile_cols)
+    height = tl.minimum(tile_rows - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * tile_cols)
+    i = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
+    j = (within // height) * COLS + tl.arange(0, COLS)
+
+    update = tl.zeros((ROWS, COLS), TYPE)
+    taken = tl.zeros((ROWS, COLS), TYPE)
+    for offset in range(0, r, RANK):
+        k = offset + tl.arange(0, RANK)
+        there = k < r
+        a = _factor(left, batch, i, k, rows, r, there)
+        b = _factor(right, batch, j, k, cols, r, there)
+        if OTHER == "":
+            # Scale the left side whatever it is: it can feed the tensor cores from registers, and Q is never in memory.
+            s = tl.load(scale + batch * r + k, mask=there, other=0.0)
+            update = tl.dot(a * s[None, :], tl.trans(b), update, input_precision=PRECISION, out_dtype=TYPE)
+        else:
+            update = tl.dot(a, tl.trans(b), update, input_precision=PRECISION, out_dtype=TYPE)
+        if FEEDBACK:
+            if OTHER == "left":
+                a = _factor(other, batch, i, k, rows, r, there)
+            if OTHER == "right":
+                b = _factor(other, batch, j, k, cols, r, there)
+            taken = tl.dot(a, tl.trans(b), taken, input_precision=PRECISION, out_dtype=TYPE)
+
+    inside = (i < rows)[:, None] & (j < cols)[None, :]
+    at = i.to(tl.int64)[:, None] * cols + j[None, :]
+    x = tl.load(addresses + batch).to(tl.pointer_type(X_TYPE))
+    if ALIGNED:
+        x = tl.multiple_of(x, 16)
+    x += at
+    decay = tl.load(scalars).to(TYPE)
+    step_size = tl.load(scalars + 1).to(TYPE)
+    tl.store(x, (decay * tl.load(x, mask=inside, other=0.0).to(TYPE) - step_size * update).to(X_TYPE), mask=inside)
+    if FEEDBACK:
+        feedback = tl.load(scalars + 2).to(TYPE)
+        m = M + batch.to(tl.int64) * rows * cols + at
+        tl.store(m, (tl.load(m, mask=inside, other=0.0).to(TYPE) - feedback * taken).to(M.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def column_sumsq_kernel(R, partial, rows, r, blocks, TYPE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr):
+    batch = tl.program_id(2)
+    k = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((TILE, COLS), TYPE)
+    for offset in range(0, ROWS, TILE):
+        i = tl.program_id(0) * ROWS + offset + tl.arange(0, TILE)
+        inside = (i < rows)[:, None] & (k < r)[None, :]
+        at = (batch.to(tl.int64) * rows + i)[:, None] * r + k[None, :]
+        value = tl.load(R + at, mask=inside, other=0.0).to(TYPE)
+        total += value * value
+    tl.store(partial + (batch * blocks + tl.program_id(0)) * r + k, tl.sum(total, axis=0), mask=k < r)
+
+
+# ---- public functions
+
+
+def momentum_norm_(
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    decay: Scalar = 1.0,
+    watch: Sequence[Tensor] = (),
+    store: bool = True,
+) -> Tensor:
+    """Accumulate the gradients into the momenta and return the squared norms of what was stored; see `reference.momentum_norm_`.
+
+        m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
+
+    One launch per pair of dtypes and one for the sums of the chunks. Bytes per element, fp32: 12 (read g, read and write m), 8 with
+    store=False, 4 for watched tensors.
+    """
+    if not momenta and not watch:
+        return torch.zeros(2, dtype=torch.float32)
+    like = momenta[0] if momenta else watch[0]
+    # No copy where a gradient is contiguous, at whatever address.
+    gradients = [g if g is None else g.contiguous() for g in grads]
+    watched = [w.contiguous() for w in watch]
+    for m in momenta:
+        if not m.is_contiguous():
+            raise ValueError(f"momenta must be contiguous; got strides {m.stride()} for shape {tuple(m.shape)}; allocate them so")
+    count = len(momenta)
+    kinds = [(m.dtype, m.dtype if g is None else g.dtype) for m, g in zip(momenta, gradients, strict=True)]
+    chunks = _chunks(tuple(m.numel() for m in momenta), tuple(kinds), like.device)
+    seen = _chunks(tuple(w.numel() for w in watched), tuple((w.dtype,) for w in watched), like.device)
+    dtype = torch.float64 if any(torch.float64 in launch.kind for launch in chunks.launches + seen.launches) else torch.float32
+    partials = torch.empty(chunks.total + seen.total, dtype=dtype, device=like.device)
+    sums = torch.empty(count + 2, dtype=torch.float32, device=like.device)
+    decays, stride = _per_tensor(decay, count, like.device)
+    with _on(like.device):
+        if chunks.total:
+            addresses = _addresses(momenta, gradients)
+        for launch in chunks.launches:
+            m_type, g_type = launch.kind
+            momentum_norm_kernel[(launch.count,)](
+                addresses,
+                launch.owner.get(),
+                launch.sizes.get(),
+                decays,
+                stride,
+                partials[launch.first :],
+                count,
+                _TYPES[m_type],
+                _TYPES[g_type],
+                _TYPES[compute_dtype(torch.promote_types(m_type, g_type))],
+                store,
+                CHUNK,
+                BLOCK,
+                num_warps=WARPS,
+            )
+        if seen.total:
+            addresses = _addresses(watched)
+        for launch in seen.launches:
+            (g_type,) = launch.kind
+            nonfinite_kernel[(launch.count,)](
+                addresses,
+                launch.owner.get(),
+                launch.sizes.get(),
+                partials[chunks.total + launch.first :],
+                len(watched),
+                _TYPES[g_type],
+                _TYPES[compute_dtype(g_type)],
+                CHUNK,
+                BLOCK,
+                num_warps=WARPS,
+            )
+        bounds = (*chunks.begins, chunks.total, *chunks.ends, chunks.total + seen.total)
+        segments = _remembered(bounds, torch.int64, like.device).get()
+        segment_sum_kernel[(count + 1,)](partials, segments, sums, count, SUM_BLOCK, num_warps=4)
+    return sums
+
+
+def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the shard-summed squared norms into norms, RMMC and the gate's key; see `reference.gate_key`. One launch, one program.
+
+    Bytes: 20 a matrix.
+    """
+    norm, rmmc = torch.empty_like(last_norm), torch.empty_like(last_norm)
+    key = torch.empty((), dtype=torch.int64, device=sums.device)
+    with _on(sums.device):
+        gate_key_kernel[(1,)](sums, last_norm, tau, norm, rmmc, key, last_norm.numel(), int(hold_closed), GATE_BLOCK, num_warps=4)
+    return norm, rmmc, key
+
+
+def local_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    decay: Scalar,
+    step_size: Scalar,
+    key: Tensor | None = None,
+) -> None:
+    """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise; see `reference.local_step_`.
+
+    One launch per pair of dtypes; the key is read on the device. Bytes per element, fp32: 12 (read G, read and write X), none if the
+    gate is open.
+    """
+    if not params:
+        return
+    device, count = params[0].device, len(params)
+    strided = [i for i, x in enumerate(params) if not x.is_contiguous()]
+    if strided:
+        dense = [i for i in range(count) if i not in set(strided)]
+        for part, function in ((strided, reference.local_step_), (dense, local_step_)):
+            a, b = (v[part] if isinstance(v, Tensor) and v.ndim else v for v in (decay, step_size))
+            function([params[i] for i in part], [grads[i] for i in part], decay=a, step_size=b, key=key)
+        return
+    gradients = [g if g is None else g.contiguous() for g in grads]
+    kinds = tuple((x.dtype, x.dtype if g is None else g.dtype) for x, g in zip(params, gradients, strict=True))
+    chunks = _chunks(tuple(x.numel() for x in params), kinds, device)
+    if not chunks.total:
+        return
+    decays, decay_stride = _per_tensor(decay, count, device)
+    steps, step_stride = _per_tensor(step_size, count, device)
+    addresses = _addresses(params, gradients)
+    with _on(device):
+        for launch in chunks.launches:
+            x_type, g_type = launch.kind
+            local_step_kernel[(launch.count,)](
+                addresses,
+                launch.owner.get(),
+                launch.sizes.get(),
+                decays,
+                steps,
+                decay_stride,
+                step_stride,
+                addresses if key is None else key,
+                count,
+                _TYPES[x_type],
+                _TYPES[g_type],
+                _TYPES[compute_dtype(torch.promote_types(x_type, g_type))],
+                key is not None,
+                CHUNK,
+                BLOCK,
+                num_warps=WARPS,
+            )
+
+
+def low_rank_apply_(
+    params: Sequence[Tensor],
+    momentum: Tensor | None,
+    P: Tensor,
+    Q: Tensor | None,
+    R: Tensor | None,
+    *,
+    transposed: bool,
+    decay: Scalar,
+    step_size: Scalar,
+    feedback: Scalar = 0.0,
+    scale: Tensor | None = None,
+) -> None:
+    """Apply a low-rank update to B equal matrices and take it out of their momenta; see `reference.low_rank_apply_`.
+
+        X <- a X - b P Q^T,    M <- M - c P R^T
+
+    One launch and one pass over X and M, on tensor cores: TF32 where torch may use it (`torch.set_float32_matmul_precision`), otherwise
+    three TF32 products that keep float32's accuracy. Bytes per element of X, fp32: 16 (8 without momentum), and the factors; with
+    `scale`, Q is not read. Two cuBLAS products take its place at ranks where they are faster (FUSED_RANK_TF32), for float64 on a GPU,
+    and where X is not contiguous.
+    """
+    if not params or not params[0].numel():
+        return
+    precision = _precision(P)
+    contiguous = all(x.is_contiguous() for x in params) and (momentum is None or momentum.is_contiguous())
+    products = (precision == "tf32" and P.shape[-1] > FUSED_RANK_TF32) or (P.dtype == torch.float64 and P.is_cuda)
+    function = reference.low_rank_apply_
+    if contiguous and not products:
+        function = partial(fused_low_rank_apply_, precision=precision)
+    function(params, momentum, P, Q, R, transposed=transposed, decay=decay, step_size=step_size, feedback=feedback, scale=scale)
+
+
+def fused_low_rank_apply_(
+    params: Sequence[Tensor],
+    momentum: Tensor | None,
+    P: Tensor,
+    Q: Tensor | None,
+    R: Tensor | None,
+    *,
+    transposed: bool,
+    decay: Scalar,
+    step_size: Scalar,
+    feedback: Scalar = 0.0,
+    scale: Tensor | None = None,
+    precision: str = "tf32x3",
+) -> None:
+    """Do what `low_rank_apply_` does with the fused kernel at every rank; X and M contiguous. For benchmarks and tests."""
+    device = P.device
+    rows, cols = params[0].shape
+    P = P.contiguous()
+    if Q is None:
+        assert R is not None and scale is not None, "Q may be left out where R and scale stand for it"
+        second, other = R.contiguous(), ""
+    else:
+        second, other = Q.contiguous(), "left" if transposed else "right"
+    third = R.contiguous() if R is not None and Q is not None else second
+    left, right = (second, P) if transposed else (P, second)
+    scalars = _scalars((decay, step_size, feedback), device)
+    tile = apply_tile(precision)
+    with _on(device):
+        low_rank_apply_kernel[(triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(cols, tile["COLS"]), len(params))](
+            _addresses(params),
+            params[0] if momentum is None else momentum,
+            left,
+            right,
+            third,
+            P if scale is None else scale.contiguous(),
+            scalars,
+            rows,
+            cols,
+            P.shape[-1],
+            _TYPES[params[0].dtype],
+            _TYPES[P.dtype],
+            all(x.data_ptr() % 16 == 0 for x in params),
+            momentum is not None,
+            other,
+            precision,
+            **tile,
+        )
+
+
+def apply_tile(precision: str) -> dict[str, int]:
+    """Return the tile of `low_rank_apply_kernel` and its launch options.
+
+    Fixed, because a kernel that works in place cannot be autotuned; chosen so that nothing spills (`benchmarks/compiled.py`).
+    """
+    if precision == "ieee":  # AMD, whose local memory is small; float64 in the interpreter
+        return {"ROWS": 64, "COLS": 64, "RANK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+    return {"ROWS": 128, "COLS": 64, "RANK": 32 if precision == "tf32" else 16, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+def column_sumsq(R: Tensor) -> Tensor:
+    """Return the squared norms of the columns, (B, n, r) -> (B, r); see `reference.column_sumsq`.
+
+    Two launches, deterministic. Bytes: one read of R. Where R's rows are spread over ranks, sum the results over them.
+    """
+    B, rows, r = R.shape
+    blocks = triton.cdiv(rows, COLUMN_ROWS)
+    if not R.numel():
+        return R.new_zeros(B, r)
+    partials = R.new_empty(B, blocks, r)
+    height, width = COLUMN_TILE
+    with _on(R.device):
+        column_sumsq_kernel[(blocks, triton.cdiv(r, width), B)](
+            R.contiguous(), partials, rows, r, blocks, _TYPES[compute_dtype(R.dtype)], COLUMN_ROWS, height, width, num_warps=4
+        )
+    return partials[:, 0] if blocks == 1 else partials.sum(dim=1)
+
+
+# ---- where the kernels run
+
+
+def why_not(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on tensors of a device, None if they can."""
+    if isinstance(momentum_norm_kernel, triton.runtime.JITFunction):
+        if device.type != "cuda":
+            return f"Triton compiles for GPUs, and the parameters are on {device}"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"the kernels need compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has less"
+    elif device.type != "cpu":
+        return f"Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are on {device}"
+    return None
+
+
+def interpreted() -> bool:
+    """Say whether the kernels run in Triton's interpreter, which is for tests: TRITON_INTERPRET was set when they were imported."""
+    return not isinstance(momentum_norm_kernel, triton.runtime.JITFunction)
+
+
+def _precision(P: Tensor) -> str:
+    """Return how float32 products are taken."""
+    if P.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if P.is_cuda and torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16") else "tf32x3"
+
+
+# ---- tables
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The chunks of the tensors of one kind, which one launch works on."""
+
+    kind: tuple[torch.dtype, ...]
+    first: int
+    count: int
+    owner: "_Table"
+    sizes: "_Table"
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """How a list of tensors is cut into chunks: launches, and the chunks of each tensor, [begins[t], ends[t])."""
+
+    launches: tuple[_Launch, ...]
+    begins: tuple[int, ...]
+    ends: tuple[int, ...]
+    total: int
+
+
+_KEPT = 256  # tables remembered of each sort; a training loop needs a handful
+_captured: list["_Table"] = []  # a CUDA graph holds their addresses, so they are never forgotten
+
+
+class _Table:
+    """Numbers in device memory, uploaded once; the host does not wait for it."""
+
+    def __init__(self, values: Sequence[float], dtype: torch.dtype, device: torch.device):
+        self.device = device
+        if device.type != "cuda":
+            self._tensor = torch.tensor(values, dtype=dtype, device=device)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "addresses and numbers must be uploaded before a CUDA graph is captured, and these were not seen before; "
+                "run the same call on the same tensors once, then capture it"
+            )
+        self._tensor = torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        self._stream = torch.cuda.current_stream(device)
+        self._uploaded = self._stream.record_event()
+
+    def get(self) -> Tensor:
+        """Return the tensor, ready for the current stream."""
+        if self.device.type == "cuda":
+            current = torch.cuda.current_stream(self.device)
+            if torch.cuda.is_current_stream_capturing():  # the device was synchronized before
+                _captured.append(self)
+            elif current != self._stream:
+                current.wait_event(self._uploaded)
+                self._tensor.record_stream(current)
+        return self._tensor
+
+
+@lru_cache(_KEPT)
+def _remembered(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> _Table:
+    return _Table(values, dtype, device)
+
+
+@lru_cache(_KEPT)
+def _chunks(numels: tuple[int, ...], kinds: tuple[tuple[torch.dtype, ...], ...], device: torch.device) -> _Chunks:
+    begins, ends, launches, total = [0] * len(numels), [0] * len(numels), [], 0
+    for kind in dict.fromkeys(kinds):
+        first, owner = total, []
+        for t, numel in enumerate(numels):
+            if kinds[t] == kind:
+                number = triton.cdiv(numel, CHUNK)
+                begins[t], ends[t] = total, total + number
+                owner += [t] * number
+                total += number
+        if owner:
+            sizes = (*numels, *(begin - first for begin in begins))
+            launches.append(_Launch(kind, first, len(owner), _Table(owner, torch.int32, device), _Table(sizes, torch.int64, device)))
+    return _Chunks(tuple(launches), tuple(begins), tuple(ends), total)
+
+
+def _addresses(*lists: Sequence[Tensor | None]) -> Tensor:
+    """Return the tensors' addresses, one list after the other, 0 for None; as a table on their device."""
+    device = next(t.device for tensors in lists for t in tensors if t is not None)
+    values = tuple([0 if t is None else t.data_ptr() for tensors in lists for t in tensors])
+    return _remembered(values, torch.int64, device).get()
+
+
+def _scalars(values: Sequence[Scalar], device: torch.device) -> Tensor:
+    """Return the values as one float64 tensor on the device; numbers are uploaded when they change, tensors are read there."""
+    if any(isinstance(v, Tensor) for v in values):
+        parts = [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device) for v in values]
+        return torch.stack([v.to(device, torch.float64).reshape(()) for v in parts])
+    return _remembered(tuple(values), torch.float64, device).get()
+
+
+def _per_tensor(value: Scalar, count: int, device: torch.device) -> tuple[Tensor, int]:
+    """Return a number for all, or one for each of the tensors, as float64 on the device; and the stride between them."""
+    if isinstance(value, Tensor) and value.ndim:
+        if value.shape != (count,):
+            raise ValueError(f"a factor must be one number or one per tensor; got shape {tuple(value.shape)} for {count} tensors")
+        return value.to(device, torch.float64).contiguous(), 1
+    return _scalars((value,), device), 0
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
