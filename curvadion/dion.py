@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from curvadion_kernels import ops
+from curvadion_kernels import reference
 
 Tensors = list[Tensor]
 
@@ -62,6 +62,23 @@ class Side:
 LOCAL = Side()
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What power iteration makes of one batch.
+
+    Attributes:
+        P: (B, m, r), orthonormal columns or zero ones.
+        R: (B, n, r), this replica's R_i.
+        Q: (B, n, r), the new right factor.
+        scale: (B, r), where Q is R diag(scale) in all columns that P has; else None.
+    """
+
+    P: Tensor
+    R: Tensor
+    Q: Tensor
+    scale: Tensor | None
+
+
 def rank_of(short: int, rank_fraction: float, rank_multiple_of: int) -> int:
     """Return r = round_up(rank_fraction * short, rank_multiple_of), clipped to the short side."""
     # A product such as 0.07 * 100 = 7.000000000000001 must not round up to 8.
@@ -87,15 +104,16 @@ def power_iteration(
     orthogonalization: str = "cholesky_qr",
     right_factor: str = "column_norm",
     payload_dtype: torch.dtype | None = None,
-) -> tuple[Tensors, Tensors, Tensors]:
-    """Take one step of power iteration from Q and return (P, R_i, new Q).
+    column_sumsq: Callable[[Tensor], Tensor] = reference.column_sumsq,
+) -> list[Factors]:
+    """Take one step of power iteration from Q and return P, R_i and the new Q of each batch.
 
         P   = orthogonalize( E_i[ M_i Q ] )
         R_i = M_i^T P,    R = E_i[ R_i ]
         Q   = column_normalize(R)  or  orthogonalize(R)
 
     Columns of P that depend on the ones before them, or whose column of R is numerically zero (or dependent, for "qr"), are zero in
-    the returned P and R_i (they contribute nothing) and keep their old column of Q (it stays usable).
+    the returned P (they contribute nothing) and keep their old column of Q (it stays usable).
 
     Args:
         M: batches (B, m, n) of momenta, m on the longer side of the whole matrix; local shards.
@@ -104,6 +122,7 @@ def power_iteration(
         reduce_P: the sum over the ranks that split n (own), then the mean over replicas; returns (own, mean).
         reduce_R: the sum over the ranks that split m (own, R_i), then the mean over replicas (R); returns (R_i, R).
         payload_dtype: what the reductions round P and R to, None if they do not.
+        column_sumsq: the kernel.
     """
     floors = [noise_floor(m, payload_dtype) for m in M]
     Q = [q.to(m.dtype) for m, q in zip(M, Q, strict=True)]
@@ -112,17 +131,21 @@ def power_iteration(
         P, _ = _orthonormal_columns(P, rows, orthogonalization, floors)
     own, R = reduce_R([m.mT @ p for m, p in zip(M, P, strict=True)])
 
-    sumsq = columns.sum([ops.column_sumsq(r) for r in R], "column_norms")
+    sumsq = columns.sum([column_sumsq(r) for r in R], "column_norms")
     live = [(s > floor**2 * s.amax(-1, keepdim=True)).unsqueeze(-2) for s, floor in zip(sumsq, floors, strict=True)]
+    scales: list[Tensor | None] = [None] * len(R)
     if right_factor == "qr":
         with record_function("curvadion::orthogonalize"):
             new, independent = _orthonormal_columns(R, columns, orthogonalization, floors)
         live = [a & b for a, b in zip(live, independent, strict=True)]
     else:
+        lengths = [_inverse_root(s) for s in sumsq]
         new = column_normalize(R, sumsq)
-    P = [p * alive for p, alive in zip(P, live, strict=True)]
-    own = [r * alive for r, alive in zip(own, live, strict=True)]
-    return P, own, [torch.where(alive, q, old) for alive, q, old in zip(live, new, Q, strict=True)]
+        scales = [s if r_i is r else None for s, r_i, r in zip(lengths, own, R, strict=True)]
+    return [
+        Factors(p * alive, r_i, torch.where(alive, q, old), scale)
+        for p, r_i, alive, q, old, scale in zip(P, own, live, new, Q, scales, strict=True)
+    ]
 
 
 def noise_floor(M: Tensor, payload_dtype: torch.dtype | None = None) -> float:
@@ -145,7 +168,11 @@ def column_normalize(R: Sequence[Tensor], sumsq: Sequence[Tensor]) -> Tensors:
         R: batches (B, n, r), local rows.
         sumsq: batches (B, r), the squared norms of the whole columns.
     """
-    return [r * torch.where(s > 0, s.rsqrt(), 0.0).unsqueeze(-2) for r, s in zip(R, sumsq, strict=True)]
+    return [r * _inverse_root(s).unsqueeze(-2) for r, s in zip(R, sumsq, strict=True)]
+
+
+def _inverse_root(sumsq: Tensor) -> Tensor:
+    return torch.where(sumsq > 0, sumsq.rsqrt(), 0.0)
 
 
 def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cholesky_qr", floor: float = 0.0) -> Tensors:

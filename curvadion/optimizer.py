@@ -5,7 +5,9 @@ Mathematics is in `dion.py`, `gate.py` and `scalar.py`, placements in `layout.py
 """
 
 import hashlib
+import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -32,9 +34,11 @@ from curvadion.layout import (
     reshard_gathered_modules,
 )
 from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options, check_parameter
-from curvadion.state import Batch, Momenta, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
-from curvadion_kernels import ops
+from curvadion.state import Batch, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
+from curvadion_kernels import Ops, choose
 from curvadion_kernels.reference import NO_NORM
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
@@ -86,8 +90,10 @@ class CurvaDion(torch.optim.Optimizer):
         payload_dtype: of P, R and AdamW/Lion gradients between replicas; None for the tensor's own.
         orthogonalization: "cholesky_qr" or "qr", see `curvadion.dion.orthogonalize` [g].
         on_nonfinite: "raise": every rank raises `NonFiniteError` in the same step, parameters untouched, and state has to be loaded again.
-            "skip": every rank skips the step and everything stays as it was (one more buffer the size of the momentum).
+            "skip": every rank skips the step and everything stays as it was (momentum and gradients are read once more).
         check_every: steps between checks that all ranks agree on step, options and weights; 0 for the first step only.
+        kernels: "auto" takes Triton's kernels where they compile for the parameters' device, plain torch elsewhere, and logs which;
+            "triton" and "reference" ask for one of them. The attribute `kernels` tells.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, what was got and what to try.
@@ -99,7 +105,7 @@ class CurvaDion(torch.optim.Optimizer):
     _built = False
     # Made by `_build`, which runs again when a group is added.
     _collectives: Collectives
-    _matrix_order: Tensor
+    _ops: Ops
     _owned: Tensor
     _last_norm: Tensor
     _rmmc: Tensor
@@ -131,6 +137,7 @@ class CurvaDion(torch.optim.Optimizer):
         orthogonalization: str = "cholesky_qr",
         on_nonfinite: str = "raise",
         check_every: int = 1000,
+        kernels: str = "auto",
     ):
         options = {
             "warmup_steps": warmup_steps,
@@ -141,6 +148,7 @@ class CurvaDion(torch.optim.Optimizer):
             "payload_dtype": payload_dtype,
             "on_nonfinite": on_nonfinite,
             "check_every": check_every,
+            "kernels": kernels,
         }
         defaults = {
             "algorithm": "dion",
@@ -196,12 +204,18 @@ class CurvaDion(torch.optim.Optimizer):
 
         with record_function("curvadion::gate"):
             X, G, failure = self._gather_gradients()
-            momenta = self._accumulate_momentum(G)
-            decision = self._decide(momenta, G, failed=failure is not None)
+            sums = self._accumulate_momentum(G, store=not self._skips)
+            key, norm, rmmc = self._gate(sums, failed=failure is not None)
+            self._gradient_step(X, G, key)  # enqueued before this process knows the key; does nothing unless it says "local step"
+            decision = gate.decode(self._read(key))
         if decision.failed or decision.nonfinite:
             self._refuse(decision, failure, G)
             return loss
-        self._keep(momenta)
+        self._last_norm.copy_(norm)
+        self._rmmc = rmmc
+        if self._skips:
+            self._accumulate_momentum(G, store=True)
+        self._decay = [1.0] * len(self._matrices)
 
         if decision.synchronize:
             with record_function("curvadion::synchronized_step"):
@@ -210,9 +224,9 @@ class CurvaDion(torch.optim.Optimizer):
                 self._scalar_step(X, self._mean_gradients(X, G))
         else:
             with record_function("curvadion::local_step"):
-                self._gradient_step([b for b in self._batches if self._rule(b) == "gradient"], X, G)
                 self._dion_step([b for b in self._batches if self._rule(b) == "dion"], X, synchronized=False)
                 self._scalar_step(X, G)
+                self._postpone_decay([b for b in self._batches if self._rule(b) == "gradient"])
         self._count(decision)
         return loss
 
@@ -283,16 +297,21 @@ class CurvaDion(torch.optim.Optimizer):
         for i, g in zip(members, summed, strict=True):
             G[i] = g / self._partial[i][1]
 
-    def _accumulate_momentum(self, G: Sequence[Tensor | None]) -> Momenta:
-        """m_i <- M_i + G_i. In place, unless a skipped step must leave the momentum as it was."""
-        stored = [b.momentum for b in self._batches]
-        blocks = [block.clone() for block in stored] if self._skips else stored
-        views = [view for b in self._batches for view in b.views] if blocks is stored else [v for block in blocks for v in block.unbind()]
-        norms = ops.momentum_norm_(views, [G[i] for b in self._batches for i in b.params])
-        return Momenta(blocks, norms)
+    def _accumulate_momentum(self, G: Sequence[Tensor | None], *, store: bool) -> Tensor:
+        """m_i <- M_i + G_i; return the gate's message: ||m_i||^2 of every matrix, and whether another gradient is not finite.
 
-    def _decide(self, momenta: Momenta, G: Sequence[Tensor | None], *, failed: bool) -> gate.Decision:
-        """Reduce norms and flags over the shards, the key over the replicas, and say what this step is."""
+        With store=False only the message, for a step that may be skipped.
+        """
+        return self._ops.momentum_norm_(
+            self._momenta,
+            [G[i] for i in self._matrices],
+            decay=self._common("decay", self._decay),  # what the last step postponed
+            watch=[g for i in self._scalars for g in (G[i],) if g is not None],
+            store=store,
+        ).to(self._device)
+
+    def _gate(self, sums: Tensor, *, failed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduce norms and flags over the shards, the key over the replicas; return the key, norms and RMMC, all on the device."""
         o = self._options
         must = self._must_synchronize or gate.must_synchronize(
             step=self._steps,
@@ -300,33 +319,61 @@ class CurvaDion(torch.optim.Optimizer):
             warmup_steps=o.warmup_steps,
             max_local_steps=o.max_local_steps,
         )
-        # Where the checks of the momentum do not look: gradients of everything else.
-        nonfinite = ops.count_nonfinite([g for i in self._scalars for g in (G[i],) if g is not None])
-        nonfinite = nonfinite + float(getattr(self, "found_inf", 0.0))
-        sums = torch.zeros(len(self._matrices) + 2, dtype=torch.float32, device=self._device)
-        sums[self._matrix_order] = momenta.sumsq.to(self._device)
-        sums[:-2].mul_(self._owned)
-        sums[-2] = torch.nan if failed else nonfinite
-        sums[-1] = float(must)
+        if not self._owns_all:
+            sums[:-2].mul_(self._owned)
+        if hasattr(self, "found_inf"):
+            sums[-2] += float(self.found_inf)
+        if failed:
+            sums[-2] = torch.nan
+        if must:
+            sums[-1] = 1.0
         sums = self._collectives.sum_over_all_shards(sums, "norms")
-        norm, rmmc, key = ops.gate_key(sums, self._last_norm, self._taus(), hold_closed=self._local_steps < o.min_local_steps)
-        decision = gate.decode(int(self._collectives.max_over_replicas(key)))
-        if not (decision.failed or decision.nonfinite):
-            self._last_norm.copy_(norm)
-            self._rmmc = rmmc
-        return decision
+        tau = self._on_device("tau", [float(self.param_groups[self._group_of[i]]["tau"]) for i in self._matrices], torch.float32)
+        norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=self._local_steps < o.min_local_steps)
+        return self._collectives.max_over_replicas(key), norm, rmmc
 
-    def _keep(self, momenta: Momenta) -> None:
-        """Make the accumulated momenta the stored ones."""
-        for batch, block in zip(self._batches, momenta.blocks, strict=True):
-            if block is not batch.momentum:
-                batch.momentum.copy_(block)
+    def _gradient_step(self, X: Sequence[Tensor], G: Sequence[Tensor | None], key: Tensor) -> None:
+        """X_i <- (1 - lr wd) X_i - lr_local G_i for "gradient" matrices, if the key says "local step"."""
+        members, decay, step_size = [], [], []
+        for i in self._matrices:
+            group = self.param_groups[self._group_of[i]]
+            if group["local_update"] == "gradient":
+                lr = float(group["lr"])
+                members.append(i)
+                decay.append(1 - lr * group["weight_decay"])
+                step_size.append(lr * group["local_lr_scale"])
+        if members:
+            self._ops.local_step_(
+                [X[i] for i in members],
+                [G[i] for i in members],
+                decay=self._common("local_decay", decay),
+                step_size=self._common("local_step_size", step_size),
+                key=key,
+            )
+
+    def _read(self, key: Tensor) -> int:
+        """Return the key; the one moment of a step when the host waits for the device."""
+        return int(key)
+
+    def _postpone_decay(self, batches: Sequence[Batch]) -> None:
+        """M_i <- mu m_i, by the kernel that reads the momentum anyway, in the next step; `_settle` does it before anyone looks."""
+        for b in batches:
+            for i in b.params:
+                self._decay[self._index_of[i]] = self.param_groups[b.group]["momentum"]
+
+    def _settle(self) -> None:
+        """Apply what `_postpone_decay` left for later."""
+        late = [(m, c) for m, c in zip(self._momenta, self._decay, strict=True) if c != 1.0]
+        if late:
+            with torch.no_grad():
+                torch._foreach_mul_([m for m, _ in late], [c for _, c in late])
+            self._decay = [1.0] * len(self._matrices)
 
     def _dion_step(self, batches: Sequence[Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
         """P, R_i, R, M_i, Q and X of the synchronized step, or the same on this replica alone."""
         for chosen in self._by_method(batches):
             method = self.param_groups[chosen[0].group]
-            P, R_i, Q = dion.power_iteration(
+            factors = dion.power_iteration(
                 [b.M for b in chosen],
                 [b.Q for b in chosen],
                 rows=self._side(chosen, [b.layout.long for b in chosen]),
@@ -336,39 +383,27 @@ class CurvaDion(torch.optim.Optimizer):
                 orthogonalization=method["orthogonalization"],
                 right_factor=method["right_factor"],
                 payload_dtype=self._options.payload_dtype if synchronized else None,
+                column_sumsq=self._ops.column_sumsq,
             )
-            for b, p, r, q in zip(chosen, P, R_i, Q, strict=True):
+            for b, f in zip(chosen, factors, strict=True):
                 group = self.param_groups[b.group]
-                lr, mu, (m, n) = float(group["lr"]), group["momentum"], b.layout.shape
-                ops.low_rank_apply_(
+                lr, (m, n), feedback = float(group["lr"]), b.layout.shape, group["error_feedback"]
+                self._ops.low_rank_apply_(
                     [X[i] for i in b.params],
-                    b.momentum,
-                    p,
-                    q,
-                    r,
+                    b.momentum if feedback else None,
+                    f.P,
+                    f.Q if f.scale is None else None,
+                    f.R,
+                    scale=f.scale,
                     transposed=b.layout.transposed,
                     decay=1 - lr * group["weight_decay"],
                     step_size=lr * (1.0 if synchronized else group["local_lr_scale"]) * math.sqrt(m / n),
-                    momentum_decay=1.0 if group["error_feedback"] else mu,
-                    feedback=1 - mu if group["error_feedback"] else 0.0,
+                    feedback=1 - group["momentum"],
                 )
-                b.Q.copy_(q)
+                if not feedback:
+                    self._postpone_decay([b])
+                b.Q.copy_(f.Q)
                 b.common_Q = synchronized
-
-    def _gradient_step(self, batches: Sequence[Batch], X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
-        """M_i <- mu m_i,  X_i <- (1 - lr wd) X_i - lr_local G_i."""
-        for index, group in enumerate(self.param_groups):
-            chosen = [b for b in batches if b.group == index]
-            if not chosen:
-                continue
-            lr, members = float(group["lr"]), [i for b in chosen for i in b.params]
-            torch._foreach_mul_([b.momentum for b in chosen], group["momentum"])
-            ops.local_step_(
-                [X[i] for i in members],
-                [G[i] for i in members],
-                decay=1 - lr * group["weight_decay"],
-                step_size=lr * group["local_lr_scale"],
-            )
 
     def _scalar_step(self, X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
         """AdamW or Lion for everything that is not a hidden matrix."""
@@ -380,10 +415,10 @@ class CurvaDion(torch.optim.Optimizer):
                 continue
             x = [X[i] for i in members]
             g = [or_zeros(G[i], X[i]) for i in members]
-            moments = {k: [local_tensor(self.state[self._params[i]][k]) for i in members] for k in scalar.MOMENTS[group["algorithm"]]}
+            moments = {k: [self._moments[i][k] for i in members] for k in scalar.MOMENTS[group["algorithm"]]}
             common = {"lr": float(group["lr"]), "betas": tuple(group["betas"]), "weight_decay": group["weight_decay"]}
             if group["algorithm"] == "adamw":
-                steps = torch.stack([self.state[self._params[i]]["step"] for i in members]).unbind()
+                steps = self._counters[0, members]
                 scalar.adamw_(x, g, moments, steps, eps=group["eps"], **common)
             else:
                 scalar.lion_(x, g, moments, **common)
@@ -453,6 +488,7 @@ class CurvaDion(torch.optim.Optimizer):
         because momenta shrink when they are averaged and the next step would be synchronized for that alone.
         """
         self._refuse_inside_consensus("synchronize()")
+        self._settle()
         if self.replicas > 1 and self._diverged:
             self._make_common([local_tensor(p) for p in self._params], average=self._parameters_differ)
             norms = self._momentum_norms()
@@ -523,11 +559,7 @@ class CurvaDion(torch.optim.Optimizer):
         """X_i <- consensus(X_i), the same for moments; Q <- replica 0's where the replicas' Q differ."""
         if average:
             self._collectives.average_(X, self._copied, "parameters")
-            moments = [
-                (local_tensor(self.state[self._params[i]][key]), self._copied[i])
-                for i in self._scalars
-                for key in scalar.MOMENTS[self.param_groups[self._group_of[i]]["algorithm"]]
-            ]
+            moments = [(moment, self._copied[i]) for i in self._scalars for moment in self._moments[i].values()]
             self._collectives.average_([m for m, _ in moments], [copied for _, copied in moments], "moments")
         differ = [b for b in self._batches if not b.common_Q]
         self._collectives.broadcast_([b.Q for b in differ], [self._shards.complement(b.columns) for b in differ], "right_factor")
@@ -617,10 +649,27 @@ class CurvaDion(torch.optim.Optimizer):
             (name, tuple(p.shape), str(p.dtype), of, str(layout.placements))
             for name, p, of, layout in zip(self._names, self._params, self._group_of, self._layouts, strict=True)
         ]
-        text = repr((vars(self._options), [sorted(g.items()) for g in groups], params, self.replicas))
+        options = {**vars(self._options), "kernels": self.kernels}  # which round differently, so that replicas would drift apart
+        text = repr((options, [sorted(g.items()) for g in groups], params, self.replicas))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2
 
     # ---- what a user can see
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """State by parameter, as in every torch optimizer; M with all its decay, whatever a kernel has postponed."""
+        if self._built:
+            self._settle()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
+
+    @property
+    def kernels(self) -> str:
+        """Where the hot operations run: "triton" or "reference"."""
+        return self._ops.kernels
 
     @property
     def matrix_names(self) -> list[str]:
@@ -763,6 +812,8 @@ class CurvaDion(torch.optim.Optimizer):
     @torch.no_grad()
     def _build(self) -> None:
         """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
+        if self._built:
+            self._settle()
         self._group_params = [p for group in self.param_groups for p in group["params"]]
         self._trainable = [p.requires_grad for p in self._group_params]
         named = [
@@ -777,10 +828,14 @@ class CurvaDion(torch.optim.Optimizer):
         algorithms = [self.param_groups[index]["algorithm"] for index in self._group_of]
         self._matrices = [i for i, algorithm in enumerate(algorithms) if algorithm == "dion"]
         self._scalars = [i for i, algorithm in enumerate(algorithms) if algorithm != "dion"]
+        self._index_of = {position: index for index, position in enumerate(self._matrices)}
         devices = {local_tensor(p).device for p in self._params}
         if len(devices) > 1:
             raise ValueError(f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first")
         self._device = next(iter(devices), torch.device("cpu"))
+
+        self._ops = choose(self._options.kernels, self._device)
+        logger.info("kernels: %s (%s)", self._ops.kernels, self._ops.why)
 
         self._shards = ShardMesh(self._params)
         if self._shards.mesh is not None and self._shards.mesh.device_type != self._device.type:
@@ -798,7 +853,8 @@ class CurvaDion(torch.optim.Optimizer):
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
         owned = sum(local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
         self._dense_bytes = 2 * owned if self.replicas > 1 else 0
-        self._tau_cache: tuple[tuple[float, ...], Tensor] | None = None
+        self._owns_all = all(first[i] for i in self._matrices)
+        self._uploaded: dict[str, tuple[list[float], Tensor]] = {}
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
         self._rmmc = torch.full((len(self._matrices),), torch.nan, dtype=torch.float32, device=self._device)
         self._last_norm = torch.full((len(self._matrices),), NO_NORM, dtype=torch.float32, device=self._device)
@@ -812,23 +868,24 @@ class CurvaDion(torch.optim.Optimizer):
             groups=self.param_groups,
             momentum_dtype=self._options.momentum_dtype,
         )
-        index_of = {position: index for index, position in enumerate(self._matrices)}
-        order = [index_of[i] for b in self._batches for i in b.params]
-        self._matrix_order = torch.tensor(order, dtype=torch.int64, device=self._device)
+        views = {i: momentum for b in self._batches for i, momentum in zip(b.params, b.momentum, strict=True)}
+        self._momenta = [views[i] for i in self._matrices]
+        self._decay = [1.0] * len(self._matrices)
 
         for b in self._batches:
-            for momentum, Q, i in zip(b.momentum, b.Q, b.params, strict=True):
+            for Q, i in zip(b.Q, b.params, strict=True):
                 self._set_state(
                     i,
-                    momentum=b.layout.wrap(momentum),
+                    momentum=b.layout.wrap(views[i]),
                     Q=b.layout.wrap_right_factor(Q),
-                    last_norm=self._last_norm[index_of[i]],
+                    last_norm=self._last_norm[self._index_of[i]],
                 )
+        self._moments: dict[int, dict[str, Tensor]] = {}
         for i in self._scalars:
             moments = scalar.MOMENTS[algorithms[i]]
             shape, dtype = self._layouts[i].local_shape, self._options.momentum_dtype or self._params[i].dtype
-            zeros = {key: torch.zeros(shape, dtype=dtype, device=self._device) for key in moments}
-            self._set_state(i, **{key: self._layouts[i].wrap(value) for key, value in zeros.items()})
+            self._moments[i] = {key: torch.zeros(shape, dtype=dtype, device=self._device) for key in moments}
+            self._set_state(i, **{key: self._layouts[i].wrap(value) for key, value in self._moments[i].items()})
         self._built = True
         if not self._matrices and self._params and self.replicas > 1 and self._options.max_local_steps is None:
             raise ValueError(
@@ -851,17 +908,21 @@ class CurvaDion(torch.optim.Optimizer):
 
     def _momentum_norms(self) -> Tensor:
         """Return ||M_i||_F of every matrix, (L,) float32."""
-        views = [view for b in self._batches for view in b.views]
-        sumsq = torch.zeros(len(self._matrices), dtype=torch.float32, device=self._device)
-        sumsq[self._matrix_order] = ops.momentum_norm_(views, [None] * len(views)).to(self._device)
+        sumsq = self._ops.momentum_norm_(self._momenta, [None] * len(self._momenta), store=False)[:-2].to(self._device)
         return self._collectives.sum_over_all_shards(sumsq * self._owned, "norms").sqrt()
 
-    def _taus(self) -> Tensor:
-        """Return the threshold of every matrix, (L,) float32, uploaded only when one changed."""
-        taus = tuple(float(self.param_groups[self._group_of[i]]["tau"]) for i in self._matrices)
-        if self._tau_cache is None or self._tau_cache[0] != taus:
-            self._tau_cache = taus, torch.tensor(taus, dtype=torch.float32, device=self._device)
-        return self._tau_cache[1]
+    def _on_device(self, name: str, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """Return the numbers as a tensor on the device, uploaded only when one of them changed."""
+        before, tensor = self._uploaded.get(name, (None, None))
+        if tensor is None or before != values:
+            tensor = torch.tensor(values, dtype=dtype, device=self._device)
+            self._uploaded[name] = list(values), tensor
+        return tensor
+
+    def _common(self, name: str, values: Sequence[float]) -> float | Tensor:
+        """Return the number that all values are, or else all of them on the device."""
+        different = set(values)
+        return self._on_device(name, values, torch.float64) if len(different) > 1 else next(iter(different), 1.0)
 
     def _rule(self, batch: Batch) -> str:
         return self.param_groups[batch.group]["local_update"]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvadion_kernels import KERNELS
+
 INF = float("inf")
 
 # option: (predicate, the rule in words, what to try)
@@ -67,6 +69,7 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     ),
     "on_nonfinite": _one_of("raise", "skip"),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
+    "kernels": _one_of(*KERNELS),
 }
 
 # Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are always batched.

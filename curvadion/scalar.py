@@ -15,31 +15,36 @@ def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     moments: dict[str, list[Tensor]],
-    steps: Sequence[Tensor],
+    steps: Tensor,
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Take one AdamW step in place, with torch's own kernel: decoupled weight decay, eps outside the square root.
+    """Take one AdamW step in place, with torch's own kernel, fused unless dtypes are mixed: decoupled weight decay, eps outside the root.
 
     Args:
         params, grads: local shards of equal shapes.
         moments: "exp_avg" and "exp_avg_sq", aligned with params.
-        steps: 0-d float32 tensors, the steps taken before this one; changed in place.
+        steps: (L,) float32 on the CPU, the steps taken before this one.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
     """
     x, first, second = (upcast(t) for t in (params, moments["exp_avg"], moments["exp_avg_sq"]))
+    g = upcast(grads)
+    fused = len({t.dtype for tensors in (x, g, first, second) for t in tensors}) == 1
+    # The fused kernel wants the counters beside the parameters; they are read, and the caller counts.
+    counters = steps.to(x[0].device if fused else "cpu", copy=True, non_blocking=True).unbind()
     adamw(
         x,
-        upcast(grads),
+        g,
         first,
         second,
         [],
-        list(steps),
-        foreach=True,
+        list(counters),
+        fused=fused,
+        foreach=not fused,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

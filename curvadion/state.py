@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,11 +33,6 @@ class Batch:
     Q: Tensor
     common_Q: bool = True
 
-    @cached_property
-    def views(self) -> list[Tensor]:
-        """The momenta one by one."""
-        return list(self.momentum.unbind())
-
     @property
     def M(self) -> Tensor:
         """The momenta in the equations' orientation, (B, m, n) with m >= n, in the dtype of the computation."""
@@ -54,14 +48,6 @@ class Batch:
     def columns(self) -> Axes:
         """The axes that split n."""
         return self.layout.sharded[self.layout.short]
-
-
-@dataclass
-class Momenta:
-    """m_i of this step, before it is known whether it is kept: one block per batch, and squared norms in the same order."""
-
-    blocks: list[Tensor]
-    sumsq: Tensor
 
 
 def make_batches(

@@ -17,9 +17,10 @@ ROWS = [
     {"curvadion.optimizer", "curvadion.param_groups"},
     {"curvadion.collectives", "curvadion.state"},
     {"curvadion.layout", "curvadion.scalar"},
-    {"curvadion.dion", "curvadion.gate", "curvadion.options"},
+    {"curvadion.dion", "curvadion.gate", "curvadion.options", "curvadion_kernels.library"},
     {"curvadion_kernels"},
-    {"curvadion_kernels.reference", "curvadion_kernels.triton_ops"},
+    {"curvadion_kernels.triton_ops"},
+    {"curvadion_kernels.reference"},
 ]
 DEPTH = {module: depth for depth, row in enumerate(ROWS) for module in row}
 

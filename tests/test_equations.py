@@ -445,7 +445,8 @@ def test_right_factor_qr_agrees_with_the_left_on_which_columns_are_dead(dtype: t
     M[:, 0, 0] = M[:, 0, 1] = 1
     M[:, 1, 1] = pivots
     Q = torch.eye(2, dtype=dtype).expand(len(pivots), 2, 2)
-    [P], _, [new] = power_iteration([M.to(dtype)], [Q], orthogonalization=method, right_factor="qr")
+    [factors] = power_iteration([M.to(dtype)], [Q], orthogonalization=method, right_factor="qr")
+    P, new = factors.P, factors.Q
     zero = pivots[new.norm(dim=-2).amin(-1) < 0.5]
     assert not len(zero), f"{len(zero)} of 1401 have a zero column in Q, such as the pivot {float(zero[0]):.3e}"
     assert P.isfinite().all() and new.isfinite().all()
@@ -727,6 +728,7 @@ def test_a_noise_column_does_not_disturb_the_columns_after_it(method: str) -> No
         U = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64, generator=generator))[0]
         V = torch.linalg.qr(torch.randn(48, 8, dtype=torch.float64, generator=generator))[0]
         M = torch.outer(U[:, 0], V[:, 0]) + 0.5 * torch.outer(U[:, 1], V[:, 1])
-        [P], _, [Q] = power_iteration([M.float()[None]], [V[:, [0, 5, 1, 6]].float()[None]], orthogonalization=method)
+        [factors] = power_iteration([M.float()[None]], [V[:, [0, 5, 1, 6]].float()[None]], orthogonalization=method)
+        P, Q = factors.P, factors.Q
         expected = torch.outer(U[:, 0], V[:, 0]) + torch.outer(U[:, 1], V[:, 1])
         torch.testing.assert_close((P @ Q.mT)[0].double(), expected, rtol=0, atol=1e-5)

@@ -54,13 +54,16 @@ def momentum_norm_(
         the place of the flag that the replicas must synchronize (see `gate_key`).
     Bytes: one read of g, one read and one write of m, one read of what is watched.
     """
-    if not store:
-        momenta = [m.clone() for m in momenta]
+    if not store:  # one at a time, to hold a copy of one
+        factors = decay.unbind() if isinstance(decay, Tensor) and decay.ndim else [decay] * len(momenta)
+        parts = [momentum_norm_([m.clone()], [g], decay=c)[:1] for m, g, c in zip(momenta, grads, factors, strict=True)]
+        device = next((t.device for t in (*momenta, *watch)), None)
+        return torch.cat([*parts, momentum_norm_((), (), watch=watch).to(device)])
     wide = upcast(momenta)
     if isinstance(decay, Tensor) and decay.ndim:
         if decay.shape != (len(momenta),):
             raise ValueError(f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {len(momenta)} tensors")
-        torch._foreach_mul_(wide, list(decay.to(wide[0].dtype).unbind()))
+        torch._foreach_mul_(wide, list(decay.unbind()))
     elif isinstance(decay, Tensor) or decay != 1.0:
         torch._foreach_mul_(wide, decay)
     present = [(m, g) for m, g in zip(wide, grads, strict=True) if g is not None]
@@ -135,7 +138,7 @@ def local_step_(
     if not params or (key is not None and int(key) >= SYNCHRONIZE_BIT):
         return
     work = upcast(params)
-    factors = [list(v.to(work[0].dtype).unbind()) if isinstance(v, Tensor) and v.ndim else v for v in (decay, step_size)]
+    factors = [list(v.unbind()) if isinstance(v, Tensor) and v.ndim else v for v in (decay, step_size)]
     torch._foreach_mul_(work, factors[0])
     present = [i for i, g in enumerate(grads) if g is not None]
     slopes = [g.to(x.dtype) for x, g in zip(work, grads, strict=True) if g is not None]
