@@ -4,6 +4,7 @@
 dimension of a parameter and over which it is copied. Optimizer state is wrapped back into DTensors here and nowhere else.
 """
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 
 Axes = tuple[int, ...]  # axes of the shard mesh, ascending
 
+_PLACEMENTS = operator.attrgetter("placements")
+_LOCAL = operator.attrgetter("_local_tensor")
+
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
@@ -32,8 +36,36 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part of a parameter, gradient or state tensor; call it under `torch.no_grad()`."""
     if not isinstance(tensor, DTensor):
         return tensor
-    local = tensor.to_local()
+    local = tensor._local_tensor  # to_local() would return the same, wrapped in a view that costs a microsecond
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return `local_tensor` of each; fast where all are DTensors and where none is."""
+    kinds = set(map(type, tensors))
+    if kinds == {DTensor}:
+        local = list(map(_LOCAL, tensors))
+        return local if AsyncCollectiveTensor not in set(map(type, local)) else list(map(local_tensor, tensors))
+    return list(map(local_tensor, tensors)) if any(issubclass(kind, DTensor) for kind in kinds) else tensors
+
+
+def usual_gradients(grads: Sequence[Tensor | None], placements: Sequence[tuple[Placement, ...] | None]) -> list[Tensor] | None:
+    """Return the local gradients if they are as nearly always, and None if they need a closer look, one by one.
+
+    As nearly always: all there, none on its way from another rank, and either all plain or all placed like their parameters.
+
+    Args:
+        placements: of the parameters; None for a plain one.
+    """
+    kinds = set(map(type, grads))
+    if kinds == {DTensor}:
+        if list(map(_PLACEMENTS, grads)) != placements:
+            return None
+        local = list(map(_LOCAL, grads))
+        kinds = set(map(type, local))
+    else:
+        local = [] if any(placements) else list(grads)
+    return local if kinds == {Tensor} else None
 
 
 def reshard_gathered_modules() -> None:

@@ -7,6 +7,7 @@ Mathematics is in `dion.py`, `gate.py` and `scalar.py`, placements in `layout.py
 import hashlib
 import logging
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from curvadion import dion, gate, scalar
@@ -28,15 +30,17 @@ from curvadion.layout import (
     canonical_name,
     check_replicas,
     local_tensor,
+    local_tensors,
     partial_axes,
     ranks_of,
     replicate_group,
     reshard_gathered_modules,
+    usual_gradients,
 )
 from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options, check_parameter
 from curvadion.state import Batch, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
 from curvadion_kernels import Ops, choose
-from curvadion_kernels.reference import NO_NORM
+from curvadion_kernels.reference import NO_NORM, Fixed
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,8 @@ class CurvaDion(torch.optim.Optimizer):
     # Made by `_build`, which runs again when a group is added.
     _collectives: Collectives
     _ops: Ops
+    _X: Fixed[Tensor] | None
+    _batches: list[Batch]
     _owned: Tensor
     _last_norm: Tensor
     _rmmc: Tensor
@@ -203,11 +209,13 @@ class CurvaDion(torch.optim.Optimizer):
         self._check_agreement_if_due()
 
         with record_function("curvadion::gate"):
-            X, G, failure = self._gather_gradients()
+            X = self._local_parameters()
+            G, failure = self._gather_gradients()
             sums = self._accumulate_momentum(G, store=not self._skips)
             key, norm, rmmc = self._gate(sums, failed=failure is not None)
-            self._gradient_step(X, G, key)  # enqueued before this process knows the key; does nothing unless it says "local step"
-            decision = gate.decode(self._read(key))
+            arrived = self._fetch(key)
+            self._gradient_step(X, G, key)  # enqueued before the key is known here; does nothing unless it says "local step"
+            decision = gate.decode(arrived())
         if decision.failed or decision.nonfinite:
             self._refuse(decision, failure, G)
             return loss
@@ -215,7 +223,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._rmmc = rmmc
         if self._skips:
             self._accumulate_momentum(G, store=True)
-        self._decay = [1.0] * len(self._matrices)
+        self._decay = [1.0] * len(self._batches)
 
         if decision.synchronize:
             with record_function("curvadion::synchronized_step"):
@@ -226,25 +234,53 @@ class CurvaDion(torch.optim.Optimizer):
             with record_function("curvadion::local_step"):
                 self._dion_step([b for b in self._batches if self._rule(b) == "dion"], X, synchronized=False)
                 self._scalar_step(X, G)
-                self._postpone_decay([b for b in self._batches if self._rule(b) == "gradient"])
+                self._postpone_decay([k for k, b in enumerate(self._batches) if self._rule(b) == "gradient"])
         self._count(decision)
         return loss
 
-    def _gather_gradients(self) -> tuple[list[Tensor], list[Tensor | None], Exception | None]:
-        """Return local parameters, local gradients, and what was wrong with them on this rank, if anything.
+    def _local_parameters(self) -> Fixed[Tensor]:
+        """Return this rank's part of all parameters: the same object as long as nobody moved them."""
+        X = Fixed(local_tensors(self._params))
+        if self._X is None or not all(map(operator.is_, X, self._X)) or X.addresses != self._X.addresses:
+            self._X = X
+        return self._X
+
+    def _gather_gradients(self) -> tuple[Fixed[Tensor | None], Exception | None]:
+        """Return this rank's part of all gradients, None for a missing one, and what was wrong with them or the groups, if anything.
 
         Never raises: the other ranks have to hear of it through the gate.
         """
         failure: Exception | None = None
-        X = [local_tensor(p) for p in self._params]
-        G: list[Tensor | None] = []
         try:
             self._check_groups()
         except (RuntimeError, ValueError, TypeError) as error:
             failure = error
-        for i, (p, x) in enumerate(zip(self._params, X, strict=True)):
-            g = p.grad
+        grads = [p.grad for p in self._params]
+        G: Fixed[Tensor | None] = Fixed(usual_gradients(grads, self._placements) or ())
+        try:
+            strange = G.numels != self._numels or not G.contiguous
+        except RuntimeError:  # not strided
+            strange = True
+        if strange:
+            G, strange_failure = self._inspect_gradients(grads)
+            failure = failure or strange_failure
+        scale = getattr(self, "grad_scale", None)  # torch.amp.GradScaler sets this and found_inf for the time of step()
+        if scale is not None and G.present:
+            torch._foreach_mul_(G.present, float(1 / scale))
+        return G, failure
+
+    def _inspect_gradients(self, grads: Sequence[Tensor | None]) -> tuple[Fixed[Tensor | None], Exception | None]:
+        """Do what `_gather_gradients` does, one by one."""
+        X = self._local_parameters()
+        G: list[Tensor | None] = []
+        failure: Exception | None = None
+        for i, (p, x, g) in enumerate(zip(self._params, X, grads, strict=True)):
             try:
+                if not p.requires_grad:
+                    raise RuntimeError(
+                        f"requires_grad must stay as it was at construction; it was switched off for {self._names[i]!r}; to freeze a "
+                        "parameter, give its group lr=0 and momentum=0"
+                    )
                 if g is not None:
                     axes, divisor = partial_axes(g, p, self._shards)
                     if axes:
@@ -259,24 +295,20 @@ class CurvaDion(torch.optim.Optimizer):
                 failure, g = failure or error, None
             G.append(g)
         self._sum_partial(X, G)
-        scale = getattr(self, "grad_scale", None)  # torch.amp.GradScaler sets this and found_inf for the time of step()
-        present = [g for g in G if g is not None]
-        if scale is not None and present:
-            torch._foreach_mul_(present, float(1 / scale))
-        return X, G, failure
+        return Fixed(G), failure
 
     def _check_groups(self) -> None:
         """Raise if parameters or options were changed in a way that this optimizer cannot follow."""
         current = [p for group in self.param_groups for p in group["params"]]
-        if len(current) != len(self._group_params) or any(a is not b for a, b in zip(current, self._group_params, strict=True)):
+        if list(map(id, current)) != list(map(id, self._group_params)):
             raise RuntimeError(
                 "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
                 "construct CurvaDion after the model is sharded, wrapped and moved"
             )
-        if [p.requires_grad for p in current] != self._trainable:
+        if any(p.requires_grad for p in self._frozen):
             raise RuntimeError(
-                "requires_grad must stay as it was at construction; it was changed for some parameter; to train a parameter from now on, "
-                "leave it out at first and add_param_group() it later; to freeze one, give its group lr=0 and momentum=0"
+                "requires_grad must stay as it was at construction; it was switched on for some parameter; to train a parameter from now "
+                "on, leave it out at first and add_param_group() it later"
             )
         for group in self.param_groups:
             check_options(group, GROUP_OPTIONS, " in a parameter group")
@@ -297,16 +329,16 @@ class CurvaDion(torch.optim.Optimizer):
         for i, g in zip(members, summed, strict=True):
             G[i] = g / self._partial[i][1]
 
-    def _accumulate_momentum(self, G: Sequence[Tensor | None], *, store: bool) -> Tensor:
+    def _accumulate_momentum(self, G: Fixed[Tensor | None], *, store: bool) -> Tensor:
         """m_i <- M_i + G_i; return the gate's message: ||m_i||^2 of every matrix, and whether another gradient is not finite.
 
         With store=False only the message, for a step that may be skipped.
         """
         return self._ops.momentum_norm_(
             self._momenta,
-            [G[i] for i in self._matrices],
-            decay=self._common("decay", self._decay),  # what the last step postponed
-            watch=[g for i in self._scalars for g in (G[i],) if g is not None],
+            G.take(self._matrices),
+            decay=self._per_matrix("decay", self._decay, self._batch_of),  # what the last step postponed
+            watch=G.take(self._scalars).present,
             store=store,
         ).to(self._device)
 
@@ -328,46 +360,58 @@ class CurvaDion(torch.optim.Optimizer):
         if must:
             sums[-1] = 1.0
         sums = self._collectives.sum_over_all_shards(sums, "norms")
-        tau = self._on_device("tau", [float(self.param_groups[self._group_of[i]]["tau"]) for i in self._matrices], torch.float32)
+        tau = self._on_device("tau", [float(group["tau"]) for group in self.param_groups], self._group_of_matrix, torch.float32)
         norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=self._local_steps < o.min_local_steps)
         return self._collectives.max_over_replicas(key), norm, rmmc
 
-    def _gradient_step(self, X: Sequence[Tensor], G: Sequence[Tensor | None], key: Tensor) -> None:
+    def _gradient_step(self, X: Fixed[Tensor], G: Fixed[Tensor | None], key: Tensor) -> None:
         """X_i <- (1 - lr wd) X_i - lr_local G_i for "gradient" matrices, if the key says "local step"."""
-        members, decay, step_size = [], [], []
-        for i in self._matrices:
-            group = self.param_groups[self._group_of[i]]
-            if group["local_update"] == "gradient":
-                lr = float(group["lr"])
-                members.append(i)
-                decay.append(1 - lr * group["weight_decay"])
-                step_size.append(lr * group["local_lr_scale"])
-        if members:
-            self._ops.local_step_(
-                [X[i] for i in members],
-                [G[i] for i in members],
-                decay=self._common("local_decay", decay),
-                step_size=self._common("local_step_size", step_size),
-                key=key,
-            )
+        members = self._gradient_matrices(tuple(group["local_update"] for group in self.param_groups))
+        if not members:
+            return
+        lr = [float(group["lr"]) for group in self.param_groups]
+        decay = [1 - rate * group["weight_decay"] for rate, group in zip(lr, self.param_groups, strict=True)]
+        step_size = [rate * group["local_lr_scale"] for rate, group in zip(lr, self.param_groups, strict=True)]
+        of = [self._group_of[i] for i in members]
+        self._ops.local_step_(
+            X.take(members),
+            G.take(members),
+            decay=self._per_matrix("local_decay", decay, of),
+            step_size=self._per_matrix("local_step_size", step_size, of),
+            key=key,
+        )
 
-    def _read(self, key: Tensor) -> int:
-        """Return the key; the one moment of a step when the host waits for the device."""
-        return int(key)
+    def _gradient_matrices(self, rules: tuple[str, ...]) -> tuple[int, ...]:
+        """Return the matrices whose group's local rule is "gradient"."""
+        if rules not in self._members:
+            self._members[rules] = tuple(i for i in self._matrices if rules[self._group_of[i]] == "gradient")
+        return self._members[rules]
 
-    def _postpone_decay(self, batches: Sequence[Batch]) -> None:
+    def _fetch(self, key: Tensor) -> Callable[[], int]:
+        """Start copying the key to the host; the function returned waits for that copy, and not for what is enqueued after it."""
+        if not key.is_cuda:
+            return lambda: int(key)
+        self._host_key.copy_(key, non_blocking=True)
+        copied = torch.cuda.current_stream(key.device).record_event()
+
+        def wait() -> int:
+            copied.synchronize()
+            return int(self._host_key)
+
+        return wait
+
+    def _postpone_decay(self, batches: Sequence[int]) -> None:
         """M_i <- mu m_i, by the kernel that reads the momentum anyway, in the next step; `_settle` does it before anyone looks."""
-        for b in batches:
-            for i in b.params:
-                self._decay[self._index_of[i]] = self.param_groups[b.group]["momentum"]
+        for k in batches:
+            self._decay[k] = self.param_groups[self._batches[k].group]["momentum"]
 
     def _settle(self) -> None:
         """Apply what `_postpone_decay` left for later."""
-        late = [(m, c) for m, c in zip(self._momenta, self._decay, strict=True) if c != 1.0]
+        late = [k for k, decay in enumerate(self._decay) if decay != 1.0]
         if late:
             with torch.no_grad():
-                torch._foreach_mul_([m for m, _ in late], [c for _, c in late])
-            self._decay = [1.0] * len(self._matrices)
+                torch._foreach_mul_([self._batches[k].momentum for k in late], [self._decay[k] for k in late])
+            self._decay = [1.0] * len(self._batches)
 
     def _dion_step(self, batches: Sequence[Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
         """P, R_i, R, M_i, Q and X of the synchronized step, or the same on this replica alone."""
@@ -401,7 +445,7 @@ class CurvaDion(torch.optim.Optimizer):
                     feedback=1 - group["momentum"],
                 )
                 if not feedback:
-                    self._postpone_decay([b])
+                    self._postpone_decay([self._batches.index(b)])
                 b.Q.copy_(f.Q)
                 b.common_Q = synchronized
 
@@ -815,7 +859,7 @@ class CurvaDion(torch.optim.Optimizer):
         if self._built:
             self._settle()
         self._group_params = [p for group in self.param_groups for p in group["params"]]
-        self._trainable = [p.requires_grad for p in self._group_params]
+        self._frozen = [p for p in self._group_params if not p.requires_grad]
         named = [
             (canonical_name(name), p, index)
             for index, group in enumerate(self.param_groups)
@@ -826,9 +870,10 @@ class CurvaDion(torch.optim.Optimizer):
         self._params = [p for _, p, _ in live]
         self._group_of = [index for _, _, index in live]
         algorithms = [self.param_groups[index]["algorithm"] for index in self._group_of]
-        self._matrices = [i for i, algorithm in enumerate(algorithms) if algorithm == "dion"]
-        self._scalars = [i for i, algorithm in enumerate(algorithms) if algorithm != "dion"]
-        self._index_of = {position: index for index, position in enumerate(self._matrices)}
+        self._matrices = tuple(i for i, algorithm in enumerate(algorithms) if algorithm == "dion")
+        self._scalars = tuple(i for i, algorithm in enumerate(algorithms) if algorithm != "dion")
+        self._members: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._group_of_matrix = [self._group_of[i] for i in self._matrices]
         devices = {local_tensor(p).device for p in self._params}
         if len(devices) > 1:
             raise ValueError(f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first")
@@ -848,13 +893,17 @@ class CurvaDion(torch.optim.Optimizer):
         ledger = self._collectives.ledger if self._built else Ledger()
         self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
 
+        self._numels = tuple(math.prod(layout.local_shape) for layout in self._layouts)
+        self._placements = [p.placements if isinstance(p, DTensor) else None for p in self._params]
+        self._X = None
         self._copied = [layout.copied for layout in self._layouts]
         first = [self._shards.is_first(copied) for copied in self._copied]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
         owned = sum(local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
         self._dense_bytes = 2 * owned if self.replicas > 1 else 0
         self._owns_all = all(first[i] for i in self._matrices)
-        self._uploaded: dict[str, tuple[list[float], Tensor]] = {}
+        self._uploaded: dict[str, tuple[tuple[list[float], list[int]], Tensor]] = {}
+        self._host_key = torch.zeros((), dtype=torch.int64, pin_memory=self._device.type == "cuda")
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
         self._rmmc = torch.full((len(self._matrices),), torch.nan, dtype=torch.float32, device=self._device)
         self._last_norm = torch.full((len(self._matrices),), NO_NORM, dtype=torch.float32, device=self._device)
@@ -869,16 +918,19 @@ class CurvaDion(torch.optim.Optimizer):
             momentum_dtype=self._options.momentum_dtype,
         )
         views = {i: momentum for b in self._batches for i, momentum in zip(b.params, b.momentum, strict=True)}
-        self._momenta = [views[i] for i in self._matrices]
-        self._decay = [1.0] * len(self._matrices)
+        self._momenta = Fixed(views[i] for i in self._matrices)
+        batch_of = {i: k for k, b in enumerate(self._batches) for i in b.params}
+        self._batch_of = [batch_of[i] for i in self._matrices]
+        self._decay = [1.0] * len(self._batches)
 
+        index_of = {position: index for index, position in enumerate(self._matrices)}
         for b in self._batches:
             for Q, i in zip(b.Q, b.params, strict=True):
                 self._set_state(
                     i,
                     momentum=b.layout.wrap(views[i]),
                     Q=b.layout.wrap_right_factor(Q),
-                    last_norm=self._last_norm[self._index_of[i]],
+                    last_norm=self._last_norm[index_of[i]],
                 )
         self._moments: dict[int, dict[str, Tensor]] = {}
         for i in self._scalars:
@@ -911,18 +963,18 @@ class CurvaDion(torch.optim.Optimizer):
         sumsq = self._ops.momentum_norm_(self._momenta, [None] * len(self._momenta), store=False)[:-2].to(self._device)
         return self._collectives.sum_over_all_shards(sumsq * self._owned, "norms").sqrt()
 
-    def _on_device(self, name: str, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """Return the numbers as a tensor on the device, uploaded only when one of them changed."""
+    def _on_device(self, name: str, values: Sequence[float], of: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return values[of[l]] for every matrix l as a tensor on the device, uploaded only when something changed."""
         before, tensor = self._uploaded.get(name, (None, None))
-        if tensor is None or before != values:
-            tensor = torch.tensor(values, dtype=dtype, device=self._device)
-            self._uploaded[name] = list(values), tensor
+        if tensor is None or before != (values, of):
+            tensor = torch.tensor([values[k] for k in of], dtype=dtype, device=self._device)
+            self._uploaded[name] = (list(values), list(of)), tensor
         return tensor
 
-    def _common(self, name: str, values: Sequence[float]) -> float | Tensor:
-        """Return the number that all values are, or else all of them on the device."""
-        different = set(values)
-        return self._on_device(name, values, torch.float64) if len(different) > 1 else next(iter(different), 1.0)
+    def _per_matrix(self, name: str, values: Sequence[float], of: Sequence[int]) -> float | Tensor:
+        """Return the number that values[of[l]] is for every matrix l, or else all of them on the device."""
+        different = {values[k] for k in set(of)}
+        return self._on_device(name, values, of, torch.float64) if len(different) > 1 else next(iter(different), 1.0)
 
     def _rule(self, batch: Batch) -> str:
         return self.param_groups[batch.group]["local_update"]

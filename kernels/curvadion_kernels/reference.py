@@ -5,7 +5,9 @@ are stored. Nothing here talks to other ranks.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,55 @@ INDEX_MASK = (1 << INDEX_BITS) - 1
 FAILED_KEY = (1 << 63) - 1  # larger than any regular key: a rank could not do its part of the step
 
 Scalar = float | Tensor
+T = TypeVar("T", bound=Tensor | None, covariant=True)
+_DTYPE = operator.attrgetter("dtype")
+
+
+class Fixed(tuple[T, ...]):
+    """Tensors whose memory, shapes and dtypes stay as they are while it lives, so that they need to be looked at only once.
+
+    Every operation takes it where it takes a list of tensors. None stands for a missing gradient.
+    """
+
+    @functools.cached_property
+    def present(self) -> list[Tensor]:
+        """Those that are not None."""
+        return [t for t in self if t is not None]
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each begins, 0 for None."""
+        if len(self.present) == len(self):
+            return tuple(map(Tensor.data_ptr, self.present))
+        return tuple([0 if t is None else t.data_ptr() for t in self])
+
+    @functools.cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Elements of each, -1 for None."""
+        if len(self.present) == len(self):
+            return tuple(map(Tensor.numel, self.present))
+        return tuple([-1 if t is None else t.numel() for t in self])
+
+    @functools.cached_property
+    def dtypes(self) -> set[torch.dtype]:
+        """The different dtypes."""
+        return set(map(_DTYPE, self.present))
+
+    @functools.cached_property
+    def contiguous(self) -> bool:
+        """Whether all are contiguous. Raises RuntimeError if one is not even strided."""
+        return all(map(Tensor.is_contiguous, self.present))
+
+    def take(self, indices: tuple[int, ...]) -> "Fixed[T]":
+        """Return some of them; the same object when asked again."""
+        if indices not in self._taken:
+            self._taken[indices] = Fixed([self[i] for i in indices])
+        return self._taken[indices]
+
+    @functools.cached_property
+    def _taken(self) -> "dict[tuple[int, ...], Fixed[T]]":
+        return {}
+
 
 NO_NORM = -1.0  # last_norm of a matrix that the gate has not seen yet
 

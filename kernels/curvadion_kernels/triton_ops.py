@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvadion_kernels import reference
-from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONFINITE_BIT, SYNCHRONIZE_BIT, Scalar, compute_dtype
+from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONFINITE_BIT, SYNCHRONIZE_BIT, Fixed, Scalar, compute_dtype
 
 CHUNK = 8192  # elements of a tensor that one program works on
 BLOCK = 2048  # of which this many at a time; part of the norms' summation order
@@ -338,23 +339,20 @@ def momentum_norm_(
     if not momenta and not watch:
         return torch.zeros(2, dtype=torch.float32)
     like = momenta[0] if momenta else watch[0]
-    # No copy where a gradient is contiguous, at whatever address.
-    gradients = [g if g is None else g.contiguous() for g in grads]
-    watched = [w.contiguous() for w in watch]
-    for m in momenta:
-        if not m.is_contiguous():
-            raise ValueError(f"momenta must be contiguous; got strides {m.stride()} for shape {tuple(m.shape)}; allocate them so")
-    count = len(momenta)
-    kinds = [(m.dtype, m.dtype if g is None else g.dtype) for m, g in zip(momenta, gradients, strict=True)]
-    chunks = _chunks(tuple(m.numel() for m in momenta), tuple(kinds), like.device)
-    seen = _chunks(tuple(w.numel() for w in watched), tuple((w.dtype,) for w in watched), like.device)
+    m = momenta if isinstance(momenta, Fixed) else Fixed(momenta)
+    if not m.contiguous:
+        raise ValueError("momenta must be contiguous; got one that is not; allocate them as blocks")
+    g, watched = _gradients(grads, m), _dense(watch)
+    count = len(m)
+    chunks = _chunks(m.numels, _kinds(m, g), like.device)
+    seen = _chunks(watched.numels, _kinds(watched), like.device)
     dtype = torch.float64 if any(torch.float64 in launch.kind for launch in chunks.launches + seen.launches) else torch.float32
     partials = torch.empty(chunks.total + seen.total, dtype=dtype, device=like.device)
     sums = torch.empty(count + 2, dtype=torch.float32, device=like.device)
     decays, stride = _per_tensor(decay, count, like.device)
     with _on(like.device):
         if chunks.total:
-            addresses = _addresses(momenta, gradients)
+            addresses = _addresses(m, g)
         for launch in chunks.launches:
             m_type, g_type = launch.kind
             momentum_norm_kernel[(launch.count,)](
@@ -423,21 +421,21 @@ def local_step_(
     if not params:
         return
     device, count = params[0].device, len(params)
-    strided = [i for i, x in enumerate(params) if not x.is_contiguous()]
-    if strided:
-        dense = [i for i in range(count) if i not in set(strided)]
+    x = params if isinstance(params, Fixed) else Fixed(params)
+    if not x.contiguous:
+        strided = [i for i, t in enumerate(params) if not t.is_contiguous()]
+        dense = [i for i, t in enumerate(params) if t.is_contiguous()]
         for part, function in ((strided, reference.local_step_), (dense, local_step_)):
             a, b = (v[part] if isinstance(v, Tensor) and v.ndim else v for v in (decay, step_size))
             function([params[i] for i in part], [grads[i] for i in part], decay=a, step_size=b, key=key)
         return
-    gradients = [g if g is None else g.contiguous() for g in grads]
-    kinds = tuple((x.dtype, x.dtype if g is None else g.dtype) for x, g in zip(params, gradients, strict=True))
-    chunks = _chunks(tuple(x.numel() for x in params), kinds, device)
+    g = _gradients(grads, x)
+    chunks = _chunks(x.numels, _kinds(x, g), device)
     if not chunks.total:
         return
     decays, decay_stride = _per_tensor(decay, count, device)
     steps, step_stride = _per_tensor(step_size, count, device)
-    addresses = _addresses(params, gradients)
+    addresses = _addresses(x, g)
     with _on(device):
         for launch in chunks.launches:
             x_type, g_type = launch.kind
@@ -523,7 +521,7 @@ def fused_low_rank_apply_(
     tile = apply_tile(precision)
     with _on(device):
         low_rank_apply_kernel[(triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(cols, tile["COLS"]), len(params))](
-            _addresses(params),
+            _addresses(Fixed(params)),
             params[0] if momentum is None else momentum,
             left,
             right,
@@ -662,6 +660,8 @@ def _remembered(values: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 @lru_cache(_KEPT)
 def _chunks(numels: tuple[int, ...], kinds: tuple[tuple[torch.dtype, ...], ...], device: torch.device) -> _Chunks:
+    """Cut tensors into chunks; `kinds` holds one for each tensor, or one for all."""
+    kinds = kinds * len(numels) if len(kinds) == 1 else kinds
     begins, ends, launches, total = [0] * len(numels), [0] * len(numels), [], 0
     for kind in dict.fromkeys(kinds):
         first, owner = total, []
@@ -677,10 +677,35 @@ def _chunks(numels: tuple[int, ...], kinds: tuple[tuple[torch.dtype, ...], ...],
     return _Chunks(tuple(launches), tuple(begins), tuple(ends), total)
 
 
-def _addresses(*lists: Sequence[Tensor | None]) -> Tensor:
+def _kinds(*lists: Fixed[Tensor | None]) -> tuple[tuple[torch.dtype, ...], ...]:
+    """Return the dtypes of the first tensors of each list, of the second ones and so on; of one only if all are alike.
+
+    A missing gradient counts as of the dtype of what it is the gradient of.
+    """
+    if all(len(tensors.dtypes) <= 1 for tensors in lists):
+        default = next(iter(lists[0].dtypes), torch.float32)
+        return (tuple(next(iter(tensors.dtypes), default) for tensors in lists),)
+    return tuple(tuple((t if t is not None else row[0]).dtype for t in row) for row in zip(*lists, strict=True))
+
+
+def _gradients(grads: Sequence[Tensor | None], like: Fixed[Tensor]) -> Fixed[Tensor | None]:
+    """Return gradients that a kernel may read element for element beside the tensors of `like`."""
+    g = _dense(grads)
+    if g.numels != like.numels and any(a not in (b, -1) for a, b in zip(g.numels, like.numels, strict=True)):
+        raise ValueError(f"gradients must have as many elements as what they change; got {g.numels} for {like.numels}")
+    return g
+
+
+def _dense(tensors: Sequence[Tensor | None]) -> Fixed[Tensor | None]:
+    """Return the tensors, copies of those that are not contiguous."""
+    fixed = tensors if isinstance(tensors, Fixed) else Fixed(tensors)
+    return fixed if fixed.contiguous else Fixed(None if t is None else t.contiguous() for t in fixed)
+
+
+def _addresses(*lists: Fixed[Tensor | None]) -> Tensor:
     """Return the tensors' addresses, one list after the other, 0 for None; as a table on their device."""
-    device = next(t.device for tensors in lists for t in tensors if t is not None)
-    values = tuple([0 if t is None else t.data_ptr() for tensors in lists for t in tensors])
+    values = tuple(chain.from_iterable(tensors.addresses for tensors in lists))
+    device = next(tensors.present[0].device for tensors in lists if tensors.present)
     return _remembered(values, torch.int64, device).get()
 
 
