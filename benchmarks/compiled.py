@@ -2,6 +2,7 @@
 
     python benchmarks/compiled.py                 # a table
     python benchmarks/compiled.py --json          # one JSON object per kernel and target
+    python benchmarks/compiled.py --quick         # what the tests compile: a third of the time
 
 Per kernel and target: registers, stack and spills (both must be 0), the widest loads and stores of global memory with their number, and the
 matrix instructions. Needs triton, no GPU; NVIDIA's disassembler comes inside the triton package.
@@ -136,14 +137,26 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target:
     return triton.compile(source, target=target, options=options)
 
 
-def inspect_cuda(compiled: Any) -> dict[str, Any]:
-    """Read resources and instructions off the machine code."""
+def in_quick(name: str, label: str) -> bool:
+    """Say whether the quick report has it: every kernel once per target; on sm_90 every low-rank mode, on gfx942 also bfloat16."""
+    if "norms only" in name:
+        return False
+    if name.startswith("low_rank_apply"):
+        scaled = "Q = R scale" in name
+        return "bf16" not in name and (", tf32)" not in name or (scaled and label == "sm_90")) and (scaled or label == "sm_90")
+    return "bf16" not in name or (label == "gfx942" and "(bf16" in name)
+
+
+def inspect_cuda(compiled: Any, disassemble: bool = True) -> dict[str, Any]:
+    """Read resources and instructions off the machine code; disassembling takes longer than compiling."""
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
-        code = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+        code = ""
+        if disassemble:
+            code = subprocess.run([tools / "nvdisasm", "-ndf", "-c", binary], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
     assert found is not None, usage.stdout + usage.stderr
     registers, stack, local = map(int, found.groups())
@@ -182,14 +195,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="only this one; may be given several times")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="leave out variants, and the instructions of kernels that move few bytes")
     arguments = parser.parse_args()
     for label in arguments.target or TARGETS:
         target = TARGETS[label]
         for name, kernel, types, constants, options in variants(target):
-            if arguments.kernel not in name:
+            if arguments.kernel not in name or (arguments.quick and not in_quick(name, label)):
                 continue
             compiled = build(kernel, types, constants, target, options)
-            found = inspect_cuda(compiled) if target.backend == "cuda" else inspect_hip(compiled)
+            disassemble = not arguments.quick or name.startswith(("momentum_norm", "local_step", "low_rank_apply"))
+            found = inspect_cuda(compiled, disassemble) if target.backend == "cuda" else inspect_hip(compiled)
             row = {"kernel": name, "target": label, **found, "shared": compiled.metadata.shared, "triton": triton.__version__}
             if arguments.json:
                 print(json.dumps(row), flush=True)

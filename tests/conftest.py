@@ -2,8 +2,39 @@
 
 The tests fork their ranks (see ranks.py). A fork copies memory but only one thread, so a parent that has started
 torch's intra-op thread pool may leave a lock held for ever in the child: the parent keeps to one thread, always.
+
+Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels triton` runs every optimizer of every test on them.
 """
 
+import interpreter
+import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    interpreter.install()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the suite run once more on the other kernels."""
+    choices = ("auto", "triton", "reference")
+    parser.addoption("--kernels", choices=choices, default="auto", help="what CurvaDion(kernels=...) is where a test does not say")
+    parser.addoption("--each-once", action="store_true", help="run every test with the first of its parameter sets only")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make `--kernels` the constructor's default."""
+    from curvadion import CurvaDion
+
+    defaults = CurvaDion.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults["kernels"] = config.getoption("--kernels")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Obey `--each-once`."""
+    if config.getoption("--each-once"):
+        first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(items)}
+        kept = set(map(id, first.values()))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+        items[:] = [item for item in items if id(item) in kept]

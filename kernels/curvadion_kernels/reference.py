@@ -128,8 +128,7 @@ def momentum_norm_(
         sums[:-2] = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=dtype)).square()
     watched = [t for t in watch if t.numel()]
     if watched:
-        largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(watched, float("inf"))])
-        sums[-2] = (~largest.isfinite()).any()
+        sums[-2] = ~torch.stack([largest.isfinite() for largest in torch._foreach_norm(watched, float("inf"))]).all()
     return sums
 
 

@@ -309,8 +309,8 @@ def column_sumsq_kernel(R, partial, rows, r, blocks, TYPE: tl.constexpr, ROWS: t
     batch = tl.program_id(2)
     k = tl.program_id(1) * COLS + tl.arange(0, COLS)
     total = tl.zeros((TILE, COLS), TYPE)
-    for offset in range(0, ROWS, TILE):
-        i = tl.program_id(0) * ROWS + offset + tl.arange(0, TILE)
+    for begin in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, rows), TILE):
+        i = begin + tl.arange(0, TILE)
         inside = (i < rows)[:, None] & (k < r)[None, :]
         at = (batch.to(tl.int64) * rows + i)[:, None] * r + k[None, :]
         value = tl.load(R + at, mask=inside, other=0.0).to(TYPE)
