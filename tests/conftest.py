@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the suite run once more on the other kernels."""
     choices = ("auto", "triton", "reference")
     parser.addoption("--kernels", choices=choices, default="auto", help="what CurvaDion(kernels=...) is where a test does not say")
-    parser.addoption("--each-once", action="store_true", help="run every test with the first of its parameter sets only")
+    parser.addoption("--each-once", action="store_true", help="every test with the first of its parameter sets only, long ones cut short")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,3 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = set(map(id, first.values()))
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
         items[:] = [item for item in items if id(item) in kept]
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether a long test should be cut short."""
+    return bool(request.config.getoption("--each-once"))

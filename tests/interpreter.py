@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,25 @@ def _mend(interpreter: Any) -> None:
         return unary(self, a, operation)
 
     builder.cast_impl, builder.create_dot, builder.binary_op, builder.unary_op = cast_impl, create_dot, binary_op, unary_op
+
+    # Integer sums are checked for overflow in int64, a quarter of the time; the compiler does not check them either.
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+    # Each call of one kernel function by another patches triton.language anew, which takes milliseconds: once per launch is enough.
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return patch_lang(function)
+
+    def launch_patched(self: Any, *arguments: Any, **options: Any) -> Any:
+        patched.clear()
+        return launch(self, *arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_patched
 
     patch = interpreter._patch_lang_tensor
 

@@ -264,9 +264,9 @@ def test_the_norm_is_of_the_whole_matrix_over_its_shards() -> None:
 
 
 @pytest.mark.parametrize("local_update", ["gradient", "dion"])
-def test_the_branch_is_common_under_random_gradients(local_update: str) -> None:
+def test_the_branch_is_common_under_random_gradients(local_update: str, quick: bool) -> None:
     """Hundreds of steps, every rank with gradients of its own, some huge, some zero, some missing."""
-    steps = 200
+    steps = 30 if quick else 200
 
     def worker() -> list[Any]:
         replicate, shard = grid(2, 2)
@@ -299,4 +299,4 @@ def test_the_branch_is_common_under_random_gradients(local_update: str) -> None:
     for rank, (same, finite, synchronized) in enumerate(run_ranks(4, worker)):
         assert same, f"rank {rank}: branch, RMMC, index or the number of collectives differ between ranks"
         assert finite, f"rank {rank}: parameters must stay finite"
-        assert 20 <= synchronized <= steps - 20, f"both branches must be frequent, {synchronized} of {steps} were not"
+        assert steps // 10 <= synchronized <= steps - steps // 10, f"both branches must be frequent, {synchronized} of {steps} were not"
