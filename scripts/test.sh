@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in an environment that this script makes. Arguments go to pytest:
+# Lint, types and tests, in an environment that this script makes; the optimizer's tests once more, a sample of them, on the Triton
+# kernels (all: python -m pytest --kernels triton). Arguments go to pytest:
 #     scripts/test.sh
 #     scripts/test.sh -k param_groups -x
 set -euo pipefail
@@ -15,7 +16,11 @@ check() {  # NAME COMMAND...: go on after a failure, so that one run tells all
 check "ruff check" python -m ruff check .
 check "ruff format" python -m ruff format --check .
 check "mypy" python -m mypy
-check "pytest" python -m pytest "$@"
+check "pytest" python -m pytest -n 2 --dist loadgroup "$@"
+if (($# == 0)); then
+  on_kernels=(tests/test_{communication,equations,gate,lifecycle,mesh_parity,nonfinite}.py)
+  check "pytest on the Triton kernels" python -m pytest -n 2 --kernels triton --each-once "${on_kernels[@]}"
+fi
 
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}" >&2

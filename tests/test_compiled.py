@@ -20,9 +20,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MATRIX = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA", "UTCQMMA", "UTCMMA"), "gfx942": ("MFMA",)}
 KERNELS = ("momentum_norm", "local_step", "nonfinite", "segment_sum", "gate_key", "low_rank_apply", "column_sumsq")
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton cannot be imported; pip install -e '.[dev,kernels]', on Linux"
-)
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton cannot be imported; pip install -e '.[dev]', on Linux"),
+    pytest.mark.xdist_group("compiled"),  # one report for all
+]
 
 
 @pytest.fixture(scope="session")

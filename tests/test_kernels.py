@@ -37,7 +37,7 @@ except ImportError:
 
 # What the interpreter says of values that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton cannot be imported; pip install -e '.[dev,kernels]', on Linux")
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton cannot be imported; pip install -e '.[dev]', on Linux")
 BLOCK, CHUNK, SUM_BLOCK, GATE_BLOCK = (
     (2048, 8192, 256, 1024) if triton is None else (triton_ops.BLOCK, triton_ops.CHUNK, triton_ops.SUM_BLOCK, triton_ops.GATE_BLOCK)
 )
