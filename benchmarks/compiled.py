@@ -138,13 +138,13 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target:
 
 
 def in_quick(name: str, label: str) -> bool:
-    """Say whether the quick report has it: every kernel once per target; on sm_90 every low-rank mode, on gfx942 also bfloat16."""
+    """Say whether the quick report has it: each kernel once per target; all low-rank modes and mixed dtypes on sm_90; bfloat16 on gfx942."""
     if "norms only" in name:
         return False
     if name.startswith("low_rank_apply"):
         scaled = "Q = R scale" in name
         return "bf16" not in name and (", tf32)" not in name or (scaled and label == "sm_90")) and (scaled or label == "sm_90")
-    return "bf16" not in name or (label == "gfx942" and "(bf16" in name)
+    return "bf16" not in name or (label == "gfx942" and "(bf16" in name) or (label == "sm_90" and "(fp32, bf16" in name)
 
 
 def inspect_cuda(compiled: Any, disassemble: bool = True) -> dict[str, Any]:

@@ -65,6 +65,15 @@ def test_bfloat16_on_gfx942_moves_8_bytes_at_a_time(report: list[dict[str, Any]]
     assert row["instructions"].get("load8", 0) >= 2 and row["instructions"].get("store8", 0) >= 1, row
 
 
+@pytest.mark.parametrize("kernel", ["momentum_norm", "local_step"])
+def test_mixed_dtypes_are_read_in_the_same_pieces(report: list[dict[str, Any]], kernel: str) -> None:
+    """Four elements a thread of each; otherwise every block would be exchanged between threads through shared memory."""
+    (mixed,) = rows(report, f"{kernel} (fp32, bf16)", target="sm_90")
+    (plain,) = rows(report, f"{kernel} (fp32, fp32)", target="sm_90")
+    assert mixed["instructions"].get("load16") and mixed["instructions"].get("load8") and mixed["instructions"].get("store16"), mixed
+    assert mixed["shared"] <= plain["shared"], mixed
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_low_rank_apply_uses_matrix_instructions_and_wide_accesses(report: list[dict[str, Any]], target: str) -> None:
     for row in rows(report, "low_rank_apply", target=target):

@@ -85,6 +85,8 @@ def momentum_norm_kernel(
         g = tl.multiple_of(g_address.to(tl.pointer_type(G_TYPE)), 16) + begin
         for offset in range(0, body, BLOCK):
             i = offset + tl.arange(0, BLOCK)
+            if M_TYPE != G_TYPE:  # the same elements of both in one thread, or they have to be exchanged
+                i = tl.max_contiguous(i, 4)
             new = (c * tl.load(m + i).to(TYPE) + tl.load(g + i).to(TYPE)).to(M_TYPE)
             if STORE:
                 tl.store(m + i, new)
@@ -218,6 +220,8 @@ def local_step_kernel(
         g = tl.multiple_of(g_address.to(tl.pointer_type(G_TYPE)), 16) + begin
         for offset in range(0, body, BLOCK):
             i = offset + tl.arange(0, BLOCK)
+            if X_TYPE != G_TYPE:
+                i = tl.max_contiguous(i, 4)
             tl.store(x + i, (a * tl.load(x + i).to(TYPE) - b * tl.load(g + i).to(TYPE)).to(X_TYPE))
     x = x_address.to(tl.pointer_type(X_TYPE)) + begin
     g = g_address.to(tl.pointer_type(G_TYPE)) + begin
@@ -361,7 +365,7 @@ def momentum_norm_(
                 launch.sizes.get(),
                 decays,
                 stride,
-                partials[launch.first :],
+                partials[launch.first :] if launch.first else partials,
                 count,
                 _TYPES[m_type],
                 _TYPES[g_type],
