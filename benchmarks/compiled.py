@@ -138,7 +138,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target:
 
 
 def in_quick(name: str, label: str) -> bool:
-    """Say whether the quick report has it: each kernel once per target; all low-rank modes and mixed dtypes on sm_90; bfloat16 on gfx942."""
+    """Say whether the quick report has it: each kernel once; all low-rank modes and mixed dtypes on sm_90; bfloat16 on gfx942."""
     if "norms only" in name:
         return False
     if name.startswith("low_rank_apply"):
