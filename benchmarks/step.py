@@ -132,7 +132,10 @@ def curvadion(weights: Weights, operation: str, kernels: str, fraction: float) -
 
 
 def step(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Take a step, under a schedule: the learning rate is another one in every call."""
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] *= 1 - 1e-6
         optimizer.step()
 
 

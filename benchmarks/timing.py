@@ -266,12 +266,17 @@ def start(arguments: argparse.Namespace) -> torch.device:
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
     # So that what is measured is written when a time limit ends the program.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _leave)
     torch.manual_seed(arguments.seed)
     device = torch.device(name, 0) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def _leave(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the writing short
+    sys.exit(143)
 
 
 def names(text: str | None, default: Sequence[str], allowed: Sequence[str], option: str) -> list[str]:

@@ -4,6 +4,7 @@
 dimension of a parameter and over which it is copied. Optimizer state is wrapped back into DTensors here and nowhere else.
 """
 
+import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ Axes = tuple[int, ...]  # axes of the shard mesh, ascending
 
 _PLACEMENTS = operator.attrgetter("placements")
 _LOCAL = operator.attrgetter("_local_tensor")
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -49,14 +51,18 @@ def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return list(map(local_tensor, tensors)) if any(issubclass(kind, DTensor) for kind in kinds) else tensors
 
 
-def usual_gradients(grads: Sequence[Tensor | None], placements: Sequence[tuple[Placement, ...] | None]) -> list[Tensor] | None:
+def usual_gradients(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], placements: Sequence[tuple[Placement, ...] | None]
+) -> list[Tensor] | None:
     """Return the local gradients if they are as nearly always, and None if they need a closer look, one by one.
 
-    As nearly always: all there, none on its way from another rank, and either all plain or all placed like their parameters.
+    As nearly always: all there and wanted, none on its way from another rank, and either all plain or all placed like their parameters.
 
     Args:
         placements: of the parameters; None for a plain one.
     """
+    if not all(map(_REQUIRES_GRAD, params)):
+        return None
     kinds = set(map(type, grads))
     if kinds == {DTensor}:
         if list(map(_PLACEMENTS, grads)) != placements:
@@ -130,6 +136,10 @@ class ShardMesh:
     def group(self, axis: int) -> ProcessGroup:
         """Return this rank's process group along an axis."""
         return self._groups[axis]
+
+    def count(self, axes: Axes) -> int:
+        """Return the number of ranks along the axes."""
+        return math.prod(dist.get_world_size(self._groups[axis]) for axis in axes)
 
     def complement(self, axes: Axes) -> Axes:
         """Return the other axes."""

@@ -40,9 +40,11 @@ from curvadion.layout import (
 from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options, check_parameter
 from curvadion.state import Batch, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
 from curvadion_kernels import Ops, choose
-from curvadion_kernels.reference import NO_NORM, Fixed
+from curvadion_kernels.reference import NO_NORM, Fixed, scale_
 
 logger = logging.getLogger(__name__)
+
+RELOAD = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
 
 
 class NonFiniteError(RuntimeError):
@@ -111,6 +113,8 @@ class CurvaDion(torch.optim.Optimizer):
     _collectives: Collectives
     _ops: Ops
     _X: Fixed[Tensor] | None
+    _reshaped: list[str]  # names of parameters that changed shape
+    _decay: list[float]  # of each batch's momentum, postponed to the next step
     _batches: list[Batch]
     _owned: Tensor
     _last_norm: Tensor
@@ -214,7 +218,8 @@ class CurvaDion(torch.optim.Optimizer):
             sums = self._accumulate_momentum(G, store=not self._skips)
             key, norm, rmmc = self._gate(sums, failed=failure is not None)
             arrived = self._fetch(key)
-            self._gradient_step(X, G, key)  # enqueued before the key is known here; does nothing unless it says "local step"
+            if failure is None:  # enqueued before the key is known here; does nothing unless it says "local step"
+                self._gradient_step(X, G, key)
             decision = gate.decode(arrived())
         if decision.failed or decision.nonfinite:
             self._refuse(decision, failure, G)
@@ -223,7 +228,6 @@ class CurvaDion(torch.optim.Optimizer):
         self._rmmc = rmmc
         if self._skips:
             self._accumulate_momentum(G, store=True)
-        self._decay = [1.0] * len(self._batches)
 
         if decision.synchronize:
             with record_function("curvadion::synchronized_step"):
@@ -236,13 +240,16 @@ class CurvaDion(torch.optim.Optimizer):
                 self._scalar_step(X, G)
                 self._postpone_decay([k for k, b in enumerate(self._batches) if self._rule(b) == "gradient"])
         self._count(decision)
+        self._broken = None
         return loss
 
     def _local_parameters(self) -> Fixed[Tensor]:
         """Return this rank's part of all parameters: the same object as long as nobody moved them."""
         X = Fixed(local_tensors(self._params))
-        if self._X is None or not all(map(operator.is_, X, self._X)) or X.addresses != self._X.addresses:
+        addresses = X.addresses  # looked up now: it remembers them, and the next step compares
+        if self._X is None or not all(map(operator.is_, X, self._X)) or addresses != self._X.addresses:
             self._X = X
+            self._reshaped = [n for n, x, layout in zip(self._names, X, self._layouts, strict=True) if tuple(x.shape) != layout.local_shape]
         return self._X
 
     def _gather_gradients(self) -> tuple[Fixed[Tensor | None], Exception | None]:
@@ -253,10 +260,11 @@ class CurvaDion(torch.optim.Optimizer):
         failure: Exception | None = None
         try:
             self._check_groups()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             failure = error
         grads = [p.grad for p in self._params]
-        G: Fixed[Tensor | None] = Fixed(usual_gradients(grads, self._placements) or ())
+        usual = None if self._partial else usual_gradients(self._params, grads, self._placements)
+        G: Fixed[Tensor | None] = Fixed(usual or ())
         try:
             strange = G.numels != self._numels or not G.contiguous
         except RuntimeError:  # not strided
@@ -264,6 +272,8 @@ class CurvaDion(torch.optim.Optimizer):
         if strange:
             G, strange_failure = self._inspect_gradients(grads)
             failure = failure or strange_failure
+        if failure is not None:  # what does not fit must not reach a kernel
+            G = Fixed([None] * len(G))
         scale = getattr(self, "grad_scale", None)  # torch.amp.GradScaler sets this and found_inf for the time of step()
         if scale is not None and G.present:
             torch._foreach_mul_(G.present, float(1 / scale))
@@ -286,6 +296,8 @@ class CurvaDion(torch.optim.Optimizer):
                     if axes:
                         self._partial[i] = axes, divisor
                     g = local_tensor(g)
+                    if i in self._partial and not axes:  # whole this time; it is summed all the same, for all ranks to do the same
+                        g = g * (self._partial[i][1] / self._shards.count(self._partial[i][0]))
                     if g.layout != torch.strided or g.shape != x.shape:
                         raise ValueError(
                             f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got {g.layout}, "
@@ -305,12 +317,20 @@ class CurvaDion(torch.optim.Optimizer):
                 "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
                 "construct CurvaDion after the model is sharded, wrapped and moved"
             )
+        if self._reshaped:
+            raise RuntimeError(
+                f"parameters must keep the shapes they had at construction; {', '.join(self._reshaped[:5])} changed; construct a new "
+                "optimizer for a changed model"
+            )
         if any(p.requires_grad for p in self._frozen):
             raise RuntimeError(
                 "requires_grad must stay as it was at construction; it was switched on for some parameter; to train a parameter from now "
                 "on, leave it out at first and add_param_group() it later"
             )
         for group in self.param_groups:
+            if not GROUP_OPTIONS.keys() <= group.keys():
+                missing = sorted(GROUP_OPTIONS.keys() - group.keys())
+                raise ValueError(f"a parameter group must keep its options; {', '.join(missing)} went missing; set them again")
             check_options(group, GROUP_OPTIONS, " in a parameter group")
         for b in self._batches:
             group = self.param_groups[b.group]
@@ -334,13 +354,12 @@ class CurvaDion(torch.optim.Optimizer):
 
         With store=False only the message, for a step that may be skipped.
         """
-        return self._ops.momentum_norm_(
-            self._momenta,
-            G.take(self._matrices),
-            decay=self._per_matrix("decay", self._decay, self._batch_of),  # what the last step postponed
-            watch=G.take(self._scalars).present,
-            store=store,
-        ).to(self._device)
+        decay = self._per_matrix("decay", self._decay, self._batch_of)  # what the last step postponed
+        if store:
+            self._decay = [1.0] * len(self._batches)
+            self._broken = f"an earlier step() did not come to its end{RELOAD}"
+        watch = G.take(self._scalars).present
+        return self._ops.momentum_norm_(self._momenta, G.take(self._matrices), decay=decay, watch=watch, store=store).to(self._device)
 
     def _gate(self, sums: Tensor, *, failed: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce norms and flags over the shards, the key over the replicas; return the key, norms and RMMC, all on the device."""
@@ -354,13 +373,14 @@ class CurvaDion(torch.optim.Optimizer):
         if not self._owns_all:
             sums[:-2].mul_(self._owned)
         if hasattr(self, "found_inf"):
-            sums[-2] += float(self.found_inf)
+            sums[-2:-1].add_(self.found_inf.to(sums))
         if failed:
-            sums[-2] = torch.nan
+            sums[-2:-1].fill_(torch.nan)
         if must:
-            sums[-1] = 1.0
+            sums[-1:].fill_(1.0)  # a slice: a number assigned to an element would make the host wait for the device
         sums = self._collectives.sum_over_all_shards(sums, "norms")
-        tau = self._on_device("tau", [float(group["tau"]) for group in self.param_groups], self._group_of_matrix, torch.float32)
+        taus = [math.inf if failed else float(group["tau"]) for group in self.param_groups]
+        tau = self._on_device("tau", taus, self._group_of_matrix, torch.float32)
         norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=self._local_steps < o.min_local_steps)
         return self._collectives.max_over_replicas(key), norm, rmmc
 
@@ -410,7 +430,7 @@ class CurvaDion(torch.optim.Optimizer):
         late = [k for k, decay in enumerate(self._decay) if decay != 1.0]
         if late:
             with torch.no_grad():
-                torch._foreach_mul_([self._batches[k].momentum for k in late], [self._decay[k] for k in late])
+                scale_([self._batches[k].momentum for k in late], [self._decay[k] for k in late])
             self._decay = [1.0] * len(self._batches)
 
     def _dion_step(self, batches: Sequence[Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
@@ -485,10 +505,9 @@ class CurvaDion(torch.optim.Optimizer):
 
     def _refuse(self, decision: gate.Decision, failure: Exception | None, G: Sequence[Tensor | None]) -> None:
         """Skip the step, or raise on this rank as on every other. Parameters are untouched so far."""
-        reload = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
         if decision.failed:
             if not self._skips:
-                self._broken = "an earlier step() failed on some rank" + reload
+                self._broken = "an earlier step() failed on some rank" + RELOAD
             if failure is not None:
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
@@ -497,14 +516,14 @@ class CurvaDion(torch.optim.Optimizer):
             self._skipped_steps += 1
             self.ledger.end_step()
             return
-        self._broken = "a gradient held a NaN or an infinity in an earlier step()" + reload
+        self._broken = "a gradient held a NaN or an infinity in an earlier step()" + RELOAD
         here = [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
         where = "on another rank, or a momentum whose squared norm overflows float32"
         if here:
             where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
         raise NonFiniteError(
             f"gradients must be finite; got a NaN or an infinity {where}, after {self._steps} steps. Parameters are untouched"
-            f"{reload}, or construct with on_nonfinite='skip' to skip such steps"
+            f"{RELOAD}, or construct with on_nonfinite='skip' to skip such steps"
         )
 
     # ---- between replicas
@@ -896,6 +915,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._numels = tuple(math.prod(layout.local_shape) for layout in self._layouts)
         self._placements = [p.placements if isinstance(p, DTensor) else None for p in self._params]
         self._X = None
+        self._reshaped = []
         self._copied = [layout.copied for layout in self._layouts]
         first = [self._shards.is_first(copied) for copied in self._copied]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
@@ -903,7 +923,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._dense_bytes = 2 * owned if self.replicas > 1 else 0
         self._owns_all = all(first[i] for i in self._matrices)
         self._uploaded: dict[str, tuple[tuple[list[float], list[int]], Tensor]] = {}
-        self._host_key = torch.zeros((), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        self._host_key = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
         self._rmmc = torch.full((len(self._matrices),), torch.nan, dtype=torch.float32, device=self._device)
         self._last_norm = torch.full((len(self._matrices),), NO_NORM, dtype=torch.float32, device=self._device)
@@ -967,7 +987,8 @@ class CurvaDion(torch.optim.Optimizer):
         """Return values[of[l]] for every matrix l as a tensor on the device, uploaded only when something changed."""
         before, tensor = self._uploaded.get(name, (None, None))
         if tensor is None or before != (values, of):
-            tensor = torch.tensor([values[k] for k in of], dtype=dtype, device=self._device)
+            host = torch.tensor([values[k] for k in of], dtype=dtype, device="cpu", pin_memory=self._device.type == "cuda")
+            tensor = host.to(self._device, non_blocking=True)
             self._uploaded[name] = (list(values), list(of)), tensor
         return tensor
 

@@ -35,7 +35,8 @@ def adamw_(
     g = upcast(grads)
     fused = len({t.dtype for tensors in (x, g, first, second) for t in tensors}) == 1
     # The fused kernel wants the counters beside the parameters; they are read, and the caller counts.
-    counters = steps.to(x[0].device if fused else "cpu", copy=True, non_blocking=True).unbind()
+    on_gpu = fused and x[0].is_cuda
+    counters = (steps.pin_memory().to(x[0].device, non_blocking=True) if on_gpu else steps.clone()).unbind()
     adamw(
         x,
         g,

@@ -148,6 +148,12 @@ def combined(a: float, old: Tensor, b: float, grad: Tensor | None) -> Tensor:
     return a * old.double() + (0.0 if grad is None else b * grad.double())
 
 
+def accumulated(c: float, m: Tensor, grad: Tensor | None) -> Tensor:
+    """C m, rounded to m's dtype as if it had been stored before, + grad, in float64."""
+    wide = m.to(reference.compute_dtype(m.dtype))
+    return combined(1.0, (wide * torch.tensor(c, dtype=wide.dtype, device=m.device)).to(m.dtype), 1.0, grad)
+
+
 def check_rounded(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
     for got, want in zip(actual, exact, strict=True):
         assert_close(got.double(), want, **ROUNDED[got.dtype])
@@ -238,7 +244,7 @@ def test_both_implementations_have_one_signature(name: str) -> None:
 @packed
 def test_momentum_norm(guard: Guard, device: torch.device, kind: str, packed: bool) -> None:
     momenta, grads = tensors(guard, device, kind, packed)
-    expected, exact = copies(momenta), [combined(0.95, m, 1.0, g) for m, g in zip(momenta, grads, strict=True)]
+    expected, exact = copies(momenta), [accumulated(0.95, m, g) for m, g in zip(momenta, grads, strict=True)]
     sums = triton_ops.momentum_norm_(momenta, grads, decay=0.95)
     reference_sums = reference.momentum_norm_(expected, grads, decay=0.95)
     check_rounded(momenta, exact)
@@ -254,7 +260,7 @@ def test_momentum_norm_decays(guard: Guard, device: torch.device, factor: str) -
     momenta, grads = tensors(guard, device, "fp32")
     decay, values = factor_on(factor, len(momenta), device)
     expected = copies(momenta)
-    exact = [combined(c, m, 1.0, g) for c, m, g in zip(values, momenta, grads, strict=True)]
+    exact = [accumulated(c, m, g) for c, m, g in zip(values, momenta, grads, strict=True)]
     sums = triton_ops.momentum_norm_(momenta, grads, decay=decay)
     assert_close(sums, reference.momentum_norm_(expected, grads, decay=decay), **ORDER)
     check_rounded(momenta, exact)
@@ -275,7 +281,7 @@ def test_momentum_norm_of_mixed_dtypes(guard: Guard, device: torch.device, packe
     )
     decay, values = factor_on("per tensor", len(momenta), device)
     expected = copies(momenta)
-    exact = [combined(c, m, 1.0, g) for c, m, g in zip(values, momenta, grads, strict=True)]
+    exact = [accumulated(c, m, g) for c, m, g in zip(values, momenta, grads, strict=True)]
     sums = triton_ops.momentum_norm_(momenta, grads, decay=decay, watch=grads)
     assert_close(sums, reference.momentum_norm_(expected, grads, decay=decay, watch=grads), **ORDER)
     check_rounded(momenta, exact)
@@ -309,7 +315,7 @@ def test_norms_without_storing(guard: Guard, device: torch.device, kind: str) ->
 def test_momentum_norm_of_strided_gradients(guard: Guard, device: torch.device) -> None:
     grads = [draw(7, 5, device=device).t(), draw(10, 14, seed=1, device=device)[::2, ::2], draw(5, 1, seed=2, device=device).expand(5, 7)]
     momenta = guard.put(*[draw(5, 7, seed=9, device=device)] * 3)
-    exact = [combined(0.5, m, 1.0, g) for m, g in zip(momenta, grads, strict=True)]
+    exact = [accumulated(0.5, m, g) for m, g in zip(momenta, grads, strict=True)]
     check_norms(triton_ops.momentum_norm_(momenta, grads, decay=0.5), exact)
     check_rounded(momenta, exact)
 
@@ -441,7 +447,7 @@ GATE_CASES: dict[str, tuple[list[float], list[float], list[float], list[float], 
 def test_gate_key(guard: Guard, device: torch.device, case: str) -> None:
     """Worked out by hand, and bit for bit the reference."""
     squares, flags, last, tau, hold_closed, expected = GATE_CASES[case]
-    arguments = guard.put(*[torch.tensor(v, device=device) for v in (squares + flags, last, tau)])
+    arguments = guard.put(*[torch.tensor(v, dtype=torch.float32, device=device) for v in (squares + flags, last, tau)])
     got = triton_ops.gate_key(*arguments, hold_closed=hold_closed)
     want = reference.gate_key(*arguments, hold_closed=hold_closed)
     for outcome in (got, want):
@@ -973,3 +979,67 @@ def test_custom_ops_compile_without_copies(device: torch.device, library_kernels
                 factor.fill_(0.125)
         assert_close(function(compiled), all_custom_ops(eager), rtol=0, atol=0)
         assert_close(leaves(compiled), leaves(eager), rtol=0, atol=0)
+
+
+@needs_triton
+def test_a_postponed_decay_gives_the_same_bits_as_one_done_at_once(device: torch.device) -> None:
+    """Looking at the state applies what was postponed, and must not change the run."""
+    for dtype in (torch.float32, torch.bfloat16):
+        old, g = torch.randn(5000, device=device).to(dtype), torch.randn(5000, device=device)
+        postponed, at_once = [old.clone()], [old.clone()]
+        triton_ops.momentum_norm_(postponed, [g], decay=0.95)
+        reference.scale_(at_once, 0.95)
+        triton_ops.momentum_norm_(at_once, [g])
+        assert_close(postponed, at_once, rtol=0, atol=0)
+
+
+@needs_triton
+def test_version_counters_know_of_the_kernels(device: torch.device) -> None:
+    """A backward through values from before the step must be an error, as with torch's own operations."""
+    x, g = torch.ones(6, 4, device=device, requires_grad=True), torch.ones(6, 4, device=device)
+    loss = (x * x).sum()
+    with torch.no_grad():
+        triton_ops.local_step_([x], [g], decay=1.0, step_size=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    before = g._version
+    triton_ops.momentum_norm_([g], [torch.ones_like(g)])
+    assert g._version > before
+
+
+@needs_triton
+@pytest.mark.parametrize("wrong", ["P", "Q", "R", "momentum", "params", "dtype"])
+def test_the_low_rank_apply_refuses_what_does_not_fit(device: torch.device, wrong: str) -> None:
+    """It works on bare addresses: a wrong shape would be somebody else's memory."""
+    B, m, n, r = 2, 6, 4, 3
+    X, M = [torch.zeros(m, n, device=device) for _ in range(B)], torch.zeros(B, m, n, device=device)
+    P, Q, R = (torch.zeros(B, rows, r, device=device) for rows in (m, n, n))
+    if wrong == "P":
+        P = P[:, :-1]
+    if wrong == "Q":
+        Q = Q[:, :, :-1]
+    if wrong == "R":
+        R = R[:1]
+    if wrong == "momentum":
+        M = M.mT
+    if wrong == "params":
+        X[1] = X[1].T
+    if wrong == "dtype":
+        R = R.double()
+    with pytest.raises(ValueError, match="must be"):
+        triton_ops.fused_low_rank_apply_(X, M, P, Q, R, transposed=False, decay=1.0, step_size=0.1, feedback=0.1)
+
+
+@needs_triton
+def test_the_gate_key_refuses_what_does_not_fit(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="tau must be 3 contiguous float32"):
+        triton_ops.gate_key(torch.zeros(5, device=device), torch.zeros(3, device=device), torch.zeros(2, device=device), hold_closed=False)
+
+
+def test_float64_parameters_with_a_float32_momentum() -> None:
+    """The update is computed in the momentum's dtype and added in the parameter's."""
+    X, P, Q = [torch.zeros(6, 4, dtype=torch.float64)], torch.randn(1, 6, 2), torch.randn(1, 4, 2)
+    for op in ("reference", "triton") if triton_ops is not None else ("reference",):
+        x = [X[0].clone()]
+        getattr(OPS["low_rank_apply_"], op)(x, None, P, Q, None, transposed=False, decay=1.0, step_size=1.0)
+        assert_close(x[0], -(P[0] @ Q[0].T).double(), rtol=1e-5, atol=1e-6)

@@ -595,6 +595,50 @@ def test_a_changed_requires_grad_is_refused(before: bool) -> None:
     """Frozen later, a parameter would go on moving with its momentum; thawed later, it would never be trained."""
     params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3), requires_grad=before)]
     opt = CurvaDion(params)
+    for p in params:
+        p.grad = torch.ones_like(p)  # a gradient that is still there must not hide it
     params[1].requires_grad_(not before)
     with pytest.raises(RuntimeError, match="requires_grad must stay"):
         opt.step()
+
+
+def test_a_changed_shape_is_refused() -> None:
+    """Kernels work on addresses: a parameter that was swapped for one of another shape must not be written to."""
+    p = nn.Parameter(torch.ones(4, 3))
+    opt = CurvaDion([p])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    p.grad, p.data = None, torch.ones(3, 4)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="must keep the shapes"):
+        opt.step()
+    assert (p == 1).all()
+
+
+@pytest.mark.parametrize("key", ["tau", "lr", "weight_decay", "rank_fraction", "local_update"])
+@pytest.mark.parametrize("change", ["none", "gone"])
+def test_options_spoiled_on_one_rank_fail_on_every_rank(key: str, change: str) -> None:
+    """Whatever a callback does to the groups of one rank, no other rank may be left waiting in a collective."""
+
+    def worker() -> str:
+        p = nn.Parameter(torch.ones(4, 3))
+        opt = CurvaDion([p], replicate_mesh=grid(2, 1)[0], warmup_steps=1, tau=math.inf)
+        for step in range(3):
+            p.grad = torch.full_like(p, 1.0 + step)
+            if step == 2 and dist.get_rank() == 0:
+                if change == "none":
+                    opt.param_groups[0][key] = None
+                else:
+                    del opt.param_groups[0][key]
+            try:
+                opt.step()
+            except Exception as error:
+                assert step == 2
+                with pytest.raises(RuntimeError, match="load the last checkpoint"):
+                    opt.step()
+                return type(error).__name__
+        return "nothing"
+
+    names = run_ranks(2, worker)
+    assert names[1] == "RuntimeError", "the other rank is told"
+    assert names[0] in ("ValueError", "TypeError", "KeyError"), names

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from curvadion_kernels import Ops, choose
 
+# Their tables of addresses must not be made inside the memory pool of a graph that torch.compile captures.
+_UNSAFE = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is not None else None
 _ops_for = lru_cache(None)(lambda device: choose("auto", device))
 
 
@@ -26,15 +28,15 @@ def _ops(tensor: Tensor) -> Ops:
     return _ops_for(tensor.device)
 
 
-@torch.library.custom_op("curvadion::momentum_norm_", mutates_args=("momenta",))
+@torch.library.custom_op("curvadion::momentum_norm_", mutates_args=("momenta",), tags=_UNSAFE)
 def momentum_norm_(momenta: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor) -> Tensor:
     """m_l <- c_l m_l + g_l; return the gate's message, (L + 2,) float32, of which the first L are ||m_l||^2."""
-    return _ops(decay).momentum_norm_(momenta, grads, decay=decay)
+    return _ops(momenta[0]).momentum_norm_(momenta, grads, decay=decay)
 
 
 @momentum_norm_.register_fake
 def _(momenta: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor) -> Tensor:
-    return decay.new_empty(len(momenta) + 2, dtype=torch.float32)
+    return momenta[0].new_empty(len(momenta) + 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("curvadion::gate_key", mutates_args=())
@@ -48,13 +50,13 @@ def _(sums: Tensor, last_norm: Tensor, tau: Tensor, hold_closed: bool) -> tuple[
     return torch.empty_like(last_norm), torch.empty_like(last_norm), sums.new_empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("curvadion::local_step_", mutates_args=("params",))
+@torch.library.custom_op("curvadion::local_step_", mutates_args=("params",), tags=_UNSAFE)
 def local_step_(params: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor, step_size: Tensor, key: Tensor) -> None:
     """X_l <- a_l X_l - b_l G_l where the key says that the gate is closed."""
-    _ops(key).local_step_(params, grads, decay=decay, step_size=step_size, key=key)
+    _ops(params[0]).local_step_(params, grads, decay=decay, step_size=step_size, key=key)
 
 
-@torch.library.custom_op("curvadion::low_rank_apply_", mutates_args=("params", "momentum"))
+@torch.library.custom_op("curvadion::low_rank_apply_", mutates_args=("params", "momentum"), tags=_UNSAFE)
 def low_rank_apply_(
     params: Sequence[Tensor],
     momentum: Tensor,

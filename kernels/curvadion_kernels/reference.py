@@ -59,6 +59,11 @@ class Fixed(tuple[T, ...]):
         return set(map(_DTYPE, self.present))
 
     @functools.cached_property
+    def devices(self) -> set[int]:
+        """The different devices: indices of GPUs, -1 for the CPU."""
+        return set(map(Tensor.get_device, self.present))
+
+    @functools.cached_property
     def contiguous(self) -> bool:
         """Whether all are contiguous. Raises RuntimeError if one is not even strided."""
         return all(map(Tensor.is_contiguous, self.present))
@@ -97,7 +102,7 @@ def momentum_norm_(
     Args:
         momenta: L local shards, any shapes and floating-point dtypes, contiguous, changed in place.
         grads: L gradients of the same shapes; None counts as zero.
-        decay: c, the factor of the old momentum: one number, a 0-d tensor, or a tensor of L.
+        decay: c, the factor of the old momentum: one number, a 0-d tensor, or a tensor of L; c m is rounded to m's dtype.
         watch: further tensors that are only searched for NaN and infinities.
         store: whether to change the momenta; without it, only the norms that they would have are returned.
 
@@ -110,13 +115,11 @@ def momentum_norm_(
         parts = [momentum_norm_([m.clone()], [g], decay=c)[:1] for m, g, c in zip(momenta, grads, factors, strict=True)]
         device = next((t.device for t in (*momenta, *watch)), None)
         return torch.cat([*parts, momentum_norm_((), (), watch=watch).to(device)])
+    if isinstance(decay, Tensor) and decay.ndim and decay.shape != (len(momenta),):
+        raise ValueError(f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {len(momenta)} tensors")
+    if momenta and (isinstance(decay, Tensor) or decay != 1.0):
+        scale_(momenta, decay)
     wide = upcast(momenta)
-    if isinstance(decay, Tensor) and decay.ndim:
-        if decay.shape != (len(momenta),):
-            raise ValueError(f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {len(momenta)} tensors")
-        torch._foreach_mul_(wide, list(decay.unbind()))
-    elif isinstance(decay, Tensor) or decay != 1.0:
-        torch._foreach_mul_(wide, decay)
     present = [(m, g) for m, g in zip(wide, grads, strict=True) if g is not None]
     if present:
         torch._foreach_add_([m for m, _ in present], [g for _, g in present])
@@ -237,8 +240,9 @@ def low_rank_apply_(
     if Q is None:
         assert R is not None and scale is not None, "Q may be left out where R and scale stand for it"
         Q = R * scale.unsqueeze(-2)
-    P = P * -step_size
     work = upcast(params)
+    dtype = work[0].dtype if work else P.dtype
+    P, Q = (P * -step_size).to(dtype), Q.to(dtype)
     if isinstance(decay, Tensor):
         torch._foreach_mul_(work, decay)
         decay = 1.0
@@ -250,6 +254,13 @@ def low_rank_apply_(
 def column_sumsq(R: Tensor) -> Tensor:
     """Return the squared norms of the columns: (B, n, r) -> (B, r), in R's dtype. Bytes: one read of R."""
     return R.square().sum(dim=-2)
+
+
+def scale_(tensors: Sequence[Tensor], factor: Scalar | Sequence[float]) -> None:
+    """Multiply the tensors by a number, or each by its own (a list, or a tensor of them), rounding once."""
+    wide = upcast(tensors)
+    torch._foreach_mul_(wide, list(factor.unbind()) if isinstance(factor, Tensor) and factor.ndim else factor)
+    store_(tensors, wide)
 
 
 def upcast(tensors: Sequence[Tensor]) -> list[Tensor]:

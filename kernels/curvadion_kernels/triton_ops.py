@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from curvadion_kernels import reference
 from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONFINITE_BIT, SYNCHRONIZE_BIT, Fixed, Scalar, compute_dtype
@@ -26,6 +27,8 @@ from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONF
 CHUNK = 8192  # elements of a tensor that one program works on
 BLOCK = 2048  # of which this many at a time; part of the norms' summation order
 WARPS = 8
+# Without fused multiply-adds the same numbers come out on every path of a kernel, and as from the reference.
+_ELEMENTWISE = {"num_warps": WARPS, "enable_fp_fusion": False}
 SUM_BLOCK = 256
 GATE_BLOCK = 1024
 COLUMN_TILE = (32, 64)  # rows and columns of R that `column_sumsq` reads at a time
@@ -87,7 +90,8 @@ def momentum_norm_kernel(
             i = offset + tl.arange(0, BLOCK)
             if M_TYPE != G_TYPE:  # the same elements of both in one thread, or they have to be exchanged
                 i = tl.max_contiguous(i, 4)
-            new = (c * tl.load(m + i).to(TYPE) + tl.load(g + i).to(TYPE)).to(M_TYPE)
+            old = (c * tl.load(m + i).to(TYPE)).to(M_TYPE).to(TYPE)
+            new = (old + tl.load(g + i).to(TYPE)).to(M_TYPE)
             if STORE:
                 tl.store(m + i, new)
             total += new.to(TYPE) * new.to(TYPE)
@@ -96,8 +100,8 @@ def momentum_norm_kernel(
     for offset in range(body, size, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         there = i < size
-        old = tl.load(m + i, mask=there, other=0.0).to(TYPE)
-        new = (c * old + tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)).to(M_TYPE)
+        old = (c * tl.load(m + i, mask=there, other=0.0).to(TYPE)).to(M_TYPE).to(TYPE)
+        new = (old + tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)).to(M_TYPE)
         if STORE:
             tl.store(m + i, new, mask=there)
         total += new.to(TYPE) * new.to(TYPE)
@@ -347,6 +351,7 @@ def momentum_norm_(
     if not m.contiguous:
         raise ValueError("momenta must be contiguous; got one that is not; allocate them as blocks")
     g, watched = _gradients(grads, m), _dense(watch)
+    _check_devices(m, g, watched)
     count = len(m)
     chunks = _chunks(m.numels, _kinds(m, g), like.device)
     seen = _chunks(watched.numels, _kinds(watched), like.device)
@@ -373,7 +378,7 @@ def momentum_norm_(
                 store,
                 CHUNK,
                 BLOCK,
-                num_warps=WARPS,
+                **_ELEMENTWISE,
             )
         if seen.total:
             addresses = _addresses(watched)
@@ -389,11 +394,13 @@ def momentum_norm_(
                 _TYPES[compute_dtype(g_type)],
                 CHUNK,
                 BLOCK,
-                num_warps=WARPS,
+                **_ELEMENTWISE,
             )
         bounds = (*chunks.begins, chunks.total, *chunks.ends, chunks.total + seen.total)
         segments = _remembered(bounds, torch.int64, like.device).get()
         segment_sum_kernel[(count + 1,)](partials, segments, sums, count, SUM_BLOCK, num_warps=4)
+    if store:
+        increment_version(m.present)
     return sums
 
 
@@ -402,10 +409,17 @@ def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool)
 
     Bytes: 20 a matrix.
     """
+    count = last_norm.numel()
+    for name, tensor, size in (("sums", sums, count + 2), ("last_norm", last_norm, count), ("tau", tau, count)):
+        if tensor.dtype != torch.float32 or tensor.shape != (size,) or tensor.device != sums.device or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be {size} contiguous float32 numbers on {sums.device}; got {tuple(tensor.shape)} of {tensor.dtype} on "
+                f"{tensor.device}"
+            )
     norm, rmmc = torch.empty_like(last_norm), torch.empty_like(last_norm)
     key = torch.empty((), dtype=torch.int64, device=sums.device)
     with _on(sums.device):
-        gate_key_kernel[(1,)](sums, last_norm, tau, norm, rmmc, key, last_norm.numel(), int(hold_closed), GATE_BLOCK, num_warps=4)
+        gate_key_kernel[(1,)](sums, last_norm, tau, norm, rmmc, key, count, int(hold_closed), GATE_BLOCK, num_warps=4)
     return norm, rmmc, key
 
 
@@ -434,6 +448,7 @@ def local_step_(
             function([params[i] for i in part], [grads[i] for i in part], decay=a, step_size=b, key=key)
         return
     g = _gradients(grads, x)
+    _check_devices(x, g)
     chunks = _chunks(x.numels, _kinds(x, g), device)
     if not chunks.total:
         return
@@ -459,8 +474,9 @@ def local_step_(
                 key is not None,
                 CHUNK,
                 BLOCK,
-                num_warps=WARPS,
+                **_ELEMENTWISE,
             )
+    increment_version(x.present)
 
 
 def low_rank_apply_(
@@ -490,6 +506,7 @@ def low_rank_apply_(
     precision = _precision(P)
     contiguous = all(x.is_contiguous() for x in params) and (momentum is None or momentum.is_contiguous())
     products = (precision == "tf32" and P.shape[-1] > FUSED_RANK_TF32) or (P.dtype == torch.float64 and P.is_cuda)
+    products |= compute_dtype(params[0].dtype) != P.dtype
     function = reference.low_rank_apply_
     if contiguous and not products:
         function = partial(fused_low_rank_apply_, precision=precision)
@@ -513,6 +530,24 @@ def fused_low_rank_apply_(
     """Do what `low_rank_apply_` does with the fused kernel at every rank; X and M contiguous. For benchmarks and tests."""
     device = P.device
     rows, cols = params[0].shape
+    B, r = len(params), P.shape[-1]
+    m, n = (cols, rows) if transposed else (rows, cols)
+    shapes = {
+        "P": (P, (B, m, r)),
+        "Q": (Q, (B, n, r)),
+        "R": (R, (B, n, r)),
+        "scale": (scale, (B, r)),
+        "momentum": (momentum, (B, rows, cols)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and (tensor.shape != shape or tensor.device != device):
+            raise ValueError(f"{name} must be {shape} on {device}; got {tuple(tensor.shape)} on {tensor.device}")
+        if tensor is not None and tensor is not momentum and tensor.dtype != P.dtype:
+            raise ValueError(f"factors must be of one dtype; got {name} of {tensor.dtype} beside P of {P.dtype}")
+    if any(x.shape != (rows, cols) or x.dtype != params[0].dtype or x.device != device for x in params):
+        raise ValueError(
+            f"params must be equal in shape, dtype and device; got others beside {(rows, cols)} of {params[0].dtype} on {device}"
+        )
     P = P.contiguous()
     if Q is None:
         assert R is not None and scale is not None, "Q may be left out where R and scale stand for it"
@@ -543,6 +578,7 @@ def fused_low_rank_apply_(
             precision,
             **tile,
         )
+    increment_version(params if momentum is None else [*params, momentum])
 
 
 def apply_tile(precision: str) -> dict[str, int]:
@@ -641,7 +677,7 @@ class _Table:
                 "addresses and numbers must be uploaded before a CUDA graph is captured, and these were not seen before; "
                 "run the same call on the same tensors once, then capture it"
             )
-        self._tensor = torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        self._tensor = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)
         self._stream = torch.cuda.current_stream(device)
         self._uploaded = self._stream.record_event()
 
@@ -690,6 +726,12 @@ def _kinds(*lists: Fixed[Tensor | None]) -> tuple[tuple[torch.dtype, ...], ...]:
         default = next(iter(lists[0].dtypes), torch.float32)
         return (tuple(next(iter(tensors.dtypes), default) for tensors in lists),)
     return tuple(tuple((t if t is not None else row[0]).dtype for t in row) for row in zip(*lists, strict=True))
+
+
+def _check_devices(*lists: Fixed[Tensor | None]) -> None:
+    """Raise ValueError unless all tensors are on one device: a kernel would follow an address that is not there."""
+    if len({device for tensors in lists for device in tensors.devices}) > 1:
+        raise ValueError("all tensors of a call must be on one device; got several; move them together")
 
 
 def _gradients(grads: Sequence[Tensor | None], like: Fixed[Tensor]) -> Fixed[Tensor | None]:
