@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,7 +20,9 @@ import torch.distributed as dist
 from layouts import LAYOUTS, Bag, Layout, Placed, local, part_of, whole
 from ranks import run_ranks
 from reference import Outcome, ReferenceReplicas, Replica
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from curvadion import CurvaDion
 
@@ -415,3 +417,32 @@ def run_and_fail(how: str) -> None:
 def test_a_failing_rank_fails_the_call_with_its_traceback(how: str, says: str) -> None:
     with pytest.raises(AssertionError, match=says):
         run_ranks(2, run_and_fail, how)
+
+
+@pytest.mark.parametrize("reduce_op", ["sum", "avg"])
+def test_a_gradient_that_is_partial_only_sometimes(reduce_op: str) -> None:
+    """Once summed by the optimizer, always summed, so that all ranks do the same; a whole one must come out unchanged."""
+
+    def train(norm: nn.Parameter, weight: nn.Parameter, place: Callable[[float, bool], Tensor]) -> Tensor:
+        opt = CurvaDion([{"params": [weight]}, {"params": [norm], "algorithm": "adamw", "lr": 0.1}])
+        for step, (value, partial) in enumerate([(3.0, True), (5.0, False), (-1.0, True), (2.0, False)]):
+            norm.grad, weight.grad = place(value, partial), None if step == 1 else weight.detach().clone()
+            opt.step()
+        return local(norm)
+
+    def worker() -> list[float]:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        norm = nn.Parameter(distribute_tensor(torch.ones(4, dtype=torch.float64), mesh, [Replicate()]))
+        weight = nn.Parameter(distribute_tensor(torch.ones(4, 3, dtype=torch.float64), mesh, [Shard(0)]))
+
+        def place(value: float, partial: bool) -> Tensor:
+            share = 2 * mesh.get_local_rank() / (1.0 if reduce_op == "avg" else 2.0)  # 0 and 2 (average 1), or 0 and 1 (sum 1)
+            whole = torch.full((4,), value * share if partial else value, dtype=torch.float64)
+            return DTensor.from_local(whole, mesh, [Partial(reduce_op) if partial else Replicate()], run_check=False)
+
+        return train(norm, weight, place).tolist()
+
+    plain = nn.Parameter(torch.ones(4, dtype=torch.float64)), nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+    expected = train(*plain, lambda value, _: torch.full((4,), value, dtype=torch.float64)).tolist()
+    for got in run_ranks(2, worker):
+        assert got == pytest.approx(expected, rel=1e-12)

@@ -131,3 +131,40 @@ def test_a_schedule_compiles_and_uploads_next_to_nothing() -> None:
         step(0.01)
     assert step(0.01) == 0, "the same numbers and addresses are not uploaded again"
     assert step(0.02) == 2, "a new lr is a new decay and a new step size"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on a CPU there is nothing to wait for")
+@pytest.mark.parametrize("kind", ["local", "synchronized", "dion"])
+def test_the_host_waits_for_nothing_but_the_gate(kind: str) -> None:
+    """With torch's own alarm on: waiting for the gate's event is not flagged, any other wait is an error."""
+    params = model(torch.float32)
+    groups = [{"params": params[:3]}, {"params": params[3:5], "lr": 0.01}, {"params": params[5:], "algorithm": "adamw", "lr": 1e-3}]
+    options = {
+        "local": {"tau": float("inf")},
+        "synchronized": {"max_local_steps": 0},
+        "dion": {"tau": float("inf"), "local_update": "dion"},
+    }
+    opt = CurvaDion(groups, lr=0.02, kernels="triton", check_every=0, **options[kind])
+    for step in range(5):
+        gradients(params, 2 * step)
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for group in opt.param_groups:
+            group["lr"] *= 0.99
+        if step >= 2:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_default_device_changes_nothing() -> None:
+    with torch.device("cuda"):
+        p = nn.Parameter(torch.ones(4, 3))
+        opt = CurvaDion([p])
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.step()
+    assert opt.kernels == "triton"
