@@ -25,8 +25,11 @@ def install() -> None:
     if kernels is not None and not kernels.interpreted():
         raise RuntimeError("the interpreter must be installed before curvadion_kernels.triton_ops is imported")
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+    import triton.language as tl
     from triton.runtime import interpreter
 
+    if not isinstance(tl.cdiv, interpreter.InterpretedFunction):
+        raise RuntimeError("the interpreter must be installed before triton is imported, by whatever module; call install() earlier")
     if not hasattr(interpreter, "_mended"):
         interpreter._mended = True
         _mend(interpreter)
