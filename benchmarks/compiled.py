@@ -43,7 +43,8 @@ NAMES = {tl.float32: "fp32", tl.float64: "fp64", tl.bfloat16: "bf16"}
 
 def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Yield (name, kernel, argument types, constants, launch options) of everything that a training run launches."""
-    chunked = {"addresses": "*i64", "owner": "*i32", "sizes": "*i64", "count": "i32"}
+    addresses = dict.fromkeys(("addresses", "m_addresses", "x_addresses", "g_addresses"), "*i64")
+    chunked = {**addresses, "owner": "*i32", "sizes": "*i64", "count": "i32"}
     cut = {"CHUNK": T.CHUNK, "BLOCK": T.BLOCK}
     strides = {"decay": "*fp64", "decay_stride": "i32"}
     for state, grad in ((tl.float32, tl.float32), (tl.float32, tl.bfloat16), (tl.bfloat16, tl.bfloat16)):

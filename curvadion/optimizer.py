@@ -266,10 +266,11 @@ class CurvaDion(torch.optim.Optimizer):
         usual = None if self._partial else usual_gradients(self._params, grads, self._placements)
         G: Fixed[Tensor | None] = Fixed(usual or ())
         try:
-            strange = G.numels != self._numels or not G.contiguous
+            parts = (G.take(self._matrices), G.take(self._scalars)) if usual is not None else ()
+            fine = tuple(part.numels for part in parts) == self._numels and all(part.contiguous for part in parts)
         except RuntimeError:  # not strided
-            strange = True
-        if strange:
+            fine = False
+        if not fine:
             G, strange_failure = self._inspect_gradients(grads)
             failure = failure or strange_failure
         if failure is not None:  # what does not fit must not reach a kernel
@@ -912,7 +913,7 @@ class CurvaDion(torch.optim.Optimizer):
         ledger = self._collectives.ledger if self._built else Ledger()
         self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
 
-        self._numels = tuple(math.prod(layout.local_shape) for layout in self._layouts)
+        self._numels = tuple(tuple(math.prod(self._layouts[i].local_shape) for i in members) for members in (self._matrices, self._scalars))
         self._placements = [p.placements if isinstance(p, DTensor) else None for p in self._params]
         self._X = None
         self._reshaped = []

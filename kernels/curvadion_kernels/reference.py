@@ -7,7 +7,7 @@ are stored. Nothing here talks to other ranks.
 import functools
 import operator
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,13 +69,16 @@ class Fixed(tuple[T, ...]):
         return all(map(Tensor.is_contiguous, self.present))
 
     def take(self, indices: tuple[int, ...]) -> "Fixed[T]":
-        """Return some of them; the same object when asked again."""
-        if indices not in self._taken:
-            self._taken[indices] = Fixed([self[i] for i in indices])
-        return self._taken[indices]
+        """Return some of them, in their order; the same object when asked again."""
+        if len(indices) == len(self):
+            return self
+        if indices not in self.memo:
+            self.memo[indices] = Fixed([self[i] for i in indices])
+        return self.memo[indices]
 
     @functools.cached_property
-    def _taken(self) -> "dict[tuple[int, ...], Fixed[T]]":
+    def memo(self) -> dict[Any, Any]:
+        """What others found out about them."""
         return {}
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain
 
 import torch
 import triton
@@ -62,7 +61,8 @@ def _chunk(owner, sizes, count, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "decay_stride"])
 def momentum_norm_kernel(
-    addresses,  # (2, count) int64: of m, of g (0: no gradient)
+    m_addresses,  # (count,) int64
+    g_addresses,  # (count,) int64, 0: no gradient
     owner,  # (chunks,) int32: the tensor of each chunk
     sizes,  # (2, count) int64: elements; first chunk, counted from this launch's
     decay,  # () or (count,) float64
@@ -77,8 +77,8 @@ def momentum_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     t, begin, size = _chunk(owner, sizes, count, CHUNK)
-    m_address = tl.load(addresses + t)
-    g_address = tl.load(addresses + count + t)
+    m_address = tl.load(m_addresses + t)
+    g_address = tl.load(g_addresses + t)
     c = tl.load(decay + t * decay_stride).to(TYPE)
     total = tl.zeros((BLOCK,), TYPE)
     body = 0  # elements that 16-byte loads can have
@@ -193,7 +193,8 @@ def gate_key_kernel(sums, last_norm, tau, norm_out, rmmc_out, key_out, count, ho
 
 @triton.jit(do_not_specialize=["count", "decay_stride", "step_stride"])
 def local_step_kernel(
-    addresses,  # (2, count) int64: of X, of G (0: no gradient)
+    x_addresses,  # (count,) int64
+    g_addresses,  # (count,) int64, 0: no gradient
     owner,
     sizes,
     decay,  # () or (count,) float64
@@ -213,8 +214,8 @@ def local_step_kernel(
         if tl.load(key) >= _SYNCHRONIZE:  # or not finite, or failed: those bits are above
             return
     t, begin, size = _chunk(owner, sizes, count, CHUNK)
-    x_address = tl.load(addresses + t)
-    g_address = tl.load(addresses + count + t)
+    x_address = tl.load(x_addresses + t)
+    g_address = tl.load(g_addresses + t)
     a = tl.load(decay + t * decay_stride).to(TYPE)
     b = tl.load(step_size + t * step_stride).to(TYPE)
     body = 0
@@ -353,19 +354,17 @@ def momentum_norm_(
     g, watched = _gradients(grads, m), _dense(watch)
     _check_devices(m, g, watched)
     count = len(m)
-    chunks = _chunks(m.numels, _kinds(m, g), like.device)
-    seen = _chunks(watched.numels, _kinds(watched), like.device)
+    chunks, seen = _cut(m, _kinds(m, g), like.device), _cut(watched, _kinds(watched), like.device)
     dtype = torch.float64 if any(torch.float64 in launch.kind for launch in chunks.launches + seen.launches) else torch.float32
     partials = torch.empty(chunks.total + seen.total, dtype=dtype, device=like.device)
     sums = torch.empty(count + 2, dtype=torch.float32, device=like.device)
     decays, stride = _per_tensor(decay, count, like.device)
     with _on(like.device):
-        if chunks.total:
-            addresses = _addresses(m, g)
         for launch in chunks.launches:
             m_type, g_type = launch.kind
             momentum_norm_kernel[(launch.count,)](
-                addresses,
+                _addresses(m, like.device),
+                _addresses(g, like.device),
                 launch.owner.get(),
                 launch.sizes.get(),
                 decays,
@@ -380,12 +379,10 @@ def momentum_norm_(
                 BLOCK,
                 **_ELEMENTWISE,
             )
-        if seen.total:
-            addresses = _addresses(watched)
         for launch in seen.launches:
             (g_type,) = launch.kind
             nonfinite_kernel[(launch.count,)](
-                addresses,
+                _addresses(watched, like.device),
                 launch.owner.get(),
                 launch.sizes.get(),
                 partials[chunks.total + launch.first :],
@@ -396,9 +393,7 @@ def momentum_norm_(
                 BLOCK,
                 **_ELEMENTWISE,
             )
-        bounds = (*chunks.begins, chunks.total, *chunks.ends, chunks.total + seen.total)
-        segments = _remembered(bounds, torch.int64, like.device).get()
-        segment_sum_kernel[(count + 1,)](partials, segments, sums, count, SUM_BLOCK, num_warps=4)
+        segment_sum_kernel[(count + 1,)](partials, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4)
     if store:
         increment_version(m.present)
     return sums
@@ -449,24 +444,24 @@ def local_step_(
         return
     g = _gradients(grads, x)
     _check_devices(x, g)
-    chunks = _chunks(x.numels, _kinds(x, g), device)
+    chunks = _cut(x, _kinds(x, g), device)
     if not chunks.total:
         return
     decays, decay_stride = _per_tensor(decay, count, device)
     steps, step_stride = _per_tensor(step_size, count, device)
-    addresses = _addresses(x, g)
     with _on(device):
         for launch in chunks.launches:
             x_type, g_type = launch.kind
             local_step_kernel[(launch.count,)](
-                addresses,
+                _addresses(x, device),
+                _addresses(g, device),
                 launch.owner.get(),
                 launch.sizes.get(),
                 decays,
                 steps,
                 decay_stride,
                 step_stride,
-                addresses if key is None else key,
+                decays if key is None else key,
                 count,
                 _TYPES[x_type],
                 _TYPES[g_type],
@@ -560,7 +555,7 @@ def fused_low_rank_apply_(
     tile = apply_tile(precision)
     with _on(device):
         low_rank_apply_kernel[(triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(cols, tile["COLS"]), len(params))](
-            _addresses(Fixed(params)),
+            _addresses(params if isinstance(params, Fixed) else Fixed(params), device),
             params[0] if momentum is None else momentum,
             left,
             right,
@@ -650,7 +645,7 @@ class _Launch:
     sizes: "_Table"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Chunks:
     """How a list of tensors is cut into chunks: launches, and the chunks of each tensor, [begins[t], ends[t])."""
 
@@ -748,11 +743,24 @@ def _dense(tensors: Sequence[Tensor | None]) -> Fixed[Tensor | None]:
     return fixed if fixed.contiguous else Fixed(None if t is None else t.contiguous() for t in fixed)
 
 
-def _addresses(*lists: Fixed[Tensor | None]) -> Tensor:
-    """Return the tensors' addresses, one list after the other, 0 for None; as a table on their device."""
-    values = tuple(chain.from_iterable(tensors.addresses for tensors in lists))
-    device = next(tensors.present[0].device for tensors in lists if tensors.present)
-    return _remembered(values, torch.int64, device).get()
+def _cut(tensors: Fixed[Tensor | None], kinds: tuple[tuple[torch.dtype, ...], ...], device: torch.device) -> _Chunks:
+    """Return the chunks of the tensors, which keep them in memory."""
+    if kinds not in tensors.memo:
+        tensors.memo[kinds] = _chunks(tensors.numels, kinds, device)
+    return tensors.memo[kinds]
+
+
+def _addresses(tensors: Fixed[Tensor | None], device: torch.device) -> Tensor:
+    """Return the tensors' addresses, 0 for None, as a table on the device; the tensors keep it in memory."""
+    if "addresses" not in tensors.memo:
+        tensors.memo["addresses"] = _remembered(tensors.addresses, torch.int64, device)
+    return tensors.memo["addresses"].get()
+
+
+@lru_cache(_KEPT)
+def _segments(chunks: _Chunks, watched: _Chunks, device: torch.device) -> _Table:
+    """Return the first chunk of each tensor, and the one behind its last; the watched tensors are the last segment."""
+    return _Table((*chunks.begins, chunks.total, *chunks.ends, chunks.total + watched.total), torch.int64, device)
 
 
 def _scalars(values: Sequence[Scalar], device: torch.device) -> Tensor:
