@@ -55,21 +55,21 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
                 T.momentum_norm_kernel,
                 {**chunked, **strides, "partial": "*fp32"},
                 {"M_TYPE": state, "G_TYPE": grad, "TYPE": tl.float32, "STORE": store, **cut},
-                {"num_warps": T.WARPS},
+                T.ELEMENTWISE,
             )
         yield (
             f"local_step ({names})",
             T.local_step_kernel,
             {**chunked, **strides, "step_size": "*fp64", "step_stride": "i32", "key": "*i64"},
             {"X_TYPE": state, "G_TYPE": grad, "TYPE": tl.float32, "GATED": True, **cut},
-            {"num_warps": T.WARPS},
+            T.ELEMENTWISE,
         )
     yield (
         "nonfinite (fp32)",
         T.nonfinite_kernel,
         {**chunked, "partial": "*fp32"},
         {"G_TYPE": tl.float32, "TYPE": tl.float32, **cut},
-        {"num_warps": T.WARPS},
+        T.ELEMENTWISE,
     )
     yield (
         "segment_sum",

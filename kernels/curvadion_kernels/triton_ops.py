@@ -27,7 +27,7 @@ CHUNK = 8192  # elements of a tensor that one program works on
 BLOCK = 2048  # of which this many at a time; part of the norms' summation order
 WARPS = 8
 # Without fused multiply-adds the same numbers come out on every path of a kernel, and as from the reference.
-_ELEMENTWISE = {"num_warps": WARPS, "enable_fp_fusion": False}
+ELEMENTWISE = {"num_warps": WARPS, "enable_fp_fusion": False}
 SUM_BLOCK = 256
 GATE_BLOCK = 1024
 COLUMN_TILE = (32, 64)  # rows and columns of R that `column_sumsq` reads at a time
@@ -377,7 +377,7 @@ def momentum_norm_(
                 store,
                 CHUNK,
                 BLOCK,
-                **_ELEMENTWISE,
+                **ELEMENTWISE,
             )
         for launch in seen.launches:
             (g_type,) = launch.kind
@@ -391,7 +391,7 @@ def momentum_norm_(
                 _TYPES[compute_dtype(g_type)],
                 CHUNK,
                 BLOCK,
-                **_ELEMENTWISE,
+                **ELEMENTWISE,
             )
         segment_sum_kernel[(count + 1,)](partials, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4)
     if store:
@@ -469,7 +469,7 @@ def local_step_(
                 key is not None,
                 CHUNK,
                 BLOCK,
-                **_ELEMENTWISE,
+                **ELEMENTWISE,
             )
     increment_version(x.present)
 
