@@ -1,4 +1,4 @@
-"""What a user installs: the wheel holds both packages and nothing else, and imports far from this tree."""
+"""What a user installs: the wheel holds our packages and nothing else, and imports far from this tree."""
 
 from __future__ import annotations
 
@@ -48,10 +48,13 @@ def test_contents(wheel: Path) -> None:
     assert wheel.name == f"curvadion-{curvadion.__version__}-py3-none-any.whl"
     assert {name.partition("/")[0] for name in names} == {
         "curvadion",
+        "curvadion_configs",
         "curvadion_kernels",
         f"curvadion-{curvadion.__version__}.dist-info",
     }
-    assert {"curvadion/py.typed", "curvadion_kernels/py.typed", "curvadion_kernels/reference.py"} <= set(names)
+    assert {"curvadion/py.typed", "curvadion_kernels/py.typed", "curvadion_kernels/reference.py", "curvadion_configs/models.py"} <= set(
+        names
+    )
     assert any(name.endswith("/LICENSE") for name in names)
 
 
