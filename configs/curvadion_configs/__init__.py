@@ -25,6 +25,11 @@ Where the values come from:
 
 from dataclasses import dataclass
 
+# Before torchtitan, which it makes ready for this machine.
+from curvadion.titan import CheckpointManager, CurvaDionOptimizer, MetricsProcessor, Validator, reduced, replicated
+
+# isort: split
+
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
@@ -33,8 +38,6 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
-import curvadion.titan  # noqa: F401 - before torchtitan, which it makes ready for this machine
-from curvadion.titan import CheckpointManager, CurvaDionOptimizer, MetricsProcessor, Validator, reduced, replicated
 from curvadion_configs import data
 from curvadion_configs.models import gpt
 
