@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankFailed, run_ranks
+from test_communication import Wire
 
 from curvadion import CurvaDion
 
@@ -246,13 +247,17 @@ def test_initial_weights_do_not_depend_on_the_mesh(assets: Path, tmp_path: Path)
         assert_same({name: torch.cat([rank["weights"][name] for rank in replica]) for name in whole}, whole)
 
 
-CHECKPOINTED = ["--training.steps", 8, "--checkpoint.enable", "--checkpoint.interval", 4, "--metrics.log_freq", 1]
+# The first save is after a local step, so that replicas differ and have to be brought together.
+CHECKPOINTED = [
+    *("--training.steps", 8, "--checkpoint.enable", "--checkpoint.interval", 3),
+    *("--optimizer.tau", 0.6, "--optimizer.max_local_steps", 2),
+]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("uninterrupted")
-    options = [*flags(assets, out), *layout(2, 2), *CHECKPOINTED, "--validator.enable", "--validator.freq", 4]
+    options = [*flags(assets, out), *layout(2, 2), *CHECKPOINTED, "--validator.enable", "--validator.freq", 4, "--validator.steps", 1]
     return out, run_ranks(4, run, "debug", options)
 
 
@@ -281,10 +286,10 @@ def test_validation_does_not_change_the_run(uninterrupted: tuple[Path, list[dict
 def test_kill_and_resume(uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path) -> None:
     """The same losses, and bit for bit the same weights, as the run that saved at the same steps and was not killed."""
     options = [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED]
-    run_ranks(4, run, "debug", options, 6)
+    run_ranks(4, run, "debug", options, 5)
     resumed = run_ranks(4, run, "debug", options)
     whole = uninterrupted[1]
-    assert resumed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(5, 9)}
+    assert resumed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(4, 9)}
     for left, right in zip(whole, resumed, strict=True):
         assert_same(left["weights"], right["weights"])
         assert left["metrics"]["curvadion/step"] == right["metrics"]["curvadion/step"] == 8
@@ -297,11 +302,11 @@ def test_resume_on_another_mesh(
     """The loss of the step after the load is the same: it is that of the loaded weights, on the same tokens."""
     out, whole = uninterrupted
     (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "step-4").symlink_to(out / "checkpoint" / "step-4")
+    (tmp_path / "checkpoint" / "step-3").symlink_to(out / "checkpoint" / "step-3")
     options = [*flags(assets, tmp_path), *layout(replicas, shards), *CHECKPOINTED, "--optimizer.tau", 0.7]
     resumed = run_ranks(4, run, "debug", options)
-    assert resumed[0]["losses"][5] == pytest.approx(whole[0]["losses"][5], rel=1e-6)
-    assert set(resumed[0]["losses"]) == {5, 6, 7, 8}
+    assert resumed[0]["losses"][4] == pytest.approx(whole[0]["losses"][4], rel=1e-6)
+    assert set(resumed[0]["losses"]) == set(range(4, 9))
     assert resumed[0]["tau"] == 0.7, "the command line outranks the checkpoint"
 
 
@@ -322,6 +327,52 @@ def test_local_gradients_need_curvadion(assets: Path, tmp_path: Path) -> None:
 
     with pytest.raises(RankFailed, match="its optimizer must be CurvaDionOptimizer; got OptimizersContainer"):
         run_ranks(1, build)
+
+
+def traffic(options: Sequence[object]) -> list[dict[str, Any]]:
+    """Return for each of five steps what the Flight Recorder saw, what the ledger says, and what was logged."""
+    trainer = trainer_for("debug", *options)
+    optimizer, batches, logged, trace = trainer.optimizers.curvadion, trainer.batch_generator(trainer.dataloader), {}, []
+    trainer.metrics_processor.logger.log = lambda metrics, step: logged.update(metrics)
+    wire = Wire(shards=2)
+    for trainer.step in range(1, 6):
+        wire.since_last()
+        trainer.train_step(batches)
+        sent = wire.since_last()
+        trace.append(
+            {
+                "replicate": sum(entry.bytes for entry in sent if entry.axis == "replicate"),
+                "everybody": [entry.bytes for entry in sent if entry.axis == "both"],
+                "ledger": {purpose: size for (axis, purpose), size in optimizer.ledger.last_step.items() if axis == "replicate"},
+                "logged": dict(logged),
+            }
+        )
+    trainer.close()
+    return trace
+
+
+def test_bytes_between_replicas_are_the_ledgers(assets: Path, tmp_path: Path) -> None:
+    """torchtitan's own are sums over all ranks: tokens before each step, losses and tokens in each logged one, here every second."""
+    options = [*flags(assets, tmp_path), *layout(2, 2), "--metrics.log_freq", 2, "--optimizer.tau", "inf", "--optimizer.max_local_steps", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
+        ranks = run_ranks(4, traffic, options)
+    for trace in ranks:
+        own = 0
+        for step, entry in enumerate(trace, 1):
+            checks = [48] * (step == 1)
+            assert entry["replicate"] == sum(entry["ledger"].values()) - sum(checks)
+            assert sorted(entry["everybody"]) == sorted([8, *checks, *([4, 4, 8] if step in (1, 2, 4) else [])])
+            if step in (3, 5):
+                assert entry["ledger"].keys() > {"gate", "factors", "gradients", "parameters"}, "a synchronized step after a local one"
+            elif step in (2, 4):
+                assert entry["ledger"] == {"gate": 8}
+                assert entry["logged"]["curvadion/since_log/synchronized"] == (0 if step == 2 else 1)
+            own += sum(entry["everybody"]) - sum(checks)
+            if step in (1, 2, 4):
+                assert entry["logged"]["torchtitan/bytes_total/replicate"] == own
+    logged = ranks[0][3]["logged"]
+    assert logged["curvadion/since_log/bytes/replicate"] == sum(sum(entry["ledger"].values()) for entry in ranks[0][2:4])
 
 
 def launch(*command: object, **environment: str) -> str:
