@@ -90,6 +90,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Where the hot operations run."""
 
     config: Config
+    _synchronized: float  # these three since the last `metrics()`
+    _bytes: float
+    _rmmc_max: float
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]):
         if len(model_parts) != 1:
