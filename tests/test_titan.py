@@ -6,6 +6,7 @@ Trainers run in forked ranks (see ranks.py), so that torchtitan is imported once
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from ranks import RankFailed, run_ranks
 from test_communication import Wire
 
-from curvadion import CurvaDion
+from curvadion import CurvaDion, param_groups_for
 
 pytest.importorskip("torchtitan", reason="the plug-in is for torchtitan: install the [torchtitan] extra")
 pytest.importorskip("triton", reason="torchtitan imports triton: install the [torchtitan] extra")
@@ -59,6 +60,7 @@ def flags(assets: Path, out: Path) -> list[str]:
     return [
         *("--hf_assets_path", str(assets / "tokenizer"), "--dataloader.dataset_path", text),
         *("--validator.dataloader.dataset_path", text, "--dump_folder", str(out), "--debug.no-enable_structured_logging"),
+        *("--metrics.log_freq", "1"),
     ]
 
 
@@ -248,6 +250,48 @@ def test_initial_weights_do_not_depend_on_the_mesh(assets: Path, tmp_path: Path)
 
 
 # The first save is after a local step, so that replicas differ and have to be brought together.
+def overfit(options: Sequence[object]) -> tuple[list[float], list[float]]:
+    """Return the losses of 40 steps on one batch, through torchtitan and through a loop written by hand."""
+    constant_lr = ("--lr_scheduler.warmup_steps", 1, "--lr_scheduler.decay_ratio", 0)
+    trainer = trainer_for("debug", *options, *constant_lr)
+    config, losses = trainer.config.optimizer, []
+    by_hand = trainer.config.model_spec.model.build()
+    with torch.no_grad():
+        for p, own in zip(by_hand.parameters(), trainer.model_parts[0].parameters(), strict=True):
+            p.copy_(local_tensor(own))
+    trainer.metrics_processor.log = lambda step, loss, *_, **__: losses.append(loss)
+    batch = next(iter(trainer.dataloader))
+    batches = trainer.batch_generator(itertools.repeat(batch))
+    for trainer.step in range(1, 41):
+        trainer.train_step(batches)
+
+    opt = CurvaDion(
+        param_groups_for(by_hand, adamw_lr=config.adamw_lr),
+        lr=config.lr,
+        tau=config.tau,
+        local_update=config.local_update,
+        max_local_steps=config.max_local_steps,
+    )
+    inputs, labels = batch
+    expected = []
+    for _ in range(40):
+        logits = by_hand(inputs["input"], positions=inputs["positions"])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), trainer.config.training.max_norm)
+        opt.step()
+        opt.zero_grad()
+        expected.append(loss.item())
+    trainer.close()
+    return losses, expected
+
+
+def test_overfits_as_a_loop_by_hand(assets: Path, tmp_path: Path) -> None:
+    losses, expected = run_ranks(1, overfit, [*flags(assets, tmp_path), "--training.steps", 40])[0]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < losses[0] / 2
+
+
 CHECKPOINTED = [
     *("--training.steps", 8, "--checkpoint.enable", "--checkpoint.interval", 3),
     *("--optimizer.tau", 0.6, "--optimizer.max_local_steps", 2),

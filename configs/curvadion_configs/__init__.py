@@ -132,13 +132,13 @@ def _debug(optimizer: OptimizersContainer.Config) -> Trainer.Config:
         loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))),
         hf_assets_path="assets/tokenizer",
         optimizer=optimizer,
-        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=2),
-        training=TrainingConfig(local_batch_size=4, seq_len=128, steps=20, disable_cuda_graphs=True, mixed_precision_param="float32"),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=5, decay_ratio=0.2),
+        training=TrainingConfig(local_batch_size=4, seq_len=128, steps=100, disable_cuda_graphs=True, mixed_precision_param="float32"),
         dataloader=local,
-        validator=Validator.Config(freq=10, steps=2, dataloader=local),
-        metrics=MetricsProcessor.Config(log_freq=1),
+        validator=Validator.Config(freq=20, steps=2, dataloader=local),
+        metrics=MetricsProcessor.Config(log_freq=5),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
-        checkpoint=CheckpointManager.Config(interval=10, last_save_model_only=False),
+        checkpoint=CheckpointManager.Config(interval=20, last_save_model_only=False),
         activation_checkpoint=None,
     )
 
