@@ -91,3 +91,13 @@ print(bool(torch.equal(before, model.weight)))
         curvadion.__version__,
         "False",
     ]
+
+
+def test_configs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchtitan", reason="the configs are for torchtitan: install the [torchtitan] extra")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = "import curvadion_configs as c; print(c.__file__, c.gpt_160m().optimizer.local_update)"
+    output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
+    assert output.split() == [str(site / "curvadion_configs" / "__init__.py"), "dion"]

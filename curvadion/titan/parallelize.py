@@ -27,12 +27,12 @@ REFUSED = {
 
 def replicated(spec: ModelSpec) -> ModelSpec:
     """Return the model with gradients that stay local to a replica; for `CurvaDionOptimizer`, which owns that axis."""
-    return replace(spec, parallelize_fn=parallelize_replicas, pipelining_fn=None, post_optimizer_build_fn=bind)
+    return replace(spec, parallelize_fn=parallelize_replicas, pipelining_fn=pipeline, post_optimizer_build_fn=bind)
 
 
 def reduced(spec: ModelSpec) -> ModelSpec:
     """Return the model in the same arrangement with gradients averaged over replicas by FSDP2; for torchtitan's own optimizers."""
-    return replace(spec, parallelize_fn=parallelize_reduced, pipelining_fn=None, post_optimizer_build_fn=initialize)
+    return replace(spec, parallelize_fn=parallelize_reduced, pipelining_fn=pipeline, post_optimizer_build_fn=initialize)
 
 
 def bind(optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
@@ -54,6 +54,21 @@ def initialize(optimizers: OptimizersContainer, model_parts: list[nn.Module], pa
     """Make initial weights independent of the mesh, on CPU too."""
     for part in model_parts:
         initialize_whole(part)
+
+
+def refuse(parallel_dims: ParallelDims) -> None:
+    """Raise NotImplementedError for an axis that the optimizer does not support; the message names the flag."""
+    for axis, (name, flag, why) in REFUSED.items():
+        if (degree := getattr(parallel_dims, axis)) > 1:
+            raise NotImplementedError(
+                f"CurvaDion does not support {name} parallelism: {why}; got degree {degree}; set --parallelism.{flag} 1 and use "
+                "data_parallel_shard_degree or tensor_parallel_degree"
+            )
+
+
+def pipeline(model: nn.Module, *, parallel_dims: ParallelDims, **_: Any) -> Any:
+    """Refuse pipeline stages: `ModelSpec.pipelining_fn`."""
+    refuse(parallel_dims)
 
 
 def parallelize_replicas(
@@ -106,12 +121,7 @@ def _apply(
     *,
     reduce: bool,
 ) -> None:
-    for axis, (name, flag, why) in REFUSED.items():
-        if (degree := getattr(parallel_dims, axis)) > 1:
-            raise NotImplementedError(
-                f"CurvaDion does not support {name} parallelism: {why}; got degree {degree}; set --parallelism.{flag} 1 and use "
-                "data_parallel_shard_degree or tensor_parallel_degree"
-            )
+    refuse(parallel_dims)
     if training.enable_cpu_offload:
         raise NotImplementedError("CurvaDion does not support FSDP's CPU offload; got --training.enable_cpu_offload; leave it out")
     if parallel_dims.tp_enabled:
