@@ -6,6 +6,7 @@ its call in `__init__.py` and that of `initialize_whole` in `parallelize.py`.
 """
 
 import logging
+import os
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -84,8 +85,6 @@ class CpuModule(ModuleType):
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
         """Return the machine's memory as that of the device."""
-        import os
-
         return SimpleNamespace(name="cpu", total_memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
