@@ -1,4 +1,4 @@
-"""What a user installs: the wheel holds both packages and nothing else, and imports far from this tree."""
+"""What a user installs: the wheel holds our packages and nothing else, and imports far from this tree."""
 
 from __future__ import annotations
 
@@ -48,10 +48,13 @@ def test_contents(wheel: Path) -> None:
     assert wheel.name == f"curvadion-{curvadion.__version__}-py3-none-any.whl"
     assert {name.partition("/")[0] for name in names} == {
         "curvadion",
+        "curvadion_configs",
         "curvadion_kernels",
         f"curvadion-{curvadion.__version__}.dist-info",
     }
-    assert {"curvadion/py.typed", "curvadion_kernels/py.typed", "curvadion_kernels/reference.py"} <= set(names)
+    assert {"curvadion/py.typed", "curvadion_kernels/py.typed", "curvadion_kernels/reference.py", "curvadion_configs/models.py"} <= set(
+        names
+    )
     assert any(name.endswith("/LICENSE") for name in names)
 
 
@@ -88,3 +91,13 @@ print(bool(torch.equal(before, model.weight)))
         curvadion.__version__,
         "False",
     ]
+
+
+def test_configs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchtitan", reason="the configs are for torchtitan: install the [torchtitan] extra")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = "import curvadion_configs as c; print(c.__file__, c.gpt_160m().optimizer.local_update)"
+    output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
+    assert output.split() == [str(site / "curvadion_configs" / "__init__.py"), "dion"]

@@ -1,0 +1,460 @@
+"""The torchtitan plug-in, through torchtitan's real trainer: gloo, CPU, the debug config on local text.
+
+Trainers run in forked ranks (see ranks.py), so that torchtitan is imported once; one test goes through torchrun and the command line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankFailed, run_ranks
+from test_communication import Wire
+
+from curvadion import CurvaDion, param_groups_for
+
+pytest.importorskip("torchtitan", reason="the plug-in is for torchtitan: install the [torchtitan] extra")
+pytest.importorskip("triton", reason="torchtitan imports triton: install the [torchtitan] extra")
+
+from curvadion.titan import compat, parallelize_replicas  # before torchtitan, which it makes ready for this machine
+
+# isort: split
+import datasets
+from torchtitan.components.optimizer import ParamGroupConfig
+from torchtitan.config import ConfigManager
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+
+import curvadion_configs
+from curvadion.layout import local_tensor
+from curvadion.titan.optimizer import OPTIONS, CurvaDionOptimizer
+from curvadion_configs.models import SHAPES
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(name for name in vars(curvadion_configs) if name.startswith(("gpt_", "debug")))
+
+pytestmark = pytest.mark.xdist_group("titan")  # torchtitan is imported once
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text and a tokenizer, made by the script that users run."""
+    folder = tmp_path_factory.mktemp("assets")
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_assets.py"), "--characters", "400000", "--out", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"RAYON_NUM_THREADS": "1"})
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    datasets.config.HF_HUB_OFFLINE = True
+    return folder
+
+
+def flags(assets: Path, out: Path) -> list[str]:
+    text = str(assets / "text")
+    return [
+        *("--hf_assets_path", str(assets / "tokenizer"), "--dataloader.dataset_path", text),
+        *("--validator.dataloader.dataset_path", text, "--dump_folder", str(out), "--debug.no-enable_structured_logging"),
+        *("--metrics.log_freq", "1"),
+    ]
+
+
+def parse(config: str, *options: object) -> Any:
+    return ConfigManager().parse_args(["--module", "curvadion_configs", "--config", config, *map(str, options)])
+
+
+def layout(replicas: int, shards: int) -> tuple[object, ...]:
+    return "--parallelism.data_parallel_replicate_degree", replicas, "--parallelism.data_parallel_shard_degree", shards
+
+
+def trainer_for(config: str, *options: object) -> Any:
+    """Build torchtitan's trainer on a rank of run_ranks()."""
+    os.environ |= {"LOCAL_RANK": "0", "RANK": str(torch.distributed.get_rank()), "WORLD_SIZE": str(torch.distributed.get_world_size())}
+    return parse(config, "--debug.seed", 3, *options).build()
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """This rank's part of every parameter."""
+    return {name: local_tensor(p).detach().clone() for name, p in trainer.model_parts[0].named_parameters()}
+
+
+def run(config: str, options: Sequence[object], stop_after: int | None = None) -> dict[str, Any]:
+    """Train on this rank; `stop_after` ends it there as if it were killed. Return losses, validation losses and the final weights."""
+    trainer = trainer_for(config, *options)
+    processor, losses, validation = trainer.metrics_processor, {}, {}
+    log, log_validation = processor.log, processor.log_validation
+
+    def remember(step: int, loss: float, *rest: Any, **named: Any) -> None:
+        losses[step] = loss
+        log(step, loss, *rest, **named)
+
+    def remember_validation(loss: float, step: int, **named: Any) -> None:
+        validation[step] = loss
+        log_validation(loss, step, **named)
+
+    processor.log, processor.log_validation = remember, remember_validation
+    if stop_after is not None:
+        trainer.should_continue_training = lambda: trainer.step < stop_after
+    trainer.train()
+    optimizer = next(iter(trainer.optimizers))
+    result = {"losses": losses, "validation": validation, "weights": weights(trainer)}
+    if isinstance(optimizer, CurvaDion):
+        result |= {"metrics": optimizer.metrics(), "diverged": optimizer.diverged, "tau": optimizer.param_groups[0]["tau"]}
+    trainer.close()
+    return result
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_parses_and_builds_on_meta(name: str) -> None:
+    config = parse(name)
+    with torch.device("meta"):
+        model = config.model_spec.model.build()
+    assert sum(p.numel() for p in model.parameters()) == SHAPES[config.model_spec.flavor].parameters
+    assert config.training.global_batch_size in (-1, 1024, 256, 512)
+
+
+def test_every_size_has_every_method() -> None:
+    assert set(CONFIGS) == {f"{size}{method}" for size in ("debug", *(f"gpt_{s}" for s in SHAPES if s != "debug")) for method in METHODS}
+
+
+METHODS = ("", "_paper", "_dion", "_adamw")
+
+
+def test_typed_fields_are_the_optimizers_options() -> None:
+    """Names and defaults: what the README says of an option holds for its flag."""
+    config = CurvaDionOptimizer.Config()
+    parameters = inspect.signature(CurvaDion).parameters
+    assert {name: getattr(config, name) for name in OPTIONS} == {
+        name: parameters[name].default if name != "kernels" else "auto" for name in OPTIONS
+    }
+
+
+def test_tau_from_the_command_line_reaches_the_gate() -> None:
+    config = parse("gpt_160m", "--optimizer.tau", "inf", "--optimizer.max_local_steps", "7", "--optimizer.payload_dtype", "bfloat16")
+    container = config.optimizer.build(model_parts=[parse("debug").model_spec.model.build()])
+    with pytest.raises(RuntimeError, match="which ranks are replicas"):
+        len(container)
+    container.bind(None)
+    options = container.curvadion._options
+    assert {group["tau"] for group in container.curvadion.param_groups} == {float("inf")}
+    assert (options.max_local_steps, options.payload_dtype, options.warmup_steps) == (7, torch.bfloat16, 100)
+
+
+def test_names_survive_activation_checkpointing_and_compile() -> None:
+    def groups(wrap: bool) -> list[tuple[str, list[str]]]:
+        model = parse("debug").model_spec.model.build()
+        if wrap:
+            SelectiveAC.Config().build().apply(model)
+            for block in model.layers.values():
+                block.compile(backend="eager")
+        container = CurvaDionOptimizer.Config().build(model_parts=[model])
+        container.bind(None)
+        return [(group["algorithm"], group["param_names"]) for group in container.curvadion.param_groups]
+
+    plain = groups(wrap=False)
+    assert groups(wrap=True) == plain
+    assert [(algorithm, len(names)) for algorithm, names in plain] == [("dion", 14), ("adamw", 1), ("adamw", 1), ("adamw", 5)]
+
+
+def test_groups_by_torchtitans_own_patterns() -> None:
+    config = parse("debug").optimizer
+    matrices = {"pattern": r"(attention\..*|feed_forward\.)w.*weight$", "optimizer_name": "CurvaDion", "optimizer_kwargs": {"tau": 0.5}}
+    rest = {"pattern": ".*", "optimizer_name": "CurvaDion", "optimizer_kwargs": {"algorithm": "adamw", "lr": 1e-3}}
+    config.param_groups = [ParamGroupConfig(**matrices), ParamGroupConfig(**rest)]
+    container = config.build(model_parts=[parse("debug").model_spec.model.build()])
+    container.bind(None)
+    assert [(len(g["params"]), g["algorithm"], g["tau"]) for g in container.curvadion.param_groups] == [
+        (14, "dion", 0.5),
+        (7, "adamw", 0.3),
+    ]
+    config.param_groups[1].optimizer_name = "AdamW"
+    with pytest.raises(ValueError, match="must have optimizer_name='CurvaDion'.*got AdamW"):
+        config.build(model_parts=[parse("debug").model_spec.model.build()])
+
+
+@pytest.mark.parametrize("axis", ["pp", "cp", "ep"])
+def test_other_parallelisms_are_refused(axis: str) -> None:
+    config = parse("debug")
+    dims = SimpleNamespace(**{"pp": 1, "cp": 1, "ep": 1, axis: 2})
+    with pytest.raises(NotImplementedError, match=r"does not support .* parallelism: .* got degree 2; set --parallelism\."):
+        parallelize_replicas(
+            None,
+            parallel_dims=dims,
+            training=config.training,
+            parallelism=config.parallelism,
+            compile_config=config.compile,
+            ac_config=None,
+            dump_folder="",
+        )
+
+
+def test_untested_versions_are_named() -> None:
+    assert compat.untested("0.3.0", "2.13.0+cpu") == compat.untested("0.3.0", "2.11.1") == []
+    assert len(compat.untested("0.4.0", "2.14.0")) == 2
+
+
+def first_gradients(config: str, options: Sequence[object]) -> dict[str, Any]:
+    """Return the initial weights, and the gradients that the optimizer sees in the first step, unclipped."""
+    trainer = trainer_for(config, *options, "--training.max_norm", "1e9")
+    start, seen = weights(trainer), {}
+
+    def look() -> None:
+        seen.update({name: local_tensor(p.grad).clone() for name, p in trainer.model_parts[0].named_parameters()})
+
+    trainer.optimizers.step = look
+    trainer.step = 1
+    trainer.train_step(trainer.batch_generator(trainer.dataloader))
+    trainer.close()
+    return {"weights": start, "gradients": seen}
+
+
+def test_gradients_are_local_to_a_replica_and_rightly_scaled(assets: Path, tmp_path: Path) -> None:
+    """Between replicas all differ, and their mean is what HSDP would have made of them."""
+    options = [*flags(assets, tmp_path), *layout(2, 2)]
+    local = [rank["gradients"] for rank in run_ranks(4, first_gradients, "debug", options)]
+    reduced = [rank["gradients"] for rank in run_ranks(4, first_gradients, "debug_adamw", options)]
+    for name in local[0]:
+        for shard in range(2):
+            mine, other = local[shard][name], local[2 + shard][name]
+            assert not torch.equal(mine, other), name
+            torch.testing.assert_close((mine + other) / 2, reduced[shard][name])
+            assert torch.equal(reduced[shard][name], reduced[2 + shard][name]), name
+
+
+def test_one_shard_scales_alike(assets: Path, tmp_path: Path) -> None:
+    """FSDP2 on a mesh of one rank divides in another place."""
+    options = [*flags(assets, tmp_path), *layout(2, 1)]
+    local = [rank["gradients"] for rank in run_ranks(2, first_gradients, "debug", options)]
+    reduced = [rank["gradients"] for rank in run_ranks(2, first_gradients, "debug_adamw", options)]
+    for name in local[0]:
+        assert not torch.equal(local[0][name], local[1][name]), name
+        torch.testing.assert_close((local[0][name] + local[1][name]) / 2, reduced[0][name])
+
+
+def test_initial_weights_do_not_depend_on_the_mesh(assets: Path, tmp_path: Path) -> None:
+    """DTensor on a CPU mesh would fill all shards with the same numbers."""
+    whole = run_ranks(1, first_gradients, "debug", flags(assets, tmp_path))[0]["weights"]
+    ranks = run_ranks(4, first_gradients, "debug", [*flags(assets, tmp_path), *layout(2, 2)])
+    for replica in (ranks[:2], ranks[2:]):
+        assert_same({name: torch.cat([rank["weights"][name] for rank in replica]) for name in whole}, whole)
+
+
+# The first save is after a local step, so that replicas differ and have to be brought together.
+def overfit(options: Sequence[object]) -> tuple[list[float], list[float]]:
+    """Return the losses of 40 steps on one batch, through torchtitan and through a loop written by hand."""
+    constant_lr = ("--lr_scheduler.warmup_steps", 1, "--lr_scheduler.decay_ratio", 0)
+    trainer = trainer_for("debug", *options, *constant_lr)
+    config, losses = trainer.config.optimizer, []
+    by_hand = trainer.config.model_spec.model.build()
+    with torch.no_grad():
+        for p, own in zip(by_hand.parameters(), trainer.model_parts[0].parameters(), strict=True):
+            p.copy_(local_tensor(own))
+    trainer.metrics_processor.log = lambda step, loss, *_, **__: losses.append(loss)
+    batch = next(iter(trainer.dataloader))
+    batches = trainer.batch_generator(itertools.repeat(batch))
+    for trainer.step in range(1, 41):
+        trainer.train_step(batches)
+
+    opt = CurvaDion(
+        param_groups_for(by_hand, adamw_lr=config.adamw_lr),
+        lr=config.lr,
+        tau=config.tau,
+        local_update=config.local_update,
+        max_local_steps=config.max_local_steps,
+    )
+    inputs, labels = batch
+    expected = []
+    for _ in range(40):
+        logits = by_hand(inputs["input"], positions=inputs["positions"])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), trainer.config.training.max_norm)
+        opt.step()
+        opt.zero_grad()
+        expected.append(loss.item())
+    trainer.close()
+    return losses, expected
+
+
+def test_overfits_as_a_loop_by_hand(assets: Path, tmp_path: Path) -> None:
+    losses, expected = run_ranks(1, overfit, [*flags(assets, tmp_path), "--training.steps", 40])[0]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < losses[0] / 2
+
+
+CHECKPOINTED = [
+    *("--training.steps", 8, "--checkpoint.enable", "--checkpoint.interval", 3),
+    *("--optimizer.tau", 0.6, "--optimizer.max_local_steps", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    options = [*flags(assets, out), *layout(2, 2), *CHECKPOINTED, "--validator.enable", "--validator.freq", 4, "--validator.steps", 1]
+    return out, run_ranks(4, run, "debug", options)
+
+
+def test_a_run_learns(uninterrupted: tuple[Path, list[dict[str, Any]]]) -> None:
+    ranks = uninterrupted[1]
+    losses = ranks[0]["losses"]
+    assert set(losses) == set(range(1, 9))
+    assert losses[8] < losses[1] - 0.1
+    assert not ranks[0]["diverged"], "the final checkpoint is that of the consensus"
+    for shard in range(2):
+        assert_same(ranks[shard]["weights"], ranks[2 + shard]["weights"])
+    metrics = ranks[0]["metrics"]
+    assert 0 < metrics["curvadion/sync_rate"] < 1, "the test is of both branches"
+
+
+def test_validation_does_not_change_the_run(uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path) -> None:
+    with_validation = uninterrupted[1]
+    assert set(with_validation[0]["validation"]) == {1, 4, 8}
+    assert len({rank["validation"][8] for rank in with_validation}) == 1
+    without = run_ranks(4, run, "debug", [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED])
+    assert without[0]["losses"] == with_validation[0]["losses"]
+    for left, right in zip(with_validation, without, strict=True):
+        assert_same(left["weights"], right["weights"])
+
+
+def test_kill_and_resume(uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path) -> None:
+    """The same losses, and bit for bit the same weights, as the run that saved at the same steps and was not killed."""
+    options = [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED]
+    run_ranks(4, run, "debug", options, 5)
+    resumed = run_ranks(4, run, "debug", options)
+    whole = uninterrupted[1]
+    assert resumed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(4, 9)}
+    for left, right in zip(whole, resumed, strict=True):
+        assert_same(left["weights"], right["weights"])
+        assert left["metrics"]["curvadion/step"] == right["metrics"]["curvadion/step"] == 8
+
+
+@pytest.mark.parametrize(("replicas", "shards"), [(4, 1), (1, 4)])
+def test_resume_on_another_mesh(
+    uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path, replicas: int, shards: int
+) -> None:
+    """The loss of the step after the load is the same: it is that of the loaded weights, on the same tokens."""
+    out, whole = uninterrupted
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "step-3").symlink_to(out / "checkpoint" / "step-3")
+    options = [*flags(assets, tmp_path), *layout(replicas, shards), *CHECKPOINTED, "--optimizer.tau", 0.7]
+    resumed = run_ranks(4, run, "debug", options)
+    assert resumed[0]["losses"][4] == pytest.approx(whole[0]["losses"][4], rel=1e-6)
+    assert set(resumed[0]["losses"]) == set(range(4, 9))
+    assert resumed[0]["tau"] == 0.7, "the command line outranks the checkpoint"
+
+
+def test_tensor_parallel(assets: Path, tmp_path: Path) -> None:
+    """2 shards x 2 tensor-parallel ranks train as 2 ranks without tensor parallelism, but for the order of sums."""
+    common = [*flags(assets, tmp_path), "--training.steps", 4, "--optimizer.max_local_steps", 0]
+    plain = run_ranks(2, run, "debug", [*common, *layout(1, 2)])
+    split = run_ranks(4, run, "debug", [*common, *layout(1, 2), "--parallelism.tensor_parallel_degree", 2])
+    assert split[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-4)
+
+
+def test_local_gradients_need_curvadion(assets: Path, tmp_path: Path) -> None:
+    def build() -> None:
+        config = parse("debug_adamw", *flags(assets, tmp_path))
+        config.model_spec = parse("debug").model_spec
+        os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+        config.build()
+
+    with pytest.raises(RankFailed, match="its optimizer must be CurvaDionOptimizer; got OptimizersContainer"):
+        run_ranks(1, build)
+
+
+def traffic(options: Sequence[object]) -> list[dict[str, Any]]:
+    """Return for each of five steps what the Flight Recorder saw, what the ledger says, and what was logged."""
+    trainer = trainer_for("debug", *options)
+    optimizer, batches, logged, trace = trainer.optimizers.curvadion, trainer.batch_generator(trainer.dataloader), {}, []
+    trainer.metrics_processor.logger.log = lambda metrics, step: logged.update(metrics)
+    wire = Wire(shards=2)
+    for trainer.step in range(1, 6):
+        wire.since_last()
+        trainer.train_step(batches)
+        sent = wire.since_last()
+        trace.append(
+            {
+                "replicate": sum(entry.bytes for entry in sent if entry.axis == "replicate"),
+                "everybody": [entry.bytes for entry in sent if entry.axis == "both"],
+                "ledger": {purpose: size for (axis, purpose), size in optimizer.ledger.last_step.items() if axis == "replicate" and size},
+                "logged": dict(logged),
+            }
+        )
+    trainer.close()
+    return trace
+
+
+def test_bytes_between_replicas_are_the_ledgers(assets: Path, tmp_path: Path) -> None:
+    """torchtitan's own are sums over all ranks: tokens before each step, losses and tokens in each logged one, here every second."""
+    options = [*flags(assets, tmp_path), *layout(2, 2), "--metrics.log_freq", 2, "--optimizer.tau", "inf", "--optimizer.max_local_steps", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
+        ranks = run_ranks(4, traffic, options)
+    for trace in ranks:
+        own = 0
+        for step, entry in enumerate(trace, 1):
+            assert entry["replicate"] == sum(entry["ledger"].values())
+            assert sorted(entry["everybody"]) == ([4, 4, 8, 8] if step in (1, 2, 4) else [8])
+            if step in (3, 5):
+                assert entry["ledger"].keys() >= {"gate", "factors", "gradients", "parameters"}, "a synchronized step after a local one"
+            elif step in (2, 4):
+                assert entry["ledger"] == {"gate": 8}
+                assert entry["logged"]["curvadion/since_log/synchronized"] == (0 if step == 2 else 1)
+            own += sum(entry["everybody"])
+            if step in (1, 2, 4):
+                assert entry["logged"]["torchtitan/bytes_total/replicate"] == own
+    logged = ranks[0][3]["logged"]
+    assert logged["curvadion/since_log/bytes/replicate"] == sum(sum(entry["ledger"].values()) for entry in ranks[0][2:4])
+
+
+def launch(*command: object, **environment: str) -> str:
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "configs"), os.environ.get("PYTHONPATH", "")]
+    usual = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)], env=os.environ | usual | environment, capture_output=True, text=True, timeout=170
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_from_the_command_line(assets: Path, tmp_path: Path) -> None:
+    """FSDP2 on two processes, as a user starts it; TensorBoard holds our keys beside torchtitan's."""
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "curvadion.titan")
+    run_flags = [*flags(assets, tmp_path), "--training.steps", 3, "--optimizer.tau", 0.2, "--metrics.enable_tensorboard"]
+    output = launch(*torchrun, "--module", "curvadion_configs", "--config", "debug", *run_flags, HF_DATASETS_CACHE=str(assets / "cache"))
+    assert "1 replicas of 2 shards" in output
+    assert "Training completed" in output
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in (tmp_path / "tb").rglob("events.*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss_metrics/global_avg_loss", "curvadion/rmmc_max", "curvadion/since_log/sync_rate"} <= tags
+    assert {"curvadion/bytes_total/replicate", "curvadion/bytes_total/shard", "torchtitan/bytes_total/replicate"} <= tags
+    assert [event.value for event in events.Scalars("curvadion/step")] == [1, 2, 3]
+
+
+def test_dry_run_of_64_gpus(assets: Path, tmp_path: Path) -> None:
+    options = [*flags(assets, tmp_path), "--comm.mode", "fake_backend", *layout(8, 8), "--training.steps", 1]
+    output = launch(
+        *("curvadion.titan", "--module", "curvadion_configs", "--config", "debug_dion", *options),
+        NGPU="64",
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="64",
+        HF_DATASETS_CACHE=str(assets / "cache"),
+    )
+    assert "8 replicas of 8 shards" in output
+    assert "Training completed" in output
