@@ -71,54 +71,38 @@ def pipeline(model: nn.Module, *, parallel_dims: ParallelDims, **_: Any) -> Any:
     refuse(parallel_dims)
 
 
-def parallelize_replicas(
-    model: Any,
-    *,
-    parallel_dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    compile_config: CompileConfig,
-    ac_config: ActivationCheckpointingConfig | None,
-    dump_folder: str,
-) -> nn.Module:
+def parallelize_replicas(model: Any, *, parallel_dims: ParallelDims, **settings: Any) -> nn.Module:
     """Shard a decoder inside each replica and leave the replicate axis to the optimizer: `ModelSpec.parallelize_fn`.
+
+    Args:
+        settings: the other arguments of that seam, see `_apply`.
 
     Raises:
         NotImplementedError: an arrangement that the optimizer does not support; the message names the flag.
     """
-    _apply(model, parallel_dims, training, parallelism, compile_config, ac_config, dump_folder, reduce=False)
+    _apply(model, parallel_dims, **settings, reduce=False)
     logger.info(f"CurvaDion: {parallel_dims.dp_replicate} replicas of {parallel_dims.dp_shard} shards, gradients local to a replica")
     return model
 
 
-def parallelize_reduced(
-    model: Any,
-    *,
-    parallel_dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    compile_config: CompileConfig,
-    ac_config: ActivationCheckpointingConfig | None,
-    dump_folder: str,
-) -> nn.Module:
+def parallelize_reduced(model: Any, *, parallel_dims: ParallelDims, **settings: Any) -> nn.Module:
     """Shard a decoder alike, with gradients averaged over the replicas in every step (HSDP), for baselines.
 
-    Raises:
-        NotImplementedError: as `parallelize_replicas`.
+    Args and raises: as `parallelize_replicas`.
     """
-    _apply(model, parallel_dims, training, parallelism, compile_config, ac_config, dump_folder, reduce=True)
+    _apply(model, parallel_dims, **settings, reduce=True)
     return model
 
 
 def _apply(
     model: Any,
     parallel_dims: ParallelDims,
+    *,
     training: TrainingConfig,
     parallelism: ParallelismConfig,
     compile_config: CompileConfig,
     ac_config: ActivationCheckpointingConfig | None,
     dump_folder: str,
-    *,
     reduce: bool,
 ) -> None:
     refuse(parallel_dims)
