@@ -114,7 +114,6 @@ class CurvaDion(torch.optim.Optimizer):
     _ops: Ops
     _X: Fixed[Tensor] | None
     _reshaped: list[str]  # names of parameters that changed shape
-    _decay: list[float]  # of each batch's momentum, postponed to the next step
     _batches: list[Batch]
     _owned: Tensor
     _last_norm: Tensor
@@ -238,7 +237,7 @@ class CurvaDion(torch.optim.Optimizer):
             with record_function("curvadion::local_step"):
                 self._dion_step([b for b in self._batches if self._rule(b) == "dion"], X, synchronized=False)
                 self._scalar_step(X, G)
-                self._postpone_decay([k for k, b in enumerate(self._batches) if self._rule(b) == "gradient"])
+                self._postpone_decay([b for b in self._batches if self._rule(b) == "gradient"])
         self._count(decision)
         self._broken = None
         return loss
@@ -355,9 +354,10 @@ class CurvaDion(torch.optim.Optimizer):
 
         With store=False only the message, for a step that may be skipped.
         """
-        decay = self._per_matrix("decay", self._decay, self._batch_of)  # what the last step postponed
+        decay = self._per_matrix("decay", [b.decay for b in self._batches], self._batch_of)  # what the last step postponed
         if store:
-            self._decay = [1.0] * len(self._batches)
+            for b in self._batches:
+                b.decay = 1.0
             self._broken = f"an earlier step() did not come to its end{RELOAD}"
         watch = G.take(self._scalars).present
         return self._ops.momentum_norm_(self._momenta, G.take(self._matrices), decay=decay, watch=watch, store=store).to(self._device)
@@ -421,18 +421,19 @@ class CurvaDion(torch.optim.Optimizer):
 
         return wait
 
-    def _postpone_decay(self, batches: Sequence[int]) -> None:
+    def _postpone_decay(self, batches: Sequence[Batch]) -> None:
         """M_i <- mu m_i, by the kernel that reads the momentum anyway, in the next step; `_settle` does it before anyone looks."""
-        for k in batches:
-            self._decay[k] = self.param_groups[self._batches[k].group]["momentum"]
+        for b in batches:
+            b.decay = self.param_groups[b.group]["momentum"]
 
     def _settle(self) -> None:
         """Apply what `_postpone_decay` left for later."""
-        late = [k for k, decay in enumerate(self._decay) if decay != 1.0]
+        late = [b for b in self._batches if b.decay != 1.0]
         if late:
             with torch.no_grad():
-                scale_([self._batches[k].momentum for k in late], [self._decay[k] for k in late])
-            self._decay = [1.0] * len(self._batches)
+                scale_([b.momentum for b in late], [b.decay for b in late])
+            for b in late:
+                b.decay = 1.0
 
     def _dion_step(self, batches: Sequence[Batch], X: Sequence[Tensor], *, synchronized: bool) -> None:
         """P, R_i, R, M_i, Q and X of the synchronized step, or the same on this replica alone."""
@@ -466,7 +467,7 @@ class CurvaDion(torch.optim.Optimizer):
                     feedback=1 - group["momentum"],
                 )
                 if not feedback:
-                    self._postpone_decay([self._batches.index(b)])
+                    self._postpone_decay([b])
                 b.Q.copy_(f.Q)
                 b.common_Q = synchronized
 
@@ -942,7 +943,6 @@ class CurvaDion(torch.optim.Optimizer):
         self._momenta = Fixed(views[i] for i in self._matrices)
         batch_of = {i: k for k, b in enumerate(self._batches) for i in b.params}
         self._batch_of = [batch_of[i] for i in self._matrices]
-        self._decay = [1.0] * len(self._batches)
 
         index_of = {position: index for index, position in enumerate(self._matrices)}
         for b in self._batches:

@@ -24,6 +24,7 @@ class Batch:
         layout: of each of them.
         momentum: (B, rows, cols), local shards; Q: (B, n, r), local rows.
         common_Q: whether Q is the same on all replicas.
+        decay: factor of the momentum that was left for the next pass over it.
     """
 
     group: int
@@ -32,6 +33,7 @@ class Batch:
     momentum: Tensor
     Q: Tensor
     common_Q: bool = True
+    decay: float = 1.0
 
     @property
     def M(self) -> Tensor:
