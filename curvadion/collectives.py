@@ -50,34 +50,59 @@ PURPOSES = {
 }
 
 
+# How often a byte of the buffer that a rank hands to a collective of k ranks leaves it, on average over the ranks, with the algorithms that
+# move the least (ring, pairwise exchange): Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005.
+WIRE: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda k: 2 * (k - 1) / k,
+    "reduce_scatter": lambda k: (k - 1) / k,
+    "all_gather": lambda k: k - 1,
+    "all_to_all": lambda k: (k - 1) / k,
+    "broadcast": lambda k: (k - 1) / k,
+}
+
+
 def _nothing_yet() -> dict[Key, int]:
     return {(axis, purpose): 0 for axis, purposes in PURPOSES.items() for purpose in purposes}
+
+
+def _nothing_sent() -> dict[Key, float]:
+    return dict.fromkeys(_nothing_yet(), 0.0)
 
 
 @dataclass
 class Ledger:
     """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard"; the same keys on every rank.
 
-    Bytes are those of the buffer that this rank hands to the collective.
+    Attributes:
+        calls: collectives.
+        bytes: of the buffers that this rank handed to them.
+        wire: bytes that leave this rank for it, see `WIRE`: what collectives of different kinds can be compared by.
+        last_step, last_step_wire: `bytes` and `wire` of the last step.
     """
 
     calls: dict[Key, int] = field(default_factory=_nothing_yet)
     bytes: dict[Key, int] = field(default_factory=_nothing_yet)
+    wire: dict[Key, float] = field(default_factory=_nothing_sent)
     last_step: dict[Key, int] = field(default_factory=_nothing_yet)
-    _before: dict[Key, int] = field(default_factory=_nothing_yet)
+    last_step_wire: dict[Key, float] = field(default_factory=_nothing_sent)
+    _before: tuple[dict[Key, int], dict[Key, float]] = field(default_factory=lambda: (_nothing_yet(), _nothing_sent()))
 
-    def record(self, axis: str, purpose: str, sent: Tensor) -> None:
-        """Count one collective."""
+    def record(self, collective: str, ranks: int, axis: str, purpose: str, sent: Tensor) -> None:
+        """Count one collective of `ranks` ranks."""
+        nbytes = sent.numel() * sent.element_size()
         self.calls[axis, purpose] += 1
-        self.bytes[axis, purpose] += sent.numel() * sent.element_size()
+        self.bytes[axis, purpose] += nbytes
+        self.wire[axis, purpose] += nbytes * WIRE[collective](ranks)
 
     def begin_step(self) -> None:
         """Remember the totals; `end_step` counts from here."""
-        self._before = dict(self.bytes)
+        self._before = dict(self.bytes), dict(self.wire)
 
     def end_step(self) -> None:
-        """Make `last_step` the bytes since `begin_step`."""
-        self.last_step = {key: total - self._before[key] for key, total in self.bytes.items()}
+        """Make `last_step` and `last_step_wire` what was sent since `begin_step`."""
+        before, before_wire = self._before
+        self.last_step = {key: total - before[key] for key, total in self.bytes.items()}
+        self.last_step_wire = {key: total - before_wire[key] for key, total in self.wire.items()}
 
 
 @dataclass(frozen=True)
@@ -176,7 +201,7 @@ class Collectives:
         """Replace tensors by replica 0's."""
 
         def broadcast(piece: Tensor) -> Tensor:
-            self.ledger.record("replicate", purpose, piece)
+            self.ledger.record("broadcast", self.replicas, "replicate", purpose, piece)
             dist.broadcast(piece, group=self._group, group_src=0)
             return piece
 
@@ -258,7 +283,7 @@ class Collectives:
         """Return this rank's part of the sum of the flat buffers."""
         flat = _pad(flat, part.chunk * part.parts)
         piece = flat.new_empty(part.chunk)
-        self.ledger.record("shard", purpose, flat)
+        self.ledger.record("reduce_scatter", part.parts, "shard", purpose, flat)
         _reduce_scatter(piece, flat, group=self.shards.group(axis))
         return piece[: part.length]
 
@@ -267,13 +292,13 @@ class Collectives:
         for axis, part in reversed(list(zip(axes, parts, strict=True))):
             piece = _pad(piece, part.chunk)
             whole = piece.new_empty(part.parts * part.chunk)
-            self.ledger.record("shard", purpose, piece)
+            self.ledger.record("all_gather", part.parts, "shard", purpose, piece)
             _all_gather(whole, piece, group=self.shards.group(axis))
             piece = whole[: part.numel]
         return piece
 
     def _all_reduce(self, tensor: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType, key: Key) -> None:
-        self.ledger.record(*key, tensor)
+        self.ledger.record("all_reduce", dist.get_world_size(group), *key, tensor)
         dist.all_reduce(tensor, op=op, group=group)
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from curvadion import dion, gate, scalar
-from curvadion.collectives import Collectives, Ledger
+from curvadion.collectives import WIRE, Collectives, Ledger
 from curvadion.layout import (
     Axes,
     Layout,
@@ -754,8 +754,9 @@ class CurvaDion(torch.optim.Optimizer):
 
         Keys, all under ``curvadion/``: ``step``, ``synchronized`` (0 or 1), ``sync_rate`` (share of steps), ``steps_since_sync``,
         ``rmmc_max`` (NaN if undefined), ``rmmc_argmax`` (index into `matrix_names`, -1 if none), ``skipped_steps``; ``bytes/<axis>`` and
-        ``bytes/<axis>/<purpose>`` of the last step and ``bytes_total/...``, this rank's; ``dense_bf16_bytes`` and ``..._total``, what this
-        rank's share of a bfloat16 all-reduce of all gradients would have sent between replicas.
+        ``bytes/<axis>/<purpose>`` of the last step and ``bytes_total/...``, this rank's buffers; ``wire/<axis>`` and ``wire_total/<axis>``,
+        the bytes that leave this rank for them (`curvadion.collectives.WIRE`); ``dense_bf16_bytes`` and ``..._total``, the buffer of this
+        rank's share of a bfloat16 all-reduce of all gradients, ``dense_bf16_wire`` and ``..._total``, what leaves this rank for that.
         """
         d = self._decision
         values: dict[str, float] = {
@@ -768,7 +769,12 @@ class CurvaDion(torch.optim.Optimizer):
             "skipped_steps": self._skipped_steps,
             "dense_bf16_bytes": self._dense_bytes,
             "dense_bf16_bytes_total": self._dense_bytes_total,
+            "dense_bf16_wire": self._dense_bytes * WIRE["all_reduce"](self.replicas),
+            "dense_bf16_wire_total": self._dense_bytes_total * WIRE["all_reduce"](self.replicas),
         }
+        for prefix, sent in (("wire", self.ledger.last_step_wire), ("wire_total", self.ledger.wire)):
+            for axis in ("replicate", "shard"):
+                values[f"{prefix}/{axis}"] = sum(n for (a, _), n in sent.items() if a == axis)
         for prefix, counted in (("bytes", self.ledger.last_step), ("bytes_total", self.ledger.bytes)):
             for axis in ("replicate", "shard"):
                 values[f"{prefix}/{axis}"] = sum(n for (a, _), n in counted.items() if a == axis)
