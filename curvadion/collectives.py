@@ -16,6 +16,10 @@ gate key, and a missing gradient contributes zeros.
                                  Gram matrices           two SUMs over the shards of R's rows (right_factor="qr" only)
                                  AdamW and Lion gradients mean over replicas
        local step                "dion" matrices: P, Gram, R, column norms as above, over the shards only
+                                 "muon" matrices: Gram matrices, one SUM over the shards of the long side; the short side gathered
+       synchronized step with consensus="outer": a local step, then
+                                 pseudo-gradients        mean over replicas: one SUM in 32 bits; in fewer, each replica its part of
+                                                         the mean (all-to-all), then all parts to all (all-gather)
 
 What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on S shard ranks is
 reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges its piece with its peers in the other
@@ -24,6 +28,7 @@ matrices, in buckets of at most BUCKET_BYTES. A sum over several axes is one col
 DeviceMesh suffice and none has to be made.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -33,19 +38,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 from curvadion.layout import Axes, ShardMesh
+from curvadion.payload import BLOCK, Codec, padded
 
 BUCKET_BYTES = 1 << 28
 
 # torch 2.13 renamed these two; 2.11 has the old names only.
 _reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_to_all: Callable[..., object] = dist.all_to_all_single
 
 Key = tuple[str, str]
 PURPOSES = {
-    "replicate": ("check", "gate", "factors", "gradients", "parameters", "moments", "right_factor", "momentum", "norms"),
+    "replicate": (
+        *("check", "gate", "factors", "gradients", "parameters", "pseudo_gradients", "moments", "right_factor", "momentum", "norms"),
+    ),
     "shard": (
         *("check", "partial_gradients", "norms", "gram", "column_norms"),
-        *("factors", "gradients", "parameters", "moments", "right_factor", "momentum"),  # their legs inside a replica
+        # their legs inside a replica
+        *("factors", "gradients", "parameters", "pseudo_gradients", "moments", "right_factor", "momentum"),
     ),
 }
 
@@ -103,6 +113,31 @@ class Ledger:
         before, before_wire = self._before
         self.last_step = {key: total - before[key] for key, total in self.bytes.items()}
         self.last_step_wire = {key: total - before_wire[key] for key, total in self.wire.items()}
+
+
+class Residuals:
+    """What rounding has kept back so far (error feedback), one pair of flat buffers for each buffer that is sent.
+
+    The first is what this replica's own contribution lacks, the second what the mean lacks in the part that this replica rounds for all.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, number: int, mine: int, ours: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pair of the buffer with this number, of these lengths; zeros at first."""
+        if number == len(self._pairs):
+            self._pairs.append((like.new_zeros(mine), like.new_zeros(ours)))
+        return self._pairs[number]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._pairs.clear()
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """All pairs so far."""
+        return self._pairs
 
 
 @dataclass(frozen=True)
@@ -196,6 +231,62 @@ class Collectives:
         """Replace tensors by their mean over the replicas, one bucket after the other."""
         if self.replicas > 1:
             self._replace(tensors, copied, purpose, self._mean(purpose))
+
+    def rounded_mean_over_replicas(
+        self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str, codec: Codec, residuals: Residuals
+    ) -> list[Tensor]:
+        """Return the mean over the replicas in few bits: bitwise the same in all of them, and what rounding keeps back is sent later.
+
+            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i              each replica sends the k-th part of c_i to replica k,
+            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean          which rounds the mean of that part and sends it to all
+
+        Each replica sends what an all-reduce of so many bits would send. Compute and residuals are in the tensors' dtype.
+
+        Args:
+            tensors: d_i, local shards.
+            copied: for each tensor, the axes over which it is the same.
+            codec: C.
+            residuals: e_i and f; the same object for the same list of tensors.
+        """
+        if self.replicas == 1:
+            return list(tensors)
+        result, numbers = list(tensors), itertools.count()
+
+        def exchange(piece: Tensor) -> Tensor:
+            flat = padded(piece, BLOCK * self.replicas)
+            mine, ours = residuals.of(next(numbers), flat.numel(), flat.numel() // self.replicas, flat)
+            mine.add_(flat)
+            sent = codec.encode(mine)
+            mine.sub_(codec.decode(sent, flat.dtype))
+            received = torch.empty_like(sent)
+            self.ledger.record("all_to_all", self.replicas, "replicate", purpose, sent)
+            _all_to_all(received, sent, group=self._group)
+            ours.add_(codec.decode(received, flat.dtype).view(self.replicas, -1).mean(0))
+            part = codec.encode(ours)
+            ours.sub_(codec.decode(part, flat.dtype))
+            self.ledger.record("all_gather", self.replicas, "replicate", purpose, part)
+            _all_gather(sent, part, group=self._group)
+            return codec.decode(sent, flat.dtype)[: piece.numel()]
+
+        for indices, _, flat in self._across_replicas(tensors, [()] * len(tensors), copied, purpose, exchange):
+            _unflatten(flat, tensors, indices, result)
+        return result
+
+    def settle_residuals_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], residuals: Residuals) -> None:
+        """x_i <- x_i - e_i - K f, so that the mean of the x_i lacks nothing any more; residuals become zero. No communication
+        between replicas."""
+        if self.replicas == 1 or not residuals.pairs:
+            return
+        pairs = iter(residuals.pairs)
+
+        def settle(piece: Tensor) -> Tensor:
+            mine, ours = next(pairs)
+            start = dist.get_rank(self._group) * len(ours)
+            mine[start : start + len(ours)].add_(ours, alpha=self.replicas)
+            return piece - mine[: piece.numel()]
+
+        self._replace(tensors, copied, "pseudo_gradients", settle)
+        residuals.clear()
 
     def broadcast_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
         """Replace tensors by replica 0's."""

@@ -37,10 +37,12 @@ from curvadion.layout import (
     reshard_gathered_modules,
     usual_gradients,
 )
+from curvadion.muon import newton_schulz
 from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, check_options, check_parameter
+from curvadion.outer import Outer
 from curvadion.state import Batch, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
 from curvadion_kernels import Ops, choose
-from curvadion_kernels.reference import NO_NORM, Fixed, scale_
+from curvadion_kernels.reference import NO_NORM, Fixed, compute_dtype, scale_
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,14 @@ class CurvaDion(torch.optim.Optimizer):
           M_i <- m_i - (1 - mu) P R_i^T               "dion":      as on the left without E_i[.], lr_local for lr
           Q   <- column_normalize(R)
           X_i <- E_i[X_i] if a local step happened since the last synchronized one
-          X   <- (1 - lr wd) X - lr sqrt(m/n) P Q^T
+          X   <- (1 - lr wd) X - lr sqrt(m/n) P Q^T      "muon":      M_i <- mu m_i
+                                                                 X_i <- (1 - lr wd) X_i - lr_local sqrt(m/n) newton_schulz(m_i)
+
+    With consensus="outer" a synchronized step is a local step (no factors are exchanged, AdamW keeps this replica's gradients), and then,
+    X_0 being the parameters after the last synchronized step and C rounding to `outer_bits` with error feedback (`curvadion.payload`)::
+
+          D   = C(E_i[C(X_0 - X_i)]),   U <- outer_momentum U + D
+          X   = X_0 - outer_lr (D + outer_momentum U)
 
     A local step sends one 8-byte all-reduce over `replicate_mesh` and nothing else there. A missing gradient counts as zero: momentum
     and weights decay. Parameters with ``requires_grad=False`` at construction are left alone.
@@ -86,9 +95,13 @@ class CurvaDion(torch.optim.Optimizer):
         warmup_steps: synchronize the first steps. The very first one always is.
         min_local_steps: after a synchronized step, ignore RMMC for that many steps.
         max_local_steps: after that many local steps in a row the next one is synchronized; 0 synchronizes every step.
-        local_update: "gradient" or "dion" [g].
+        local_update: "gradient", "dion" or "muon" [g].
         local_lr_scale: lr_local = local_lr_scale * lr, for matrices on local steps [g].
-        consensus: "average" makes replicas equal again at each synchronized step; "none" is the literal formula, and drifts.
+        consensus: "average" makes replicas equal again at each synchronized step; "outer" as well, by the equations above, with one
+            more copy of the parameters in memory, one for U if there is outer momentum, and one for what rounding keeps back if
+            outer_bits < 32; "none" is the literal formula, and drifts.
+        outer_lr, outer_momentum: of consensus="outer"; 1 and 0 are plain averaging.
+        outer_bits: bits per parameter between replicas with consensus="outer": 32, 16 (bfloat16), or 8, 4, 2, 1 with a scale for each 128.
         error_feedback: keep in the momentum what the low-rank update left out; False is M_i <- mu m_i [g].
         right_factor: "column_norm" (Dion) or "qr" (Orth-Dion) [g].
         betas, eps: of AdamW and Lion [g].
@@ -104,12 +117,15 @@ class CurvaDion(torch.optim.Optimizer):
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, what was got and what to try.
 
-    Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update.
+    Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update; Douillard et al., "DiLoCo",
+    arXiv:2311.08105, for the outer step with Nesterov momentum.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree
     _built = False
     # Made by `_build`, which runs again when a group is added.
+    _params: list[Tensor]
+    _outer: Outer | None
     _collectives: Collectives
     _ops: Ops
     _X: Fixed[Tensor] | None
@@ -137,6 +153,9 @@ class CurvaDion(torch.optim.Optimizer):
         local_update: str = "gradient",
         local_lr_scale: float = 1.0,
         consensus: str = "average",
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        outer_bits: int = 32,
         error_feedback: bool = True,
         right_factor: str = "column_norm",
         betas: tuple[float, float] = (0.9, 0.95),
@@ -153,6 +172,9 @@ class CurvaDion(torch.optim.Optimizer):
             "min_local_steps": min_local_steps,
             "max_local_steps": max_local_steps,
             "consensus": consensus,
+            "outer_lr": outer_lr,
+            "outer_momentum": outer_momentum,
+            "outer_bits": outer_bits,
             "momentum_dtype": momentum_dtype,
             "payload_dtype": payload_dtype,
             "on_nonfinite": on_nonfinite,
@@ -218,6 +240,8 @@ class CurvaDion(torch.optim.Optimizer):
             key, norm, rmmc = self._gate(sums, failed=failure is not None)
             arrived = self._fetch(key)
             if failure is None:  # enqueued before the key is known here; does nothing unless it says "local step"
+                if self._outer is not None:
+                    self._outer.remember(X, equal=self._local_steps == 0)
                 self._gradient_step(X, G, key)
             decision = gate.decode(arrived())
         if decision.failed or decision.nonfinite:
@@ -228,16 +252,22 @@ class CurvaDion(torch.optim.Optimizer):
         if self._skips:
             self._accumulate_momentum(G, store=True)
 
-        if decision.synchronize:
+        if decision.synchronize and self._outer is None:
             with record_function("curvadion::synchronized_step"):
                 self._make_common(X, average=self._parameters_differ and self._options.consensus == "average")
                 self._dion_step(self._batches, X, synchronized=True)
                 self._scalar_step(X, self._mean_gradients(X, G))
         else:
             with record_function("curvadion::local_step"):
-                self._dion_step([b for b in self._batches if self._rule(b) == "dion"], X, synchronized=False)
+                if decision.synchronize:  # the key has kept it from happening above
+                    self._gradient_step(X, G, None)
+                self._dion_step(self._with_rule("dion"), X, synchronized=False)
+                self._muon_step(self._with_rule("muon"), X)
                 self._scalar_step(X, G)
-                self._postpone_decay([b for b in self._batches if self._rule(b) == "gradient"])
+                self._postpone_decay([*self._with_rule("gradient"), *self._with_rule("muon")])
+        if decision.synchronize and self._outer is not None:
+            with record_function("curvadion::outer_step"):
+                self._outer.step_(X, self._outer_momenta(), self._copied, self._collectives)
         self._count(decision)
         self._broken = None
         return loss
@@ -385,8 +415,8 @@ class CurvaDion(torch.optim.Optimizer):
         norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=self._local_steps < o.min_local_steps)
         return self._collectives.max_over_replicas(key), norm, rmmc
 
-    def _gradient_step(self, X: Fixed[Tensor], G: Fixed[Tensor | None], key: Tensor) -> None:
-        """X_i <- (1 - lr wd) X_i - lr_local G_i for "gradient" matrices, if the key says "local step"."""
+    def _gradient_step(self, X: Fixed[Tensor], G: Fixed[Tensor | None], key: Tensor | None) -> None:
+        """X_i <- (1 - lr wd) X_i - lr_local G_i for "gradient" matrices, if the key, where there is one, says "local step"."""
         members = self._gradient_matrices(tuple(group["local_update"] for group in self.param_groups))
         if not members:
             return
@@ -470,6 +500,26 @@ class CurvaDion(torch.optim.Optimizer):
                     self._postpone_decay([b])
                 b.Q.copy_(f.Q)
                 b.common_Q = synchronized
+
+    def _muon_step(self, batches: Sequence[Batch], X: Sequence[Tensor]) -> None:
+        """X_i <- (1 - lr wd) X_i - lr_local sqrt(m/n) newton_schulz(m_i)."""
+        if not batches:
+            return
+        directions = newton_schulz(
+            [b.M for b in batches],
+            rows=self._side(batches, [b.layout.long for b in batches]),
+            columns=self._side(batches, [b.layout.short for b in batches]),
+        )
+        for b, direction in zip(batches, directions, strict=True):
+            group = self.param_groups[b.group]
+            lr, (m, n) = float(group["lr"]), b.layout.shape
+            direction = (direction.mT if b.layout.transposed else direction).contiguous()
+            self._ops.local_step_(
+                [X[i] for i in b.params],
+                list(direction.unbind()),
+                decay=1 - lr * group["weight_decay"],
+                step_size=lr * group["local_lr_scale"] * math.sqrt(m / n),
+            )
 
     def _scalar_step(self, X: Sequence[Tensor], G: Sequence[Tensor | None]) -> None:
         """AdamW or Lion for everything that is not a hidden matrix."""
@@ -555,7 +605,9 @@ class CurvaDion(torch.optim.Optimizer):
         self._refuse_inside_consensus("synchronize()")
         self._settle()
         if self.replicas > 1 and self._diverged:
-            self._make_common([local_tensor(p) for p in self._params], average=self._parameters_differ)
+            X = [local_tensor(p) for p in self._params]
+            kept_back = self._outer is not None and self._outer.settle_(X, self._copied, self._collectives)
+            self._make_common(X, average=self._parameters_differ or kept_back)
             norms = self._momentum_norms()
             self._collectives.average_([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
             of_mean = self._momentum_norms()
@@ -858,6 +910,8 @@ class CurvaDion(torch.optim.Optimizer):
                 handle.remove()
         for b in self._batches:
             b.common_Q = True
+        if self._outer is not None:
+            self._outer.forget()
         self._diverged, self._must_synchronize, self._check_pending, self._broken = False, False, True, None
 
     def _read_counters(self) -> None:
@@ -883,8 +937,10 @@ class CurvaDion(torch.optim.Optimizer):
     @torch.no_grad()
     def _build(self) -> None:
         """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
+        before: dict[Tensor, int] = {}
         if self._built:
             self._settle()
+            before = {p: i for i, p in enumerate(self._params)}
         self._group_params = [p for group in self.param_groups for p in group["params"]]
         self._frozen = [p for p in self._group_params if not p.requires_grad]
         named = [
@@ -920,6 +976,10 @@ class CurvaDion(torch.optim.Optimizer):
         ledger = self._collectives.ledger if self._built else Ledger()
         self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
 
+        o = self._options
+        if not self._built:
+            outer = o.consensus == "outer"
+            self._outer = Outer(lr=o.outer_lr, momentum=o.outer_momentum, bits=o.outer_bits) if outer else None
         self._numels = tuple(tuple(math.prod(self._layouts[i].local_shape) for i in members) for members in (self._matrices, self._scalars))
         self._placements = [p.placements if isinstance(p, DTensor) else None for p in self._params]
         self._X = None
@@ -965,6 +1025,8 @@ class CurvaDion(torch.optim.Optimizer):
             shape, dtype = self._layouts[i].local_shape, self._options.momentum_dtype or self._params[i].dtype
             self._moments[i] = {key: torch.zeros(shape, dtype=dtype, device=self._device) for key in moments}
             self._set_state(i, **{key: self._layouts[i].wrap(value) for key, value in self._moments[i].items()})
+        if self._outer is not None:
+            self._outer.forget(keep=[before.get(p, -1) for p in self._params])
         self._built = True
         if not self._matrices and self._params and self.replicas > 1 and self._options.max_local_steps is None:
             raise ValueError(
@@ -975,6 +1037,9 @@ class CurvaDion(torch.optim.Optimizer):
     def _set_state(self, i: int, **tensors: Tensor) -> None:
         """Make the tensors the state of parameter i, with the values of its state so far where there is one."""
         p = self._params[i]
+        if self._outer is not None and self._outer.momentum:
+            x = local_tensor(p)
+            tensors["outer_momentum"] = self._layouts[i].wrap(torch.zeros_like(x, dtype=compute_dtype(x.dtype)))
         fresh = {
             "step": self._counters[0, i],
             "synchronized_steps": self._counters[2, i],
@@ -984,6 +1049,11 @@ class CurvaDion(torch.optim.Optimizer):
         for key, value in self.state.get(p, {}).items():
             assign(fresh[key], value)
         self.state[p] = fresh
+
+    def _outer_momenta(self) -> list[Tensor]:
+        """Return U of every parameter, none without outer momentum."""
+        state = self.__dict__["state"]
+        return [local_tensor(state[p]["outer_momentum"]) for p in self._params if "outer_momentum" in state[p]]
 
     def _momentum_norms(self) -> Tensor:
         """Return ||M_i||_F of every matrix, (L,) float32."""
@@ -1004,8 +1074,8 @@ class CurvaDion(torch.optim.Optimizer):
         different = {values[k] for k in set(of)}
         return self._on_device(name, values, of, torch.float64) if len(different) > 1 else next(iter(different), 1.0)
 
-    def _rule(self, batch: Batch) -> str:
-        return self.param_groups[batch.group]["local_update"]
+    def _with_rule(self, rule: str) -> list[Batch]:
+        return [b for b in self._batches if self.param_groups[b.group]["local_update"] == rule]
 
     def _by_method(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """Split batches by what `dion.power_iteration` takes one value of."""

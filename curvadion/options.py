@@ -35,7 +35,7 @@ GROUP_OPTIONS: dict[str, Rule] = {
     "rank_fraction": (lambda v: 0 < v <= 1, "in (0, 1]", "try 0.25: a quarter of the short side"),
     "rank_multiple_of": _integer(1, "try 1, or 8 or 16 for round kernel shapes"),
     "tau": (lambda v: v >= 0, "a number >= 0, or inf", "try 0.1; max_local_steps=0 synchronizes every step"),
-    "local_update": _one_of("gradient", "dion"),
+    "local_update": _one_of("gradient", "dion", "muon"),
     "local_lr_scale": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 1.0"),
     "error_feedback": (lambda v: isinstance(v, bool), "True or False", "try True"),
     "right_factor": _one_of("column_norm", "qr"),
@@ -56,7 +56,10 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
         "None or an integer >= 0",
         "try None, or 100; 0 synchronizes every step",
     ),
-    "consensus": _one_of("average", "none"),
+    "consensus": _one_of("average", "outer", "none"),
+    "outer_lr": (lambda v: 0 < v < INF, "a finite number > 0", "try 1.0, plain averaging, or 0.7 with outer_momentum=0.6"),
+    "outer_momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "try 0.0, or 0.6 with outer_lr=0.7"),
+    "outer_bits": (lambda v: v in (1, 2, 4, 8, 16, 32), "one of 1, 2, 4, 8, 16, 32", "try 4"),
     "momentum_dtype": (
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
         "None or a floating-point torch.dtype of 16, 32 or 64 bits",
@@ -71,6 +74,9 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
     "kernels": _one_of(*KERNELS),
 }
+
+# What these say about the pseudo-gradient would be ignored under another consensus.
+OUTER_DEFAULTS = {"outer_lr": 1.0, "outer_momentum": 0.0, "outer_bits": 32}
 
 # Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are always batched.
 FOREIGN_KEYS = {
@@ -92,6 +98,13 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: 
             raise TypeError(message) from error
         if not fine:
             raise ValueError(message)
+    if options.get("consensus", "outer") != "outer":
+        given = [name for name, value in OUTER_DEFAULTS.items() if options.get(name, value) != value]
+        if given:
+            raise ValueError(
+                f"{given[0]} belongs to consensus='outer'; got {given[0]}={options[given[0]]!r} with consensus={options['consensus']!r}; "
+                "pass consensus='outer', or leave it out"
+            )
     if options.get("min_local_steps") and options.get("max_local_steps") is not None:
         low, high = options["min_local_steps"], options["max_local_steps"]
         if low > high:

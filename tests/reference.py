@@ -9,7 +9,11 @@ groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, Q, and r
       M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":      the synchronized lines without E_i[.],
       Q   <- column_normalize(R)      or  orthogonalize(R)                 on this replica's own m_i and Q_i,
       X_i <- consensus(X_i)                                                eta_local in place of eta
-      X   <- (1 - eta wd) X - eta sqrt(rows/cols) P Q^T
+      X   <- (1 - eta wd) X - eta sqrt(rows/cols) P Q^T     "muon":      M_i <- mu m_i
+                                                                        X_i <- (1 - eta wd) X_i - eta_local sqrt(rows/cols) muon(m_i)
+
+    consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas were equal last,
+      D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),  C rounding with error feedback
 """
 
 from __future__ import annotations
@@ -40,6 +44,36 @@ GROUP_DEFAULTS = {
 }
 
 
+def muon(M: Tensor) -> Tensor:
+    """U f(S) V^T, f five times the quintic polynomial of Muon, on the singular values divided by their root sum of squares."""
+    U, S, V = torch.linalg.svd(M, full_matrices=False)
+    if float(S.max()) == 0:
+        return torch.zeros_like(M)
+    S = S / S.norm()
+    for _ in range(5):
+        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+    return U @ torch.diag(S) @ V
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """Each 128 values on 2^bits levels around zero, at odd multiples of half a step that bfloat16 holds; 16: bfloat16."""
+    if bits == 16:
+        return x.to(torch.bfloat16).to(x.dtype)
+    result = torch.empty_like(x)
+    for start in range(0, len(x), 128):
+        block = x[start : start + 128]
+        if bits == 1:
+            step = 2 * block.abs().mean()
+        elif bits == 2:
+            step = 0.996 * (block * block).mean().sqrt()
+        else:
+            step = 2 * block.abs().max() / 2**bits
+        step = step.to(torch.bfloat16).to(x.dtype)
+        levels = step * (torch.arange(2**bits, dtype=x.dtype) - (2**bits - 1) / 2)
+        result[start : start + 128] = levels[(block[:, None] - levels).abs().argmin(dim=1)]
+    return result
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one step did."""
@@ -59,6 +93,7 @@ class Replica:
     last_norm: dict[str, float] = field(default_factory=dict)  # absent: no previous norm
     exp_avg: dict[str, Tensor] = field(default_factory=dict)
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+    U: dict[str, Tensor] = field(default_factory=dict)  # outer momentum, the same on all replicas
 
 
 def rank_of(rows: int, cols: int, rank_fraction: float, rank_multiple_of: int = 1) -> int:
@@ -127,6 +162,9 @@ class ReferenceReplicas:
         Q0: Mapping[str, Tensor],
         groups: Mapping[str, Mapping[str, object]] | None = None,
         consensus: str = "average",
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        outer_bits: int = 32,
         warmup_steps: int = 0,
         min_local_steps: int = 0,
         max_local_steps: int | None = None,
@@ -137,6 +175,13 @@ class ReferenceReplicas:
         self.group = {name: {**GROUP_DEFAULTS, **defaults, **(groups or {}).get(name, {})} for name in parameters}
         self.consensus, self.warmup_steps = consensus, warmup_steps
         self.min_local_steps, self.max_local_steps = min_local_steps, max_local_steps
+        self.outer_lr, self.outer_momentum, self.outer_bits = outer_lr, outer_momentum, outer_bits
+        self.X0 = {name: X.detach().clone() for name, X in parameters.items()}
+        self.U = {name: torch.zeros_like(X) for name, X in parameters.items()}
+        padding = -sum(X.numel() for X in parameters.values()) % (128 * replicas)
+        flat = torch.cat([X.detach().flatten() for X in parameters.values()]).new_zeros
+        total = sum(X.numel() for X in parameters.values()) + padding
+        self.residuals, self.mean_residual = [flat(total) for _ in range(replicas)], flat(total)
         self.matrices = [name for name, group in self.group.items() if group["algorithm"] == "dion"]
         self.others = [name for name, group in self.group.items() if group["algorithm"] != "dion"]
         self.steps = self.local_steps = 0  # all steps; local ones in a row
@@ -168,7 +213,10 @@ class ReferenceReplicas:
         synchronized = must or (opens and self.local_steps >= self.min_local_steps)
 
         self.steps += 1
-        if synchronized:
+        if synchronized and self.consensus == "outer":
+            self._local_step(m, G)
+            self._outer_step()
+        elif synchronized:
             self._synchronized_step(m, G)
         else:
             self._local_step(m, G)
@@ -214,12 +262,46 @@ class ReferenceReplicas:
                 eta, eta_local = group["lr"], group["local_lr_scale"] * group["lr"]
                 if group["local_update"] == "dion":
                     self._dion(name, [m[i][name]], replica.Q[name], [i], lr=eta_local)
+                elif group["local_update"] == "muon":
+                    rows, cols = m[i][name].shape
+                    replica.M[name] = group["momentum"] * m[i][name]
+                    decay = 1 - eta * group["weight_decay"]
+                    replica.X[name] = decay * replica.X[name] - eta_local * math.sqrt(rows / cols) * muon(m[i][name])
                 else:
                     replica.M[name] = group["momentum"] * m[i][name]
                     decay = 1 - eta * group["weight_decay"]
                     replica.X[name] = decay * replica.X[name] - eta_local * G[i][name]
             for name in self.others:
                 self._scalar(replica, name, G[i][name])
+
+    def _outer_step(self) -> None:
+        """All parameters end to end, in their order, are one vector; the last values of it may be padding."""
+
+        def flat(values: Mapping[str, Tensor]) -> Tensor:
+            vector = torch.cat([values[name].flatten() for name in self.X0])
+            return torch.cat([vector, vector.new_zeros(len(self.mean_residual) - len(vector))])
+
+        def on_wire(x: Tensor) -> Tensor:
+            return x if self.outer_bits == 32 else rounded(x, self.outer_bits)
+
+        x0, sent = flat(self.X0), []
+        for i, replica in enumerate(self.replicas):
+            wanted = x0 - flat(replica.X) + self.residuals[i]
+            sent.append(on_wire(wanted))
+            self.residuals[i] = wanted - sent[-1]
+        wanted = sum(sent) / len(sent) + self.mean_residual
+        D = on_wire(wanted)
+        self.mean_residual = wanted - D
+        start = 0
+        for name, X0 in self.X0.items():
+            d = D[start : start + X0.numel()].view_as(X0)
+            start += X0.numel()
+            self.U[name] = self.outer_momentum * self.U[name] + d
+            self.X0[name] = X0 - self.outer_lr * (d + self.outer_momentum * self.U[name])
+            for replica in self.replicas:
+                replica.X[name] = self.X0[name].clone()
+                replica.U[name] = self.U[name].clone()
+        self.local_steps, self.diverged = 0, False
 
     def _dion(self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float) -> None:
         """The synchronized step's P, R, M, Q and X lines over the given replicas and their m_i."""
@@ -264,7 +346,15 @@ class ReferenceReplicas:
                 if last and mean_norm > 0:  # one value for all replicas: what a checkpoint holds cannot differ
                     replica.last_norm[name] = sum(last) / len(last) * norm_mean / mean_norm
                 replica.Q[name] = self.replicas[0].Q[name].clone()
+        for i, replica in enumerate(self.replicas):  # what rounding has kept back is in the average
+            kept_back, start = self.residuals[i] + self.mean_residual, 0
+            for name, X in replica.X.items():
+                replica.X[name] = X - kept_back[start : start + X.numel()].view_as(X)
+                start += X.numel()
+            self.residuals[i] = torch.zeros_like(kept_back)
+        self.mean_residual = torch.zeros_like(self.mean_residual)
         self._average("X", self.matrices + self.others)
+        self.X0 = {name: X.clone() for name, X in self.replicas[0].X.items()}
         self._average("M", self.matrices)
         self._average_moments()
         self.local_steps = 0

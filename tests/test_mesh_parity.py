@@ -92,6 +92,14 @@ CASES = [
     Case("bounds_alone", {"tau": math.inf, "warmup_steps": 2, "max_local_steps": 3, "local_update": "dion"}),
     Case("bounds_and_gate", {"min_local_steps": 1, "max_local_steps": 4}),
     Case("synchronize", {"local_update": "dion"}, synchronize_after=4),
+    Case("muon", {"local_update": "muon", "local_lr_scale": 0.5}),
+    Case("outer", {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6}, everywhere=True),
+    Case(
+        "outer_of_all_rules",
+        {"local_update": "dion", "consensus": "outer", "outer_lr": 0.9, "min_local_steps": 1},
+        {"square.weight": {"local_update": "gradient"}, "wide.weight": {"local_update": "muon"}, "tall.weight": {"error_feedback": False}},
+        synchronize_after=4,
+    ),
     Case(
         "groups",
         {"local_update": "dion"},
@@ -222,6 +230,8 @@ def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
             pairs.append(("exp_avg", state["exp_avg"], expected.exp_avg))
             if "exp_avg_sq" in state:
                 pairs.append(("exp_avg_sq", state["exp_avg_sq"], expected.exp_avg_sq))
+        if "outer_momentum" in state:
+            pairs.append(("U", state["outer_momentum"], expected.U))
         for letter, actual, by_name in pairs:
             error = difference(actual, by_name[name])
             if not error <= RTOL:

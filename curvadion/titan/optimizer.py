@@ -62,11 +62,14 @@ class CurvaDionOptimizer(OptimizersContainer):
         """After a synchronized step, ignore the gate for that many steps."""
         max_local_steps: int | None = None
         """After that many local steps in a row the next is synchronized; 0 is synchronous training."""
-        local_update: Literal["gradient", "dion"] = "gradient"
+        local_update: Literal["gradient", "dion", "muon"] = "gradient"
         """What a matrix does on a local step."""
         local_lr_scale: float = 1.0
         """Learning rate of matrices on local steps, relative to lr."""
-        consensus: Literal["average", "none"] = "average"
+        consensus: Literal["average", "outer", "none"] = "average"
+        outer_lr: float = 1.0
+        outer_momentum: float = 0.0
+        outer_bits: Literal[1, 2, 4, 8, 16, 32] = 32
         """Whether replicas come back together on synchronized steps; "none" drifts."""
         error_feedback: bool = True
         """Keep in the momentum what the low-rank update left out."""
