@@ -69,7 +69,7 @@ def rounded(x: Tensor, bits: int) -> Tensor:
         else:
             step = 2 * block.abs().max() / 2**bits
         step = step.to(torch.bfloat16).to(x.dtype)
-        levels = step * (torch.arange(2**bits, dtype=x.dtype) - (2**bits - 1) / 2)
+        levels = step * ((2**bits - 1) / 2 - torch.arange(2**bits, dtype=x.dtype))  # the larger first: it wins where two are as near
         result[start : start + 128] = levels[(block[:, None] - levels).abs().argmin(dim=1)]
     return result
 

@@ -1,0 +1,241 @@
+"""consensus="outer": what crosses replicas in few bits, what rounding keeps back, and that nothing gets lost on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from layouts import LAYOUTS, Layout, local, whole
+from ranks import run_ranks
+from reference import ReferenceReplicas, muon, rounded
+from test_communication import Wire, run_recorded
+from test_mesh_parity import ALGORITHMS, BASE, RTOL, SCALES, Case, compare, first_right_factors, gradients, initial_values, make_optimizer
+from test_mesh_parity import Moment as Expected
+from torch import Tensor
+
+from curvadion import CurvaDion
+from curvadion.collectives import WIRE
+from curvadion.muon import newton_schulz
+from curvadion.payload import BLOCK, Codec, padded
+
+BITS = [1, 2, 4, 8, 16]
+OUTER: Mapping[str, object] = {"consensus": "outer", "local_update": "muon", "max_local_steps": 2, "tau": math.inf}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- the payload
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_payload_decodes_to_the_nearest_level(bits: int, dtype: torch.dtype) -> None:
+    x = (draw(7 * BLOCK) * torch.logspace(-20, 10, 7, dtype=torch.float64).repeat_interleave(BLOCK)).to(dtype)
+    sent = Codec(bits).encode(x)
+    assert sent.dtype == torch.uint8 and sent.numel() == Codec(bits).nbytes(x.numel())
+    torch.testing.assert_close(Codec(bits).decode(sent, dtype), rounded(x, bits), rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "per_value"), [(1, 1.125), (2, 2.125), (4, 4.125), (8, 8.125), (16, 16.0)])
+def test_a_payload_is_as_small_as_it_says(bits: int, per_value: float) -> None:
+    assert 8 * Codec(bits).encode(draw(10 * BLOCK)).numel() == per_value * 10 * BLOCK
+
+
+@pytest.mark.parametrize("bits", BITS[:-1])
+def test_every_code_survives_the_packing(bits: int) -> None:
+    """Values that lie on the levels come back exactly: all codes, in every place of a byte."""
+    levels = torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
+    codes = torch.cat([levels.roll(shift) for shift in range(8)]).repeat(BLOCK // 8 // min(2**bits, 16) + 1)
+    x = padded(codes, BLOCK)[: len(codes) // BLOCK * BLOCK] if len(codes) >= BLOCK else codes.repeat(BLOCK)[:BLOCK]
+    payload = Codec(bits).encode(x)
+    step = 1.0 if bits > 2 else float(payload[:2].view(torch.bfloat16))  # 1 and 2 bits take theirs from the block's statistics
+    if bits > 2:
+        payload.view(-1, Codec(bits).nbytes(BLOCK))[:, :2] = torch.tensor([1.0], dtype=torch.bfloat16).view(torch.uint8)
+        expected = x
+        encoded_with = x.view(-1, BLOCK).abs().amax(-1, keepdim=True) * 2 / 2**bits
+        expected = (((x.view(-1, BLOCK) / encoded_with).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) + 0.5).view(-1)
+    else:
+        expected = step * ((x / step).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5)
+    assert torch.equal(Codec(bits).decode(payload, torch.float64), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_has_no_preferred_sign_and_shrinks_what_is_left(bits: int) -> None:
+    x = draw(200 * BLOCK)
+    codec = Codec(bits)
+    y, mirrored = codec.decode(codec.encode(x), x.dtype), codec.decode(codec.encode(-x), x.dtype)
+    assert torch.equal(y, -mirrored)
+    assert abs(float((y - x).mean())) < 4 * float((y - x).std()) / math.sqrt(len(x)), "a bias"
+    assert float((x - y).norm()) < {1: 0.61, 2: 0.36, 4: 0.12, 8: 0.01, 16: 0.003}[bits] * float(x.norm())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zeros_are_exact_and_what_is_not_finite_stays_so(bits: int) -> None:
+    x = torch.zeros(3 * BLOCK)
+    x[5], x[BLOCK + 5] = math.nan, math.inf
+    y = Codec(bits).decode(Codec(bits).encode(x))
+    assert not y[5].isfinite() and not y[BLOCK + 5].isfinite()
+    assert not y[2 * BLOCK :].any()
+
+
+# ---- Muon
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (8, 8), (40, 3)])
+def test_newton_schulz_is_a_function_of_singular_values(shape: tuple[int, int]) -> None:
+    M = torch.stack([draw(*shape), draw(*shape, seed=1) * 1e-20, draw(shape[0], 2) @ draw(2, shape[1]), torch.zeros(shape)])
+    [O] = newton_schulz([M])  # noqa: E741
+    for got, m in zip(O, M, strict=True):
+        torch.testing.assert_close(got, muon(m), rtol=1e-9, atol=1e-9)
+    assert float(torch.linalg.svdvals(O[0]).min()) > 0.6 and float(torch.linalg.svdvals(O[0]).max()) < 1.2
+
+
+def test_newton_schulz_in_float32_is_accurate_to_its_rounding() -> None:
+    M = torch.linalg.qr(draw(64, 48))[0] @ torch.diag(torch.logspace(0, -6, 48, dtype=torch.float64)) @ torch.linalg.qr(draw(48, 48))[0]
+    [O] = newton_schulz([M.float().unsqueeze(0)])  # noqa: E741
+    torch.testing.assert_close(O[0].double(), muon(M), rtol=0, atol=2e-3)
+
+
+# ---- between replicas
+
+
+def run_rounded(replicas: int, bits: int) -> list[str]:
+    placed = LAYOUTS[0].build(initial_values(), replicas)
+    case = Case("rounded", {**OUTER, "outer_bits": bits, "outer_lr": 0.8, "outer_momentum": 0.5})
+    optimizer = make_optimizer(placed, case)
+    order = [name for group in optimizer.param_groups for name in group["param_names"]]
+    options = {key: value for key, value in (BASE | dict(case.options)).items() if key != "rank_fraction"}
+    groups = {name: {"algorithm": ALGORITHMS.get(name, "dion")} for name in order}
+    values = {name: initial_values()[name] for name in order}
+    reference = ReferenceReplicas(values, replicas=replicas, Q0=first_right_factors(case), groups=groups, **options)
+    for step, G in enumerate(gradients(replicas)):
+        placed.set_gradients(placed.parts_of(G[placed.replica]))
+        optimizer.step()
+        outcome = reference.step(G)
+        if step == 7:  # after a local step, with something kept back
+            optimizer.synchronize()
+            reference.synchronize()
+        problems = compare(optimizer, placed, Expected(outcome, reference.replicas))
+        if problems:
+            return [f"step {step}: {problem}" for problem in problems]
+    return []
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("bits", BITS)
+def test_rounded_pseudo_gradients_are_those_of_the_reference(bits: int, replicas: int) -> None:
+    assert RTOL < 1e-8
+    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas, bits) for line in of_rank]
+    assert not problems, "\n".join(problems[:20])
+
+
+def run_conserved(layout: Layout, bits: int) -> None:
+    """Without weight decay the updates depend on prescribed gradients alone, so where replicas end shows what got lost."""
+    ends = {}
+    for b in (32, bits):
+        placed = layout.build(initial_values(), 2)
+        optimizer = make_optimizer(placed, Case("conserved", {**OUTER, "outer_bits": b, "weight_decay": 0.0}))
+        for step, G in enumerate(gradients(2)):
+            placed.set_gradients(placed.parts_of(G[placed.replica]))
+            optimizer.step()
+            if optimizer.metrics()["curvadion/synchronized"]:
+                for name, parameter in placed.bag.named_parameters():
+                    mine = local(parameter).clone()
+                    torch.distributed.broadcast(mine, group=optimizer._replicate_group, group_src=0)
+                    assert torch.equal(mine, local(parameter)), f"replicas differ in {name} after synchronized step {step}"
+        before = {name: whole(p).clone() for name, p in placed.bag.named_parameters()}
+        optimizer.synchronize()
+        ends[b] = before, {name: whole(p).clone() for name, p in placed.bag.named_parameters()}
+    for name, exact in ends[32][1].items():
+        torch.testing.assert_close(ends[bits][1][name], exact, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+    assert any(not torch.allclose(ends[bits][0][n], ends[32][0][n]) for n in ends[32][0]), "nothing was rounded"
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.world_size(2) <= 4], ids=str)
+def test_what_rounding_keeps_back_is_sent_later(layout: Layout) -> None:
+    run_ranks(layout.world_size(2), run_conserved, layout, 1)
+
+
+def run_ledger(layout: Layout, bits: int, replicas: int) -> tuple[list[tuple[str, int]], dict, dict, int]:
+    placed = layout.build(initial_values(), replicas)
+    optimizer = make_optimizer(placed, Case("ledger", {**OUTER, "outer_bits": bits}))
+    wire = Wire(layout.world_size(1))
+    for step in range(len(SCALES)):
+        placed.set_gradients(placed.parts_of(gradients(replicas)[step][placed.replica]))
+        wire.since_last()
+        optimizer.step()
+        if step == 3:
+            break
+    sent = [(entry.operation, entry.bytes) for entry in wire.since_last() if entry.axis == "replicate"]
+    numel = sum(local(p).numel() for p in placed.bag.parameters())
+    last = {purpose: n for (axis, purpose), n in optimizer.ledger.last_step.items() if axis == "replicate" and n}
+    on_wire = {purpose: n for (axis, purpose), n in optimizer.ledger.last_step_wire.items() if axis == "replicate" and n}
+    return sent, last, on_wire, numel
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_a_rounded_synchronization_sends_its_bits_and_the_gate(replicas: int) -> None:
+    layout = LAYOUTS[0]
+    for sent, ledger, wire, numel in run_recorded(replicas, lambda: run_ledger(layout, 4, replicas)):
+        length = math.ceil(numel / (BLOCK * replicas)) * BLOCK * replicas
+        whole_buffer, part = Codec(4).nbytes(length), Codec(4).nbytes(length // replicas)
+        assert sorted(n for _, n in sent) == sorted([8, whole_buffer, part]), f"{sent}"
+        assert ledger == {"gate": 8, "pseudo_gradients": whole_buffer + part}
+        assert wire["pseudo_gradients"] == pytest.approx(WIRE["all_reduce"](replicas) * whole_buffer), "what an all-reduce would send"
+
+
+def run_resumed(bits: int) -> None:
+    def train(placed, optimizer: CurvaDion, steps: range) -> None:
+        for step in steps:
+            placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
+            optimizer.step()
+
+    case = Case("resumed", {**OUTER, "outer_bits": bits, "outer_lr": 0.7, "outer_momentum": 0.6})
+    layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
+    placed = layout.build(initial_values(), 2)
+    optimizer = make_optimizer(placed, case)
+    train(placed, optimizer, range(6))
+    optimizer.synchronize()
+    saved = optimizer.state_dict()
+    again = layout.build({name: whole(p).clone() for name, p in placed.bag.named_parameters()}, 2)
+    resumed = make_optimizer(again, case)
+    resumed.load_state_dict(saved)
+    train(placed, optimizer, range(6, 10))
+    train(again, resumed, range(6, 10))
+    assert float(sum(local(s["outer_momentum"]).abs().sum() for s in optimizer.state.values())) > 0
+    for (name, p), q in zip(placed.bag.named_parameters(), again.bag.parameters(), strict=True):
+        assert torch.equal(local(p), local(q)), f"{name} differs after a resume"
+
+
+@pytest.mark.parametrize("bits", [1, 32])
+def test_a_resumed_run_goes_on_bitwise(bits: int) -> None:
+    run_ranks(4, run_resumed, bits)
+
+
+def test_one_replica_takes_the_outer_step_alone() -> None:
+    """K = 1 is Lookahead with Nesterov momentum; nothing is rounded, because nothing is sent."""
+    X = torch.nn.Parameter(draw(6, 4))
+    optimizer = CurvaDion([X], lr=0.1, **{**OUTER, "outer_bits": 1}, outer_lr=0.5, weight_decay=0.0)
+    start = X.detach().clone()
+    X.grad = draw(6, 4, seed=1)
+    optimizer.step()
+    full = 0.1 * math.sqrt(6 / 4) * muon(draw(6, 4, seed=1))
+    torch.testing.assert_close(X.detach(), start - 0.5 * full)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"outer_bits": 4}, "outer_bits belongs to consensus='outer'"),
+        ({"outer_lr": 0.7, "consensus": "none"}, "outer_lr belongs to consensus='outer'"),
+        ({"outer_bits": 3, "consensus": "outer"}, "outer_bits must be one of"),
+        ({"outer_momentum": 1.0, "consensus": "outer"}, "outer_momentum must be in"),
+    ],
+)
+def test_outer_options_that_would_be_ignored_or_break_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        CurvaDion([torch.nn.Parameter(torch.ones(3, 2))], **options)
