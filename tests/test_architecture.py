@@ -18,7 +18,7 @@ ROWS = [
     {"curvadion.titan.optimizer"},
     {"curvadion.titan.compat"},
     {"curvadion"},
-    {"curvadion.optimizer", "curvadion.param_groups"},
+    {"curvadion.optimizer", "curvadion.param_groups", "curvadion.project"},
     {"curvadion.collectives", "curvadion.state"},
     {"curvadion.layout", "curvadion.scalar"},
     {"curvadion.dion", "curvadion.gate", "curvadion.options", "curvadion_kernels.library"},
