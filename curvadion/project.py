@@ -55,6 +55,8 @@ def read_points(file: Path) -> list[dict[str, Any]]:
         points = [json.loads(line) for line in lines]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--measured must be a readable file of JSON lines; got {file}: {error}; write one object per line") from None
+    if not points:
+        raise ValueError(f"--measured must hold at least one point; got none in {file}; write one JSON object per line")
     for number, point in enumerate(points, 1):
         missing = [k for k in ("label", "setting", "mbit", *NUMBERS) if not isinstance(point, dict) or k not in point]
         wrong = [] if missing else [k for k in NUMBERS if not isinstance(point[k], int | float) or point[k] < 0]
@@ -95,6 +97,8 @@ def curves_and_markers(points: Sequence[Mapping[str, Any]]) -> tuple[Curves, Cur
         for d in like:
             if (d["mbit"], d["label"]) == (p["mbit"], p["label"]) and p["mbit"] is not None:
                 markers.setdefault(f"{p['label']}: {name}", []).append((p["mbit"] / 1e3, d["seconds_per_step"] / p["seconds_per_step"]))
+    if not curves:
+        raise ValueError("--picture must have a dense point with the sites and delay of another setting's; got none; add a dense run")
     return curves, markers
 
 
@@ -150,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--interval", type=float, default=100, help="steps per synchronized step (default %(default)g)")
     rate.add_argument("--rate", type=float, help="synchronized steps per step, in place of --interval")
-    add("--payload", choices=PAYLOADS, default="average", help="of a synchronized step (default %(default)s, as the optimizer's)")
+    add("--payload", choices=PAYLOADS, default="average", help="of a synchronized step (default %(default)s)")
     add(
         "--local-update",
         choices=("dion", "gradient", "muon"),
@@ -208,8 +212,9 @@ def print_projection(args: argparse.Namespace) -> None:
     K, S, link = args.replicas, args.shards, LINKS[args.link]
     link = replace(link, gbit=link.gbit if args.gbit is None else args.gbit, rtt_ms=link.rtt_ms if args.rtt_ms is None else args.rtt_ms)
     model = decoder(dim, layers, ffn, vocabulary)
-    compute = args.compute_seconds
+    compute, how = args.compute_seconds, "as given"
     if compute is None:
+        how = f"6 FLOP x parameters x {args.tokens:,.0f} tokens at {args.flops_per_gpu:g} FLOP/s a GPU"
         compute = 6 * model.parameters * args.tokens / (args.flops_per_gpu * S)
 
     def over(link: Link) -> Projection:
@@ -220,7 +225,8 @@ def print_projection(args: argparse.Namespace) -> None:
     dense, dion = payload(model, "dense"), payload(model, "low-rank", moves_Q=False, **ranks)
     sent = payload(model, args.payload, moves_Q=args.local_update == "dion", block=args.block, **ranks)
     print(f"projected, not measured: {model.parameters:,} parameters, {len(model.matrices)} matrices; {K} replicas of {S} GPUs;")
-    print(f"T_compute {compute:.4g} s; {args.nics or link.nics(S)} x {link.gbit:g} Gbit/s a replica, round trip {link.rtt_ms:g} ms;")
+    print(f"T_compute {compute:.4g} s, {how};")
+    print(f"{args.nics or link.nics(S)} x {link.gbit:g} Gbit/s a replica, round trip {link.rtt_ms:g} ms;")
     print(f"payload {args.payload} on 1 step in {interval:g}; overlap {args.overlap:g}\n\n{FORMULA}\n")
 
     gate = {"gate": Sent(GATE_BYTES * S)}
@@ -251,7 +257,7 @@ def print_projection(args: argparse.Namespace) -> None:
         times = [here.dense(dense), here.gated(dion), here.gated(sent, interval)]
         what = [name, f"{args.nics or preset.nics(S)} x {preset.gbit:g}", f"{preset.rtt_ms:g}"]
         rows.append([*what, *(f"{t:.4g}" for t in times), *(f"{times[0] / t:.2f}x" for t in times[1:])])
-    header = ["link", "Gbit/s", "rtt ms", "T_dense", "T_dion", "T_curvadion", "Dion", "CurvaDion"]
+    header = ["link", "Gbit/s", "rtt ms", "T_dense", "T_dion", "T_curvadion", "speed-up Dion", "CurvaDion"]
     print_table("projected: seconds per step and speed-up over dense, on nominal links", header, rows)
 
     if args.picture:
