@@ -222,7 +222,7 @@ behind it were not at hand: the assumptions below are OURS, inferred to match it
   layout       2 replicas of 8 GPUs that share one link, whose bandwidth and round trip stand in the table
   baseline     bf16 gradients all-reduced on every step, nothing overlapped
   "published"  the same gradients on 1 step in 100 (99 % of the steps are local), and the gate's round trip on all
-  "average"    what this library sends on 1 step in 100 with consensus="average" after local Dion steps, rank fraction 1/8: five times as much"""
+  "average"    what this library sends on 1 step in 100 (consensus="average", local Dion steps, rank fraction 1/8): five times as much"""
 PUBLISHED_RANGE = (1.02, 4.36)
 PUBLISHED_LINKS = ("infiniband", "ethernet-100", "ethernet-25", "ethernet-10", "cross-datacentre-2")
 PUBLISHED_INTERVAL = 100
