@@ -33,10 +33,11 @@ class ByteText:
         self.train = torch.frombuffer(bytearray(b"\n".join(documents)) or bytearray(1), dtype=torch.uint8)
         self.held_out = torch.frombuffer(bytearray(b"\n".join(held_out)) or bytearray(1), dtype=torch.uint8)
 
-    def batch(self, *, batch: int, seq: int, seed: int, rank: int, step: int) -> tuple[Tensor, Tensor]:
-        """Draw inputs and targets, both [batch, seq] int64, at random places of the training part."""
+    def batch(self, *, batch: int, seq: int, seed: int, rank: int, step: int, part: tuple[int, int] = (0, 1)) -> tuple[Tensor, Tensor]:
+        """Draw inputs and targets, both [batch, seq] int64, at random places of the k-th of n parts of the training text; part = (k, n)."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + rank) * 1_000_003 + step)
-        starts = torch.randint(self._places(self.train, seq), (batch,), generator=generator)
+        places, (k, n) = self._places(self.train, seq), part
+        starts = torch.randint(places * k // n, places * (k + 1) // n, (batch,), generator=generator)
         return cut(self.train, starts, seq)
 
     def held_out_batches(self, *, tokens: int, batch: int, seq: int, rank: int, ranks: int) -> list[tuple[Tensor, Tensor]]:

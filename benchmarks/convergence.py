@@ -1,0 +1,365 @@
+r"""Loss against bytes: K replicas of a small GPT under a list of settings, at equal tokens, with the controls that keep it honest.
+
+    python benchmarks/convergence.py --tables headline --seeds 0 1 2 --text FOLDER
+    python benchmarks/convergence.py --tables headline --seeds 0 --backend processes        # the same runs, through scripts/train.py and gloo or NCCL
+    curvadion report benchmarks/results/convergence.jsonl
+
+One JSON line per finished run goes to --out; what is there already is not run again. "simulation" holds all replicas in one process, on a
+CPU core or a GPU (benchmarks/simulation.py); "processes" is torchrun and one process per replica, for settings that the optimizer has.
+
+Loss is in nats per byte, of the mean of all replicas, on held-out text. Bytes are those that leave one replica. Controls are part of each
+run: synchronous training, AdamW, no synchronization at all, and for each gated setting a fixed interval with the same number of
+synchronizations. If no synchronization is as good as synchronous training, gradients leak between replicas: all runs become invalid.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from simulation import Replicas, Setting
+from timing import hardware
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from gpt import GPT  # noqa: E402
+from text import ByteText  # noqa: E402
+from train import learning_rate  # noqa: E402
+
+MUON = Setting("Muon every step", baseline=True, momentum=0.9, lr=0.02)
+NEVER = Setting("no synchronization", interval=math.inf)
+CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw"), NEVER]
+TABLES: dict[str, list[Setting]] = {"controls": []}
+
+# How far, in nats, no synchronization must be from synchronous training, at least.
+LEAK = 0.02
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: everything that its result depends on."""
+
+    setting: Setting
+    seed: int
+    replicas: int
+    batch: int
+    seq: int
+    steps: int
+    dim: int
+    layers: int
+    heads: int
+    text: str
+    backend: str
+    parts: bool = False
+
+    @property
+    def identity(self) -> str:
+        """A text that is equal for equal runs."""
+        values = asdict(self) | {"setting": {k: v for k, v in asdict(self.setting).items() if k != "name"}}
+        return json.dumps(values, sort_keys=True)
+
+
+def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
+    """Train all replicas in this process and return what came out; `count` is a shared counter of steps."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    text = ByteText(Path(run.text) if run.text else None, max_bytes=20_000_000)
+    model = GPT(dim=run.dim, layers=run.layers, heads=run.heads, max_seq=run.seq).to(device)
+    replicas = Replicas(model, run.setting, run.replicas)
+    held_out = text.held_out_batches(tokens=65536, batch=32, seq=run.seq, rank=0, ranks=1)
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        mean = replicas.consensus()
+        losses = [F.cross_entropy(mean(x.to(device)).flatten(0, 1), y.to(device).flatten()) for x, y in held_out]
+        return float(torch.stack(losses).mean())
+
+    began, drift, signals = time.perf_counter(), [], []
+    curve = [[0, held_out_loss()]]
+    for step in range(1, run.steps + 1):
+        for g in replicas.G.values():
+            g.zero_()
+        for k, replica in enumerate(replicas.models):
+            part = (k, run.replicas) if run.parts else (0, 1)
+            inputs, targets = text.batch(batch=run.batch, seq=run.seq, seed=run.seed, rank=k, step=step, part=part)
+            F.cross_entropy(replica(inputs.to(device)).flatten(0, 1), targets.to(device).flatten()).backward()
+        last = step == run.steps and not math.isinf(run.setting.interval)
+        synchronized = replicas.step(learning_rate(step - 1, run.steps), last=last)
+        if replicas.drift is not None:
+            drift.append([step, replicas.drift])
+        if replicas.signal is not None:
+            signals.append([step, replicas.signal, synchronized])
+        if step % max(1, run.steps // 6) == 0 or step == run.steps:
+            curve.append([step, held_out_loss()])
+            if not math.isfinite(curve[-1][1]):
+                break
+        if count is not None:
+            count.value = step
+    gate = 0 if run.setting.baseline else 8 * run.steps
+    return {
+        "parameters": replicas.numel,
+        "loss": curve[-1][1],
+        "sent": {"gate": gate, "gradients" if run.setting.baseline else "pseudo_gradients": replicas.sent},
+        "synchronized": replicas.synchronized,
+        "seconds": time.perf_counter() - began,
+        "curve": curve,
+        "drift": drift[:: max(1, len(drift) // 100)],
+        "signal": signals[:: max(1, len(signals) // 300)],
+    }
+
+
+# The attributes of a setting that scripts/train.py has flags for.
+SHARED = ("rule", "rank_fraction", "lr", "adamw_lr", "momentum", "weight_decay", "interval", "bits", "outer_lr", "outer_momentum")
+
+
+def train_flags(setting: Setting) -> list[str]:
+    """Return the setting as flags of scripts/train.py. Raises ValueError for one that the optimizer does not have."""
+    own = replace(Setting("", baseline=setting.baseline), **{name: getattr(setting, name) for name in SHARED})
+    if replace(setting, name="") != own:
+        odd = [name for name, value in asdict(setting).items() if name != "name" and value != getattr(own, name)]
+        raise ValueError(
+            f"processes take settings that the optimizer has; got {', '.join(odd)} in {setting.name!r}; use --backend simulation"
+        )
+    flags = {
+        "--lr": setting.lr,
+        "--adamw-lr": setting.adamw_lr,
+        "--momentum": setting.momentum,
+        "--weight-decay": setting.weight_decay,
+        "--rank-fraction": setting.rank_fraction,
+    }
+    if setting.baseline:
+        flags["--optimizer"] = "adamw" if setting.rule == "adamw" else "dion"
+    else:
+        flags |= {"--local-update": setting.rule, "--consensus": "outer", "--outer-bits": setting.bits, "--outer-lr": setting.outer_lr}
+        flags |= {"--outer-momentum": setting.outer_momentum, "--tau": "inf", "--warmup-steps": 0}
+        flags |= {"--max-local-steps": int(setting.interval) - 1} if math.isfinite(setting.interval) else {}
+    return [str(part) for pair in flags.items() for part in pair]
+
+
+def train(run: Run, count: Any = None) -> dict[str, Any]:
+    """Train through torchrun and scripts/train.py, one process per replica, and return what came out."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {
+            "--seed": run.seed,
+            "--replicas": run.replicas,
+            "--batch": run.batch,
+            "--seq": run.seq,
+            "--steps": run.steps,
+            "--dim": run.dim,
+            "--layers": run.layers,
+            "--heads": run.heads,
+            "--eval-every": max(1, run.steps // 6),
+            "--eval-bytes": 65536,
+            "--max-text": 20_000_000,
+            "--out": folder,
+        }
+        flags |= {"--text": run.text} if run.text else {}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", run.replicas]
+        command = [*torchrun, ROOT / "scripts" / "train.py", *(part for pair in flags.items() for part in pair), *train_flags(run.setting)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        output = []
+        for line in process.stdout or ():
+            output.append(line)
+            if count is not None and line.startswith("step "):
+                count.value = int(line.split()[1].split("/")[0])
+        if process.wait():
+            raise RuntimeError(f"{run.setting.name}: {' '.join(map(str, command))} failed:\n{''.join(output[-30:])}")
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+        steps = [json.loads(line) for line in (Path(folder) / "steps.jsonl").read_text().splitlines()]
+    totals = {key.rsplit("/", 1)[1]: 0.0 for key in steps[0] if key.startswith("curvadion/bytes/replicate/")}
+    for key in totals:
+        totals[key] = sum(step[f"curvadion/bytes/replicate/{key}"] for step in steps)
+    return {
+        "parameters": summary["parameters"],
+        "loss": summary["held_out"][-1][1],
+        "wire": sum(step["curvadion/wire/replicate"] for step in steps),
+        "sent": {key: value for key, value in totals.items() if value},
+        "synchronized": int(sum(step["curvadion/synchronized"] for step in steps)),
+        "seconds": sum(step["seconds"] for step in steps),
+        "curve": summary["held_out"],
+        "drift": [[step["step"], step["drift"]] for step in steps if step.get("drift") is not None],
+        "signal": [[step["step"], step["curvadion/rmmc_max"], bool(step["curvadion/synchronized"])] for step in steps],
+    }
+
+
+def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
+    """Train, and return the run's line."""
+    result = simulate(run, device, count) if run.backend == "simulation" else train(run, count)
+    ring = 2 * (run.replicas - 1) / run.replicas
+    wire = result.pop("wire", None)
+    sent = result.pop("sent")
+    wire = sum(sent.values()) * ring if wire is None else wire
+    return {
+        "study": "convergence",
+        "setting": run.setting.name,
+        "label": "measured",
+        "backend": run.backend,
+        "baseline": run.setting.baseline,
+        "seed": run.seed,
+        "replicas": run.replicas,
+        "batch": run.batch,
+        "seq": run.seq,
+        "steps": run.steps,
+        "tokens": run.steps * run.batch * run.seq * run.replicas,
+        "wire": wire,
+        "dense_wire": 2 * result["parameters"] * run.steps * ring,
+        "bytes": sent,
+        **result,
+        "valid": None,
+        "options": {k: v for k, v in asdict(run.setting).items() if k != "name"},
+        "model": {"dim": run.dim, "layers": run.layers, "heads": run.heads},
+        "text": Path(run.text).name if run.text else "standard library",
+        "parts": run.parts,
+        "identity": run.identity,
+    }
+
+
+def with_controls(settings: Iterable[Setting]) -> list[Setting]:
+    """Return the settings, the controls, and for each gated one a fixed interval with as many synchronizations; each once."""
+    wanted: dict[str, Setting] = {}
+    for setting in [*CONTROLS, *settings]:
+        fixed = [] if setting.gate == "interval" else [replace(setting, gate="interval", name=f"{setting.name}: fixed interval")]
+        for s in [setting, *fixed]:
+            wanted.setdefault(json.dumps({k: v for k, v in asdict(s).items() if k != "name"}), s)
+    return list(wanted.values())
+
+
+def validate(lines: Sequence[dict[str, Any]]) -> None:
+    """Set "valid" in all lines: whether, for the same seed, data and model, no synchronization is clearly worse than synchronous training."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        identity = json.loads(line["identity"])
+        alike.setdefault(json.dumps({k: v for k, v in identity.items() if k not in ("setting", "seed")}), []).append(line)
+    for group in alike.values():
+        best = {s: min((x["loss"] for x in group if x["baseline"] and x["seed"] == s), default=None) for s in {x["seed"] for x in group}}
+        never = {x["seed"]: x["loss"] for x in group if x["setting"] == NEVER.name}
+        known = [loss for loss in best.values() if loss is not None]
+        noise = 3 * statistics.stdev(known) if len(known) > 1 else 0.0
+        gaps = [never[s] - best[s] for s in never if best[s] is not None]
+        for line in group:
+            line["valid"] = min(gaps) > max(LEAK, noise) if gaps and line["replicas"] > 1 else None
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a results file, none if there is none."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--tables", nargs="+", default=["headline"], choices=sorted(TABLES), metavar="TABLE", help=f"of settings: {', '.join(TABLES)}")
+    add("--settings", nargs="+", metavar="NAME", help="only these of the tables; controls come along")
+    add("--backend", choices=("simulation", "processes"), default="simulation", help="one process for all replicas, or one each")
+    add("--seeds", nargs="+", type=int, default=[0], help="one run of each setting for each")
+    add("--replicas", nargs="+", type=int, default=[4], help="K")
+    add("--batch", nargs="+", type=int, default=[16], help="sequences in each replica's step")
+    add("--steps", nargs="+", type=int, default=[600], help="length of a run and of its learning rate schedule")
+    add("--seq", type=int, default=64, help="bytes in a sequence")
+    add("--dim", type=int, default=64, help="width of the model")
+    add("--layers", type=int, default=2, help="blocks")
+    add("--heads", type=int, default=2, help="attention heads")
+    add("--text", default="", help="file or folder to train on; none: the Python standard library's own source")
+    add("--parts", action="store_true", help="each replica reads a part of the text of its own")
+    add("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, with --backend simulation on a CPU")
+    add("--device", default="cpu", help="of --backend simulation: cpu or cuda")
+    add("--out", type=Path, default=Path("runs/convergence.jsonl"), help="file that finished runs are appended to")
+    return parser.parse_args()
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    args = parse_args()
+    settings = [s for table in args.tables for s in TABLES[table] if not args.settings or s.name in args.settings]
+    data = {"text": args.text, "backend": args.backend, "parts": args.parts}
+    shape = {"seq": args.seq, "dim": args.dim, "layers": args.layers, "heads": args.heads}
+    runs = [
+        Run(setting, seed, replicas=replicas, batch=batch, steps=steps, **shape, **data)
+        for seed in args.seeds
+        for replicas in args.replicas
+        for batch in args.batch
+        for steps in args.steps
+        for setting in with_controls(settings)
+        if args.backend == "simulation" or runs_in_processes(setting)
+    ]
+    done = {line["identity"] for line in read(args.out)}
+    todo = [run for run in runs if run.identity not in done]
+    console = Console(highlight=False)
+    console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them in {args.out} already")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    command = "python benchmarks/convergence.py " + " ".join(sys.argv[1:])
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    jobs = args.jobs if args.backend == "simulation" and args.device == "cpu" else 1
+    with (
+        multiprocessing.Manager() as manager,
+        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
+        overall = progress.add_task("runs", total=len(todo))
+        futures: dict[Future, tuple[Run, Any, Any]] = {}
+        waiting = list(todo)
+        while waiting or futures:
+            while waiting and len(futures) < jobs:
+                run = waiting.pop(0)
+                count = manager.Value("i", 0)
+                task = progress.add_task(f"{run.setting.name}, K={run.replicas}, seed {run.seed}", total=run.steps)
+                futures[pool.submit(execute, run, args.device, count)] = run, count, task
+            time.sleep(0.3)
+            for future, (run, count, task) in list(futures.items()):
+                progress.update(task, completed=count.value)
+                if future.done():
+                    del futures[future]
+                    progress.remove_task(task)
+                    progress.advance(overall)
+                    line = future.result() | {
+                        "date": date.today().isoformat(),
+                        "command": command,
+                        "hardware": hardware(torch.device(args.device)),
+                    }
+                    with args.out.open("a") as file:
+                        print(json.dumps(line), file=file)
+                    share = line["wire"] / line["dense_wire"] if line["dense_wire"] else 0.0
+                    console.print(
+                        f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed {run.seed}: "
+                        f"loss {line['loss']:.4f}, {share:.2%} of dense bytes, {line['seconds']:.0f} s"
+                    )
+    lines = read(args.out)
+    validate(lines)
+    with tempfile.NamedTemporaryFile("w", dir=args.out.parent, delete=False) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    Path(file.name).replace(args.out)
+    invalid = sum(line["valid"] is False for line in lines)
+    if invalid:
+        raise SystemExit(f"{invalid} runs are invalid: no synchronization is as good as synchronous training, so something leaks")
+
+
+def runs_in_processes(setting: Setting) -> bool:
+    """Say whether the optimizer has everything that the setting asks for."""
+    try:
+        train_flags(setting)
+    except ValueError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
