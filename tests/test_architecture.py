@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     {"curvadion.__main__", "curvadion.titan.__main__"},
     {"curvadion.cli"},
+    {"curvadion.report"},
     {"curvadion.report.page"},
     {"curvadion.report.display", "curvadion.report.figures"},
     {"curvadion.report.studies"},
     {"curvadion.report.runs"},
-    {"curvadion.report"},
     {"curvadion.titan"},
     {"curvadion.titan.components", "curvadion.titan.parallelize"},
     {"curvadion.titan.optimizer"},

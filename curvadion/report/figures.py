@@ -92,7 +92,7 @@ def smooth(values: Sequence[float], memory: float = 0.9) -> list[float]:
 
 def loss_curves(runs: Sequence[Run], columns: Sequence[Sequence[float]], x_label: str, title: str) -> tuple[Figure, Axes]:
     """Draw training losses and held-out losses against a column of each run, which is 0 before the first step."""
-    figure, [[axes]] = panels(1, 1, height=3.6, label="measured")
+    figure, [[axes]] = panels(1, 1, height=3.6 + 0.2 * -(-len(runs) // 2), label="measured")
     for index, (run, column) in enumerate(zip(runs, columns, strict=True)):
         color = COLORS[index % len(COLORS)]
         losses = run.column("loss")
@@ -104,7 +104,7 @@ def loss_curves(runs: Sequence[Run], columns: Sequence[Sequence[float]], x_label
     axes.set_xlabel(x_label)
     axes.set_ylabel("loss (nats a byte)")
     axes.set_title(title, loc="left")
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure, axes
 
 
@@ -130,8 +130,8 @@ def loss_against_bytes(runs: Sequence[Run]) -> Figure | None:
     figure, axes = loss_curves(runs, columns, "MB so far, between replicas", title)
     for total in sorted({run.sums(dense)[-1] / 1e6 for run in runs} - {0.0}):
         axes.axvline(total, color=GREY, linestyle="--", linewidth=1)
-        words: dict[str, Any] = {"ha": "right", "va": "bottom", "rotation": 90, "fontsize": 8.5, "color": GREY}
-        axes.annotate("dense bf16 gradients", (total, 0.02), xycoords=axes.get_xaxis_transform(), **words)
+        words: dict[str, Any] = {"ha": "right", "va": "top", "rotation": 90, "fontsize": 8.5, "color": GREY}
+        axes.annotate("dense bf16 gradients", (total, 0.97), xycoords=axes.get_xaxis_transform(), **words)
     log_axis(axes, "x")
     return figure
 
@@ -215,12 +215,10 @@ def rmmc_heat_maps(runs: Sequence[Run]) -> Figure | None:
         every = -(-len(matrices) // MOST_NAMES)
         axis.set_yticks(range(0, len(matrices), every), matrices[::every], fontsize=7.5)
         axis.set_title(f"{run.name}: RMMC of every matrix", loc="left")
-        bar = figure.colorbar(mesh, ax=axis, pad=0.01, aspect=30, label="RMMC (grey: undefined)")
+        bar = figure.colorbar(mesh, ax=axis, pad=0.01, aspect=30, label="RMMC (line: tau; grey: undefined)")
         log_axis(bar.ax, "y")
         if low < run.tau < high:
-            bar.ax.axhline(run.tau, color="white", linewidth=2)
-            style: dict[str, Any] = {"color": "white", "ha": "center", "va": "bottom", "fontsize": 8}
-            bar.ax.annotate("tau", (0.5, run.tau), xycoords=bar.ax.get_yaxis_transform(), **style)
+            bar.ax.axhline(run.tau, color="black", linewidth=2)
     axes[-1][0].set_xlabel("step")
     return figure
 
@@ -247,6 +245,13 @@ def shown(cell: Cell) -> list[Setting]:
     return [setting for setting in cell.settings if setting.runs]
 
 
+def ceiling(values: Sequence[float]) -> float:
+    """Return where to cut an axis off, so that a few bad settings do not press all others together: inf where nothing stands out."""
+    ordered = sorted(values)
+    limit = ordered[0] + 3 * (ordered[(3 * len(ordered) - 1) // 4] - ordered[0])
+    return limit if ordered[0] < limit < ordered[-1] else math.inf
+
+
 def study_scatter(cell: Cell) -> Figure | None:
     """Draw final loss against the share of dense bytes, a point for each setting, and the best baseline as a band."""
     points = [(setting, setting.share) for setting in shown(cell)]
@@ -254,24 +259,28 @@ def study_scatter(cell: Cell) -> Figure | None:
     if not drawn:
         return None
     figure, [[axes]] = panels(1, 1, height=max(4.2, 0.9 + 0.21 * len(drawn)), label=cell.label)
-    best = cell.best
+    handles, top, best = [], ceiling([setting.loss.mean for setting, _ in drawn]), cell.best
     if best:
-        axes.axhline(best.loss.mean, color=GREY, linestyle="--", linewidth=1, label=f"best baseline: {best.name}")
+        handles.append(axes.axhline(best.loss.mean, color=GREY, linestyle="--", linewidth=1, label=f"best baseline: {best.name}"))
         axes.axhspan(*best.loss.bar, color=GREY, alpha=0.18, linewidth=0)
     axes.axvline(100, color=GREY, linewidth=1, alpha=0.6)
     for setting, share in drawn:
-        (left, right), (low, high) = share.bar, setting.loss.bar
+        style = {"linestyle": "none", "markersize": 7, "markerfacecolor": "white" if setting.baseline else None, **look(setting.index)}
+        handles.append(Line2D([], [], label=setting.name, **style))
         x, y = 100 * share.mean, setting.loss.mean
-        x_bar = [[max(0.0, x - 100 * max(left, share.mean / 100))], [max(0.0, 100 * right - x)]]
-        style: dict[str, Any] = {"markersize": 7, "capsize": 2, "elinewidth": 1, "linestyle": "none", **look(setting.index)}
-        if setting.baseline:
-            style["markerfacecolor"] = "white"
-        axes.errorbar(x, y, xerr=x_bar, yerr=[[y - low], [high - y]], label=setting.name, **style)
+        if y > top:
+            axes.plot(x, top, **{**style, "marker": 6})
+            axes.annotate(f"{y:.3g}", (x, top), (8, -5), textcoords="offset points", fontsize=8.5, color=style["color"])
+            continue
+        (left, right), (low, high) = share.bar, setting.loss.bar
+        axes.hlines(y, max(100 * left, x / 10), 100 * right, color=style["color"], linewidth=1)
+        axes.vlines(x, low, high, color=style["color"], linewidth=1)
+        axes.plot(x, y, **style)
     log_axis(axes, "x")
     axes.set_xlabel("bytes leaving one replica, in % of bf16 gradients averaged every step")
     axes.set_ylabel("final loss")
     axes.set_title("Final loss against bytes", loc="left")
-    figure.legend(loc="outside right center", fontsize=8.5)
+    figure.legend(handles=handles, loc="outside right center", fontsize=8.5)
     return figure
 
 
@@ -282,19 +291,23 @@ def study_gaps(cell: Cell) -> Figure | None:
     found = sorted(((s, gap) for s, gap in gaps if gap), key=lambda pair: pair[1].mean)
     if not found or best is None:
         return None
-    figure, [[axes]] = panels(1, 1, height=1.1 + 0.3 * len(found), label=cell.label)
+    figure, [[axes]] = panels(1, 1, height=1.1 + 0.27 * len(found), label=cell.label)
     axes.axvline(0, color=GREY, linestyle="--", linewidth=1)
+    end = ceiling([0.0, *(gap.mean for _, gap in found)])
     for row, (setting, gap) in enumerate(found):
-        style = look(setting.index)
-        low, high = gap.bar
-        axes.plot(gap.values, [row] * len(gap.values), "o", color=style["color"], alpha=0.4, markersize=4)
-        axes.plot([low, high], [row, row], color=style["color"], linewidth=1.6)
-        axes.plot(gap.mean, row, markersize=7, markerfacecolor="white" if setting.baseline else style["color"], **style)
+        style = {"markersize": 7, "markerfacecolor": "white" if setting.baseline else None, **look(setting.index)}
         words = f"{gap.mean:+.4f}" + (f" ± {gap.deviation:.4f}" if gap.deviation is not None else "")
-        axes.annotate(words, (1.01, row), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-    axes.set_yticks(range(len(found)), [f"{s.name}  {100 * s.share.mean:.2g}%" if s.share else s.name for s, _ in found], fontsize=9)
+        axes.annotate(words, (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+        if gap.mean > end:
+            axes.plot(end, row, **{**style, "marker": 5})
+            continue
+        axes.plot(gap.values, [row] * len(gap.values), "o", color=style["color"], alpha=0.4, markersize=4)
+        axes.plot(gap.bar, [row, row], color=style["color"], linewidth=1.6)
+        axes.plot(gap.mean, row, **style)
+    shares = [f"   {plain(float(f'{100 * s.share.mean:.2g}'))}%" if s.share else "" for s, _ in found]
+    axes.set_yticks(range(len(found)), [s.name + share for (s, _), share in zip(found, shares, strict=True)], fontsize=9)
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel(f"loss over that of the best baseline, {best.name}, seed by seed; after a name: its share of dense bytes")
+    axes.set_xlabel(f"final loss minus that of {best.name}")
     axes.set_title("Gap to the best baseline", loc="left")
     return figure
 
@@ -339,7 +352,7 @@ def study_drift(cell: Cell) -> Figure | None:
     for setting, points in lines:
         label = None if setting.name in named else setting.name
         named.add(setting.name)
-        axes.plot(*zip(*points, strict=True), markersize=3, linewidth=0.8, alpha=0.8, label=label, **look(setting.index))
+        axes.plot(*zip(*points, strict=True), markersize=2.5, linewidth=0.7, alpha=0.7, label=label, **look(setting.index))
     log_axis(axes, "y")
     axes.set_xlabel("step")
     axes.set_ylabel("relative distance")
@@ -374,7 +387,8 @@ def link_speed(link: Link) -> Figure | None:
             log_axis(axis, "y")
         ticks = [*finite, unlimited] if math.inf in link.rates else finite
         bottom.set_xticks(ticks, [plain(x) if x < unlimited else "no limit" for x in ticks], fontsize=8.5)
-        bottom.tick_params(axis="x", which="minor", bottom=False)
+        for axis in (top, bottom):
+            axis.tick_params(axis="x", which="minor", bottom=False)
     axes[0][0].set_ylabel("seconds per step")
     axes[1][0].set_ylabel("speed-up over dense")
     handles = [Line2D([], [], color=COLORS[i % len(COLORS)], marker="o", markersize=3.5, label=name) for i, name in enumerate(link.names)]

@@ -29,9 +29,10 @@ RUN_FIGURES = {
     figures.drift: "Relative distance of the replicas to their average, before each synchronization.",
 }
 BARS = "Bars: a standard deviation to either side from three seeds on, the extremes of two."
+CUT = "An arrowhead at the edge: too far off to show."
 STUDY_FIGURES = {
-    figures.study_scatter: f"A point for each setting, mean over seeds; hollow: baselines. {BARS} Grey band: the best baseline.",
-    figures.study_gaps: f"Positive is worse. Pale dots: seeds. {BARS} Hollow: other baselines.",
+    figures.study_scatter: f"A point for each setting, mean over seeds; hollow: baselines. {BARS} Grey band: the best baseline. {CUT}",
+    figures.study_gaps: f"Seed by seed; positive is worse. After a name: bytes, in % of dense ones. Pale dots: seeds. {BARS} {CUT}",
     figures.study_curves: "Mean over seeds; bands: extremes. Dashed: baselines. Losses above those after a tenth of the run are cut off.",
     figures.study_drift: "Relative distance of the replicas to their average, before each synchronization; a line for each seed.",
 }

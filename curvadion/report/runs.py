@@ -182,7 +182,9 @@ def provenance(label: str, records: Sequence[Record]) -> str:
     """Say how results came about: label, seeds, hardware, versions, commit and date, each as often as it differs."""
     seeds = distinct(record.get("seed") for record in records)
     hardware = [record.get("hardware") or {} for record in records]
-    words = [label.capitalize(), f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else "seeds unknown"]
+    words = [label.capitalize()]
+    if seeds:
+        words.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}")
     for key in dict.fromkeys(key for entry in hardware for key in entry):
         values = distinct(entry.get(key) for entry in hardware)
         shown = " / ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")

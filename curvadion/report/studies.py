@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,8 @@ def aggregate(records: Iterable[Record]) -> list[Cell]:
         cell = Cell(*key)
         for name, by_seed in settings.items():
             runs = tuple(run for _, run in sorted(by_seed.items()) if is_valid(run))
-            if runs:
-                baseline = any(run.get("baseline") for run in runs)
-                cell.settings.append(Setting(name, order[cell.study][name], baseline, runs, len(by_seed) - len(runs)))
-            else:
-                cell.settings.append(Setting(name, order[cell.study][name], False, (), len(by_seed)))
+            baseline = any(run.get("baseline") for run in runs)
+            cell.settings.append(Setting(name, order[cell.study][name], baseline, runs, len(by_seed) - len(runs)))
         found.append(cell)
     return found
 
@@ -160,35 +158,36 @@ def read_studies(files: Sequence[Path]) -> list[Cell]:
 
 def study_table(cells: Sequence[Cell]) -> Table:
     """Return loss, gap and bytes of every setting, for cells of one study and one label."""
+    head = ["setting", "seeds", "final loss", "gap", "of dense bytes", "synchronized", "seconds"]
+    several = len(cells) > 1
     rows = []
     for cell in cells:
-        best = cell.best
         for setting in sorted(cell.settings, key=lambda s: s.loss.mean if s.runs else math.inf):
-            seeds = f"{len(setting.runs)}" + (f", {setting.left_out} left out" if setting.left_out else "")
-            row = [setting.name, f"{cell.replicas}", f"{cell.batch}", f"{cell.steps:,}", seeds]
-            if not setting.runs:
-                rows.append([*row, *[""] * 5])
-                continue
-            gap = setting.gap(best) if best else None
-            synchronized = [run["synchronized"] for run in setting.runs if run.get("synchronized") is not None]
-            seconds = [run["seconds"] for run in setting.runs if run.get("seconds") is not None]
-            rows.append(
-                [
-                    *row,
-                    setting.loss.text(".4f"),
-                    "best baseline" if setting is best else gap.text("+.4f") if gap else "",
-                    f"{100 * setting.share.mean:.3g}%" if setting.share else "",
-                    f"{statistics.fmean(synchronized):,.0f}" if synchronized else "",
-                    f"{statistics.fmean(seconds):,.0f}" if seconds else "",
-                ]
-            )
-    head = ["setting", "replicas", "batch", "steps", "seeds", "final loss", "gap", "of dense bytes", "synchronized", "seconds"]
+            row = [setting.name, f"{len(setting.runs)}" + (f", {setting.left_out} left out" if setting.left_out else "")]
+            row += outcome(setting, cell.best) if setting.runs else [""] * 5
+            if several:
+                row[1:1] = [f"{cell.replicas}", f"{cell.batch}", f"{cell.steps:,}", f"{cell.parameters / 1e6:.3g}M"]
+            rows.append(row)
+    if several:
+        head[1:1] = ["replicas", "batch", "steps", "parameters"]
     caption = (
         "Mean over seeds, ± standard deviation from three seeds on, extremes in brackets. Gap: to the best baseline of the same replicas, "
-        "batch and steps, seed by seed. Of dense bytes: what leaves one replica, relative to bf16 gradients averaged every step. "
+        "batch, steps and model, seed by seed. Of dense bytes: what leaves one replica, relative to bf16 gradients averaged every step. "
     )
     runs = [run for cell in cells for run in cell.runs]
-    return Table(f"{cells[0].study}: settings", head, rows, caption + provenance(cells[0].label, runs))
+    return Table(cells[0].study if several else cells[0].name, head, rows, caption + provenance(cells[0].label, runs))
+
+
+def outcome(setting: Setting, best: Setting | None) -> list[str]:
+    """Return a setting's cells: final loss, gap, share of dense bytes, synchronized steps, seconds."""
+    gap = setting.gap(best) if best else None
+    counts = [[run[key] for run in setting.runs if run.get(key) is not None] for key in ("synchronized", "seconds")]
+    return [
+        setting.loss.text(".4f"),
+        "best baseline" if setting is best else gap.text("+.4f") if gap else "",
+        f"{100 * setting.share.mean:.3g}%" if setting.share else "",
+        *(f"{statistics.fmean(values):,.0f}" if values else "" for values in counts),
+    ]
 
 
 def purpose_table(cell: Cell) -> Table | None:
@@ -268,15 +267,13 @@ def read_links(files: Sequence[Path]) -> list[Link]:
 
 
 def link_table(link: Link) -> Table:
-    """Return seconds per step and speed-up of every case."""
+    """Return seconds per step by link rate, and in brackets the speed-up over dense."""
     rows = []
-    for sites in link.sites:
-        for delay in link.delays:
-            for name in link.names:
-                ratios = link.speed_up(name, sites=sites, delay=delay)
-                for x, seconds in link.seconds(name, sites=sites, delay=delay).items():
-                    speed = "no limit" if math.isinf(x) else f"{x:g}"
-                    shown = ["" if math.isnan(value) else f"{value:.3g}" for value in (seconds, ratios[x])]
-                    rows.append([name, f"{sites}", f"{delay:g}", speed, *shown])
-    head = ["setting", "sites", "delay, ms", "link, Mbit/s", "seconds per step", "speed-up over dense"]
-    return Table(f"Slow link, {link.label}", head, rows, link.provenance)
+    for sites, delay, name in product(link.sites, link.delays, link.names):
+        seconds, ratios = (points(name, sites=sites, delay=delay) for points in (link.seconds, link.speed_up))
+        words = {x: f"{y:.3g} ({ratios[x]:.2f}x)" if ratios[x] > 0 else f"{y:.3g}" for x, y in seconds.items() if not math.isnan(y)}
+        if seconds:
+            rows.append([name, f"{sites}", f"{delay:g}", *(words.get(x, "") for x in link.rates)])
+    rates = ["no limit" if math.isinf(x) else f"{x:g} Mbit/s" for x in link.rates]
+    caption = f"Seconds per step, in brackets how many times faster than dense on the same link. {link.provenance}"
+    return Table(f"Slow link, {link.label}", ["setting", "sites", "delay, ms", *rates], rows, caption)
