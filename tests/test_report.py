@@ -203,6 +203,17 @@ def test_a_run_that_sent_nothing_has_no_figures_of_it(tmp_path):
     assert figures.loss_against_tokens([run]) is not None, "losses that are missing are gaps"
 
 
+def test_what_is_not_finite_is_a_gap(tmp_path):
+    folder = make_run(tmp_path, new=True, steps=10)
+    rmmc = {"rmmc": {"a": math.nan, "b": None, "c": 0.0, "d": 0.1}}
+    write_lines(folder / "steps.jsonl", [record | rmmc | {"loss": math.nan} for record in read_lines(folder / "steps.jsonl")])
+    pictures = [figures.draw(draw, [Run(folder)], "") for draw in (figures.rmmc_heat_maps, figures.loss_against_tokens)]
+    (cell,) = aggregate([study_run("a", 0, 1.5, curve=[[0, None], [300, math.nan], [500, 1.6], [600, 1.5]], drift=[[9, None], [20, 0.1]])])
+    pictures += [figures.draw(draw, cell, "") for draw in (figures.study_curves, figures.study_drift)]
+    assert all(pictures)
+    assert figures.study_gaps(cell) is None, "there is no baseline"
+
+
 def test_spread():
     two, three = Spread((1.5, 1.25)), Spread((1.0, 2.0, 4.5))
     assert (two.mean, two.deviation, two.bar) == (1.375, None, (1.25, 1.5))

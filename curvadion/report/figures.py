@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
 
-from curvadion.report.runs import Run, sent_keys, sent_words
+from curvadion.report.runs import Run, number, sent_keys, sent_words
 from curvadion.report.studies import Cell, Link, Setting
 
 BLUE, ORANGE, GREY = "#2f6db3", "#e0762a", "#8a8a8a"
@@ -97,9 +97,11 @@ def loss_curves(runs: Sequence[Run], columns: Sequence[Sequence[float]], x_label
         color = COLORS[index % len(COLORS)]
         losses = run.column("loss")
         axes.plot(column, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(column, smooth(losses), color=color, linewidth=1.6, label=f"{run.name}: {run.summary['held_out'][-1][1]:.3f} held out")
+        axes.plot(
+            column, smooth(losses), color=color, linewidth=1.6, label=f"{run.name}: {number(run.summary['held_out'][-1][1]):.3f} held out"
+        )
         place = {0.0: 0.0, **dict(zip(run.column("step"), column, strict=True))}
-        points = [(place[step], loss) for step, loss in run.summary["held_out"] if step in place]
+        points = [(place[step], number(loss)) for step, loss in run.summary["held_out"] if step in place]
         axes.plot([x for x, _ in points], [y for _, y in points], "o", color=color, markersize=6, markeredgecolor="white")
     axes.set_xlabel(x_label)
     axes.set_ylabel("loss (nats a byte)")
@@ -142,14 +144,16 @@ def bytes_so_far(runs: Sequence[Run]) -> Figure | None:
     sent, dense = (f"curvadion/{key}" for key in sent_keys(wire))
     if not any(run.sums(sent)[-1] for run in runs):
         return None
-    figure, [[axes]] = panels(1, 1, height=2.6, label="measured")
+    figure, [[axes]] = panels(1, 1, height=2.6 + 0.2 * (len(runs) // 2 + 1), label="measured")
     for index, run in enumerate(runs):
         axes.plot(run.column("step"), [total / 1e6 for total in run.sums(sent)], color=COLORS[index % len(COLORS)], label=run.name)
-    axes.plot(runs[0].column("step"), [total / 1e6 for total in runs[0].sums(dense)], "--", color=GREY, label="dense bf16 gradients")
+    for run in {run.sums(dense)[-1]: run for run in runs}.values():
+        axes.plot(run.column("step"), [total / 1e6 for total in run.sums(dense)], "--", color=GREY)
+    axes.plot([], [], "--", color=GREY, label="dense bf16 gradients")
     axes.set_xlabel("step")
     axes.set_ylabel("MB")
     axes.set_title(f"Bytes {sent_words(wire)} so far", loc="left")
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -196,13 +200,13 @@ def rmmc_heat_maps(runs: Sequence[Run]) -> Figure | None:
     heights = [0.9 + min(9.0, max(1.5, 0.16 * len(n))) for n in names]
     figure, axes = panels(len(mapped), 1, height=sum(heights), label="measured", height_ratios=heights)
     for (run, records), matrices, [axis] in zip(mapped, names, axes, strict=True):
-        rows = [[record["rmmc"].get(name) for record in records] for name in matrices]
-        positive = [value for row in rows for value in row if value]
+        rows = [[number(record["rmmc"].get(name)) for record in records] for name in matrices]
+        positive = [value for row in rows for value in row if 0 < value < math.inf]
         if not positive:
             axis.set_title(f"{run.name}: RMMC undefined on every step", loc="left")
             continue
         low, high = min(positive), max(positive)
-        values = [[math.nan if value is None else max(value, low) for value in row] for row in rows]
+        values = [[max(value, low) for value in row] for row in rows]  # where it did not change at all; NaN stays NaN
         steps = [record["step"] for record in records]
         edges = [steps[0] - (steps[1] - steps[0]) / 2, *((a + b) / 2 for a, b in pairwise(steps))]
         edges.append(steps[-1] + (steps[-1] - steps[-2]) / 2)
@@ -316,7 +320,7 @@ def study_curves(cell: Cell) -> Figure | None:
     """Draw losses against tokens: mean over seeds, and their extremes as a band; the first tenth may be cut off above."""
     curves = []
     for setting in shown(cell):
-        by_seed = [{step: y for step, y in run.get("curve") or [] if y is not None} for run in setting.runs]
+        by_seed = [{step: y for step, y in run.get("curve") or [] if math.isfinite(number(y))} for run in setting.runs]
         steps = sorted(set.intersection(*map(set, by_seed)))
         if steps:
             curves.append((setting, steps, [[losses[step] for losses in by_seed] for step in steps]))

@@ -77,7 +77,7 @@ class Run:
             raise SystemExit(f"{folder} must be the folder of a training run, and has no summary.json; {hint}") from None
         except ValueError as error:
             raise SystemExit(f"{folder / 'summary.json'} must hold a JSON object: {error}; {hint}") from None
-        require([self.summary], ("arguments", "hardware", "held_out", "replicas", "shards"), folder / "summary.json", hint)
+        require([self.summary], ("arguments", "hardware", "held_out", "parameters", "replicas", "shards"), folder / "summary.json", hint)
         lines = read_lines(folder / "steps.jsonl")
         if not lines:
             raise SystemExit(f"{folder / 'steps.jsonl'} must have a line for each step, and has none; wait for the run's first step")
@@ -120,6 +120,7 @@ class Run:
         sent, dense = (self.total(key) for key in sent_keys(wire))
         return {
             "processes": f"{self.summary['replicas']} x {self.summary['shards']}",
+            "parameters": f"{self.summary['parameters']:,}",
             "seed": f"{self.arguments.get('seed', 'unknown')}",
             "held-out loss before": f"{number(before):.4f}",
             "held-out loss after": f"{number(after):.4f}",
