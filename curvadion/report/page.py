@@ -26,7 +26,7 @@ RUN_FIGURES = {
     figures.bytes_so_far: "What one replica sent to the others on training steps, and what dense bf16 gradients would have.",
     figures.rmmc_timeline: "Relative maximum momentum change of every step; above tau the replicas synchronize.",
     figures.rmmc_heat_maps: "RMMC of every matrix on replica 0, on the steps that it was read on.",
-    figures.drift: "Relative distance of the replicas to their average, before each synchronization.",
+    figures.drift: "Relative distance of the replicas, just before each synchronization.",
 }
 BARS = "Bars: a standard deviation to either side from three seeds on, the extremes of two."
 CUT = "An arrowhead at the edge: too far off to show."
@@ -34,7 +34,7 @@ STUDY_FIGURES = {
     figures.study_scatter: f"A point for each setting, mean over seeds; hollow: baselines. {BARS} Grey band: the best baseline. {CUT}",
     figures.study_gaps: f"Seed by seed; positive is worse. After a name: bytes, in % of dense ones. Pale dots: seeds. {BARS} {CUT}",
     figures.study_curves: "Mean over seeds; bands: extremes. Dashed: baselines. Losses above those after a tenth of the run are cut off.",
-    figures.study_drift: "Relative distance of the replicas to their average, before each synchronization; a line for each seed.",
+    figures.study_drift: "Relative distance of the replicas, just before each synchronization; a line for each seed.",
 }
 LINK_FIGURE = "Seconds per step, and how many times faster than setting dense on the same link. Where a value is missing there is a gap."
 
