@@ -11,7 +11,7 @@ Two machines, one replica on each; the same on both, HOST being the name of eith
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id run1 \
         scripts/train.py
 
-Writes to --out: steps.jsonl (a line per step), summary.json, report.png. Compare runs with `report.py RUN RUN ...`.
+Writes to --out: steps.jsonl (a line per step), summary.json, report/index.html. Compare runs with `curvadion report RUN RUN ...`.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from gpt import GPT
-from report import Display, hardware, write_report
 from text import ByteText
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -34,6 +33,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from curvadion import CurvaDion, param_groups_for
+from curvadion.report.display import Display, hardware
+from curvadion.report.page import write_report
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     add("--replicas", type=int, help=replicas_help)
     add("--eval-every", type=int, default=100, help="steps between evaluations on held-out text; 0: first and last only")
     add("--eval-bytes", type=int, default=32768, help="held-out bytes in an evaluation")
+    add("--layers-every", type=int, default=10, help="steps between lines with the RMMC of every matrix; 0: none")
     add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
     add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
     add("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
@@ -157,7 +159,7 @@ def evaluate(model: nn.Module, opt: CurvaDion, batches: list[tuple[Tensor, Tenso
 
 def sum_over_shards(loss: Tensor, metrics: dict[str, float], mesh: DeviceMesh) -> tuple[float, dict[str, float]]:
     """Return this replica's loss, and the metrics with byte counts summed over its ranks. Crosses no replica axis."""
-    counts = [key for key in metrics if "bytes" in key]
+    counts = [key for key in metrics if "bytes" in key or "wire" in key]
     values = torch.tensor([0.0, *(metrics[key] for key in counts)], dtype=torch.float64, device=loss.device)
     values[0] = loss / mesh["shard"].size()
     dist.all_reduce(values, group=mesh["shard"].get_group())
@@ -207,7 +209,8 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
         "shards": mesh["shard"].size(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "text": text.name,
-        "hardware": hardware(device),
+        "hardware": hardware(device, Path(__file__).parent),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "held_out": [],
     }
     display = Display(args.out, steps=args.steps, tau=args.tau, start=first, summary=summary) if rank == 0 else None
@@ -234,7 +237,8 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
             index = int(metrics["curvadion/rmmc_argmax"])
             matrix = opt.matrix_names[index] if index >= 0 else None
             tokens = args.batch * args.seq * ranks
-            display.step(step, loss=replica_loss, lr=lr, tokens=tokens, seconds=seconds, matrix=matrix, metrics=metrics)
+            rmmc = opt.named_rmmc() if args.layers_every and step % args.layers_every == 0 else None
+            display.step(step, loss=replica_loss, lr=lr, tokens=tokens, seconds=seconds, matrix=matrix, metrics=metrics, rmmc=rmmc)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             held_out_loss(step)
         if args.checkpoint and (step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)):

@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top to bottom: a module imports from the rows below its own, never from its own row or from above.
 ROWS = [
-    {"curvadion.titan.__main__"},
+    {"curvadion.__main__", "curvadion.titan.__main__"},
+    {"curvadion.cli"},
+    {"curvadion.report"},
+    {"curvadion.report.page"},
+    {"curvadion.report.display", "curvadion.report.figures"},
+    {"curvadion.report.studies"},
+    {"curvadion.report.runs"},
     {"curvadion.titan"},
     {"curvadion.titan.components", "curvadion.titan.parallelize"},
     {"curvadion.titan.optimizer"},

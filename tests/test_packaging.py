@@ -56,6 +56,7 @@ def test_contents(wheel: Path) -> None:
         names
     )
     assert any(name.endswith("/LICENSE") for name in names)
+    assert "curvadion/report/page.py" in names
 
 
 def test_metadata(wheel: Path) -> None:
@@ -91,6 +92,28 @@ print(bool(torch.equal(before, model.weight)))
         curvadion.__version__,
         "False",
     ]
+
+
+def test_the_command_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    """Its help needs no extra."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (scripts,) = site.glob("*.dist-info/entry_points.txt")
+    assert "curvadion = curvadion.cli:main" in scripts.read_text()
+    program = """
+import sys
+sys.modules.update(rich=None, matplotlib=None)  # what is None there cannot be imported
+from curvadion.cli import main
+main(sys.argv[1:])
+"""
+    environment = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    assert "report" in run(sys.executable, "-c", program, "--help", cwd=tmp_path, **environment)
+    refused = subprocess.run(
+        [sys.executable, "-c", program, "report", "run"], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert "pip install 'curvadion[report]'" in refused.stderr
 
 
 def test_configs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def lines(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run")
-    options = ("--checkpoint", folder / "checkpoints", "--checkpoint-every", CHECKPOINT_EVERY, "--eval-every", 8)
+    options = ("--checkpoint", folder / "checkpoints", "--checkpoint-every", CHECKPOINT_EVERY, "--eval-every", 8, "--layers-every", 4)
     return folder, train(folder, *options)
 
 
@@ -60,7 +60,8 @@ def test_a_run_learns_and_says_so(finished):
     assert (summary["replicas"], summary["shards"]) == (2, 2)
     for expected in ("held-out loss after", "synchronized steps", "dense bf16 gradients", "RMMC"):
         assert expected in output
-    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "loss_against_tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "index.html").exists()
 
 
 def test_every_step_has_a_json_line(finished):
@@ -78,10 +79,17 @@ def test_every_step_has_a_json_line(finished):
             assert record["rmmc_matrix"].startswith("layers.")
 
 
+def test_every_fourth_line_has_the_rmmc_of_every_matrix(finished):
+    read = {record["step"]: record["rmmc"] for record in lines(finished[0]) if "rmmc" in record}
+    assert list(read) == [4, 8, 12, 16]
+    assert len(read[4]) == 2 * 7, "2 blocks of 7 matrices"
+    assert all(value > 0 for rmmc in read.values() for value in rmmc.values())
+
+
 def test_bytes_are_those_of_a_whole_replica(finished):
     parameters = json.loads((finished[0] / "summary.json").read_text())["parameters"]
     for record in lines(finished[0]):
-        assert record["curvadion/dense_bf16_bytes"] == 2 * parameters
+        assert record["curvadion/dense_bf16_bytes"] == record["curvadion/dense_bf16_wire"] == 2 * parameters
         if not record["curvadion/synchronized"]:
             assert record["curvadion/bytes/replicate"] == 2 * 8, "8 bytes from each of the 2 shards"
 
@@ -98,19 +106,18 @@ def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
         assert [record[key] for record in resumed] == [record[key] for record in uninterrupted], key
 
 
-def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path, monkeypatch, capsys):
+def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path, capsys):
     train(tmp_path / "adamw", "--optimizer", "adamw", processes=1)
     records = lines(tmp_path / "adamw")
     assert all(record["curvadion/synchronized"] for record in records)
     assert records[-1]["loss"] < records[0]["loss"]
 
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from report import write_report
+    from curvadion.report.page import write_report
 
-    write_report([finished[0], tmp_path / "adamw"], tmp_path / "both.png")
+    write_report([finished[0], tmp_path / "adamw"], tmp_path / "both")
     output = capsys.readouterr().out
     assert "AdamW, every step" in output and "CurvaDion" in output
-    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert "AdamW, every step" in (tmp_path / "both" / "index.html").read_text()
 
 
 def test_text_is_split_and_drawn_reproducibly(tmp_path, monkeypatch):

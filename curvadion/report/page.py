@@ -1,0 +1,170 @@
+"""Put tables and figures into one HTML page that needs no network and no script; the figures lie beside it as PNG files too."""
+
+import re
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+try:
+    from rich.console import Console
+    from rich.table import Table as ConsoleTable
+    from rich.text import Text
+except ImportError as error:
+    raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
+
+from curvadion.report import figures
+from curvadion.report.runs import Record, Run, Table, read_runs, run_provenance, run_tables
+from curvadion.report.studies import Cell, Link, kind, link_table, purpose_table, read_links, read_studies, study_table
+
+SMOOTHED = "Lines: training loss of one replica, as it is (pale) and smoothed. Points: held-out loss of the replicas' average."
+RUN_FIGURES = {
+    figures.loss_against_tokens: SMOOTHED,
+    figures.loss_against_bytes: f"{SMOOTHED} Dashed: what dense bf16 gradients would have sent in the whole run.",
+    figures.loss_against_time: f"{SMOOTHED} Evaluations and checkpoints are not in the time.",
+    figures.bytes_so_far: "What one replica sent to the others on training steps, and what dense bf16 gradients would have.",
+    figures.rmmc_timeline: "Relative maximum momentum change of every step; above tau the replicas synchronize.",
+    figures.rmmc_heat_maps: "RMMC of every matrix on replica 0, on the steps that it was read on.",
+    figures.drift: "Relative distance of the replicas, just before each synchronization.",
+}
+BARS = "Bars: a standard deviation to either side from three seeds on, the extremes of two."
+CUT = "An arrowhead at the edge: too far off to show."
+STUDY_FIGURES = {
+    figures.study_scatter: f"A point for each setting, mean over seeds; hollow: baselines. {BARS} Grey band: the best baseline. {CUT}",
+    figures.study_gaps: f"Seed by seed; positive is worse. After a name: bytes, in % of dense ones. Pale dots: seeds. {BARS} {CUT}",
+    figures.study_curves: "Mean over seeds; bands: extremes. Dashed: baselines. Losses above those after a tenth of the run are cut off.",
+    figures.study_drift: "Relative distance of the replicas, just before each synchronization; a line for each seed.",
+}
+LINK_FIGURE = "Seconds per step, and how many times faster than setting dense on the same link. Where a value is missing there is a gap."
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ max-width: 900px; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
+figure {{ margin: 1.5rem 0; overflow-x: auto; }} img {{ width: 100%; height: auto; }}
+figcaption, caption {{ font-size: 0.85rem; color: #666; text-align: left; }} caption {{ caption-side: bottom; padding-top: 0.4rem; }}
+h3 {{ font-size: 1rem; margin: 0 0 0.3rem; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; }}
+th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #e5e5e5; text-align: right; }}
+th {{ vertical-align: bottom; }} th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+pre {{ overflow-x: auto; font-size: 0.8rem; background: #f6f6f6; padding: 0.6rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+class Page:
+    """The page while it grows, and its pictures by file name."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.pictures: dict[str, bytes] = {}
+
+    def heading(self, words: str) -> None:
+        self.parts.append(f"<h2>{escape(words)}</h2>")
+
+    def table(self, table: Table) -> None:
+        """Add a table, and print it."""
+        show(table)
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+        rows = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+        body = f"<table><caption>{escape(table.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
+        self.parts.append(f"<figure><h3>{escape(table.title)}</h3>\n{body}</figure>")
+
+    def figure(self, figure_of: Callable[[Any], Any], results: Any, caption: str, provenance: str) -> None:
+        """Add a figure, unless there is nothing to draw."""
+        picture = figures.draw(figure_of, results, provenance)
+        if picture is None:
+            return
+        name = figure_of.__name__
+        count = sum(re.fullmatch(rf"{name}(-\d+)?\.png", other) is not None for other in self.pictures)
+        self.pictures[f"{name}-{count + 1}.png" if count else f"{name}.png"] = picture
+        source = f"data:image/png;base64,{b64encode(picture).decode()}"
+        words = escape(f"{caption} {provenance}")
+        self.parts.append(f'<figure><img alt="{escape(name.replace("_", " "))}" src="{source}">\n<figcaption>{words}</figcaption></figure>')
+
+    def commands(self, records: Sequence[Record]) -> None:
+        """Add the commands that results came from, where they are known."""
+        lines = dict.fromkeys(str(record["command"]) for record in records if record.get("command"))
+        if lines:
+            self.parts.append(f"<details><summary>Commands</summary><pre>{escape(chr(10).join(lines))}</pre></details>")
+
+    def runs(self, runs: Sequence[Run]) -> None:
+        self.heading("Runs")
+        for table in run_tables(runs):
+            self.table(table)
+        for figure_of, caption in RUN_FIGURES.items():
+            self.figure(figure_of, runs, caption, run_provenance(runs))
+        self.commands([run.summary for run in runs])
+
+    def study(self, cells: Sequence[Cell]) -> None:
+        """Add the cells of one study that have one label."""
+        self.heading(f"Study {cells[0].study} ({cells[0].label})")
+        self.table(study_table(cells))
+        for cell in cells:
+            for figure_of, caption in STUDY_FIGURES.items():
+                self.figure(figure_of, cell, f"{cell.name}. {caption}", cell.provenance)
+            by_purpose = purpose_table(cell)
+            if by_purpose:
+                self.table(by_purpose)
+        self.commands([run for cell in cells for run in cell.runs])
+
+    def link(self, link: Link) -> None:
+        self.heading(f"Slow link ({link.label})")
+        self.figure(figures.link_speed, link, LINK_FIGURE, link.provenance)
+        self.table(link_table(link))
+        self.commands(link.cases)
+
+    def write(self, folder: Path, title: str) -> Path:
+        """Write index.html and the pictures, and return the page's path."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise SystemExit(f"--out must be a folder, and {folder} is a file; give another one") from None
+        for name, picture in self.pictures.items():
+            (folder / name).write_bytes(picture)
+        page = folder / "index.html"
+        page.write_text(PAGE.format(title=escape(title), body="\n".join(self.parts)), encoding="utf-8")
+        return page
+
+
+def show(table: Table) -> None:
+    """Print a table; one that is cut at 80 columns in a log file is worth nothing."""
+    shown = ConsoleTable(title=Text(table.title), caption=Text(table.caption), caption_justify="left")
+    for position, cell in enumerate(table.head):
+        shown.add_column(Text(cell), justify="right" if position else "left")
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    Console(highlight=False, width=None if Console().is_terminal else 60 + 30 * len(table.head)).print(shown)
+
+
+def write_report(paths: Sequence[Path], out: Path | None = None) -> None:
+    """Print the tables of runs, studies and slow-link files, and write their page, by default beside the first of them."""
+    files: dict[str, list[Path]] = {"run": [], "study": [], "link": []}
+    for path in paths:
+        if not path.exists():
+            raise SystemExit(f"{path} must be the folder of a training run or a .jsonl file, and is not there; check the path")
+        files["run" if path.is_dir() else kind(path)].append(path)
+    page = Page()
+    if files["run"]:
+        page.runs(read_runs(files["run"]))
+    studies: dict[tuple[str, str], list[Cell]] = {}
+    for cell in read_studies(files["study"]):
+        studies.setdefault((cell.study, cell.label), []).append(cell)
+    for cells in studies.values():
+        page.study(cells)
+    for link in read_links(files["link"]):
+        page.link(link)
+    first = paths[0] if paths[0].is_dir() else paths[0].parent
+    print(f"page: {page.write(out or first / 'report', 'CurvaDion report')}")
