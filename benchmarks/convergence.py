@@ -1,7 +1,7 @@
 r"""Loss against bytes: K replicas of a small GPT under a list of settings, at equal tokens, with the controls that keep it honest.
 
     python benchmarks/convergence.py --tables headline --seeds 0 1 2 --text FOLDER
-    python benchmarks/convergence.py --tables headline --seeds 0 --backend processes        # the same runs, through scripts/train.py and gloo or NCCL
+    python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # the same through scripts/train.py, gloo or NCCL
     curvadion report benchmarks/results/convergence.jsonl
 
 One JSON line per finished run goes to --out; what is there already is not run again. "simulation" holds all replicas in one process, on a
@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 from simulation import Replicas, Setting
-from timing import hardware
 from torch.nn import functional as F
+
+from curvadion.report.display import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -171,16 +172,15 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", run.replicas]
         command = [*torchrun, ROOT / "scripts" / "train.py", *(part for pair in flags.items() for part in pair), *train_flags(run.setting)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        words = [str(word) for word in command]
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         output = []
         for line in process.stdout or ():
             output.append(line)
             if count is not None and line.startswith("step "):
                 count.value = int(line.split()[1].split("/")[0])
         if process.wait():
-            raise RuntimeError(f"{run.setting.name}: {' '.join(map(str, command))} failed:\n{''.join(output[-30:])}")
+            raise RuntimeError(f"{run.setting.name}: {' '.join(words)} failed:\n{''.join(output[-30:])}")
         summary = json.loads((Path(folder) / "summary.json").read_text())
         steps = [json.loads(line) for line in (Path(folder) / "steps.jsonl").read_text().splitlines()]
     totals = {key.rsplit("/", 1)[1]: 0.0 for key in steps[0] if key.startswith("curvadion/bytes/replicate/")}
@@ -242,7 +242,7 @@ def with_controls(settings: Iterable[Setting]) -> list[Setting]:
 
 
 def validate(lines: Sequence[dict[str, Any]]) -> None:
-    """Set "valid" in all lines: whether, for the same seed, data and model, no synchronization is clearly worse than synchronous training."""
+    """Set "valid" in all lines: whether, all else equal, no synchronization is clearly worse than synchronous training."""
     alike: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         identity = json.loads(line["identity"])
@@ -333,7 +333,7 @@ def main() -> None:
                     line = future.result() | {
                         "date": date.today().isoformat(),
                         "command": command,
-                        "hardware": hardware(torch.device(args.device)),
+                        "hardware": hardware(torch.device(args.device), ROOT),
                     }
                     with args.out.open("a") as file:
                         print(json.dumps(line), file=file)

@@ -44,13 +44,18 @@ def parse_args() -> argparse.Namespace:
     add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
     add("--tau", type=float, default=0.3, help="synchronize when the momentum's relative change exceeds this")
     local_help = "what a matrix does on a local step; gradient, the paper's text, is CurvaDion's own default"
-    add("--local-update", choices=("gradient", "dion"), default="dion", help=local_help)
+    add("--local-update", choices=("gradient", "dion", "muon"), default="dion", help=local_help)
+    add("--consensus", choices=("average", "outer", "none"), default="average", help="how replicas become equal again")
+    add("--outer-lr", type=float, default=1.0, help="learning rate of --consensus outer")
+    add("--outer-momentum", type=float, default=0.0, help="Nesterov momentum of --consensus outer")
+    add("--outer-bits", type=int, default=32, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer")
     add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")
     add("--rank-fraction", type=float, default=0.25, help="rank of the update relative to the matrix's shorter side")
     add("--warmup-steps", type=int, default=20, help="first steps, all of them synchronized")
     add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: no bound")
     add("--lr", type=float, default=0.01, help="peak learning rate of matrices")
     add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
+    add("--momentum", type=float, default=0.95, help="mu")
     add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
 
     add = parser.add_argument_group("model and data").add_argument
@@ -58,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     add("--layers", type=int, default=4, help="number of blocks")
     add("--heads", type=int, default=5, help="attention heads")
     add("--text", type=Path, help="file or folder to train on; none: the Python standard library's own source")
+    add("--max-text", type=int, default=8_000_000, help="bytes of it that are read at most, evenly spread")
     add("--seq", type=int, default=128, help="bytes in a sequence")
     add("--batch", type=int, default=8, help="sequences on each rank in each step")
 
@@ -132,7 +138,12 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh
         max_local_steps=args.max_local_steps if args.optimizer == "curvadion" else 0,
         local_update=args.local_update,
         local_lr_scale=args.local_lr_scale,
+        consensus=args.consensus,
+        outer_lr=args.outer_lr,
+        outer_momentum=args.outer_momentum,
+        outer_bits=args.outer_bits,
         rank_fraction=args.rank_fraction,
+        momentum=args.momentum,
         weight_decay=args.weight_decay,
     )
 
@@ -196,7 +207,7 @@ def main() -> None:
 
 def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    text = ByteText(args.text)
+    text = ByteText(args.text, max_bytes=args.max_text)
     held_out = text.held_out_batches(tokens=args.eval_bytes, batch=args.batch, seq=args.seq, rank=rank, ranks=ranks)
     model = build_model(args, device, mesh)
     opt = build_optimizer(args, model, mesh)
