@@ -42,9 +42,11 @@ from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, che
 from curvadion.outer import Outer
 from curvadion.state import Batch, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
 from curvadion_kernels import Ops, choose
-from curvadion_kernels.reference import NO_NORM, Fixed, compute_dtype, scale_
+from curvadion_kernels.reference import FAILED_KEY, NO_NORM, SYNCHRONIZE_BIT, Fixed, compute_dtype, scale_
 
 logger = logging.getLogger(__name__)
+
+GAIN = 0.3  # of the controller that steers tau: how much log(tau) moves for one synchronization too many or too few
 
 RELOAD = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
 
@@ -102,6 +104,12 @@ class CurvaDion(torch.optim.Optimizer):
             outer_bits < 32; "none" is the literal formula, and drifts.
         outer_lr, outer_momentum: of consensus="outer"; 1 and 0 are plain averaging.
         outer_bits: bits per parameter between replicas with consensus="outer": 32, 16 (bfloat16), or 8, 4, 2, 1 with a scale for each 128.
+        outer_fragments: parts of the parameters that take turns: each synchronized step makes one of them common, so that none sends
+            more than its share; each is synchronized every outer_fragments-th time.
+        target_sync_rate: share of synchronized steps: tau is multiplied by exp(GAIN (opened - rate)) each time the gate is asked, so that
+            it opens that often in the long run, whatever the level of RMMC. None leaves tau alone.
+        gate_every: ask the other replicas in every so-manieth step only, and whenever warmup_steps or max_local_steps say so; in between
+            nothing at all crosses replicas, RMMC opens nothing, and a replica that meets a NaN or an error takes no step until it can tell.
         error_feedback: keep in the momentum what the low-rank update left out; False is M_i <- mu m_i [g].
         right_factor: "column_norm" (Dion) or "qr" (Orth-Dion) [g].
         betas, eps: of AdamW and Lion [g].
@@ -156,6 +164,9 @@ class CurvaDion(torch.optim.Optimizer):
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         outer_bits: int = 32,
+        outer_fragments: int = 1,
+        target_sync_rate: float | None = None,
+        gate_every: int = 1,
         error_feedback: bool = True,
         right_factor: str = "column_norm",
         betas: tuple[float, float] = (0.9, 0.95),
@@ -175,6 +186,9 @@ class CurvaDion(torch.optim.Optimizer):
             "outer_lr": outer_lr,
             "outer_momentum": outer_momentum,
             "outer_bits": outer_bits,
+            "outer_fragments": outer_fragments,
+            "target_sync_rate": target_sync_rate,
+            "gate_every": gate_every,
             "momentum_dtype": momentum_dtype,
             "payload_dtype": payload_dtype,
             "on_nonfinite": on_nonfinite,
@@ -208,6 +222,8 @@ class CurvaDion(torch.optim.Optimizer):
         self._must_synchronize = False
         self._check_pending = True
         self._broken: str | None = None
+        self._held: str | None = None  # "failed" or "nonfinite": what this replica has to tell the others when the gate asks next
+        self._held_failure: Exception | None = None
         self._decision = gate.decode(0)
         super().__init__(params, defaults)
         self._build()
@@ -237,15 +253,16 @@ class CurvaDion(torch.optim.Optimizer):
             X = self._local_parameters()
             G, failure = self._gather_gradients()
             sums = self._accumulate_momentum(G, store=not self._skips)
-            key, norm, rmmc = self._gate(sums, failed=failure is not None)
+            asked = self._must or self._steps % self._options.gate_every == 0
+            key, norm, rmmc = self._gate(sums, failed=failure is not None, ask=asked)
             arrived = self._fetch(key)
             if failure is None:  # enqueued before the key is known here; does nothing unless it says "local step"
                 if self._outer is not None:
-                    self._outer.remember(X, equal=self._local_steps == 0)
+                    self._outer.remember(X)
                 self._gradient_step(X, G, key)
             decision = gate.decode(arrived())
         if decision.failed or decision.nonfinite:
-            self._refuse(decision, failure, G)
+            self._refuse(decision, failure, G) if asked else self._hold(decision, failure)
             return loss
         self._last_norm.copy_(norm)
         self._rmmc = rmmc
@@ -267,7 +284,9 @@ class CurvaDion(torch.optim.Optimizer):
                 self._postpone_decay([*self._with_rule("gradient"), *self._with_rule("muon")])
         if decision.synchronize and self._outer is not None:
             with record_function("curvadion::outer_step"):
-                self._outer.step_(X, self._outer_momenta(), self._copied, self._collectives)
+                self._outer.step_(X, self._outer_momenta(), self._sizes, self._copied, self._collectives)
+        if asked:
+            self._steer(decision)
         self._count(decision)
         self._broken = None
         return loss
@@ -392,28 +411,47 @@ class CurvaDion(torch.optim.Optimizer):
         watch = G.take(self._scalars).present
         return self._ops.momentum_norm_(self._momenta, G.take(self._matrices), decay=decay, watch=watch, store=store).to(self._device)
 
-    def _gate(self, sums: Tensor, *, failed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Reduce norms and flags over the shards, the key over the replicas; return the key, norms and RMMC, all on the device."""
+    @property
+    def _must(self) -> bool:
+        """Whether this step is synchronized whatever RMMC says; the same on all ranks."""
         o = self._options
-        must = self._must_synchronize or gate.must_synchronize(
+        return self._must_synchronize or gate.must_synchronize(
             step=self._steps,
             local_steps=self._local_steps,
             warmup_steps=o.warmup_steps,
             max_local_steps=o.max_local_steps,
         )
+
+    def _gate(self, sums: Tensor, *, failed: bool, ask: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduce norms and flags over the shards, the key over the replicas; return the key, norms and RMMC, all on the device.
+
+        With ask=False the key stays inside this replica and says "local step", unless something is wrong here.
+        """
+        failed = failed or self._held == "failed"
         if not self._owns_all:
             sums[:-2].mul_(self._owned)
         if hasattr(self, "found_inf"):
             sums[-2:-1].add_(self.found_inf.to(sums))
-        if failed:
-            sums[-2:-1].fill_(torch.nan)
-        if must:
+        if failed or self._held:
+            sums[-2:-1].fill_(torch.nan if failed else 1.0)
+        if self._must:
             sums[-1:].fill_(1.0)  # a slice: a number assigned to an element would make the host wait for the device
         sums = self._collectives.sum_over_all_shards(sums, "norms")
         taus = [math.inf if failed else float(group["tau"]) for group in self.param_groups]
         tau = self._on_device("tau", taus, self._group_of_matrix, torch.float32)
-        norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=self._local_steps < o.min_local_steps)
+        hold_closed = not ask or self._local_steps < self._options.min_local_steps
+        norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=hold_closed)
+        if not ask:
+            return torch.where(key == FAILED_KEY, key, key & ~SYNCHRONIZE_BIT), norm, rmmc
         return self._collectives.max_over_replicas(key), norm, rmmc
+
+    def _steer(self, decision: gate.Decision) -> None:
+        """tau <- tau exp(GAIN (opened - rate)), the rate being that of steps on which the gate is asked."""
+        o = self._options
+        if o.target_sync_rate is not None and self._steps >= max(1, o.warmup_steps):
+            factor = math.exp(GAIN * (decision.synchronize - o.target_sync_rate * o.gate_every))
+            for group in self.param_groups:
+                group["tau"] *= factor
 
     def _gradient_step(self, X: Fixed[Tensor], G: Fixed[Tensor | None], key: Tensor | None) -> None:
         """X_i <- (1 - lr wd) X_i - lr_local G_i for "gradient" matrices, if the key, where there is one, says "local step"."""
@@ -555,11 +593,21 @@ class CurvaDion(torch.optim.Optimizer):
         self._counters[1].fill_(self._local_steps)
         self._counters[2].fill_(self._synchronized_steps)
 
+    def _hold(self, decision: gate.Decision, failure: Exception | None) -> None:
+        """Take no step on this replica, whose ranks alone know what happened, and let it tell the others when the gate asks next."""
+        if decision.failed or not self._skips:
+            self._held = "failed" if decision.failed else "nonfinite"
+            self._held_failure = self._held_failure or failure
+        self._skipped_steps += 1
+        self._count(decision)
+        self._broken = None
+
     def _refuse(self, decision: gate.Decision, failure: Exception | None, G: Sequence[Tensor | None]) -> None:
         """Skip the step, or raise on this rank as on every other. Parameters are untouched so far."""
         if decision.failed:
             if not self._skips:
                 self._broken = "an earlier step() failed on some rank" + RELOAD
+            failure = failure or self._held_failure
             if failure is not None:
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
@@ -606,7 +654,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._settle()
         if self.replicas > 1 and self._diverged:
             X = [local_tensor(p) for p in self._params]
-            kept_back = self._outer is not None and self._outer.settle_(X, self._copied, self._collectives)
+            kept_back = self._outer is not None and self._outer.settle_(X, self._sizes, self._copied, self._collectives)
             self._make_common(X, average=self._parameters_differ or kept_back)
             norms = self._momentum_norms()
             self._collectives.average_([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
@@ -614,9 +662,13 @@ class CurvaDion(torch.optim.Optimizer):
             together = torch.stack([norms, self._last_norm])
             _, [mean] = self._collectives.mean_over_replicas([together], [()], [self._shards.axes], "norms")
             mean_norm, last = mean
+            if not bool(mean_norm.isfinite().all()):  # the same on all ranks
+                raise NonFiniteError(f"momenta must be finite to be averaged; got a NaN or an infinity on some replica{RELOAD}")
             ratio = torch.where(mean_norm > 0, of_mean / mean_norm, 0.0)
             self._last_norm.copy_(torch.where(last < 0, NO_NORM, last * ratio))
             reshard_gathered_modules()
+            if self._outer is not None:
+                self._outer.forget()
         self._local_steps = 0
         self._write_counters()
         self._diverged = False
@@ -670,7 +722,8 @@ class CurvaDion(torch.optim.Optimizer):
 
     @property
     def _parameters_differ(self) -> bool:
-        return self.replicas > 1 and self._diverged and (self._local_steps > 0 or self._options.consensus == "none")
+        always = self._options.consensus == "none" or self._options.outer_fragments > 1
+        return self.replicas > 1 and self._diverged and (self._local_steps > 0 or always)
 
     def _make_common(self, X: Sequence[Tensor], *, average: bool) -> None:
         """X_i <- consensus(X_i), the same for moments; Q <- replica 0's where the replicas' Q differ."""
@@ -804,11 +857,12 @@ class CurvaDion(torch.optim.Optimizer):
     def metrics(self) -> dict[str, float]:
         """Return what the last step did and the totals since construction, as floats. No collective, no device access.
 
-        Keys, all under ``curvadion/``: ``step``, ``synchronized`` (0 or 1), ``sync_rate`` (share of steps), ``steps_since_sync``,
-        ``rmmc_max`` (NaN if undefined), ``rmmc_argmax`` (index into `matrix_names`, -1 if none), ``skipped_steps``; ``bytes/<axis>`` and
-        ``bytes/<axis>/<purpose>`` of the last step and ``bytes_total/...``, this rank's buffers; ``wire/<axis>`` and ``wire_total/<axis>``,
-        the bytes that leave this rank for them (`curvadion.collectives.WIRE`); ``dense_bf16_bytes`` and ``..._total``, the buffer of this
-        rank's share of a bfloat16 all-reduce of all gradients, ``dense_bf16_wire`` and ``..._total``, what leaves this rank for that.
+        Keys, all under ``curvadion/``: ``step``, ``synchronized`` (0 or 1), ``sync_rate`` (share of steps), ``steps_since_sync``, ``tau``
+        (the smallest of all groups), ``rmmc_max`` (NaN if undefined), ``rmmc_argmax`` (index into `matrix_names`, -1 if none),
+        ``skipped_steps``; ``bytes/<axis>`` and ``bytes/<axis>/<purpose>`` of the last step and ``bytes_total/...``, this rank's buffers;
+        ``wire/<axis>`` and ``wire_total/<axis>``, the bytes that leave this rank for them (`curvadion.collectives.WIRE`);
+        ``dense_bf16_bytes`` and ``..._total``, the buffer of this rank's share of a bfloat16 all-reduce of all gradients,
+        ``dense_bf16_wire`` and ``..._total``, what leaves this rank for that.
         """
         d = self._decision
         values: dict[str, float] = {
@@ -816,6 +870,7 @@ class CurvaDion(torch.optim.Optimizer):
             "synchronized": d.synchronize and not d.nonfinite,
             "sync_rate": self._synchronized_steps / max(self._steps, 1),
             "steps_since_sync": self._local_steps,
+            "tau": min((float(group["tau"]) for group in self.param_groups if group["algorithm"] == "dion"), default=math.nan),
             "rmmc_max": d.rmmc,
             "rmmc_argmax": d.argmax,
             "skipped_steps": self._skipped_steps,
@@ -913,6 +968,7 @@ class CurvaDion(torch.optim.Optimizer):
         if self._outer is not None:
             self._outer.forget()
         self._diverged, self._must_synchronize, self._check_pending, self._broken = False, False, True, None
+        self._held = self._held_failure = None
 
     def _read_counters(self) -> None:
         steps, local_steps, synchronized_steps = self._counters.amax(dim=1).tolist() if self._params else (0, 0, 0)
@@ -920,7 +976,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     _COPIED = (
         *("_options", "_steps", "_local_steps", "_synchronized_steps", "_skipped_steps", "_dense_bytes_total"),
-        *("_must_synchronize", "_check_pending", "_broken", "_decision", "_in_consensus"),
+        *("_must_synchronize", "_check_pending", "_broken", "_held", "_held_failure", "_decision", "_in_consensus"),
     )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -979,7 +1035,9 @@ class CurvaDion(torch.optim.Optimizer):
         o = self._options
         if not self._built:
             outer = o.consensus == "outer"
-            self._outer = Outer(lr=o.outer_lr, momentum=o.outer_momentum, bits=o.outer_bits) if outer else None
+            outer_options = {"lr": o.outer_lr, "momentum": o.outer_momentum, "bits": o.outer_bits, "fragments": o.outer_fragments}
+            self._outer = Outer(**outer_options) if outer else None
+        self._sizes = [math.prod(layout.shape) for layout in self._layouts]
         self._numels = tuple(tuple(math.prod(self._layouts[i].local_shape) for i in members) for members in (self._matrices, self._scalars))
         self._placements = [p.placements if isinstance(p, DTensor) else None for p in self._params]
         self._X = None
@@ -1028,6 +1086,12 @@ class CurvaDion(torch.optim.Optimizer):
         if self._outer is not None:
             self._outer.forget(keep=[before.get(p, -1) for p in self._params])
         self._built = True
+        taus = [group["tau"] for group in self.param_groups if group["algorithm"] == "dion"]
+        if self._options.target_sync_rate is not None and not any(0 < tau < math.inf for tau in taus):
+            raise ValueError(
+                f"target_sync_rate steers tau, which must be finite and above 0 in some group of matrices to start from; got {taus}; try "
+                "tau=0.1, or for a fixed interval leave target_sync_rate out and set max_local_steps"
+            )
         if not self._matrices and self._params and self.replicas > 1 and self._options.max_local_steps is None:
             raise ValueError(
                 "with several replicas and no matrix, whose RMMC opens the gate, max_local_steps must be set; got None; try 0, which "

@@ -60,6 +60,9 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "outer_lr": (lambda v: 0 < v < INF, "a finite number > 0", "try 1.0, plain averaging, or 0.7 with outer_momentum=0.6"),
     "outer_momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "try 0.0, or 0.6 with outer_lr=0.7"),
     "outer_bits": (lambda v: v in (1, 2, 4, 8, 16, 32), "one of 1, 2, 4, 8, 16, 32", "try 4"),
+    "outer_fragments": _integer(1, "try 1; more spread each synchronization over as many smaller ones"),
+    "target_sync_rate": (lambda v: v is None or 0 < v <= 1, "None or in (0, 1]", "try 0.05: one step in twenty"),
+    "gate_every": _integer(1, "try 1; with tau=inf, max_local_steps + 1 asks nobody in between"),
     "momentum_dtype": (
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
         "None or a floating-point torch.dtype of 16, 32 or 64 bits",
@@ -76,7 +79,7 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
 }
 
 # What these say about the pseudo-gradient would be ignored under another consensus.
-OUTER_DEFAULTS = {"outer_lr": 1.0, "outer_momentum": 0.0, "outer_bits": 32}
+OUTER_DEFAULTS = {"outer_lr": 1.0, "outer_momentum": 0.0, "outer_bits": 32, "outer_fragments": 1}
 
 # Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are always batched.
 FOREIGN_KEYS = {

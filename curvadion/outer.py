@@ -1,5 +1,6 @@
 """The outer step of consensus="outer": what replicas send each other is how far they have come since they were last equal."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,54 +19,72 @@ class Outer:
     Args:
         lr, momentum: outer learning rate and Nesterov momentum; 1 and 0 are plain averaging.
         bits: per parameter on the wire, 32 for none rounded.
+        fragments: the number of parts that take turns.
     """
 
-    def __init__(self, *, lr: float, momentum: float, bits: int):
-        self.lr, self.momentum, self.bits = lr, momentum, bits
+    def __init__(self, *, lr: float, momentum: float, bits: int, fragments: int):
+        self.lr, self.momentum, self.bits, self.fragments = lr, momentum, bits, fragments
         self._reference: dict[int, Tensor] = {}
-        self._residuals = Residuals()
+        self._residuals = [Residuals() for _ in range(fragments)]
+        self._turn = 0
 
-    def remember(self, X: Sequence[Tensor], *, equal: bool) -> None:
-        """X_0 <- X_i where replicas are equal, and of parameters that have no X_0 yet."""
+    def remember(self, X: Sequence[Tensor]) -> None:
+        """X_0 <- X_i of all parameters that have no X_0: at the start, and after `forget`."""
         for i, x in enumerate(X):
             if i not in self._reference:
                 self._reference[i] = x.clone()
-            elif equal:
-                self._reference[i].copy_(x)
 
     def forget(self, keep: Sequence[int] = ()) -> None:
         """Start anew, but for X_0 of the parameters at the given old positions, which become 0, 1, ... ; -1 for one that is new."""
         self._reference = {i: self._reference[j] for i, j in enumerate(keep) if j in self._reference}
-        self._residuals.clear()
+        for residuals in self._residuals:
+            residuals.clear()
 
-    def step_(self, X: Sequence[Tensor], U: Sequence[Tensor], copied: Sequence[Axes], collectives: Collectives) -> None:
-        """Make the parameters of all replicas equal, in place.
+    def step_(
+        self, X: Sequence[Tensor], U: Sequence[Tensor], sizes: Sequence[int], copied: Sequence[Axes], collectives: Collectives
+    ) -> None:
+        """Make the parameters of all replicas equal, in place; with fragments, those whose turn it is.
 
-            D = C(E_i[C(X_0 - X_i)]),   U <- mu U + D,   X = X_0 - lr (D + mu U)
+            D = C(E_i[C(X_0 - X_i)]),   U <- mu U + D,   X = X_0 - lr (D + mu U),   X_0 <- X
 
         Args:
             X, U: local shards of parameters and of outer momentum; U is empty if mu = 0.
+            sizes: elements of each whole parameter.
             copied: for each parameter, the axes over which it is the same.
 
-        Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv:2311.08105.
+        Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv:2311.08105, and "Streaming
+        DiLoCo", arXiv:2501.18512, for fragments.
         """
-        X0 = [self._reference[i] for i in range(len(X))]
+        members = self._members(sizes, self._turn)
+        X0, X = [self._reference[i] for i in members], [X[i] for i in members]
         D = [x0.to(compute_dtype(x.dtype)) - x for x0, x in zip(X0, X, strict=True)]
+        axes = [copied[i] for i in members]
         if self.bits == 32:
-            _, D = collectives.mean_over_replicas(D, [()] * len(D), copied, "pseudo_gradients")
+            _, D = collectives.mean_over_replicas(D, [()] * len(D), axes, "pseudo_gradients")
         else:
-            D = collectives.rounded_mean_over_replicas(D, copied, "pseudo_gradients", Codec(self.bits), self._residuals)
-        if U:
-            torch._foreach_mul_(list(U), self.momentum)
-            torch._foreach_add_(list(U), D)
-            D = list(torch._foreach_add(D, list(U), alpha=self.momentum))
+            D = collectives.rounded_mean_over_replicas(D, axes, "pseudo_gradients", Codec(self.bits), self._residuals[self._turn])
+        if U and members:
+            own = [U[i] for i in members]
+            torch._foreach_mul_(own, self.momentum)
+            torch._foreach_add_(own, D)
+            D = list(torch._foreach_add(D, own, alpha=self.momentum))
         copy_into(X, [x0.to(d.dtype).sub(d, alpha=self.lr) for x0, d in zip(X0, D, strict=True)])
+        copy_into(X0, X)
+        self._turn = (self._turn + 1) % self.fragments
 
-    def settle_(self, X: Sequence[Tensor], copied: Sequence[Axes], collectives: Collectives) -> bool:
+    def settle_(self, X: Sequence[Tensor], sizes: Sequence[int], copied: Sequence[Axes], collectives: Collectives) -> bool:
         """Take from the parameters what rounding has kept back, so that their mean lacks nothing; return whether there was anything."""
-        if not self._residuals.pairs:
+        if not any(residuals.pairs for residuals in self._residuals):
             return False
-        wide = [x.to(compute_dtype(x.dtype), copy=True) for x in X]
-        collectives.settle_residuals_(wide, copied, self._residuals)
-        copy_into(X, wide)
+        for turn, residuals in enumerate(self._residuals):
+            members = self._members(sizes, turn)
+            wide = [X[i].to(compute_dtype(X[i].dtype), copy=True) for i in members]
+            collectives.settle_residuals_(wide, [copied[i] for i in members], residuals)
+            copy_into([X[i] for i in members], wide)
         return True
+
+    def _members(self, sizes: Sequence[int], turn: int) -> list[int]:
+        """Return the parameters of a fragment: neighbours, about as many elements in each fragment."""
+        ends = list(itertools.accumulate(sizes, initial=0))
+        middle = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+        return [i for i, at in enumerate(middle) if int(self.fragments * at / max(ends[-1], 1)) == turn]

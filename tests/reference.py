@@ -165,6 +165,8 @@ class ReferenceReplicas:
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         outer_bits: int = 32,
+        target_sync_rate: float | None = None,
+        gate_every: int = 1,
         warmup_steps: int = 0,
         min_local_steps: int = 0,
         max_local_steps: int | None = None,
@@ -175,6 +177,7 @@ class ReferenceReplicas:
         self.group = {name: {**GROUP_DEFAULTS, **defaults, **(groups or {}).get(name, {})} for name in parameters}
         self.consensus, self.warmup_steps = consensus, warmup_steps
         self.min_local_steps, self.max_local_steps = min_local_steps, max_local_steps
+        self.target_sync_rate, self.gate_every = target_sync_rate, gate_every
         self.outer_lr, self.outer_momentum, self.outer_bits = outer_lr, outer_momentum, outer_bits
         self.X0 = {name: X.detach().clone() for name, X in parameters.items()}
         self.U = {name: torch.zeros_like(X) for name, X in parameters.items()}
@@ -208,9 +211,14 @@ class ReferenceReplicas:
         largest = {n: max((x for x in values if not math.isnan(x)), default=0.0) for n, values in rmmc.items()}
         opens = any(largest[n] > self.group[n]["tau"] for n in self.matrices)
 
-        must = must or self.steps < self.warmup_steps
-        must = must or (self.max_local_steps is not None and self.local_steps >= self.max_local_steps)
-        synchronized = must or (opens and self.local_steps >= self.min_local_steps)
+        counted = self.steps == 0 or self.steps < self.warmup_steps
+        counted = counted or (self.max_local_steps is not None and self.local_steps >= self.max_local_steps)
+        asked = counted or self.steps % self.gate_every == 0
+        synchronized = counted or (asked and (must or (opens and self.local_steps >= self.min_local_steps)))
+        margins = [abs(largest[n] / self.group[n]["tau"] - 1) for n in self.matrices if self.group[n]["tau"] > 0 and asked]
+        if asked and self.target_sync_rate is not None and self.steps >= max(1, self.warmup_steps):
+            for group in self.group.values():
+                group["tau"] *= math.exp(0.3 * (synchronized - self.target_sync_rate * self.gate_every))
 
         self.steps += 1
         if synchronized and self.consensus == "outer":
@@ -220,7 +228,6 @@ class ReferenceReplicas:
             self._synchronized_step(m, G)
         else:
             self._local_step(m, G)
-        margins = (abs(largest[n] / self.group[n]["tau"] - 1) for n in self.matrices if self.group[n]["tau"] > 0)
         return Outcome(synchronized, rmmc, min(margins, default=math.inf))
 
     def _rmmc(self, m: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, list[float]], bool]:

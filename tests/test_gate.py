@@ -300,3 +300,31 @@ def test_the_branch_is_common_under_random_gradients(local_update: str, quick: b
         assert same, f"rank {rank}: branch, RMMC, index or the number of collectives differ between ranks"
         assert finite, f"rank {rank}: parameters must stay finite"
         assert steps // 10 <= synchronized <= steps - steps // 10, f"both branches must be frequent, {synchronized} of {steps} were not"
+
+
+@pytest.mark.parametrize(("gate_every", "expected"), [(1, [S, S, S, S, S, S, S]), (2, [S, L, S, L, S, L, S]), (3, [S, L, L, S, L, L, S])])
+def test_rmmc_opens_only_where_the_gate_asks(gate_every: int, expected: list[bool]) -> None:
+    branches, rmmcs, _ = run([1.0, 100.0, 1.0, 100.0, 1.0, 100.0, 1.0], tau=0.5, gate_every=gate_every)
+    assert branches == expected
+    assert all(value > 0.5 for value in rmmcs[1:]), "RMMC is told on every step"
+
+
+def test_the_counters_open_the_gate_on_any_step() -> None:
+    branches, _, _ = run([1.0] * 8, tau=math.inf, gate_every=100, warmup_steps=2, max_local_steps=2)
+    assert branches == [S, S, L, L, S, L, L, S]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize(("tau", "gate_every"), [(1e-3, 1), (50.0, 1), (1.0, 2)])
+def test_the_target_rate_is_met_from_any_tau(tau: float, gate_every: int, rate: float) -> None:
+    norms = (1 + torch.rand(400, generator=torch.Generator().manual_seed(3))).tolist()
+    branches, _, opt = run(norms, tau=tau, target_sync_rate=rate, gate_every=gate_every)
+    share = sum(branches[200:]) / 200
+    assert share == pytest.approx(rate, abs=0.06), f"{share} of the steps, tau {opt.param_groups[0]['tau']}"
+    assert opt.metrics()["curvadion/tau"] == opt.param_groups[0]["tau"] != tau
+
+
+@pytest.mark.parametrize("tau", [0.0, math.inf])
+def test_a_target_rate_needs_a_tau_to_start_from(tau: float) -> None:
+    with pytest.raises(ValueError, match="target_sync_rate steers tau"):
+        CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=tau, target_sync_rate=0.1)

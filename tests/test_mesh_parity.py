@@ -92,6 +92,8 @@ CASES = [
     Case("bounds_alone", {"tau": math.inf, "warmup_steps": 2, "max_local_steps": 3, "local_update": "dion"}),
     Case("bounds_and_gate", {"min_local_steps": 1, "max_local_steps": 4}),
     Case("synchronize", {"local_update": "dion"}, synchronize_after=4),
+    Case("asked_every_other_step", {"gate_every": 2, "max_local_steps": 2}),
+    Case("steered", {"target_sync_rate": 0.5, "tau": 1.5}),
     Case("muon", {"local_update": "muon", "local_lr_scale": 0.5}),
     Case("outer", {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6}, everywhere=True),
     Case(

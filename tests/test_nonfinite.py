@@ -428,3 +428,61 @@ def test_dense_shapes_are_any() -> None:
         before = [param.detach().clone() for param in params]
         opt.step()
         assert all((b > p).all() for b, p in zip(before, params, strict=True)), f"{algorithm} must descend"
+
+
+# Steps 0 and 4 are synchronized, and on 1 to 3 nothing crosses replicas, so nobody else can know.
+SELDOM: dict[str, Any] = {"lr": 0.01, "tau": math.inf, "max_local_steps": 3, "gate_every": 4}
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("place", ["layers.0.weight", "embedding.weight"])
+def test_what_happens_between_two_gates_is_told_at_the_next(place: str, on_nonfinite: str) -> None:
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, on_nonfinite=on_nonfinite, **SELDOM)
+        seen, digests, sent = [], [], []
+        for step in range(5):
+            toy.set_gradients(step, replicate.get_local_rank())
+            if step == 2 and dist.get_rank() == 3:
+                poison(toy.params[place], math.nan)
+            seen.append(outcome(opt.step)[0])
+            digests.append(digest(toy.params.values()))
+            sent.append(sum(n for (axis, _), n in opt.ledger.last_step.items() if axis == "replicate"))
+        return seen, digests, sent, opt.metrics()["curvadion/step"], opt.metrics()["curvadion/skipped_steps"]
+
+    for rank, (seen, digests, sent, steps, skipped) in enumerate(run_ranks(4, worker)):
+        assert seen[:4] == ["ok"] * 4 and sent[1:4] == [0, 0, 0], f"rank {rank}: {seen}, {sent}"
+        here = rank >= 2
+        if on_nonfinite == "raise":
+            assert seen[4] == "NonFiniteError", f"rank {rank}: {seen}"
+            assert (digests[1] == digests[3]) == here, "the replica that saw it stands still, the other does not know"
+            assert digests[4] == digests[3]
+        else:
+            assert seen[4] == "ok" and steps == 5 and skipped == here, "the others need not know of a step that one replica skips"
+            assert (digests[1] == digests[2]) == here
+            assert digests[3] != digests[2]
+
+
+def test_a_failure_between_two_gates_stops_every_rank_at_the_next() -> None:
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        embedding = nn.Embedding(6, 3, sparse=True)
+        nn.init.ones_(embedding.weight)
+        opt = CurvaDion(
+            [*toy.groups(), {"params": [("sparse.weight", embedding.weight)], "algorithm": "adamw"}], replicate_mesh=replicate, **SELDOM
+        )
+        seen = []
+        for step in range(5):
+            toy.set_gradients(step, replicate.get_local_rank())
+            embedding.weight.grad = None
+            if step == 1 and dist.get_rank() == 3:
+                embedding(torch.tensor([1])).sum().backward()
+            seen.append(outcome(opt.step))
+        return seen
+
+    for rank, seen in enumerate(run_ranks(4, worker)):
+        assert [kind for kind, _ in seen[:4]] == ["ok"] * 4, f"rank {rank}: {seen}"
+        assert seen[4][0] == ("ValueError" if rank == 3 else "RuntimeError")
+        assert rank != 3 or "sparse.weight" in seen[4][1]

@@ -133,16 +133,16 @@ def test_rounded_pseudo_gradients_are_those_of_the_reference(bits: int, replicas
     assert not problems, "\n".join(problems[:20])
 
 
-def run_conserved(layout: Layout, bits: int) -> None:
+def run_conserved(layout: Layout, bits: int, fragments: int) -> None:
     """Without weight decay the updates depend on prescribed gradients alone, so where replicas end shows what got lost."""
     ends = {}
     for b in (32, bits):
         placed = layout.build(initial_values(), 2)
-        optimizer = make_optimizer(placed, Case("conserved", {**OUTER, "outer_bits": b, "weight_decay": 0.0}))
+        optimizer = make_optimizer(placed, Case("conserved", {**OUTER, "outer_bits": b, "outer_fragments": fragments, "weight_decay": 0.0}))
         for step, G in enumerate(gradients(2)):
             placed.set_gradients(placed.parts_of(G[placed.replica]))
             optimizer.step()
-            if optimizer.metrics()["curvadion/synchronized"]:
+            if optimizer.metrics()["curvadion/synchronized"] and fragments == 1:
                 for name, parameter in placed.bag.named_parameters():
                     mine = local(parameter).clone()
                     torch.distributed.broadcast(mine, group=optimizer._replicate_group, group_src=0)
@@ -157,7 +157,41 @@ def run_conserved(layout: Layout, bits: int) -> None:
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.world_size(2) <= 4], ids=str)
 def test_what_rounding_keeps_back_is_sent_later(layout: Layout) -> None:
-    run_ranks(layout.world_size(2), run_conserved, layout, 1)
+    run_ranks(layout.world_size(2), run_conserved, layout, 1, 1)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.name in ("plain", "fsdp2")], ids=str)
+def test_fragments_lose_nothing_either(layout: Layout) -> None:
+    run_ranks(layout.world_size(2), run_conserved, layout, 4, 3)
+
+
+def run_fragments(count: int) -> list[tuple[set[str], float]]:
+    """By synchronized step, which parameters are equal in both replicas, and the bytes."""
+    placed = LAYOUTS[0].build(initial_values(), 2)
+    optimizer = make_optimizer(placed, Case("fragments", {**OUTER, "max_local_steps": 0, "outer_fragments": count}))
+    trace = []
+    for step in range(2 * count):
+        placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
+        optimizer.step()
+        equal = set()
+        for name, parameter in placed.bag.named_parameters():
+            theirs = parameter.detach().clone()
+            torch.distributed.broadcast(theirs, 0)
+            if torch.equal(theirs, parameter):
+                equal.add(name)
+        trace.append((equal, optimizer.ledger.last_step["replicate", "pseudo_gradients"]))
+    return trace
+
+
+def test_fragments_take_turns_and_share_the_bytes() -> None:
+    names = {name for name in initial_values() if "silent" not in name and "awakened" not in name}
+    total = 8 * sum(value.numel() for value in initial_values().values())
+    _, trace = run_ranks(2, run_fragments, 4)
+    for k in (0, 4):
+        turns = [equal & names for equal, _ in trace[k : k + 4]]
+        assert set().union(*turns) == names and sum(map(len, turns)) == len(names), f"each parameter has one turn in four: {turns}"
+        sent = [n for _, n in trace[k : k + 4]]
+        assert sum(sent) == total and max(sent) < 0.5 * total, f"{sent} of {total}"
 
 
 def run_ledger(layout: Layout, bits: int, replicas: int) -> tuple[list[tuple[str, int]], dict, dict, int]:
@@ -232,6 +266,7 @@ def test_one_replica_takes_the_outer_step_alone() -> None:
     [
         ({"outer_bits": 4}, "outer_bits belongs to consensus='outer'"),
         ({"outer_lr": 0.7, "consensus": "none"}, "outer_lr belongs to consensus='outer'"),
+        ({"outer_fragments": 2}, "outer_fragments belongs to consensus='outer'"),
         ({"outer_bits": 3, "consensus": "outer"}, "outer_bits must be one of"),
         ({"outer_momentum": 1.0, "consensus": "outer"}, "outer_momentum must be in"),
     ],

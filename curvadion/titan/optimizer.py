@@ -70,6 +70,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         outer_lr: float = 1.0
         outer_momentum: float = 0.0
         outer_bits: Literal[1, 2, 4, 8, 16, 32] = 32
+        outer_fragments: int = 1
+        target_sync_rate: float | None = None
+        gate_every: int = 1
         """Whether replicas come back together on synchronized steps; "none" drifts."""
         error_feedback: bool = True
         """Keep in the momentum what the low-rank update left out."""
