@@ -184,7 +184,8 @@ def run_fragments(count: int) -> list[tuple[set[str], float]]:
 
 
 def test_fragments_take_turns_and_share_the_bytes() -> None:
-    names = {name for name in initial_values() if "silent" not in name and "awakened" not in name}
+    chance = ("silent", "awakened", "odd.bias")  # equal gradients, or signs of so few that they may be equal
+    names = {name for name in initial_values() if not any(word in name for word in chance)}
     total = 8 * sum(value.numel() for value in initial_values().values())
     _, trace = run_ranks(2, run_fragments, 4)
     for k in (0, 4):
