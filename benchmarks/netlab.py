@@ -17,7 +17,8 @@ later, give or take `jitter_ms`, in order. Downlinks are not limited, which a ri
 
 TCP segments cross in the large pieces in which the kernel hands them to a device that segments by itself, so that a thread of Python
 carries 1 Gbit/s and more; rate and counts are those of the packets of `mtu` bytes that a real device would cut them into. With `loss`
-the kernel cuts them itself, for packets to be lost one by one. TCP is the machine's own, with its slow start and its limits on buffers.
+the kernel cuts them itself, for packets to be lost one by one. TCP is the machine's own, with its congestion control and its limits
+on buffers; a connection remembers the link it has known, so after changing one make new connections.
 """
 
 import argparse

@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 SITES, MBIT, DELAY_MS = (2, 4), (100.0, 300.0, 1000.0, None), (0.0, 10.0, 40.0)
+FEW_MBIT, FEW_DELAY_MS = (100.0, 1000.0), (0.0, 40.0)  # of 4 sites, without --full
 LOCAL_STEPS = 3  # between synchronized ones, where they are measured
 SYNCHRONOUS_STEPS = 2  # in a turn of a setting that always synchronizes
 SEGMENT = 1 << 20  # gloo's largest
@@ -117,9 +118,9 @@ def link_seconds(messages: Sequence[Message], ranks: int, mbit: float | None, de
 class Training:
     """A replica under one setting: its own model and optimizer, random tokens."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace):
-        import torch.distributed as dist
+    def __init__(self, name: str, arguments: argparse.Namespace, group: Any):
         from gpt import GPT
+        from torch import distributed as dist
 
         from curvadion import CurvaDion, param_groups_for
 
@@ -129,7 +130,7 @@ class Training:
         if options["max_local_steps"]:
             options["max_local_steps"] = LOCAL_STEPS
         groups = param_groups_for(self.model, overrides=options.pop("overrides", None))
-        self.optimizer = CurvaDion(groups, replicate_mesh=dist.group.WORLD, **options)
+        self.optimizer = CurvaDion(groups, replicate_mesh=group, **options)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.shape = (arguments.batch, arguments.seq + 1)
         self.tokens = torch.Generator().manual_seed(1 + dist.get_rank())
@@ -171,12 +172,18 @@ def rank_main(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    trainings = {name: Training(name, arguments) for name in arguments.settings}
-    print(json.dumps({"parameters": next(iter(trainings.values())).parameters}), flush=True)
+    trainings: dict[str, Training] = {}
     for line in sys.stdin:
         name, count = json.loads(line)
-        print(json.dumps([trainings[name].step() for _ in range(count)]), flush=True)
-    dist.destroy_process_group()
+        if name is None:
+            group = dist.new_group()
+            trainings = {name: Training(name, arguments, group) for name in arguments.settings}
+            for training in trainings.values():
+                training.step()  # the first one is always synchronized
+            answer: Any = next(iter(trainings.values())).parameters
+        else:
+            answer = [trainings[name].step() for _ in range(count)]
+        print(json.dumps(answer), flush=True)
 
 
 # ---- all ranks
@@ -187,9 +194,11 @@ class Ranks:
 
     def __init__(self, processes: list[subprocess.Popen]):
         self.processes = processes
-        self.parameters = self._answers()[0]["parameters"]
 
-    def _answers(self) -> list[Any]:
+    def _ask(self, name: str | None, count: int) -> list[Any]:
+        for process in self.processes:
+            process.stdin.write(json.dumps([name, count]) + "\n")
+            process.stdin.flush()
         answers = []
         for site, process in enumerate(self.processes):
             line = process.stdout.readline()
@@ -198,12 +207,13 @@ class Ranks:
             answers.append(json.loads(line))
         return answers
 
+    def connect(self) -> int:
+        """Begin anew, with new connections: TCP remembers the link that it has known. Returns the number of parameters."""
+        return self._ask(None, 0)[0]
+
     def steps(self, name: str, count: int) -> list[list[dict[str, Any]]]:
         """Take so many steps; return what they took, by site."""
-        for process in self.processes:
-            process.stdin.write(json.dumps([name, count]) + "\n")
-            process.stdin.flush()
-        return self._answers()
+        return self._ask(name, count)
 
 
 @contextmanager
@@ -228,12 +238,7 @@ def ranks_of(sites: int, arguments: argparse.Namespace, lab: netlab.Lab | None) 
                 processes.append(lab.start(site, command, env=environment, **pipes))
             else:
                 processes.append(subprocess.Popen(command, env={**os.environ, **environment, "RANK": str(site)}, **pipes))
-        ranks = Ranks(processes)
-        for name in arguments.settings:  # the first step of a run is always synchronized, and slow
-            ranks.steps(name, 1)
-            for count in turn_of(name):
-                ranks.steps(name, count)
-        yield ranks
+        yield Ranks(processes)
     finally:
         for process in processes:
             process.kill()
@@ -415,8 +420,8 @@ def parse_arguments() -> argparse.Namespace:
         if count not in (2, 3, 4):
             raise SystemExit(f"--sites must be of 2, 3, 4; got {arguments.sites}")
         few = count == 4 and not arguments.full
-        rates = numbers(arguments.mbit, "--mbit") if arguments.mbit else [rate for rate in MBIT if not few or rate != 300]
-        waits = numbers(arguments.delay_ms, "--delay-ms") if arguments.delay_ms else [wait for wait in DELAY_MS if not few or wait != 10]
+        rates = numbers(arguments.mbit, "--mbit") if arguments.mbit else list(FEW_MBIT if few else MBIT)
+        waits = numbers(arguments.delay_ms, "--delay-ms") if arguments.delay_ms else list(FEW_DELAY_MS if few else DELAY_MS)
         if None in waits or any(wait < 0 for wait in waits if wait is not None):
             raise SystemExit(f"--delay-ms must be 0 or more; got {arguments.delay_ms}")
         if any(rate is not None and rate <= 0 for rate in rates):
@@ -430,17 +435,19 @@ def run_sites(sites: int, arguments: argparse.Namespace) -> Iterator[dict[str, A
     with ExitStack() as stack:
         lab = None if arguments.model else stack.enter_context(netlab.Lab(sites, **netlab.link_options(arguments)))
         ranks = stack.enter_context(ranks_of(sites, arguments, lab))
-        sizes = {"parameters": ranks.parameters, "tokens_per_step": sites * arguments.batch * arguments.seq}
-        measured = measure(ranks, arguments.settings, arguments.rounds, lambda: None) if lab is None else {}
+        measured: dict[str, Kinds] = {}
         for mbit, delay_ms in arguments.links[sites]:
             dropped, label = None, "cost model"
             if lab is not None:
                 lab.wire.mbit, lab.wire.delay_ms, label = mbit, delay_ms, "emulated"
-                ranks.steps(arguments.settings[0], 1)  # TCP gets to know the link
-                before = lab.wire.counts()
-                measured = measure(ranks, arguments.settings, arguments.rounds, lab.wire.counts)
+            if lab is not None or not measured:
+                parameters = ranks.connect()
+                before = lab.wire.counts() if lab is not None else None
+                measured = measure(ranks, arguments.settings, arguments.rounds, lab.wire.counts if lab is not None else lambda: None)
+            if lab is not None and before is not None:
                 lab.check()
                 dropped = (lab.wire.counts() - before).dropped
+            sizes = {"parameters": parameters, "tokens_per_step": sites * arguments.batch * arguments.seq}
             for name in arguments.settings:
                 yield result(name, measured[name], label, sites, (mbit, delay_ms), dropped) | sizes
 
@@ -458,15 +465,15 @@ def main() -> None:
     described = describe_run(arguments, torch.device("cpu"))
     run = {key: described[key] for key in ("torch", "python", "commit", "date", "command")}
     run["hardware"] = f"{platform.machine()} CPU, {os.cpu_count()} cores for all sites, one thread each"
+    if not arguments.model:
+        run["congestion_control"] = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     rows = []
     try:
         for sites in arguments.links:
             for row in run_sites(sites, arguments):
                 rows.append(row | run)
-                per_step = f"{row['seconds_per_step']:.3f} s a step"
-                print(
-                    f"{sites} sites, {row['mbit'] or 'unlimited'} Mbit/s, {row['delay_ms']:g} ms, {row['setting']}: {per_step}", flush=True
-                )
+                link = f"{sites} sites, {row['mbit'] or 'unlimited'} Mbit/s, {row['delay_ms']:g} ms"
+                print(f"{row['label']}: {link}, {row['setting']}: {row['seconds_per_step']:.3f} s a step", flush=True)
                 if arguments.json:
                     with arguments.json.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")

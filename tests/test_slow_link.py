@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -197,7 +198,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def take_turns(arguments) -> list:
     """One rank: every setting's turn, and then its next."""
-    trainings = {name: slow_link.Training(name, arguments) for name in arguments.settings}
+    trainings = {name: slow_link.Training(name, arguments, dist.group.WORLD) for name in arguments.settings}
     for name in arguments.settings:
         for _ in range(1 + sum(slow_link.turn_of(name))):
             trainings[name].step()
@@ -211,7 +212,9 @@ class Recorded:
 
     def __init__(self, sites: int, arguments):
         self.answers = run_ranks(sites, take_turns, arguments)
-        self.parameters = self.answers[0][0]
+
+    def connect(self) -> int:
+        return self.answers[0][0]
 
     def steps(self, name: str, count: int) -> list:
         return [turns[name, count] for _, turns in self.answers]
