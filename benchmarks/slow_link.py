@@ -11,7 +11,7 @@ Local and synchronized steps are timed apart: a setting that synchronizes after 
     seconds_per_step = ((H - 1) seconds_local + seconds_synchronized) / H
 
 from the medians, and so for bytes. `compute_seconds` is forward and backward in these very steps: all sites share this machine's cores, at
-a raised priority, so that other work on the machine disturbs them less.
+a raised priority, so that other work on the machine disturbs them less; where it differs between settings, it did, and a note says so.
 
 Bytes per site and step, from three counts: what TCP carried (`wire_bytes_per_step`), the same with IP and TCP headers, and
 acknowledgements (`packet_bytes_per_step`), and what CurvaDion's ledger says (`ledger_bytes_per_step`). gloo puts 48 bytes before each of
@@ -59,6 +59,7 @@ FEW_MBIT, FEW_DELAY_MS = (100.0, 1000.0), (0.0, 40.0)  # of 4 sites, without --f
 LOCAL_STEPS = 3  # between synchronized ones, where they are measured
 SYNCHRONOUS_STEPS = 2  # in a turn of a setting that always synchronizes
 SEGMENT = 1 << 20  # gloo's largest
+STEADY = 1.2  # the same forward and backward may take so much longer under one setting than under another
 
 Link = tuple[float | None, float]  # mbit, delay_ms
 
@@ -377,9 +378,16 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{wire / ledger:.4f}" if wire is not None else "",
             f"{row['packet_bytes_per_step'] / ledger:.4f}" if wire is not None else "",
         )
+    computes: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        computes.setdefault((row["sites"], row["mbit"], row["delay_ms"]), []).append(row["compute_seconds"])
+    disturbed = [link for link, seconds in computes.items() if max(seconds) > STEADY * min(seconds)]
     # A table for people is as wide as it must be, also in a file.
     console = Console()
     Console(width=max(console.width, 190)).print(table)
+    for sites, mbit, delay_ms in disturbed:
+        link = f"{sites} sites, {mbit or 'unlimited'} Mbit/s, {delay_ms:g} ms"
+        print(f"{link}: compute differs by more than {STEADY - 1:.0%} between settings; other work disturbed it, so measure it again")
 
 
 def numbers(text: str, option: str) -> list[float | None]:
