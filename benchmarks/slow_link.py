@@ -44,6 +44,10 @@ import netlab
 import torch
 from timing import ROOT, describe_run, names, spread
 
+sys.path.insert(0, str(ROOT))  # the packages of this checkout, also where they are not installed
+sys.path.insert(0, str(ROOT / "kernels"))
+from curvadion import LOW_COMMUNICATION
+
 # What is measured. "overrides" goes to param_groups_for, the rest to CurvaDion. The gate must follow the schedule alone (tau=inf), so that
 # local and synchronized steps can be timed apart.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -51,7 +55,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {"overrides": {"": "adamw"}, "max_local_steps": 0, "payload_dtype": torch.bfloat16},
     # Dion in each step
     "dion": {"max_local_steps": 0, "payload_dtype": torch.bfloat16},
-    "curvadion": {"local_update": "dion", "tau": math.inf, "max_local_steps": 29},
+    # local Dion steps, parameters and moments averaged in float32 in every 30th
+    "average": {"local_update": "dion", "tau": math.inf, "max_local_steps": 29},
+    # the recommended settings: one bit per parameter in every 8th step, nothing in between
+    "curvadion": dict(LOW_COMMUNICATION),
 }
 
 SITES, MBIT, DELAY_MS = (2, 4), (100.0, 300.0, 1000.0, None), (0.0, 10.0, 40.0)
@@ -101,6 +108,10 @@ def delays(collective: str, ranks: int, nbytes: int) -> int:
     """Return how many one-way delays a collective of gloo's takes (see the module's text)."""
     if collective == "broadcast":  # binomial tree; the receiver speaks first
         return 2 * math.ceil(math.log2(ranks))
+    if collective == "all_to_all":  # everybody with everybody at once
+        return 2
+    if collective == "all_gather":
+        return 2 * (ranks - 1)
     if nbytes <= 8:
         return 2 * (ranks - 1)
     segments = max(2, math.ceil(nbytes / SEGMENT / ranks)) * ranks
@@ -131,6 +142,8 @@ class Training:
         options = dict(SETTINGS[name])
         if options["max_local_steps"]:
             options["max_local_steps"] = LOCAL_STEPS
+            if "gate_every" in options:
+                options["gate_every"] = LOCAL_STEPS + 1
         groups = param_groups_for(self.model, overrides=options.pop("overrides", None))
         self.optimizer = CurvaDion(groups, replicate_mesh=group, **options)
         self.parameters = sum(p.numel() for p in self.model.parameters())
