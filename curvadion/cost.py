@@ -4,7 +4,7 @@ Bytes are those that the optimizer's ledger counts (a test compares them), times
 
     T_dense     = T_compute + T_x(dense) - min(overlap T_x(dense), T_compute)
     T_dion      = T_compute + T_gate + T_x(P, R, AdamW gradients)
-    T_curvadion = T_compute + T_gate + T_x(payload) / interval
+    T_curvadion = T_compute + T_gate / gate_every + T_x(payload) / interval
     T_x(sent)   = 8 W(sent) / (nics gbit 1e9) + calls (K - 1) rtt
     T_gate      = 8 W(8 bytes per GPU) / (nics gbit 1e9) + ceil(log2 K) rtt
     W(sent)     = bytes that leave one of the K replicas: 2 (K - 1) / K of an all-reduced buffer, (K - 1) / K of a broadcast one
@@ -184,9 +184,9 @@ class Projection:
         T_x = self.transfer(sent)
         return self.compute + T_x - min(self.overlap * T_x, self.compute)
 
-    def gated(self, sent: Mapping[str, Sent], interval: float = 1) -> float:
+    def gated(self, sent: Mapping[str, Sent], interval: float = 1, gate_every: float = 1) -> float:
         """Return T_curvadion, or T_dion with interval 1."""
-        return self.compute + self.gate + self.transfer(sent) / interval
+        return self.compute + self.gate / gate_every + self.transfer(sent) / interval
 
 
 def wire_bytes(sent: Mapping[str, Sent], replicas: int) -> float:
@@ -194,7 +194,9 @@ def wire_bytes(sent: Mapping[str, Sent], replicas: int) -> float:
     return sum(s.wire(replicas) for s in sent.values())
 
 
-def break_even(at: Projection, dense: Mapping[str, Sent], sent: Mapping[str, Sent], interval: float, speedup: float = 1.0) -> float:
+def break_even(
+    at: Projection, dense: Mapping[str, Sent], sent: Mapping[str, Sent], interval: float, speedup: float = 1.0, gate_every: float = 1
+) -> float:
     """Return the Gbit/s of a replica below which T_dense >= speedup T_curvadion; 0 for none, inf for every link.
 
     With t = 1 / (1e9 gbit), both times are linear in t but for the overlap, which makes T_dense the larger of two lines::
@@ -202,8 +204,8 @@ def break_even(at: Projection, dense: Mapping[str, Sent], sent: Mapping[str, Sen
         T_compute + a (A t + l) - b >= speedup (T_compute + C t + k),   (a, b) = (1 - overlap, 0) and (1, T_compute)
     """
     flat, unit = replace(at, gbit=math.inf), replace(at, gbit=1.0)
-    dense_latency, rest = flat.transfer(dense), flat.gated(sent, interval)
-    A, C = unit.transfer(dense) - dense_latency, unit.gated(sent, interval) - rest
+    dense_latency, rest = flat.transfer(dense), flat.gated(sent, interval, gate_every)
+    A, C = unit.transfer(dense) - dense_latency, unit.gated(sent, interval, gate_every) - rest
     found = 0.0
     for a, b in ((1 - at.overlap, 0.0), (1.0, at.compute)):
         slope, missing = a * A - speedup * C, speedup * rest - at.compute - a * dense_latency + b
@@ -222,20 +224,21 @@ behind it were not at hand: the assumptions below are OURS, inferred to match it
   layout       2 replicas of 8 GPUs that share one link, whose bandwidth and round trip stand in the table
   baseline     bf16 gradients all-reduced on every step, nothing overlapped
   "published"  the same gradients on 1 step in 100 (99 % of the steps are local), and the gate's round trip on all
-  "average"    what this library sends on 1 step in 100 (consensus="average", local Dion steps, rank fraction 1/8): five times as much"""
+  "average"    what this library sends on 1 step in 100 (consensus="average", local Dion steps, rank fraction 1/8): five times as much
+  "one bit"    the recommended settings: one bit per parameter, and the gate, on 1 step in 8 (consensus="outer")"""
 PUBLISHED_RANGE = (1.02, 4.36)
 PUBLISHED_LINKS = ("infiniband", "ethernet-100", "ethernet-25", "ethernet-10", "cross-datacentre-2")
 PUBLISHED_INTERVAL = 100
 
 
-def published() -> dict[str, tuple[float, float, float]]:
-    """Return T_dense and the speed-ups "published" and "average" by link, under PUBLISHED_ASSUMPTIONS."""
+def published() -> dict[str, tuple[float, float, float, float]]:
+    """Return T_dense and the speed-ups "published", "average" and "one bit" by link, under PUBLISHED_ASSUMPTIONS."""
     model = decoder(*SIZES["160m"])
-    dense, average = payload(model, "dense"), payload(model, "average", rank_fraction=1 / 8)
+    dense, average, one_bit = payload(model, "dense"), payload(model, "average", rank_fraction=1 / 8), payload(model, "outer-1")
     found = {}
     for name in PUBLISHED_LINKS:
         at = Projection(0.329, 2, 8, LINKS[name].gbit, LINKS[name].rtt_ms / 1e3)
         T_dense = at.dense(dense)
         speedups = [T_dense / at.gated(sent, PUBLISHED_INTERVAL) for sent in (dense, average)]
-        found[name] = (T_dense, speedups[0], speedups[1])
+        found[name] = (T_dense, speedups[0], speedups[1], T_dense / at.gated(one_bit, 8, gate_every=8))
     return found

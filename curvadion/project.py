@@ -41,14 +41,15 @@ Curves = dict[str, list[tuple[float, float]]]
 # ---- beside what was emulated
 
 NUMBERS = ("sites", "delay_ms", "seconds_per_step", "compute_seconds", "ledger_bytes_per_step")
-CALLS = {"dense": 1, "dion": 3}  # gradients; P, R and AdamW gradients; of others 1 with "outer" in the name, else those of "average"
+CALLS = {"dense": 1, "dion": 3}  # gradients; P, R and AdamW gradients; of others 1 with consensus="outer", else those of "average"
 
 
 def read_points(file: Path) -> list[dict[str, Any]]:
     """Return the measured or emulated points of a file of JSON lines.
 
     Keys: label, setting, sites, mbit (null: unlimited), delay_ms (one way), seconds_per_step, compute_seconds, ledger_bytes_per_step (what
-    leaves one site, `Ledger.wire`), interval (steps per synchronization, null or absent: 1); others are ignored.
+    leaves one site, `Ledger.wire`), interval (steps per synchronization, null or absent: 1), options (consensus and gate_every of
+    CurvaDion, as text, may be absent); others are ignored.
     """
     try:
         lines = [line for line in file.read_text().splitlines() if line.strip()]
@@ -74,8 +75,11 @@ def project_point(point: Mapping[str, Any], gbit: float | None = None) -> float:
         gbit = math.inf if point["mbit"] is None else point["mbit"] / 1e3
     interval, gated = point.get("interval") or 1, point["setting"] != "dense"
     at = Projection(point["compute_seconds"], point["sites"], 1, gbit, 2 * point["delay_ms"] / 1e3)
-    latency = CALLS.get(point["setting"], 1 if "outer" in point["setting"] else 6) / interval * (at.replicas - 1) * at.rtt
-    return at.compute + 8 * point["ledger_bytes_per_step"] / (gbit * 1e9) + latency + gated * math.ceil(math.log2(at.replicas)) * at.rtt
+    options = point.get("options", {})
+    outer = options.get("consensus") == "outer"
+    latency = CALLS.get(point["setting"], 1 if outer else 6) / interval * (at.replicas - 1) * at.rtt
+    gate = gated * math.ceil(math.log2(at.replicas)) * at.rtt / int(options.get("gate_every", 1))
+    return at.compute + 8 * point["ledger_bytes_per_step"] / (gbit * 1e9) + latency + gate
 
 
 def curves_and_markers(points: Sequence[Mapping[str, Any]]) -> tuple[Curves, Curves]:
@@ -152,9 +156,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rtt-ms", type=float, help="round trip, in place of the link's")
     add("--nics", type=int, help="NICs of a replica: its bandwidth is nics * gbit (default: --shards where each GPU has its own, else 1)")
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--interval", type=float, default=100, help="steps per synchronized step (default %(default)g)")
+    rate.add_argument("--interval", type=float, default=8, help="steps per synchronized step (default %(default)g)")
     rate.add_argument("--rate", type=float, help="synchronized steps per step, in place of --interval")
-    add("--payload", choices=PAYLOADS, default="average", help="of a synchronized step (default %(default)s)")
+    add("--gate-every", type=int, default=8, help="steps from one exchange of the gate to the next (default %(default)s)")
+    add("--payload", choices=PAYLOADS, default="outer-1", help="of a synchronized step (default %(default)s)")
     add(
         "--local-update",
         choices=("dion", "gradient", "muon"),
@@ -201,8 +206,9 @@ def print_projection(args: argparse.Namespace) -> None:
     interval = args.interval if args.rate is None else 1 / args.rate if args.rate > 0 else math.nan
     sizes = [dim, layers, ffn, vocabulary]
     require(min(sizes) > 0, "--dim, --layers, --ffn and --vocabulary must be > 0", sizes, "--model 160m")
-    require(1 <= interval < math.inf, "--interval must be finite and >= 1, --rate in (0, 1]", args.rate or interval, "--interval 100")
+    require(1 <= interval < math.inf, "--interval must be finite and >= 1, --rate in (0, 1]", args.rate or interval, "--interval 8")
     require(0 < args.rank_fraction <= 1, "--rank-fraction must be in (0, 1]", args.rank_fraction, "0.25")
+    require(args.gate_every >= 1, "--gate-every must be >= 1", args.gate_every, "1")
     require(args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1")
     require(args.block >= 1, "--block must be >= 1", args.block, "128")
     require(args.nics is None or args.nics >= 1, "--nics must be >= 1", args.nics, "1, a link that all GPUs of a replica share")
@@ -227,26 +233,26 @@ def print_projection(args: argparse.Namespace) -> None:
     print(f"projected, not measured: {model.parameters:,} parameters, {len(model.matrices)} matrices; {K} replicas of {S} GPUs;")
     print(f"T_compute {compute:.4g} s, {how};")
     print(f"{args.nics or link.nics(S)} x {link.gbit:g} Gbit/s a replica, round trip {link.rtt_ms:g} ms;")
-    print(f"payload {args.payload} on 1 step in {interval:g}; overlap {args.overlap:g}\n\n{FORMULA}\n")
+    print(f"payload {args.payload} on 1 step in {interval:g}, the gate on 1 in {args.gate_every}; overlap {args.overlap:g}\n\n{FORMULA}\n")
 
     gate = {"gate": Sent(GATE_BYTES * S)}
     columns = {"dense, each step": dense, "Dion, each step": gate | dion, "CurvaDion, synchronized step": gate | sent}
     purposes = dict.fromkeys(p for column in columns.values() for p in column)
     rows = [[p, *(f"{c[p].bytes:,.0f}" if p in c else "" for c in columns.values())] for p in purposes]
     wires = [wire_bytes(c, K) for c in columns.values()]
-    means = [*wires[:2], wire_bytes(gate, K) + wire_bytes(sent, K) / interval]
+    means = [*wires[:2], wire_bytes(gate, K) / args.gate_every + wire_bytes(sent, K) / interval]
     rows.append(["leave a replica", *(f"{w:,.0f}" for w in wires)])
     rows.append(["... per step, mean", *(f"{w:,.0f}" for w in means)])
     rows.append(["... of dense", *(f"{w / wires[0]:.2%}" for w in means)])
     print_table("projected: bytes of one replica's buffers, by purpose", ["", *columns], rows)
 
-    T = {"dense": at.dense(dense), "Dion, each step": at.gated(dion), "CurvaDion": at.gated(sent, interval)}
+    T = {"dense": at.dense(dense), "Dion, each step": at.gated(dion), "CurvaDion": at.gated(sent, interval, args.gate_every)}
     rows = [[name, f"{t:.4g}", f"{t - compute:.4g}", f"{T['dense'] / t:.2f}x"] for name, t in T.items()]
     print_table("projected: seconds per step on this link", ["", "T_step", "of it waiting", "speed-up over dense"], rows)
 
     print(f"projected: break-even at a round trip of {link.rtt_ms:g} ms, in Gbit/s of a replica")
     for percent in sorted({0.0, args.faster, 100.0}):
-        gbit = break_even(at, dense, sent, interval, 1 + percent / 100)
+        gbit = break_even(at, dense, sent, interval, 1 + percent / 100, args.gate_every)
         where = {0.0: "on no link", math.inf: "on every link"}.get(gbit, f"below {gbit:.4g} Gbit/s")
         print(f"  CurvaDion is {f'{percent:g} % ' if percent else ''}faster than dense {where}")
     print()
@@ -254,7 +260,7 @@ def print_projection(args: argparse.Namespace) -> None:
     rows = []
     for name, preset in LINKS.items():
         here = over(preset)
-        times = [here.dense(dense), here.gated(dion), here.gated(sent, interval)]
+        times = [here.dense(dense), here.gated(dion), here.gated(sent, interval, args.gate_every)]
         what = [name, f"{args.nics or preset.nics(S)} x {preset.gbit:g}", f"{preset.rtt_ms:g}"]
         rows.append([*what, *(f"{t:.4g}" for t in times), *(f"{times[0] / t:.2f}x" for t in times[1:])])
     header = ["link", "Gbit/s", "rtt ms", "T_dense", "T_dion", "T_curvadion", "speed-up Dion", "CurvaDion"]
@@ -263,7 +269,7 @@ def print_projection(args: argparse.Namespace) -> None:
     if args.picture:
         curves: Curves = {"Dion, each step": [], f"CurvaDion, {args.payload}, 1 step in {interval:g}": []}
         for here in (replace(at, gbit=x) for x in BANDWIDTHS):
-            for curve, t in zip(curves.values(), (here.gated(dion), here.gated(sent, interval)), strict=True):
+            for curve, t in zip(curves.values(), (here.gated(dion), here.gated(sent, interval, args.gate_every)), strict=True):
                 curve.append((here.gbit, here.dense(dense) / t))
         title = f"Projected: {model.parameters / 1e6:.0f}M parameters, {K} replicas, T_compute {compute:.3g} s, rtt {link.rtt_ms:g} ms"
         draw(args.picture, title, curves, {})
@@ -272,10 +278,10 @@ def print_projection(args: argparse.Namespace) -> None:
 def print_published() -> None:
     """Print the published range, the assumptions, and the table that they give."""
     print(f"{PUBLISHED_ASSUMPTIONS}\n\n{FORMULA}\n")
-    header = ["link", "Gbit/s", "rtt ms", "T_dense", 'speed-up "published"', 'speed-up "average"']
+    header = ["link", "Gbit/s", "rtt ms", "T_dense", 'speed-up "published"', '"average"', '"one bit"']
     rows = [
-        [name, f"{LINKS[name].gbit:g}", f"{LINKS[name].rtt_ms:g}", f"{T:.4g}", f"{literal:.2f}x", f"{average:.2f}x"]
-        for name, (T, literal, average) in published().items()
+        [name, f"{LINKS[name].gbit:g}", f"{LINKS[name].rtt_ms:g}", f"{T:.4g}", *(f"{speedup:.2f}x" for speedup in speedups)]
+        for name, (T, *speedups) in published().items()
     ]
     print_table("projected: speed-up of CurvaDion over dense all-reduce", header, rows)
 
