@@ -29,12 +29,15 @@ class Setting:
         baseline: gradients are averaged in every step, so replicas never differ.
         rule: of matrices: "muon", "dion", "gradient" or "adamw".
         momentum, nesterov: mu, and whether Muon takes G + mu m for m.
+        consensus: "outer"; or "average", where a synchronized step averages parameters and AdamW moments and then takes a step of Dion (of
+            rank_fraction) and AdamW with what all replicas have in common, as in the paper; everything in float32.
         interval: steps from one synchronization to the next; math.inf for none after the first.
         gate: what opens it: "interval"; "rmmc", "directional" (||m_t - m_{t-1}|| / ||m_{t-1}||, the largest of all matrices), "drift"
             (||X_i - X_0||, the largest of all replicas), each with a threshold steered so that 1 / interval of the steps synchronize;
             "qsr" (interval proportional to 1 / lr^2), "late" (interval proportional to lr).
         bits, mean_bits: of the pseudo-gradient, and of its mean on the way back (None: the same); negative: so many of 4096 values,
             at 14 bits each.
+        tau, warmup: a fixed threshold in place of a steered one, and the first steps, all synchronized.
         two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
         error_feedback: keep what rounding leaves out, and send it later.
         outer_lr, outer_momentum: as in the optimizer.
@@ -51,8 +54,11 @@ class Setting:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.01
+    consensus: str = "outer"
     interval: float = 8
     gate: str = "interval"
+    tau: float | None = None
+    warmup: int = 1
     bits: int = 32
     mean_bits: int | None = None
     two_stages: bool = True
@@ -109,6 +115,7 @@ class Replicas:
 
     def __init__(self, model: nn.Module, setting: Setting, count: int):
         self.setting, self.K = setting, count
+        self._synchronized_rule = "dion" if setting.consensus == "average" else setting.rule
         names = {id(p): name for name, p in model.named_parameters()}
         everything = {"": "adamw"} if setting.rule == "adamw" else None
         groups = param_groups_for(model, adamw_lr=setting.adamw_lr, overrides=everything)
@@ -123,7 +130,9 @@ class Replicas:
         self.scalars = [[names[id(p)] for _, p in g["params"]] for g in groups if g.get("algorithm", "dion") != "dion"]
         self._decay = {name: g.get("weight_decay", setting.weight_decay) for name, _, g in members}
         self.M = {name: torch.zeros_like(self.X[name]) for name in self.matrices}
-        self.Q = {name: self._first_right_factor(name) for name in self.matrices} if setting.rule == "dion" else {}
+        self.Q = (
+            {name: self._first_right_factor(name) for name in self.matrices} if "dion" in (setting.rule, self._synchronized_rule) else {}
+        )
         self.moments = [{key: [torch.zeros_like(self.X[n]) for n in part] for key in scalar.MOMENTS["adamw"]} for part in self.scalars]
         self.numel = sum(x[0].numel() for x in self.X.values())
 
@@ -163,27 +172,57 @@ class Replicas:
         for name, m in self.M.items():
             m.add_(self.G[name])
         self.signal = self._look(before)
-        self._update_matrices(factor * s.lr)
+        synchronize = s.baseline or self._opens(factor) or self.steps < s.warmup or last
+        together = synchronize and s.consensus == "average"
+        self.drift = None
+        if together:
+            self._average()
+        self._update_matrices(factor * s.lr, self._synchronized_rule if together else s.rule, together=together)
         for names, moments in zip(self.scalars, self.moments, strict=True):
             X, G = [[tensors[name] for name in names] for tensors in (self.X, self.G)]
+            if together:
+                G = [g.mean(0, keepdim=True).expand_as(g).contiguous() for g in G]
+                self.sent += sum(4 * g[0].numel() for g in G)
             options = {"lr": factor * s.adamw_lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": self._decay[names[0]]}
             scalar.adamw_(X, G, moments, torch.full((len(X),), float(self.steps)), **options)
 
         self.steps += 1
         self._local_steps += 1
-        self.drift = None
         if s.baseline:
             self.sent += 2 * self.numel
-            synchronize = True
-        else:
-            synchronize = self._opens(factor) or self.steps == 1 or last
-            if synchronize:
-                self._synchronize(whole=last or self.steps == 1)
-        self.synchronized += synchronize
+        elif synchronize and s.consensus == "outer":
+            self._synchronize(whole=last or self.steps <= s.warmup)
+        if synchronize:
+            self._since += 1
+            self._local_steps = 0
+            self.synchronized += 1
         return synchronize
 
-    def _update_matrices(self, lr: float) -> None:
-        """X_i and M_i, one batch of equal shapes after the other."""
+    def _average(self) -> None:
+        """X_i <- E_i[X_i], the same for moments, and Q <- Q_0, if a local step happened since the last time."""
+        if not self._local_steps:
+            return
+        flat = self._flat(self.X)
+        D = self._reference - flat
+        self.drift = float((D - D.mean(0)).square().sum(1).mean().sqrt() / D.mean(0).norm().clamp_min(1e-30))
+        for t in [*self.X.values(), *(m for part in self.moments for both in part.values() for m in both)]:
+            t.copy_(t.mean(0, keepdim=True).expand_as(t))
+            self.sent += 4 * t[0].numel()
+        for Q in self.Q.values():
+            Q.copy_(Q[:1].expand_as(Q))
+            self.sent += 2 * Q[0].numel() if self.setting.rule == "dion" else 0  # a broadcast is half an all-reduce
+        self._reference = self._flat(self.X)[0].clone()
+
+    def _update_matrices(self, lr: float, rule: str, *, together: bool) -> None:
+        """X_i and M_i, one batch of equal shapes after the other; `together` averages P and R over the replicas."""
+
+        def over_replicas(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            if not together:
+                return factors, factors
+            self.sent += sum(4 * f.numel() / self.K for f in factors)
+            stacked = [f.unflatten(0, (-1, self.K)) for f in factors]
+            return factors, [f.mean(1, keepdim=True).expand_as(f).flatten(0, 1) for f in stacked]
+
         s = self.setting
         shapes: dict[torch.Size, list[str]] = {}
         for name in self.matrices:
@@ -191,21 +230,22 @@ class Replicas:
         for (rows, cols), names in shapes.items():
             M = torch.cat([self.M[name] for name in names])
             M = M.mT if rows < cols else M
-            if s.rule == "gradient":
+            if rule == "gradient":
                 update, scale = torch.cat([self.G[name] for name in names]), 1.0
                 M = M * s.momentum
-            elif s.rule == "muon":
+            elif rule == "muon":
                 G = torch.cat([self.G[name] for name in names])
                 [update] = newton_schulz([s.momentum * M + (G.mT if rows < cols else G) if s.nesterov else M])
                 update, scale = update.mT if rows < cols else update, math.sqrt(rows / cols)
                 M = M * s.momentum
             else:
-                [f] = dion.power_iteration([M], [torch.cat([self.Q[name] for name in names])])
+                Q = torch.cat([self.Q[name] for name in names])
+                [f] = dion.power_iteration([M], [Q], reduce_P=over_replicas, reduce_R=over_replicas)
                 M = M - (1 - s.momentum) * f.P @ f.R.mT
                 update, scale = f.P @ f.Q.mT, math.sqrt(rows / cols)
                 update = update.mT if rows < cols else update
-                for name, Q in zip(names, f.Q.chunk(len(names)), strict=True):
-                    self.Q[name].copy_(Q)
+                for name, new in zip(names, f.Q.chunk(len(names)), strict=True):
+                    self.Q[name].copy_(new)
             M = M.mT if rows < cols else M
             for name, m, u in zip(names, M.chunk(len(names)), update.chunk(len(names)), strict=True):
                 self.M[name].copy_(m)
@@ -227,18 +267,22 @@ class Replicas:
         s = self.setting
         every = s.interval / s.fragments
         if s.gate == "interval":
-            return self._local_steps >= every
+            return self._local_steps + 1 >= every
         if s.gate == "qsr":
-            return self._local_steps >= min(every / factor**2, 4 * every)
+            return self._local_steps + 1 >= min(every / factor**2, 4 * every)
         if s.gate == "late":
-            return self._local_steps >= max(1.0, every * factor)
+            return self._local_steps + 1 >= max(1.0, every * factor)
         if s.gate == "drift":
             self.signal = float((self._flat(self.X) - self._reference).norm(dim=1).max())
         if self.signal is None:
             return False
-        log_signal = math.log(max(self.signal, 1e-12))
-        self._log_tau = log_signal if self._log_tau is None else self._log_tau
-        opens = log_signal > self._log_tau
+        if s.tau is not None:
+            return self.signal > s.tau
+        if self._log_tau is None and self.signal > 0:
+            self._log_tau = math.log(self.signal)
+        if self._log_tau is None:
+            return False
+        opens = self.signal > math.exp(self._log_tau)
         self._log_tau += 0.3 * (opens - 1 / every)  # the rate of openings is 1 / every in the long run
         return opens
 
@@ -274,8 +318,6 @@ class Replicas:
         for m in self.M.values() if s.at_synchronization != "keep" else ():
             m.copy_(m.mean(0, keepdim=True).expand_as(m) if s.at_synchronization == "average" else torch.zeros_like(m))
             self.sent += m[0].numel() * s.bits_sent / 8 if s.at_synchronization == "average" else 0
-        self._since += 1
-        self._local_steps = 0
 
     @torch.no_grad()
     def consensus(self) -> nn.Module:
