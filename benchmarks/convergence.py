@@ -41,10 +41,67 @@ from gpt import GPT  # noqa: E402
 from text import ByteText  # noqa: E402
 from train import learning_rate  # noqa: E402
 
-MUON = Setting("Muon every step", baseline=True, momentum=0.9, lr=0.02)
-NEVER = Setting("no synchronization", interval=math.inf)
-CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw"), NEVER]
-TABLES: dict[str, list[Setting]] = {"controls": []}
+# Learning rates and momentum of the baselines were tuned on the same text, at K = 4, batch 16 and 600 steps: see docs/results.md.
+SHARED_LR = {"lr": 0.02, "adamw_lr": 1e-2}
+MUON = Setting("Muon every step", baseline=True, momentum=0.9, **SHARED_LR)
+NEVER = Setting("no synchronization", interval=math.inf, momentum=0.8, **SHARED_LR)
+CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw", adamw_lr=6e-3), NEVER]
+OURS = Setting("1 bit every 8 steps", momentum=0.8, bits=1, interval=8, outer_lr=1.4, **SHARED_LR)
+PLAIN = replace(OURS, name="1 bit every 8 steps, outer 1.0", outer_lr=1.0)
+
+
+def variant(name: str, of: Setting = OURS, **changes: Any) -> Setting:
+    return replace(of, name=name, **changes)
+
+
+TABLES: dict[str, list[Setting]] = {
+    "controls": [],
+    "headline": [
+        Setting("Dion every step, full rank", baseline=True, rule="dion", momentum=0.9, **SHARED_LR),
+        Setting("Dion every step, rank 1/4", baseline=True, rule="dion", rank_fraction=0.25, momentum=0.95, **SHARED_LR),
+        Setting("the paper's text, tau 0.3", rule="gradient", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc", tau=0.3,
+                warmup=20, **SHARED_LR),
+        Setting("the released code's rule, tau 0.3", rule="dion", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc",
+                tau=0.3, warmup=20, **SHARED_LR),
+        variant("32 bits every 100 steps", PLAIN, bits=32, interval=100),
+        variant("4 bits every 27 steps", bits=4, interval=27),
+        OURS,
+    ],
+    "gates": [variant(f"1 bit, {gate} gate", gate=gate) for gate in ("rmmc", "directional", "drift", "qsr", "late")],
+    "bits": [
+        *(variant(f"{bits} bits every 8 steps", bits=bits) for bits in (32, 4)),
+        variant("2 bits every 14 steps", bits=2, interval=14),
+        variant("64 of 4096 every 2 steps", bits=-64, interval=2),
+        variant("1 bit every 8 steps, no error feedback", error_feedback=False),
+        variant("1 bit, one stage, every 16 steps", two_stages=False, interval=16),
+        variant("1 bit there, 2 back, every 12 steps", mean_bits=2, interval=12),
+        variant("1 bit in 8 fragments, one every step", fragments=8),
+    ],
+    "rules": [
+        variant("1 bit, full-rank Dion", rule="dion"),
+        variant("1 bit, Dion of rank 1/4", rule="dion", rank_fraction=0.25),
+        variant("1 bit, AdamW", rule="adamw", adamw_lr=6e-3),
+        variant("1 bit, gradient", rule="gradient"),
+        variant("1 bit, Nesterov inside", nesterov=True),
+        variant("1 bit, momentum averaged, every 16 steps", at_synchronization="average", interval=16),
+        variant("1 bit, momentum reset", at_synchronization="reset"),
+    ],
+    "outer": [
+        PLAIN,
+        variant("1 bit, outer 1.0 / 0.5", outer_lr=1.0, outer_momentum=0.5),
+        variant("1 bit, outer 0.7 / 0.6", outer_lr=0.7, outer_momentum=0.6),
+        variant("1 bit, outer 1.8", outer_lr=1.8),
+    ],
+    "sensitivity": [
+        variant("1 bit, lr 0.01", lr=0.01),
+        variant("1 bit, lr 0.04", lr=0.04),
+        variant("1 bit, momentum 0.7", momentum=0.7),
+        variant("1 bit, momentum 0.9", momentum=0.9),
+        variant("1 bit every 4 steps", interval=4),
+        variant("1 bit every 16 steps", interval=16),
+        variant("1 bit every 32 steps", interval=32),
+    ],
+}  # fmt: skip
 
 # How far, in nats, no synchronization must be from synchronous training, at least.
 LEAK = 0.02
@@ -124,18 +181,21 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
 
 
 # The attributes of a setting that scripts/train.py has flags for.
-SHARED = ("rule", "rank_fraction", "lr", "adamw_lr", "momentum", "weight_decay", "interval", "bits", "outer_lr", "outer_momentum")
+SHARED = (
+    *("rule", "rank_fraction", "lr", "adamw_lr", "momentum", "weight_decay", "consensus", "interval", "bits", "outer_lr"),
+    *("outer_momentum", "gate", "tau", "warmup"),
+)
 
 
 def train_flags(setting: Setting) -> list[str]:
     """Return the setting as flags of scripts/train.py. Raises ValueError for one that the optimizer does not have."""
     own = replace(Setting("", baseline=setting.baseline), **{name: getattr(setting, name) for name in SHARED})
-    if replace(setting, name="") != own:
-        odd = [name for name, value in asdict(setting).items() if name != "name" and value != getattr(own, name)]
-        raise ValueError(
-            f"processes take settings that the optimizer has; got {', '.join(odd)} in {setting.name!r}; use --backend simulation"
-        )
-    flags = {
+    odd = [name for name, value in asdict(setting).items() if name != "name" and value != getattr(own, name)]
+    odd += ["gate"] if setting.gate not in ("interval", "rmmc") else []
+    odd += ["rule"] if setting.baseline and setting.rule not in ("dion", "adamw") else []
+    if odd:
+        raise ValueError(f"processes take what the optimizer has; got {', '.join(odd)} in {setting.name!r}; use --backend simulation")
+    flags: dict[str, Any] = {
         "--lr": setting.lr,
         "--adamw-lr": setting.adamw_lr,
         "--momentum": setting.momentum,
@@ -143,11 +203,22 @@ def train_flags(setting: Setting) -> list[str]:
         "--rank-fraction": setting.rank_fraction,
     }
     if setting.baseline:
-        flags["--optimizer"] = "adamw" if setting.rule == "adamw" else "dion"
+        return words(flags | {"--optimizer": setting.rule})
+    flags |= {"--local-update": setting.rule, "--consensus": setting.consensus, "--warmup-steps": setting.warmup}
+    if setting.consensus == "outer":
+        flags |= {"--outer-bits": setting.bits, "--outer-lr": setting.outer_lr, "--outer-momentum": setting.outer_momentum}
+    if setting.gate == "interval":
+        never = 10**9
+        flags |= {"--max-local-steps": int(setting.interval) - 1 if math.isfinite(setting.interval) else never}
+    elif setting.tau is None:
+        flags |= {"--tau": 0.1, "--target-sync-rate": 1 / setting.interval}
     else:
-        flags |= {"--local-update": setting.rule, "--consensus": "outer", "--outer-bits": setting.bits, "--outer-lr": setting.outer_lr}
-        flags |= {"--outer-momentum": setting.outer_momentum, "--tau": "inf", "--warmup-steps": 0}
-        flags |= {"--max-local-steps": int(setting.interval) - 1} if math.isfinite(setting.interval) else {}
+        flags |= {"--tau": setting.tau}
+    return words(flags)
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """Return flags and their values as a command line has them."""
     return [str(part) for pair in flags.items() for part in pair]
 
 
@@ -170,17 +241,18 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
         }
         flags |= {"--text": run.text} if run.text else {}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", run.replicas]
-        command = [*torchrun, ROOT / "scripts" / "train.py", *(part for pair in flags.items() for part in pair), *train_flags(run.setting)]
+        command = [*torchrun, ROOT / "scripts" / "train.py", *words(flags), *train_flags(run.setting)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        words = [str(word) for word in command]
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         output = []
         for line in process.stdout or ():
             output.append(line)
             if count is not None and line.startswith("step "):
                 count.value = int(line.split()[1].split("/")[0])
         if process.wait():
-            raise RuntimeError(f"{run.setting.name}: {' '.join(words)} failed:\n{''.join(output[-30:])}")
+            raise RuntimeError(f"{run.setting.name}: {' '.join(map(str, command))} failed:\n{''.join(output[-30:])}")
         summary = json.loads((Path(folder) / "summary.json").read_text())
         steps = [json.loads(line) for line in (Path(folder) / "steps.jsonl").read_text().splitlines()]
     totals = {key.rsplit("/", 1)[1]: 0.0 for key in steps[0] if key.startswith("curvadion/bytes/replicate/")}

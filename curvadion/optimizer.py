@@ -854,6 +854,17 @@ class CurvaDion(torch.optim.Optimizer):
         """Return each matrix's RMMC of the last step on this replica; NaN where it is undefined. Reads from the device."""
         return dict(zip(self.matrix_names, self._rmmc.tolist(), strict=True))
 
+    def drift(self) -> tuple[float, float] | None:
+        """Return what this rank's part of the last outer step says about how far apart replicas were; reads from the device.
+
+        Sums of squares of (X_0 - X_i) - D, this replica's own way minus the common one, and of D. Summed over the shards, the root of
+        their ratio is the relative distance of this replica from the mean. None without consensus="outer" and before its first step.
+        """
+        if self._outer is None or self._outer.apart is None:
+            return None
+        own, common = self._outer.apart.tolist()
+        return own, common
+
     def metrics(self) -> dict[str, float]:
         """Return what the last step did and the totals since construction, as floats. No collective, no device access.
 

@@ -27,6 +27,7 @@ class Outer:
         self._reference: dict[int, Tensor] = {}
         self._residuals = [Residuals() for _ in range(fragments)]
         self._turn = 0
+        self.apart: Tensor | None = None  # of the last step: sums of squares of (X_0 - X_i) - D and of D, on this rank
 
     def remember(self, X: Sequence[Tensor]) -> None:
         """X_0 <- X_i of all parameters that have no X_0: at the start, and after `forget`."""
@@ -58,16 +59,19 @@ class Outer:
         members = self._members(sizes, self._turn)
         X0, X = [self._reference[i] for i in members], [X[i] for i in members]
         D = [x0.to(compute_dtype(x.dtype)) - x for x0, x in zip(X0, X, strict=True)]
-        axes = [copied[i] for i in members]
+        own, axes = D, [copied[i] for i in members]
         if self.bits == 32:
             _, D = collectives.mean_over_replicas(D, [()] * len(D), axes, "pseudo_gradients")
         else:
             D = collectives.rounded_mean_over_replicas(D, axes, "pseudo_gradients", Codec(self.bits), self._residuals[self._turn])
+        if members:
+            norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (torch._foreach_sub(own, D), D)]
+            self.apart = torch.stack(norms).square().sum(1)
         if U and members:
-            own = [U[i] for i in members]
-            torch._foreach_mul_(own, self.momentum)
-            torch._foreach_add_(own, D)
-            D = list(torch._foreach_add(D, own, alpha=self.momentum))
+            outer_momenta = [U[i] for i in members]
+            torch._foreach_mul_(outer_momenta, self.momentum)
+            torch._foreach_add_(outer_momenta, D)
+            D = list(torch._foreach_add(D, outer_momenta, alpha=self.momentum))
         copy_into(X, [x0.to(d.dtype).sub(d, alpha=self.lr) for x0, d in zip(X0, D, strict=True)])
         copy_into(X0, X)
         self._turn = (self._turn + 1) % self.fragments

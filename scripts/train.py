@@ -18,6 +18,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,20 +43,22 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("optimizer").add_argument
     optimizer_help = "dion and adamw are the controls: CurvaDion's own code, synchronized every step"
     add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
-    add("--tau", type=float, default=0.3, help="synchronize when the momentum's relative change exceeds this")
+    add("--tau", type=float, default=float("inf"), help="synchronize when the momentum's relative change exceeds this")
+    add("--target-sync-rate", type=float, help="steer tau so that this share of the steps is synchronized")
     local_help = "what a matrix does on a local step; gradient, the paper's text, is CurvaDion's own default"
-    add("--local-update", choices=("gradient", "dion", "muon"), default="dion", help=local_help)
-    add("--consensus", choices=("average", "outer", "none"), default="average", help="how replicas become equal again")
+    add("--local-update", choices=("gradient", "dion", "muon"), default="muon", help=local_help)
+    add("--consensus", choices=("average", "outer", "none"), default="outer", help="how replicas become equal again")
     add("--outer-lr", type=float, default=1.0, help="learning rate of --consensus outer")
     add("--outer-momentum", type=float, default=0.0, help="Nesterov momentum of --consensus outer")
-    add("--outer-bits", type=int, default=32, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer")
+    add("--outer-bits", type=int, default=1, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer")
     add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")
     add("--rank-fraction", type=float, default=0.25, help="rank of the update relative to the matrix's shorter side")
-    add("--warmup-steps", type=int, default=20, help="first steps, all of them synchronized")
-    add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: no bound")
+    add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
+    add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: 7 with --tau inf, else no bound")
+    add("--gate-every", type=int, help="steps from one exchange of the gate to the next; none: only when due with --tau inf, else 1")
     add("--lr", type=float, default=0.01, help="peak learning rate of matrices")
     add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
-    add("--momentum", type=float, default=0.95, help="mu")
+    add("--momentum", type=float, default=0.8, help="mu")
     add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
 
     add = parser.add_argument_group("model and data").add_argument
@@ -127,6 +130,20 @@ def build_model(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh
     return fully_shard(model, mesh=mesh["shard"], mp_policy=policy)  # FSDP2 never sees the replicate axis
 
 
+def between_replicas(args: argparse.Namespace) -> dict[str, Any]:
+    """Return when replicas synchronize, and how."""
+    if args.optimizer != "curvadion":
+        return {"max_local_steps": 0}
+    scheduled = args.tau == float("inf")
+    options: dict[str, Any] = {"max_local_steps": args.max_local_steps, "gate_every": args.gate_every or 1, "consensus": args.consensus}
+    if scheduled:
+        options["max_local_steps"] = 7 if args.max_local_steps is None else args.max_local_steps
+        options["gate_every"] = args.gate_every or options["max_local_steps"] + 1
+    if args.consensus == "outer":
+        options |= {"outer_lr": args.outer_lr, "outer_momentum": args.outer_momentum, "outer_bits": args.outer_bits}
+    return options
+
+
 def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh) -> CurvaDion:
     everything = {"": "adamw"} if args.optimizer == "adamw" else None
     return CurvaDion(
@@ -135,13 +152,10 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh
         replicate_mesh=mesh["replicate"],
         tau=args.tau,
         warmup_steps=args.warmup_steps,
-        max_local_steps=args.max_local_steps if args.optimizer == "curvadion" else 0,
+        target_sync_rate=args.target_sync_rate,
         local_update=args.local_update,
         local_lr_scale=args.local_lr_scale,
-        consensus=args.consensus,
-        outer_lr=args.outer_lr,
-        outer_momentum=args.outer_momentum,
-        outer_bits=args.outer_bits,
+        **between_replicas(args),
         rank_fraction=args.rank_fraction,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
@@ -168,14 +182,16 @@ def evaluate(model: nn.Module, opt: CurvaDion, batches: list[tuple[Tensor, Tenso
     return loss.item() / dist.get_world_size()
 
 
-def sum_over_shards(loss: Tensor, metrics: dict[str, float], mesh: DeviceMesh) -> tuple[float, dict[str, float]]:
-    """Return this replica's loss, and the metrics with byte counts summed over its ranks. Crosses no replica axis."""
+def sum_over_shards(
+    loss: Tensor, metrics: dict[str, float], drift: tuple[float, float] | None, mesh: DeviceMesh
+) -> tuple[float, dict[str, float], float | None]:
+    """Return this replica's loss, the metrics with byte counts summed over its ranks, and its drift. Crosses no replica axis."""
     counts = [key for key in metrics if "bytes" in key or "wire" in key]
-    values = torch.tensor([0.0, *(metrics[key] for key in counts)], dtype=torch.float64, device=loss.device)
+    values = torch.tensor([0.0, *(drift or (0.0, 0.0)), *(metrics[key] for key in counts)], dtype=torch.float64, device=loss.device)
     values[0] = loss / mesh["shard"].size()
     dist.all_reduce(values, group=mesh["shard"].get_group())
-    mean_loss, *sums = values.tolist()
-    return mean_loss, metrics | dict(zip(counts, sums, strict=True))
+    mean_loss, own, common, *sums = values.tolist()
+    return mean_loss, metrics | dict(zip(counts, sums, strict=True)), (own / common) ** 0.5 if common else None
 
 
 def save(folder: Path, step: int, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> None:
@@ -242,14 +258,17 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
         schedule.step()
         opt.zero_grad()
 
-        replica_loss, metrics = sum_over_shards(loss.detach(), opt.metrics(), mesh)
+        metrics = opt.metrics()
+        apart = opt.drift() if metrics["curvadion/synchronized"] else None
+        replica_loss, metrics, drift = sum_over_shards(loss.detach(), metrics, apart, mesh)
         seconds = time.perf_counter() - began
         if display is not None:
             index = int(metrics["curvadion/rmmc_argmax"])
             matrix = opt.matrix_names[index] if index >= 0 else None
             tokens = args.batch * args.seq * ranks
             rmmc = opt.named_rmmc() if args.layers_every and step % args.layers_every == 0 else None
-            display.step(step, loss=replica_loss, lr=lr, tokens=tokens, seconds=seconds, matrix=matrix, metrics=metrics, rmmc=rmmc)
+            seen = {"lr": lr, "tokens": tokens, "seconds": seconds, "matrix": matrix, "rmmc": rmmc, "drift": drift}
+            display.step(step, loss=replica_loss, metrics=metrics, **seen)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             held_out_loss(step)
         if args.checkpoint and (step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)):

@@ -86,6 +86,12 @@ def test_every_fourth_line_has_the_rmmc_of_every_matrix(finished):
     assert all(value > 0 for rmmc in read.values() for value in rmmc.values())
 
 
+def test_synchronized_steps_tell_how_far_replicas_were_apart(finished):
+    for record in lines(finished[0]):
+        assert ("drift" in record) == bool(record["curvadion/synchronized"])
+        assert 0 < record.get("drift", 1.0) < 10, "two replicas on different text: about as far apart as they have come together"
+
+
 def test_bytes_are_those_of_a_whole_replica(finished):
     parameters = json.loads((finished[0] / "summary.json").read_text())["parameters"]
     for record in lines(finished[0]):

@@ -76,12 +76,15 @@ class Display:
         matrix: str | None,
         metrics: dict[str, float],
         rmmc: dict[str, float] | None = None,
+        drift: float | None = None,
     ) -> None:
-        """Write a step's line, and show it; `rmmc` is that of every matrix, on the steps that it is read on."""
+        """Write a step's line, and show it; `rmmc`, of every matrix, is given on some steps only, `drift` on synchronized ones."""
         record: dict[str, Any] = {"step": step, "loss": loss, "lr": lr, "tokens": tokens, "seconds": seconds, "rmmc_matrix": matrix}
         record |= finite(metrics)
         if rmmc:
             record["rmmc"] = finite(rmmc)
+        if drift is not None:
+            record["drift"] = drift
         print(json.dumps(record), file=self.file, flush=True)
         self.sent += record["curvadion/wire/replicate"]
         self.dense += record["curvadion/dense_bf16_wire"]
