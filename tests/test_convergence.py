@@ -1,0 +1,100 @@
+"""The study's instrument: its controls, its leak test, what it asks of the training script, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pytest.importorskip("rich", reason="the benchmark shows its progress with rich: install the [report] extra")
+
+import convergence  # noqa: E402
+from convergence import MUON, NEVER, OURS, TABLES, Run, execute, runs_in_processes, train_flags, validate, with_controls  # noqa: E402
+
+from curvadion.report.studies import STUDY_KEYS  # noqa: E402
+
+SHAPE = {"replicas": 2, "batch": 2, "seq": 16, "steps": 7, "dim": 16, "layers": 1, "heads": 1}
+
+
+def run_of(setting: convergence.Setting, **changes: object) -> Run:
+    return Run(setting, 0, **{**SHAPE, "text": str(ROOT / "scripts"), "backend": "simulation", **changes})
+
+
+def line_of(setting: convergence.Setting, loss: float, seed: int = 0) -> dict:
+    run = replace(run_of(setting), seed=seed)
+    values = {"setting": setting.name, "baseline": setting.baseline, "seed": seed, "replicas": 2, "loss": loss, "valid": None}
+    return {**values, "identity": run.identity}
+
+
+@pytest.mark.parametrize(("never", "valid"), [(1.7, True), (1.51, False), (1.4, False)])
+def test_a_run_without_synchronization_that_is_as_good_proves_a_leak(never: float, valid: bool) -> None:
+    lines = [line_of(MUON, 1.5), line_of(OURS, 1.55), line_of(NEVER, never)]
+    validate(lines)
+    assert [line["valid"] for line in lines] == [valid] * 3
+
+
+def test_a_leak_is_judged_against_the_noise_of_seeds() -> None:
+    lines = [line_of(MUON, loss, seed) for seed, loss in enumerate((1.5, 1.6, 1.4))]
+    lines += [line_of(NEVER, loss + 0.1, seed) for seed, loss in enumerate((1.5, 1.6, 1.4))]
+    validate(lines)
+    assert not any(line["valid"] for line in lines), "0.1 nats is less than three standard deviations of the baseline"
+
+
+def test_without_its_controls_nothing_is_said_to_be_valid() -> None:
+    lines = [line_of(OURS, 1.5)]
+    validate(lines)
+    assert lines[0]["valid"] is None
+
+
+def test_controls_come_along_once() -> None:
+    gated = replace(OURS, name="gated", gate="rmmc")
+    names = [setting.name for setting in with_controls([MUON, gated, OURS, OURS])]
+    assert names == ["Muon every step", "AdamW every step", "no synchronization", "gated", "gated: fixed interval"]
+    assert with_controls([gated])[-1] == replace(OURS, name="gated: fixed interval"), "as many synchronizations, at a fixed interval"
+
+
+@pytest.mark.parametrize("table", sorted(TABLES))
+def test_settings_are_told_apart(table: str) -> None:
+    names = [setting.name for setting in with_controls(TABLES[table])]
+    assert len(set(names)) == len(names)
+
+
+def test_what_the_optimizer_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"got fragments, nesterov|got nesterov, fragments"):
+        train_flags(replace(OURS, nesterov=True, fragments=2))
+    assert runs_in_processes(OURS) and not runs_in_processes(MUON)
+    flags = train_flags(OURS)
+    assert flags[flags.index("--max-local-steps") + 1] == "7" and flags[flags.index("--outer-bits") + 1] == "1"
+
+
+def test_a_line_says_what_the_report_needs() -> None:
+    line = execute(run_of(replace(OURS, interval=3)), "cpu")
+    assert set(STUDY_KEYS) <= set(line)
+    json.loads(json.dumps(line, allow_nan=False))
+    assert line["synchronized"] == 3 and [step for step, _ in line["drift"]] == [1, 4, 7]
+    gate, payload = 8 * 7, line["parameters"] * 1.125 / 8 * 3
+    assert line["wire"] == pytest.approx(gate + payload), "two replicas: 2 (K - 1) / K = 1"
+    assert math.isfinite(line["loss"]) and line["curve"][0][1] == pytest.approx(math.log(256), abs=0.2)
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    shape = [word for key, value in SHAPE.items() for word in (f"--{key}", str(value))]
+    out = tmp_path / "runs.jsonl"
+    command = [sys.executable, ROOT / "benchmarks" / "convergence.py", "--tables", "controls", "--text", ROOT / "scripts", "--out", out]
+    done = [line_of(MUON, 1.5), line_of(NEVER, 2.0)]
+    for line in done:
+        line["wire"] = line["dense_wire"] = 1.0
+    out.write_text("".join(json.dumps(line) + "\n" for line in done))
+    finished = subprocess.run([*map(str, command), *shape], capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "3 runs, 2 of them" in finished.stdout
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["setting"] for line in lines] == ["Muon every step", "no synchronization", "AdamW every step"]
+    assert all(line["valid"] for line in lines)
