@@ -3,7 +3,7 @@
 # 2 replicas x 2 shards on 4 CPU processes (on a GPU machine: a process for each GPU). Arguments go to train.py:
 #     scripts/quickstart.sh
 #     scripts/quickstart.sh --optimizer dion
-#     scripts/quickstart.sh --local-update gradient --tau 0.2 --text ~/books
+#     scripts/quickstart.sh --tau 0.3 --consensus average --local-update gradient --text ~/books
 #     scripts/quickstart.sh --help
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

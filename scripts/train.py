@@ -4,7 +4,7 @@ One machine, 2 replicas x 2 FSDP2 shards on CPU (GPUs are used when there are an
 
     torchrun --nproc-per-node 4 scripts/train.py
     torchrun --nproc-per-node 4 scripts/train.py --optimizer dion              # the control: synchronized every step
-    torchrun --nproc-per-node 4 scripts/train.py --local-update gradient --tau 0.2 --text ~/books
+    torchrun --nproc-per-node 4 scripts/train.py --tau 0.2 --consensus average --local-update gradient --text ~/books
 
 Two machines, one replica on each; the same on both, HOST being the name of either:
 
