@@ -46,7 +46,7 @@ SHARED_LR = {"lr": 0.02, "adamw_lr": 1e-2}
 MUON = Setting("Muon every step", baseline=True, momentum=0.9, **SHARED_LR)
 NEVER = Setting("no synchronization", interval=math.inf, momentum=0.8, **SHARED_LR)
 CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw", adamw_lr=6e-3), NEVER]
-OURS = Setting("1 bit every 8 steps", momentum=0.8, bits=1, interval=8, outer_lr=1.4, **SHARED_LR)
+OURS = Setting("1 bit every 8 steps", momentum=0.8, lr=0.03, adamw_lr=1e-2, bits=1, interval=8, outer_lr=1.4)
 PLAIN = replace(OURS, name="1 bit every 8 steps, outer 1.0", outer_lr=1.0)
 
 
@@ -63,13 +63,13 @@ TABLES: dict[str, list[Setting]] = {
                 warmup=20, **SHARED_LR),
         Setting("the released code's rule, tau 0.3", rule="dion", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc",
                 tau=0.3, warmup=20, **SHARED_LR),
-        variant("32 bits every 100 steps", PLAIN, bits=32, interval=100),
-        variant("4 bits every 27 steps", bits=4, interval=27),
+        variant("32 bits every 100 steps", PLAIN, bits=32, interval=100, lr=0.02),
         OURS,
     ],
     "gates": [variant(f"1 bit, {gate} gate", gate=gate) for gate in ("rmmc", "directional", "drift", "qsr", "late")],
     "bits": [
         *(variant(f"{bits} bits every 8 steps", bits=bits) for bits in (32, 4)),
+        variant("4 bits every 27 steps", bits=4, interval=27),
         variant("2 bits every 14 steps", bits=2, interval=14),
         variant("64 of 4096 every 2 steps", bits=-64, interval=2),
         variant("1 bit every 8 steps, no error feedback", error_feedback=False),
@@ -93,13 +93,22 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit, outer 1.8", outer_lr=1.8),
     ],
     "sensitivity": [
-        variant("1 bit, lr 0.01", lr=0.01),
-        variant("1 bit, lr 0.04", lr=0.04),
+        variant("1 bit, lr 0.02", lr=0.02),
+        variant("1 bit, lr 0.042", lr=0.042),
         variant("1 bit, momentum 0.7", momentum=0.7),
         variant("1 bit, momentum 0.9", momentum=0.9),
         variant("1 bit every 4 steps", interval=4),
         variant("1 bit every 16 steps", interval=16),
         variant("1 bit every 32 steps", interval=32),
+    ],
+    "tuning": [
+        replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),
+        replace(MUON, name="Muon every step, lr 0.014", lr=0.014),
+        replace(MUON, name="Muon every step, lr 0.028", lr=0.028),
+        replace(MUON, name="Muon every step, AdamW lr 0.006", adamw_lr=6e-3),
+        replace(MUON, name="Muon every step, AdamW lr 0.02", adamw_lr=2e-2),
+        replace(CONTROLS[1], name="AdamW every step, lr 0.003", adamw_lr=3e-3),
+        replace(CONTROLS[1], name="AdamW every step, lr 0.012", adamw_lr=12e-3),
     ],
 }  # fmt: skip
 
