@@ -8,8 +8,8 @@ One JSON line per finished run goes to --out; what is there already is not run a
 CPU core or a GPU (benchmarks/simulation.py); "processes" is torchrun and one process per replica, for settings that the optimizer has.
 
 Loss is in nats per byte, of the mean of all replicas, on held-out text. Bytes are those that leave one replica. Controls are part of each
-run: synchronous training, AdamW, no synchronization at all, and for each gated setting a fixed interval with the same number of
-synchronizations. If no synchronization is as good as synchronous training, gradients leak between replicas: all runs become invalid.
+run: synchronous training, AdamW, no synchronization at all, and for each gate that is steered to a rate the fixed interval of that
+rate. If no synchronization is as good as synchronous training, gradients leak between replicas: all runs become invalid.
 """
 
 import argparse
@@ -176,7 +176,8 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
                 break
         if count is not None:
             count.value = step
-    gate = 0 if run.setting.baseline else 8 * run.steps
+    asked = replicas.synchronized if run.setting.gate == "interval" else run.steps  # gate_every = interval needs no more
+    gate = 0 if run.setting.baseline else 8 * asked
     return {
         "parameters": replicas.numel,
         "loss": curve[-1][1],
@@ -313,10 +314,14 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
 
 
 def with_controls(settings: Iterable[Setting]) -> list[Setting]:
-    """Return the settings, the controls, and for each gated one a fixed interval with as many synchronizations; each once."""
+    """Return the settings, the controls, and for each gate that is steered to a rate the fixed interval of that rate; each once."""
     wanted: dict[str, Setting] = {}
     for setting in [*CONTROLS, *settings]:
-        fixed = [] if setting.gate == "interval" else [replace(setting, gate="interval", name=f"{setting.name}: fixed interval")]
+        fixed = (
+            []
+            if setting.gate == "interval" or setting.tau is not None
+            else [replace(setting, gate="interval", name=f"{setting.name}: fixed interval")]
+        )
         for s in [setting, *fixed]:
             wanted.setdefault(json.dumps({k: v for k, v in asdict(s).items() if k != "name"}), s)
     return list(wanted.values())

@@ -106,6 +106,7 @@ class CurvaDion(torch.optim.Optimizer):
         outer_bits: bits per parameter between replicas with consensus="outer": 32, 16 (bfloat16), or 8, 4, 2, 1 with a scale for each 128.
         outer_fragments: parts of the parameters that take turns: each synchronized step makes one of them common, so that none sends
             more than its share; each is synchronized every outer_fragments-th time.
+        outer_on_host: keep X_0 in the host's memory, from where it is fetched at each synchronized step.
         target_sync_rate: share of synchronized steps: tau is multiplied by exp(GAIN (opened - rate)) each time the gate is asked, so that
             it opens that often in the long run, whatever the level of RMMC. None leaves tau alone.
         gate_every: ask the other replicas in every so-manieth step only, and whenever warmup_steps or max_local_steps say so; in between
@@ -165,6 +166,7 @@ class CurvaDion(torch.optim.Optimizer):
         outer_momentum: float = 0.0,
         outer_bits: int = 32,
         outer_fragments: int = 1,
+        outer_on_host: bool = False,
         target_sync_rate: float | None = None,
         gate_every: int = 1,
         error_feedback: bool = True,
@@ -187,6 +189,7 @@ class CurvaDion(torch.optim.Optimizer):
             "outer_momentum": outer_momentum,
             "outer_bits": outer_bits,
             "outer_fragments": outer_fragments,
+            "outer_on_host": outer_on_host,
             "target_sync_rate": target_sync_rate,
             "gate_every": gate_every,
             "momentum_dtype": momentum_dtype,
@@ -1045,9 +1048,10 @@ class CurvaDion(torch.optim.Optimizer):
 
         o = self._options
         if not self._built:
-            outer = o.consensus == "outer"
-            outer_options = {"lr": o.outer_lr, "momentum": o.outer_momentum, "bits": o.outer_bits, "fragments": o.outer_fragments}
-            self._outer = Outer(**outer_options) if outer else None
+            self._outer = None
+            if o.consensus == "outer":
+                outer = {name.removeprefix("outer_"): value for name, value in vars(o).items() if name.startswith("outer_")}
+                self._outer = Outer(**outer)
         self._sizes = [math.prod(layout.shape) for layout in self._layouts]
         self._numels = tuple(tuple(math.prod(self._layouts[i].local_shape) for i in members) for members in (self._matrices, self._scalars))
         self._placements = [p.placements if isinstance(p, DTensor) else None for p in self._params]

@@ -20,10 +20,11 @@ class Outer:
         lr, momentum: outer learning rate and Nesterov momentum; 1 and 0 are plain averaging.
         bits: per parameter on the wire, 32 for none rounded.
         fragments: the number of parts that take turns.
+        on_host: keep X_0 in pinned memory of the host, between two outer steps of no use to anybody.
     """
 
-    def __init__(self, *, lr: float, momentum: float, bits: int, fragments: int):
-        self.lr, self.momentum, self.bits, self.fragments = lr, momentum, bits, fragments
+    def __init__(self, *, lr: float, momentum: float, bits: int, fragments: int, on_host: bool):
+        self.lr, self.momentum, self.bits, self.fragments, self.on_host = lr, momentum, bits, fragments, on_host
         self._reference: dict[int, Tensor] = {}
         self._residuals = [Residuals() for _ in range(fragments)]
         self._turn = 0
@@ -33,7 +34,9 @@ class Outer:
         """X_0 <- X_i of all parameters that have no X_0: at the start, and after `forget`."""
         for i, x in enumerate(X):
             if i not in self._reference:
-                self._reference[i] = x.clone()
+                place = torch.device("cpu") if self.on_host else x.device
+                self._reference[i] = torch.empty_like(x, device=place, pin_memory=self.on_host and x.is_cuda)
+                self._reference[i].copy_(x, non_blocking=True)
 
     def forget(self, keep: Sequence[int] = ()) -> None:
         """Start anew, but for X_0 of the parameters at the given old positions, which become 0, 1, ... ; -1 for one that is new."""
@@ -57,7 +60,8 @@ class Outer:
         DiLoCo", arXiv:2501.18512, for fragments.
         """
         members = self._members(sizes, self._turn)
-        X0, X = [self._reference[i] for i in members], [X[i] for i in members]
+        X = [X[i] for i in members]
+        X0 = [self._reference[i].to(x.device, non_blocking=True) for i, x in zip(members, X, strict=True)]
         D = [x0.to(compute_dtype(x.dtype)) - x for x0, x in zip(X0, X, strict=True)]
         own, axes = D, [copied[i] for i in members]
         if self.bits == 32:
@@ -73,7 +77,8 @@ class Outer:
             torch._foreach_add_(outer_momenta, D)
             D = list(torch._foreach_add(D, outer_momenta, alpha=self.momentum))
         copy_into(X, [x0.to(d.dtype).sub(d, alpha=self.lr) for x0, d in zip(X0, D, strict=True)])
-        copy_into(X0, X)
+        for i, x in zip(members, X, strict=True):
+            self._reference[i].copy_(x, non_blocking=True)
         self._turn = (self._turn + 1) % self.fragments
 
     def settle_(self, X: Sequence[Tensor], sizes: Sequence[int], copied: Sequence[Axes], collectives: Collectives) -> bool:

@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     local_help = "what a matrix does on a local step; gradient, the paper's text, is CurvaDion's own default"
     add("--local-update", choices=("gradient", "dion", "muon"), default="muon", help=local_help)
     add("--consensus", choices=("average", "outer", "none"), default="outer", help="how replicas become equal again")
-    add("--outer-lr", type=float, default=1.0, help="learning rate of --consensus outer")
+    add("--outer-lr", type=float, default=1.4, help="learning rate of --consensus outer")
     add("--outer-momentum", type=float, default=0.0, help="Nesterov momentum of --consensus outer")
     add("--outer-bits", type=int, default=1, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer")
     add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")

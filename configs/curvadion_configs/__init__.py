@@ -19,11 +19,14 @@ Where the values come from:
 - AdamW: peak learning rates of table 2.1, betas (0.9, 0.95), weight decay 0.1, clipping at 1.0, warm-up over 375M tokens, cosine to
   10 %: appendix B of the same paper.
 - `adamw_lr` of embeddings, head and norms beside Dion: 3e-3, CurvaDion's default; not tuned.
-- CurvaDion's recommended settings: local Dion steps of full rank, momentum 0.9, averaged at least every 20 steps. They were best in an
-  experiment with a small character model, and have not been tuned at these sizes.
+- CurvaDion's recommended settings: `curvadion.LOW_COMMUNICATION`, one bit per parameter on every eighth step, with 1.5 times the learning
+  rate of synchronous training. They were best for a byte-level model of 0.13M parameters (docs/results.md), and have not been tuned at
+  these sizes.
 """
 
 from dataclasses import dataclass
+
+from curvadion import LOW_COMMUNICATION
 
 # Before torchtitan, which it makes ready for this machine.
 from curvadion.titan import CheckpointManager, CurvaDionOptimizer, MetricsProcessor, Validator, reduced, replicated
@@ -69,9 +72,7 @@ BUDGETS = {
 
 
 def _recommended() -> CurvaDionOptimizer.Config:
-    return CurvaDionOptimizer.Config(
-        local_update="dion", rank_fraction=1.0, momentum=0.9, tau=0.3, warmup_steps=100, min_local_steps=4, max_local_steps=19
-    )
+    return CurvaDionOptimizer.Config(lr=0.03, **LOW_COMMUNICATION)
 
 
 def _paper() -> CurvaDionOptimizer.Config:

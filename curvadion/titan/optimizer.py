@@ -71,6 +71,7 @@ class CurvaDionOptimizer(OptimizersContainer):
         outer_momentum: float = 0.0
         outer_bits: Literal[1, 2, 4, 8, 16, 32] = 32
         outer_fragments: int = 1
+        outer_on_host: bool = False
         target_sync_rate: float | None = None
         gate_every: int = 1
         """Whether replicas come back together on synchronized steps; "none" drifts."""
