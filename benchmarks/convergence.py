@@ -66,7 +66,11 @@ TABLES: dict[str, list[Setting]] = {
         variant("32 bits every 100 steps", PLAIN, bits=32, interval=100, lr=0.02),
         OURS,
     ],
-    "gates": [variant(f"1 bit, {gate} gate", gate=gate) for gate in ("rmmc", "directional", "drift", "qsr", "late")],
+    "gates": [
+        *(variant(f"1 bit, {gate} gate", gate=gate) for gate in ("rmmc", "directional", "drift")),
+        variant("1 bit, qsr gate", gate="qsr", interval=3.4),  # these two give about as many synchronizations as every 8th step
+        variant("1 bit, late gate", gate="late", interval=16),
+    ],
     "bits": [
         *(variant(f"{bits} bits every 8 steps", bits=bits) for bits in (32, 4)),
         variant("4 bits every 27 steps", bits=4, interval=27),
