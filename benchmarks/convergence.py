@@ -93,17 +93,14 @@ TABLES: dict[str, list[Setting]] = {
     "outer": [
         PLAIN,
         variant("1 bit, outer 1.0 / 0.5", outer_lr=1.0, outer_momentum=0.5),
-        variant("1 bit, outer 0.7 / 0.6", outer_lr=0.7, outer_momentum=0.6),
         variant("1 bit, outer 1.8", outer_lr=1.8),
     ],
     "sensitivity": [
         variant("1 bit, lr 0.02", lr=0.02),
         variant("1 bit, lr 0.042", lr=0.042),
-        variant("1 bit, momentum 0.7", momentum=0.7),
         variant("1 bit, momentum 0.9", momentum=0.9),
         variant("1 bit every 4 steps", interval=4),
         variant("1 bit every 16 steps", interval=16),
-        variant("1 bit every 32 steps", interval=32),
     ],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),
