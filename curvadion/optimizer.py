@@ -769,10 +769,11 @@ class CurvaDion(torch.optim.Optimizer):
         axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
 
         def gather(factors: list[Tensor]) -> list[Tensor]:
-            whole = []
-            for f, b, dim in zip(factors, batches, dims, strict=True):
-                whole.append(f.new_zeros(f.shape[0], b.layout.shape[dim], f.shape[-1]))
-                b.layout.take(whole[-1], dim, 1).copy_(f)
+            whole = list(factors)
+            for k, (f, b, dim) in enumerate(zip(factors, batches, dims, strict=True)):
+                if axes[k]:
+                    whole[k] = f.new_zeros(f.shape[0], b.layout.shape[dim], f.shape[-1])
+                    b.layout.take(whole[k], dim, 1).copy_(f)
             return self._collectives.sum_over_shards(whole, axes, "gram")
 
         return dion.Side(
