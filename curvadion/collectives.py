@@ -123,6 +123,7 @@ class Residuals:
 
     def __init__(self) -> None:
         self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.in_use = False  # on all ranks alike, also on those that hold nothing of any buffer
 
     def of(self, number: int, mine: int, ours: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pair of the buffer with this number, of these lengths; zeros at first."""
@@ -133,6 +134,7 @@ class Residuals:
     def clear(self) -> None:
         """Forget them."""
         self._pairs.clear()
+        self.in_use = False
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -251,6 +253,7 @@ class Collectives:
         if self.replicas == 1:
             return list(tensors)
         result, numbers = list(tensors), itertools.count()
+        residuals.in_use = True
 
         def exchange(piece: Tensor) -> Tensor:
             flat = padded(piece, BLOCK * self.replicas)
@@ -275,7 +278,7 @@ class Collectives:
     def settle_residuals_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], residuals: Residuals) -> None:
         """x_i <- x_i - e_i - K f, so that the mean of the x_i lacks nothing any more; residuals become zero. No communication
         between replicas."""
-        if self.replicas == 1 or not residuals.pairs:
+        if not residuals.in_use:
             return
         pairs = iter(residuals.pairs)
 

@@ -42,10 +42,11 @@ from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, check_group, che
 from curvadion.outer import Outer
 from curvadion.state import Batch, assign, check_loadable, copy_into, hash_tensors, make_batches, or_zeros
 from curvadion_kernels import Ops, choose
-from curvadion_kernels.reference import FAILED_KEY, NO_NORM, SYNCHRONIZE_BIT, Fixed, compute_dtype, scale_
+from curvadion_kernels.reference import FAILED_KEY, NO_NORM, NONFINITE_BIT, SYNCHRONIZE_BIT, Fixed, compute_dtype, scale_
 
 logger = logging.getLogger(__name__)
 
+LEAST_TAU, MOST_TAU = 1e-6, 1e6  # where it stops
 GAIN = 0.3  # of the controller that steers tau: how much log(tau) moves for one synchronization too many or too few
 
 RELOAD = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
@@ -134,7 +135,7 @@ class CurvaDion(torch.optim.Optimizer):
     _built = False
     # Made by `_build`, which runs again when a group is added.
     _params: list[Tensor]
-    _outer: Outer | None
+    _outer: Outer | None = None
     _collectives: Collectives
     _ops: Ops
     _X: Fixed[Tensor] | None
@@ -227,6 +228,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._broken: str | None = None
         self._held: str | None = None  # "failed" or "nonfinite": what this replica has to tell the others when the gate asks next
         self._held_failure: Exception | None = None
+        self._held_names: list[str] = []
         self._decision = gate.decode(0)
         super().__init__(params, defaults)
         self._build()
@@ -265,7 +267,7 @@ class CurvaDion(torch.optim.Optimizer):
                 self._gradient_step(X, G, key)
             decision = gate.decode(arrived())
         if decision.failed or decision.nonfinite:
-            self._refuse(decision, failure, G) if asked else self._hold(decision, failure)
+            self._refuse(decision, failure, G) if asked else self._hold(decision, failure, G)
             return loss
         self._last_norm.copy_(norm)
         self._rmmc = rmmc
@@ -287,7 +289,7 @@ class CurvaDion(torch.optim.Optimizer):
                 self._postpone_decay([*self._with_rule("gradient"), *self._with_rule("muon")])
         if decision.synchronize and self._outer is not None:
             with record_function("curvadion::outer_step"):
-                self._outer.step_(X, self._outer_momenta(), self._sizes, self._copied, self._collectives)
+                self._outer.step_(X, self._outer_momenta(), turn=self._synchronized_steps, **self._spread)
         if asked:
             self._steer(decision)
         self._count(decision)
@@ -454,7 +456,9 @@ class CurvaDion(torch.optim.Optimizer):
         if o.target_sync_rate is not None and self._steps >= max(1, o.warmup_steps):
             factor = math.exp(GAIN * (decision.synchronize - o.target_sync_rate * o.gate_every))
             for group in self.param_groups:
-                group["tau"] *= factor
+                tau = float(group["tau"])
+                if 0 < tau < math.inf:
+                    group["tau"] = min(max(tau * factor, LEAST_TAU), MOST_TAU)
 
     def _gradient_step(self, X: Fixed[Tensor], G: Fixed[Tensor | None], key: Tensor | None) -> None:
         """X_i <- (1 - lr wd) X_i - lr_local G_i for "gradient" matrices, if the key, where there is one, says "local step"."""
@@ -586,7 +590,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._local_steps = 0 if decision.synchronize else self._local_steps + 1
         self._synchronized_steps += decision.synchronize
         self._must_synchronize = False
-        self._diverged = self.replicas > 1
+        self._diverged = self.replicas > 1 or self._outer is not None
         self._dense_bytes_total += self._dense_bytes
         self._counters[0] += 1
         self._write_counters()
@@ -596,21 +600,26 @@ class CurvaDion(torch.optim.Optimizer):
         self._counters[1].fill_(self._local_steps)
         self._counters[2].fill_(self._synchronized_steps)
 
-    def _hold(self, decision: gate.Decision, failure: Exception | None) -> None:
+    def _hold(self, decision: gate.Decision, failure: Exception | None, G: Sequence[Tensor | None]) -> None:
         """Take no step on this replica, whose ranks alone know what happened, and let it tell the others when the gate asks next."""
         if decision.failed or not self._skips:
-            self._held = "failed" if decision.failed else "nonfinite"
+            self._held = "failed" if decision.failed else self._held or "nonfinite"
             self._held_failure = self._held_failure or failure
+            self._held_names = self._held_names or self._nonfinite_names(G)
         self._skipped_steps += 1
         self._count(decision)
         self._broken = None
 
+    def _nonfinite_names(self, G: Sequence[Tensor | None]) -> list[str]:
+        return [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
+
     def _refuse(self, decision: gate.Decision, failure: Exception | None, G: Sequence[Tensor | None]) -> None:
         """Skip the step, or raise on this rank as on every other. Parameters are untouched so far."""
+        failure, here = failure or self._held_failure, self._held_names
+        self._held, self._held_failure, self._held_names = None, None, []
         if decision.failed:
             if not self._skips:
                 self._broken = "an earlier step() failed on some rank" + RELOAD
-            failure = failure or self._held_failure
             if failure is not None:
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
@@ -620,7 +629,7 @@ class CurvaDion(torch.optim.Optimizer):
             self.ledger.end_step()
             return
         self._broken = "a gradient held a NaN or an infinity in an earlier step()" + RELOAD
-        here = [n for n, g in zip(self._names, G, strict=True) if g is not None and not bool(g.isfinite().all())]
+        here = here or self._nonfinite_names(G)
         where = "on another rank, or a momentum whose squared norm overflows float32"
         if here:
             where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
@@ -655,26 +664,35 @@ class CurvaDion(torch.optim.Optimizer):
         """
         self._refuse_inside_consensus("synchronize()")
         self._settle()
+        if self._options.gate_every > 1:
+            self._tell()
         if self.replicas > 1 and self._diverged:
             X = [local_tensor(p) for p in self._params]
-            kept_back = self._outer is not None and self._outer.settle_(X, self._sizes, self._copied, self._collectives)
-            self._make_common(X, average=self._parameters_differ or kept_back)
+            if self._outer is not None:
+                self._outer.settle_(X, **self._spread)
+            self._make_common(X, average=self._parameters_differ or self._outer is not None)
             norms = self._momentum_norms()
             self._collectives.average_([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
             of_mean = self._momentum_norms()
             together = torch.stack([norms, self._last_norm])
             _, [mean] = self._collectives.mean_over_replicas([together], [()], [self._shards.axes], "norms")
             mean_norm, last = mean
-            if not bool(mean_norm.isfinite().all()):  # the same on all ranks
-                raise NonFiniteError(f"momenta must be finite to be averaged; got a NaN or an infinity on some replica{RELOAD}")
             ratio = torch.where(mean_norm > 0, of_mean / mean_norm, 0.0)
             self._last_norm.copy_(torch.where(last < 0, NO_NORM, last * ratio))
             reshard_gathered_modules()
-            if self._outer is not None:
-                self._outer.forget()
+        if self._outer is not None:
+            self._outer.forget()
         self._local_steps = 0
         self._write_counters()
         self._diverged = False
+
+    def _tell(self) -> None:
+        """Raise on every rank if some replica has met a NaN or an error since the gate asked last."""
+        key = FAILED_KEY if self._held == "failed" else NONFINITE_BIT if self._held else 0
+        told = self._collectives.max_over_replicas(torch.tensor(key, dtype=torch.int64, device=self._device))
+        decision = gate.decode(int(told))
+        if decision.failed or decision.nonfinite:
+            self._refuse(decision, None, [None] * len(self._params))
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -710,6 +728,8 @@ class CurvaDion(torch.optim.Optimizer):
         X = [local_tensor(p) for p in self._params]
         self._collectives.broadcast_(X, self._copied, "parameters")
         reshard_gathered_modules()
+        if self._outer is not None:
+            self._outer.forget()
         self._check_pending = True
 
     def discard_divergence(self) -> None:
@@ -906,7 +926,12 @@ class CurvaDion(torch.optim.Optimizer):
     # ---- state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, at construction or later; the next step is synchronized."""
+        """Add a group, at construction or later; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
+        if self._built and self._outer is not None and self._outer.under_way:
+            raise RuntimeError(
+                "with consensus='outer' a group must be added when nothing is under way between replicas; a step was taken since they were "
+                "equal; call opt.synchronize() on every rank first"
+            )
         check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -931,8 +956,8 @@ class CurvaDion(torch.optim.Optimizer):
         """
         if self._diverged:
             raise RuntimeError(
-                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a patchwork of them); a step "
-                "was taken since; call opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
+                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a patchwork of them, and lack what "
+                "is under way with consensus='outer'); a step was taken since; call opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
             )
         return super().state_dict()
 
@@ -983,7 +1008,7 @@ class CurvaDion(torch.optim.Optimizer):
         if self._outer is not None:
             self._outer.forget()
         self._diverged, self._must_synchronize, self._check_pending, self._broken = False, False, True, None
-        self._held = self._held_failure = None
+        self._held, self._held_failure, self._held_names = None, None, []
 
     def _read_counters(self) -> None:
         steps, local_steps, synchronized_steps = self._counters.amax(dim=1).tolist() if self._params else (0, 0, 0)
@@ -991,7 +1016,17 @@ class CurvaDion(torch.optim.Optimizer):
 
     _COPIED = (
         *("_options", "_steps", "_local_steps", "_synchronized_steps", "_skipped_steps", "_dense_bytes_total"),
-        *("_must_synchronize", "_check_pending", "_broken", "_held", "_held_failure", "_decision", "_in_consensus"),
+        *(
+            "_must_synchronize",
+            "_check_pending",
+            "_broken",
+            "_held",
+            "_held_failure",
+            "_held_names",
+            "_outer",
+            "_decision",
+            "_in_consensus",
+        ),
     )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1002,16 +1037,14 @@ class CurvaDion(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
-            self._replicate_group, self._diverged = None, False
+            self._replicate_group, self._diverged = None, self._outer is not None and self._outer.under_way
             self._build()
 
     @torch.no_grad()
     def _build(self) -> None:
         """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
-        before: dict[Tensor, int] = {}
         if self._built:
             self._settle()
-            before = {p: i for i, p in enumerate(self._params)}
         self._group_params = [p for group in self.param_groups for p in group["params"]]
         self._frozen = [p for p in self._group_params if not p.requires_grad]
         named = [
@@ -1048,17 +1081,17 @@ class CurvaDion(torch.optim.Optimizer):
         self._collectives = Collectives(self._shards, self._replicate_group, self._device, ledger)
 
         o = self._options
-        if not self._built:
-            self._outer = None
-            if o.consensus == "outer":
-                outer = {name.removeprefix("outer_"): value for name, value in vars(o).items() if name.startswith("outer_")}
-                self._outer = Outer(**outer)
-        self._sizes = [math.prod(layout.shape) for layout in self._layouts]
+        if self._outer is None and o.consensus == "outer":
+            self._outer = Outer(**{name.removeprefix("outer_"): value for name, value in vars(o).items() if name.startswith("outer_")})
+        if self._outer is not None:
+            self._outer.allocate([local_tensor(p) for p in self._params])
         self._numels = tuple(tuple(math.prod(self._layouts[i].local_shape) for i in members) for members in (self._matrices, self._scalars))
         self._placements = [p.placements if isinstance(p, DTensor) else None for p in self._params]
         self._X = None
         self._reshaped = []
         self._copied = [layout.copied for layout in self._layouts]
+        sizes = [math.prod(layout.shape) for layout in self._layouts]
+        self._spread: dict[str, Any] = {"sizes": sizes, "copied": self._copied, "collectives": self._collectives}
         first = [self._shards.is_first(copied) for copied in self._copied]
         self._owned = torch.tensor([float(first[i]) for i in self._matrices], dtype=torch.float32, device=self._device)
         owned = sum(local_tensor(p).numel() for p, mine in zip(self._params, first, strict=True) if mine)
@@ -1099,11 +1132,8 @@ class CurvaDion(torch.optim.Optimizer):
             shape, dtype = self._layouts[i].local_shape, self._options.momentum_dtype or self._params[i].dtype
             self._moments[i] = {key: torch.zeros(shape, dtype=dtype, device=self._device) for key in moments}
             self._set_state(i, **{key: self._layouts[i].wrap(value) for key, value in self._moments[i].items()})
-        if self._outer is not None:
-            self._outer.forget(keep=[before.get(p, -1) for p in self._params])
-        self._built = True
         taus = [group["tau"] for group in self.param_groups if group["algorithm"] == "dion"]
-        if self._options.target_sync_rate is not None and not any(0 < tau < math.inf for tau in taus):
+        if self._options.target_sync_rate is not None and not self._built and not any(0 < tau < math.inf for tau in taus):
             raise ValueError(
                 f"target_sync_rate steers tau, which must be finite and above 0 in some group of matrices to start from; got {taus}; try "
                 "tau=0.1, or for a fixed interval leave target_sync_rate out and set max_local_steps"
@@ -1113,6 +1143,7 @@ class CurvaDion(torch.optim.Optimizer):
                 "with several replicas and no matrix, whose RMMC opens the gate, max_local_steps must be set; got None; try 0, which "
                 "synchronizes every step"
             )
+        self._built = True
 
     def _set_state(self, i: int, **tensors: Tensor) -> None:
         """Make the tensors the state of parameter i, with the values of its state so far where there is one."""

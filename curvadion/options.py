@@ -122,6 +122,20 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: 
                 f"{given[0]} belongs to consensus='outer'; got {given[0]}={options[given[0]]!r} with consensus={options['consensus']!r}; "
                 "pass consensus='outer', or leave it out"
             )
+    if options.get("consensus") == "outer" and options.get("payload_dtype") is not None:
+        raise ValueError(
+            f"payload_dtype is of factors and gradients, which consensus='outer' does not send; got {options['payload_dtype']}; try "
+            "outer_bits=16"
+        )
+    rate, every = options.get("target_sync_rate"), options.get("gate_every", 1)
+    if rate is not None:
+        low, high = options.get("min_local_steps", 0), options.get("max_local_steps")
+        least = 0.0 if high is None else 1 / (high + 1)
+        if not least <= rate <= min(1 / every, 1 / (low + 1)):
+            raise ValueError(
+                f"target_sync_rate must lie between 1 / (max_local_steps + 1) and the smaller of 1 / gate_every and 1 / (min_local_steps + 1), "
+                f"or tau could not meet it; got {rate} with max_local_steps={high}, gate_every={every}, min_local_steps={low}; widen them"
+            )
     if options.get("min_local_steps") and options.get("max_local_steps") is not None:
         low, high = options["min_local_steps"], options["max_local_steps"]
         if low > high:

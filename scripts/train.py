@@ -33,7 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from curvadion import CurvaDion, param_groups_for
+from curvadion import LOW_COMMUNICATION, CurvaDion, param_groups_for
 from curvadion.report.display import Display, hardware
 from curvadion.report.page import write_report
 
@@ -48,9 +48,9 @@ def parse_args() -> argparse.Namespace:
     local_help = "what a matrix does on a local step; gradient, the paper's text, is CurvaDion's own default"
     add("--local-update", choices=("gradient", "dion", "muon"), default="muon", help=local_help)
     add("--consensus", choices=("average", "outer", "none"), default="outer", help="how replicas become equal again")
-    add("--outer-lr", type=float, default=1.4, help="learning rate of --consensus outer")
-    add("--outer-momentum", type=float, default=0.0, help="Nesterov momentum of --consensus outer")
-    add("--outer-bits", type=int, default=1, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer")
+    add("--outer-lr", type=float, help="learning rate of --consensus outer; none: 1.4 with it")
+    add("--outer-momentum", type=float, help="Nesterov momentum of --consensus outer; none: 0")
+    add("--outer-bits", type=int, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer; none: 1 with it")
     add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")
     add("--rank-fraction", type=float, default=0.25, help="rank of the update relative to the matrix's shorter side")
     add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
@@ -139,9 +139,10 @@ def between_replicas(args: argparse.Namespace) -> dict[str, Any]:
     if scheduled:
         options["max_local_steps"] = 7 if args.max_local_steps is None else args.max_local_steps
         options["gate_every"] = args.gate_every or options["max_local_steps"] + 1
+    outer = {"outer_lr": args.outer_lr, "outer_momentum": args.outer_momentum, "outer_bits": args.outer_bits}
     if args.consensus == "outer":
-        options |= {"outer_lr": args.outer_lr, "outer_momentum": args.outer_momentum, "outer_bits": args.outer_bits}
-    return options
+        options |= {"outer_lr": LOW_COMMUNICATION["outer_lr"], "outer_bits": LOW_COMMUNICATION["outer_bits"]}
+    return options | {name: value for name, value in outer.items() if value is not None}
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh) -> CurvaDion:

@@ -328,3 +328,9 @@ def test_the_target_rate_is_met_from_any_tau(tau: float, gate_every: int, rate: 
 def test_a_target_rate_needs_a_tau_to_start_from(tau: float) -> None:
     with pytest.raises(ValueError, match="target_sync_rate steers tau"):
         CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=tau, target_sync_rate=0.1)
+
+
+@pytest.mark.parametrize("bound", [{"gate_every": 8}, {"min_local_steps": 4}, {"max_local_steps": 0}], ids=str)
+def test_a_target_rate_that_cannot_be_met_is_refused(bound: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="target_sync_rate must lie between"):
+        CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=0.1, target_sync_rate=0.5, **bound)

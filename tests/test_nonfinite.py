@@ -464,6 +464,35 @@ def test_what_happens_between_two_gates_is_told_at_the_next(place: str, on_nonfi
             assert digests[3] != digests[2]
 
 
+@pytest.mark.parametrize("place", ["layers.0.weight", "embedding.weight"])
+def test_what_happens_between_two_gates_is_told_before_a_checkpoint(place: str) -> None:
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **SELDOM)
+        for step in range(3):
+            toy.set_gradients(step, replicate.get_local_rank())
+            if step == 2 and dist.get_rank() == 3:
+                poison(toy.params[place], math.nan)
+            opt.step()
+        return outcome(opt.synchronize)
+
+    for kind, _ in run_ranks(4, worker):
+        assert kind == "NonFiniteError", "a stale replica must not get into a checkpoint"
+
+
+def test_after_a_failure_between_two_gates_skipping_goes_on() -> None:
+    W, b = nn.Parameter(torch.ones(3, 2)), nn.Embedding(4, 2, sparse=True)
+    opt = CurvaDion([{"params": [W]}, {"params": [b.weight], "algorithm": "adamw"}], on_nonfinite="skip", **SELDOM)
+    seen = []
+    for step in range(6):
+        W.grad, b.weight.grad = torch.ones(3, 2), None
+        if step == 1:
+            b(torch.tensor([1])).sum().backward()
+        seen.append(outcome(opt.step)[0])
+    assert seen == ["ok", "ok", "ok", "ok", "ValueError", "ok"]
+
+
 def test_a_failure_between_two_gates_stops_every_rank_at_the_next() -> None:
     def worker() -> Any:
         replicate, shard = grid(2, 2)

@@ -14,6 +14,7 @@ from test_communication import Wire, run_recorded
 from test_mesh_parity import ALGORITHMS, BASE, RTOL, SCALES, Case, compare, first_right_factors, gradients, initial_values, make_optimizer
 from test_mesh_parity import Moment as Expected
 from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from curvadion import CurvaDion
 from curvadion.collectives import WIRE
@@ -268,6 +269,7 @@ def test_one_replica_takes_the_outer_step_alone() -> None:
         ({"outer_bits": 4}, "outer_bits belongs to consensus='outer'"),
         ({"outer_lr": 0.7, "consensus": "none"}, "outer_lr belongs to consensus='outer'"),
         ({"outer_fragments": 2}, "outer_fragments belongs to consensus='outer'"),
+        ({"payload_dtype": torch.bfloat16, "consensus": "outer"}, "payload_dtype is of factors"),
         ({"outer_bits": 3, "consensus": "outer"}, "outer_bits must be one of"),
         ({"outer_momentum": 1.0, "consensus": "outer"}, "outer_momentum must be in"),
     ],
@@ -275,3 +277,94 @@ def test_one_replica_takes_the_outer_step_alone() -> None:
 def test_outer_options_that_would_be_ignored_or_break_are_refused(options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         CurvaDion([torch.nn.Parameter(torch.ones(3, 2))], **options)
+
+
+# ---- what a review found
+
+
+def everything(optimizer: CurvaDion) -> list[Tensor]:
+    return [local(value).double().flatten() for state in optimizer.state.values() for value in state.values()]
+
+
+def run_synchronized_after_an_outer_step() -> Tensor:
+    placed = LAYOUTS[0].build(initial_values(), 2)
+    optimizer = make_optimizer(placed, Case("equal", OUTER))
+    for G in gradients(2)[:4]:  # S L L S
+        placed.set_gradients(placed.parts_of(G[placed.replica]))
+        optimizer.step()
+    optimizer.synchronize()
+    return torch.cat(everything(optimizer))
+
+
+def test_synchronize_averages_moments_also_right_after_an_outer_step() -> None:
+    left, right = run_ranks(2, run_synchronized_after_an_outer_step)
+    assert torch.equal(left, right), "a checkpoint would be a patchwork"
+
+
+def run_with_an_empty_rank() -> None:
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    W = torch.nn.Parameter(distribute_tensor(torch.ones(1, 64), mesh["shard"], [Shard(0)]))
+    b = torch.nn.Parameter(distribute_tensor(torch.ones(1), mesh["shard"], [Replicate()]))
+    optimizer = CurvaDion([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], replicate_mesh=mesh["replicate"], **OUTER, outer_bits=1)
+    for _ in range(3):
+        for p in (W, b):
+            p.grad = torch.ones_like(p) * (1 + mesh.get_local_rank("replicate"))
+        optimizer.step()
+    optimizer.synchronize()
+
+
+def test_a_rank_that_holds_nothing_takes_part_all_the_same() -> None:
+    run_ranks(4, run_with_an_empty_rank, deadline=40)
+
+
+def run_restarted(count: int) -> None:
+    """Rank 0 loads into the running optimizer, rank 1 into a new one: the same fragment must be next in both."""
+    placed = LAYOUTS[0].build(initial_values(), 2)
+    case = Case("restarted", {**OUTER, "max_local_steps": 0, "outer_fragments": 3, "outer_bits": 4})
+    optimizer = make_optimizer(placed, case)
+    for step in range(count + 2):
+        if step == count:
+            optimizer.synchronize()
+            saved = optimizer.state_dict()
+            if placed.replica:
+                optimizer = make_optimizer(placed, case)
+            optimizer.load_state_dict(saved)
+        placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_fragments_go_on_with_the_same_turn_everywhere(count: int) -> None:
+    run_ranks(2, run_restarted, count)
+
+
+def test_muon_keeps_its_accuracy_under_autocast() -> None:
+    M = (torch.outer(draw(96), draw(64, seed=1)) + 1e-3 * draw(96, 64, seed=2)).float()
+    [plain] = newton_schulz([M.unsqueeze(0)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [autocast] = newton_schulz([M.unsqueeze(0)])
+    assert torch.equal(plain, autocast) and float(plain.norm()) < 10
+
+
+def test_muon_forgives_coarse_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in bfloat16 or TF32 on a GPU: rounding the iterate must not make singular values run away."""
+    M = torch.linalg.qr(draw(64, 48))[0] @ torch.diag(1 / torch.arange(1, 49, dtype=torch.float64)) @ torch.linalg.qr(draw(48, 48))[0]
+    [exact] = newton_schulz([M.unsqueeze(0)])
+    [coarse] = newton_schulz([M.to(torch.bfloat16).unsqueeze(0)])
+    assert float(torch.linalg.svdvals(coarse[0].double()).max()) < 1.4
+    assert float((coarse[0].double() - exact[0]).norm()) < 0.3 * float(exact[0].norm())
+
+
+def test_one_replica_is_saved_at_rest_only() -> None:
+    X = torch.nn.Parameter(draw(6, 4))
+    optimizer = CurvaDion([X], **OUTER, outer_lr=0.5)
+    X.grad = draw(6, 4, seed=1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="synchronize"):
+        optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="call opt.synchronize"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(draw(3, 2))]})
+    optimizer.synchronize()
+    optimizer.state_dict()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(draw(3, 2))]})
+    optimizer.step()
