@@ -956,8 +956,9 @@ class CurvaDion(torch.optim.Optimizer):
         """
         if self._diverged:
             raise RuntimeError(
-                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a patchwork of them, and lack what "
-                "is under way with consensus='outer'); a step was taken since; call opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
+                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a patchwork of them, and lack "
+                "what is under way with consensus='outer'); a step was taken since; call opt.synchronize() on every rank before saving, or "
+                "opt.discard_divergence() before loading"
             )
         return super().state_dict()
 
