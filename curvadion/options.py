@@ -134,7 +134,8 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: 
         if not least <= rate <= min(1 / every, 1 / (low + 1)):
             raise ValueError(
                 "target_sync_rate must lie between 1 / (max_local_steps + 1) and the smaller of 1 / gate_every and "
-                f"1 / (min_local_steps + 1), or no tau could meet it; got {rate} with max_local_steps={high}, gate_every={every}, min_local_steps={low}; widen them"
+                f"1 / (min_local_steps + 1), or no tau could meet it; got {rate} with max_local_steps={high}, gate_every={every}, "
+                f"min_local_steps={low}; widen them"
             )
     if options.get("min_local_steps") and options.get("max_local_steps") is not None:
         low, high = options["min_local_steps"], options["max_local_steps"]
