@@ -109,7 +109,7 @@ TABLES: dict[str, list[Setting]] = {
         replace(MUON, name="Muon every step, AdamW lr 0.006", adamw_lr=6e-3),
         replace(MUON, name="Muon every step, AdamW lr 0.02", adamw_lr=2e-2),
         replace(CONTROLS[1], name="AdamW every step, lr 0.003", adamw_lr=3e-3),
-        replace(CONTROLS[1], name="AdamW every step, lr 0.012", adamw_lr=12e-3),
+        replace(CONTROLS[1], name="AdamW every step, lr 0.0015", adamw_lr=1.5e-3),
     ],
 }  # fmt: skip
 
