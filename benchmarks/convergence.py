@@ -45,7 +45,7 @@ from train import learning_rate  # noqa: E402
 SHARED_LR = {"lr": 0.02, "adamw_lr": 1e-2}
 MUON = Setting("Muon every step", baseline=True, momentum=0.9, **SHARED_LR)
 NEVER = Setting("no synchronization", interval=math.inf, momentum=0.8, **SHARED_LR)
-CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw", adamw_lr=6e-3), NEVER]
+CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw", adamw_lr=3e-3), NEVER]
 OURS = Setting("1 bit every 8 steps", momentum=0.8, lr=0.03, adamw_lr=1e-2, bits=1, interval=8, outer_lr=1.4)
 PLAIN = replace(OURS, name="1 bit every 8 steps, outer 1.0", outer_lr=1.0)
 
@@ -108,7 +108,7 @@ TABLES: dict[str, list[Setting]] = {
         replace(MUON, name="Muon every step, lr 0.028", lr=0.028),
         replace(MUON, name="Muon every step, AdamW lr 0.006", adamw_lr=6e-3),
         replace(MUON, name="Muon every step, AdamW lr 0.02", adamw_lr=2e-2),
-        replace(CONTROLS[1], name="AdamW every step, lr 0.003", adamw_lr=3e-3),
+        replace(CONTROLS[1], name="AdamW every step, lr 0.006", adamw_lr=6e-3),
         replace(CONTROLS[1], name="AdamW every step, lr 0.0015", adamw_lr=1.5e-3),
     ],
 }  # fmt: skip
