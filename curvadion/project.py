@@ -115,14 +115,16 @@ def draw(file: Path, title: str, curves: Curves, markers: Curves) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    colors = {}
+    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
+    colors = {name: pyplot.get_cmap("tab20")(k) for k, name in enumerate(curves)}
     for name, values in curves.items():
-        colors[name] = axes.plot(*zip(*values, strict=True), label=f"projected: {name}")[0].get_color()
+        axes.plot(*zip(*values, strict=True), color=colors[name], label=f"projected: {name}")
     for name, values in markers.items():
         label, _, curve = name.partition(": ")
         face = colors[curve] if label == "emulated" else "white"
-        axes.scatter(*zip(*values, strict=True), label=name, color=face, edgecolors=colors[curve], zorder=3)
+        axes.scatter(*zip(*values, strict=True), color=face, edgecolors=colors[curve], zorder=3)
+    for label in dict.fromkeys(name.partition(": ")[0] for name in markers):  # one line each: colors are those of the curves
+        axes.scatter([], [], label=label, color="#555555" if label == "emulated" else "white", edgecolors="#555555")
     axes.axhline(1, color="#8a8a8a", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="Gbit/s of a replica, each way", ylabel="speed-up over dense all-reduce", title=title)
     ticks = [d * 10.0**k for k in range(-2, 4) for d in (1, 1.5, 2, 3, 5, 7)]
@@ -132,7 +134,7 @@ def draw(file: Path, title: str, curves: Curves, markers: Curves) -> None:
     axes.yaxis.set_minor_formatter(lambda y, _: "")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right center", frameon=False)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
