@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
     add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: 7 with --tau inf, else no bound")
     add("--gate-every", type=int, help="steps from one exchange of the gate to the next; none: only when due with --tau inf, else 1")
-    add("--lr", type=float, default=0.01, help="peak learning rate of matrices")
+    add("--lr", type=float, default=0.02, help="peak learning rate of matrices")
     add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
     add("--momentum", type=float, default=0.8, help="mu")
     add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")

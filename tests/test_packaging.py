@@ -123,4 +123,4 @@ def test_configs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
         archive.extractall(site)
     program = "import curvadion_configs as c; print(c.__file__, c.gpt_160m().optimizer.local_update)"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
-    assert output.split() == [str(site / "curvadion_configs" / "__init__.py"), "dion"]
+    assert output.split() == [str(site / "curvadion_configs" / "__init__.py"), "muon"]

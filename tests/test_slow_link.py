@@ -223,12 +223,12 @@ class Recorded:
 def test_modelled_links_say_that_they_are(run, monkeypatch):
     monkeypatch.setattr(slow_link, "ranks_of", lambda sites, arguments, lab: nullcontext(Recorded(sites, arguments)))
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    options = ("--model", "--sites", 2, "--mbit", "1,none", "--delay-ms", 1000, "--dim", 32, "--layers", 1, "--settings", "dense,curvadion")
+    options = ("--model", "--sites", 2, "--mbit", "1,none", "--delay-ms", 1000, "--dim", 32, "--layers", 1, "--settings", "dense,average")
     rows, output = run(*options)
     assert {row["label"] for row in rows} == {"cost model"}
     assert "cost model" in output
     assert "emulated" not in output
-    assert [(row["mbit"], row["setting"]) for row in rows] == [(m, s) for m in (1, None) for s in ("dense", "curvadion")]
+    assert [(row["mbit"], row["setting"]) for row in rows] == [(m, s) for m in (1, None) for s in ("dense", "average")]
     dense, gated = rows[2:]
     assert gated["interval"] == 30
     assert gated["wire_bytes_per_step"] is None

@@ -140,14 +140,14 @@ def test_typed_fields_are_the_optimizers_options() -> None:
 
 
 def test_tau_from_the_command_line_reaches_the_gate() -> None:
-    config = parse("gpt_160m", "--optimizer.tau", "inf", "--optimizer.max_local_steps", "7", "--optimizer.payload_dtype", "bfloat16")
+    config = parse("gpt_160m", "--optimizer.tau", "inf", "--optimizer.max_local_steps", "5", "--optimizer.momentum_dtype", "bfloat16")
     container = config.optimizer.build(model_parts=[parse("debug").model_spec.model.build()])
     with pytest.raises(RuntimeError, match="which ranks are replicas"):
         len(container)
     container.bind(None)
     options = container.curvadion._options
     assert {group["tau"] for group in container.curvadion.param_groups} == {float("inf")}
-    assert (options.max_local_steps, options.payload_dtype, options.warmup_steps) == (7, torch.bfloat16, 100)
+    assert (options.max_local_steps, options.momentum_dtype, options.outer_bits) == (5, torch.bfloat16, 1)
 
 
 def test_names_survive_activation_checkpointing_and_compile() -> None:
