@@ -219,6 +219,7 @@ def main() -> None:
     args = parse_args()
     device, mesh = start(args.replicas)
     train(args, device, mesh)
+    dist.barrier()  # rank 0 writes the report; a rank that leaves meanwhile takes its connections with it
     dist.destroy_process_group()
 
 
