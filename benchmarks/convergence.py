@@ -318,11 +318,8 @@ def with_controls(settings: Iterable[Setting]) -> list[Setting]:
     """Return the settings, the controls, and for each gate that is steered to a rate the fixed interval of that rate; each once."""
     wanted: dict[str, Setting] = {}
     for setting in [*CONTROLS, *settings]:
-        fixed = (
-            []
-            if setting.gate == "interval" or setting.tau is not None
-            else [replace(setting, gate="interval", name=f"{setting.name}: fixed interval")]
-        )
+        steered = setting.gate in ("rmmc", "directional", "drift") and setting.tau is None
+        fixed = [replace(setting, gate="interval", name=f"{setting.name}: fixed interval")] if steered else []
         for s in [setting, *fixed]:
             wanted.setdefault(json.dumps({k: v for k, v in asdict(s).items() if k != "name"}), s)
     return list(wanted.values())

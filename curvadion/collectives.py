@@ -16,7 +16,8 @@ gate key, and a missing gradient contributes zeros.
                                  Gram matrices           two SUMs over the shards of R's rows (right_factor="qr" only)
                                  AdamW and Lion gradients mean over replicas
        local step                "dion" matrices: P, Gram, R, column norms as above, over the shards only
-                                 "muon" matrices: Gram matrices, one SUM over the shards of the long side; the short side gathered
+                                 "muon" matrices: the short side gathered; norms and in each round Gram matrices, one SUM over the shards
+                                                         of the long side
        synchronized step with consensus="outer": a local step, then
                                  pseudo-gradients        mean over replicas: one SUM in 32 bits; in fewer, each replica its part of
                                                          the mean (all-to-all), then all parts to all (all-gather)
@@ -122,24 +123,19 @@ class Residuals:
     """
 
     def __init__(self) -> None:
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
         self.in_use = False  # on all ranks alike, also on those that hold nothing of any buffer
 
     def of(self, number: int, mine: int, ours: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pair of the buffer with this number, of these lengths; zeros at first."""
-        if number == len(self._pairs):
-            self._pairs.append((like.new_zeros(mine), like.new_zeros(ours)))
-        return self._pairs[number]
+        if number == len(self.pairs):
+            self.pairs.append((like.new_zeros(mine), like.new_zeros(ours)))
+        return self.pairs[number]
 
     def clear(self) -> None:
         """Forget them."""
-        self._pairs.clear()
+        self.pairs.clear()
         self.in_use = False
-
-    @property
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """All pairs so far."""
-        return self._pairs
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Codec:
     bits: int
 
     def nbytes(self, numel: int) -> int:
-        """Return the bytes of `numel` values, a multiple of BLOCK; 16 + 2^-3 bits of scale included."""
+        """Return the bytes of `numel` values, a multiple of BLOCK, scales included."""
         return numel // BLOCK * self._block_bytes
 
     @property

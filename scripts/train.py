@@ -137,7 +137,7 @@ def between_replicas(args: argparse.Namespace) -> dict[str, Any]:
     scheduled = args.tau == float("inf")
     options: dict[str, Any] = {"max_local_steps": args.max_local_steps, "gate_every": args.gate_every or 1, "consensus": args.consensus}
     if scheduled:
-        options["max_local_steps"] = 7 if args.max_local_steps is None else args.max_local_steps
+        options["max_local_steps"] = LOW_COMMUNICATION["max_local_steps"] if args.max_local_steps is None else args.max_local_steps
         options["gate_every"] = args.gate_every or options["max_local_steps"] + 1
     outer = {"outer_lr": args.outer_lr, "outer_momentum": args.outer_momentum, "outer_bits": args.outer_bits}
     if args.consensus == "outer":

@@ -67,14 +67,21 @@ class CurvaDionOptimizer(OptimizersContainer):
         local_lr_scale: float = 1.0
         """Learning rate of matrices on local steps, relative to lr."""
         consensus: Literal["average", "outer", "none"] = "average"
+        """Whether and how replicas come back together on synchronized steps; "none" drifts."""
         outer_lr: float = 1.0
+        """Of consensus="outer"; 1 is plain averaging."""
         outer_momentum: float = 0.0
+        """Nesterov momentum of consensus="outer"."""
         outer_bits: Literal[1, 2, 4, 8, 16, 32] = 32
+        """Bits per parameter between replicas with consensus="outer"."""
         outer_fragments: int = 1
+        """Parts of the parameters that take turns at synchronized steps with consensus="outer"."""
         outer_on_host: bool = False
+        """Keep the reference of consensus="outer" in host memory."""
         target_sync_rate: float | None = None
+        """Share of steps to synchronize: tau is steered until the gate opens that often."""
         gate_every: int = 1
-        """Whether replicas come back together on synchronized steps; "none" drifts."""
+        """Ask the other replicas on every so-manieth step only."""
         error_feedback: bool = True
         """Keep in the momentum what the low-rank update left out."""
         right_factor: Literal["column_norm", "qr"] = "column_norm"
