@@ -20,7 +20,8 @@ gate key, and a missing gradient contributes zeros.
                                                          of the long side
        synchronized step with consensus="outer": a local step, then
                                  pseudo-gradients        mean over replicas: one SUM in 32 bits; in fewer, each replica its part of
-                                                         the mean (all-to-all), then all parts to all (all-gather)
+                                                         the mean (all-to-all), then all parts to all (all-gather); with outer_delay
+                                                         the first is sent in this step, the second half of the delay later
 
 What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on S shard ranks is
 reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges its piece with its peers in the other
@@ -30,8 +31,9 @@ DeviceMesh suffice and none has to be made.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,9 +47,11 @@ BUCKET_BYTES = 1 << 28
 
 # torch 2.13 renamed these two; 2.11 has the old names only.
 _reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_all_to_all: Callable[..., object] = dist.all_to_all_single
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_to_all: Callable[..., Any] = dist.all_to_all_single
 
+# Yields when something was sent that it would have to wait for; returns what came of it.
+Legs = Generator[None, None, Tensor]
 Key = tuple[str, str]
 PURPOSES = {
     "replicate": (
@@ -138,6 +142,48 @@ class Residuals:
         self.in_use = False
 
 
+class UnderWay:
+    """A mean over the replicas that travels in legs, while something else is done.
+
+    The first leg starts at once. All ranks call `start_next_leg` and `arrived` at the same places among their collectives.
+    """
+
+    def __init__(self, legs: Generator[None, None, list[Tensor]]):
+        self._legs: Generator[None, None, list[Tensor]] | None = legs
+        self._mean: list[Tensor] = []
+        self.start_next_leg()
+
+    def start_next_leg(self) -> None:
+        """Wait for the leg that is under way, and start the next one if there is one."""
+        if self._legs is not None:
+            try:
+                next(self._legs)
+            except StopIteration as end:
+                self._legs, self._mean = None, end.value
+
+    def arrived(self) -> list[Tensor]:
+        """Wait for all of it, and return the mean."""
+        while self._legs is not None:
+            self.start_next_leg()
+        return self._mean
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a flat buffer was cut up inside a replica, so that each rank sends its piece.
+
+    Attributes:
+        indices: of the tensors in the buffer.
+        split, copies: axes along which it was cut, because it was a partial sum or the same there.
+        parts: what is left after each of these cuts.
+    """
+
+    indices: list[int]
+    split: Axes
+    copies: Axes
+    parts: list["_Part"]
+
+
 @dataclass(frozen=True)
 class _Part:
     """One of `parts` equal pieces of a flat buffer of `numel` elements; the last ones may be short or empty."""
@@ -218,58 +264,56 @@ class Collectives:
             return own, own
 
         own, mean = list(tensors), list(tensors)
-        exchange = self._mean(purpose, payload_dtype, copy=keep_own)
-        for indices, own_flat, flat in self._across_replicas(tensors, partial, copied, purpose, exchange, keep_own=keep_own):
-            _unflatten(flat, tensors, indices, mean)
-            if own_flat is not None:
-                _unflatten(own_flat, tensors, indices, own)
+        for cut, whole, piece in self._pieces(tensors, partial, copied, purpose):
+            mean_of_piece = _to_the_end(self._mean(piece, purpose, payload_dtype, copy=keep_own))
+            _unflatten(self._join(cut, mean_of_piece, purpose), tensors, cut.indices, mean)
+            if keep_own:
+                _unflatten(self._gather(whole, cut.split, cut.parts[: len(cut.split)], purpose), tensors, cut.indices, own)
         return own, mean
 
     def average_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
         """Replace tensors by their mean over the replicas, one bucket after the other."""
         if self.replicas > 1:
-            self._replace(tensors, copied, purpose, self._mean(purpose))
+            self._replace(tensors, copied, purpose, lambda piece: _to_the_end(self._mean(piece, purpose)))
 
-    def rounded_mean_over_replicas(
-        self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str, codec: Codec, residuals: Residuals
-    ) -> list[Tensor]:
-        """Return the mean over the replicas in few bits: bitwise the same in all of them, and what rounding keeps back is sent later.
+    def start_mean_over_replicas(
+        self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str, codec: Codec | None, residuals: Residuals
+    ) -> UnderWay:
+        """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all replicas.
 
-            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i              each replica sends the k-th part of c_i to replica k,
-            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean          which rounds the mean of that part and sends it to all
+            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i              first leg: the k-th part of c_i to replica k,
+            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean          second: which rounds the mean of that part and sends it to all
 
         Each replica sends what an all-reduce of so many bits would send. Compute and residuals are in the tensors' dtype.
 
         Args:
             tensors: d_i, local shards.
             copied: for each tensor, the axes over which it is the same.
-            codec: C.
+            codec: C; None to round nothing: one all-reduce, one leg.
             residuals: e_i and f; the same object for the same list of tensors.
         """
-        if self.replicas == 1:
-            return list(tensors)
-        result, numbers = list(tensors), itertools.count()
-        residuals.in_use = True
 
-        def exchange(piece: Tensor) -> Tensor:
-            flat = padded(piece, BLOCK * self.replicas)
-            mine, ours = residuals.of(next(numbers), flat.numel(), flat.numel() // self.replicas, flat)
-            mine.add_(flat)
-            sent = codec.encode(mine)
-            mine.sub_(codec.decode(sent, flat.dtype))
-            received = torch.empty_like(sent)
-            self.ledger.record("all_to_all", self.replicas, "replicate", purpose, sent)
-            _all_to_all(received, sent, group=self._group)
-            ours.add_(codec.decode(received, flat.dtype).view(self.replicas, -1).mean(0))
-            part = codec.encode(ours)
-            ours.sub_(codec.decode(part, flat.dtype))
-            self.ledger.record("all_gather", self.replicas, "replicate", purpose, part)
-            _all_gather(sent, part, group=self._group)
-            return codec.decode(sent, flat.dtype)[: piece.numel()]
+        def legs() -> Generator[None, None, list[Tensor]]:
+            result, numbers = list(tensors), itertools.count()
+            if self.replicas == 1:
+                return result
+            residuals.in_use = codec is not None
 
-        for indices, _, flat in self._across_replicas(tensors, [()] * len(tensors), copied, purpose, exchange):
-            _unflatten(flat, tensors, indices, result)
-        return result
+            def bring(cut: _Cut, piece: Tensor) -> Generator[None, None, None]:
+                legs = self._rounded_mean(piece, purpose, codec, residuals, numbers) if codec else self._mean(piece, purpose)
+                _unflatten(self._join(cut, (yield from legs), purpose), tensors, cut.indices, result)
+
+            def goes_on(journey: Generator[None, None, None]) -> bool:
+                return next(journey, True) is None
+
+            journeys = (bring(cut, piece) for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose))
+            under_way = [journey for journey in journeys if goes_on(journey)]
+            while under_way:
+                yield
+                under_way = [journey for journey in under_way if goes_on(journey)]
+            return result
+
+        return UnderWay(legs())
 
     def settle_residuals_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], residuals: Residuals) -> None:
         """x_i <- x_i - e_i - K f, so that the mean of the x_i lacks nothing any more; residuals become zero. No communication
@@ -323,31 +367,53 @@ class Collectives:
 
     # ---- how it is done
 
-    def _mean(self, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False) -> Callable[[Tensor], Tensor]:
-        def mean(piece: Tensor) -> Tensor:
-            sent = piece.to(payload_dtype or piece.dtype, copy=copy)
-            self._all_reduce(sent, self._group, ReduceOp.SUM, ("replicate", purpose))
-            return sent.to(piece.dtype).div_(self.replicas)
+    def _mean(self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False) -> Legs:
+        """Return the mean over the replicas; without copy the piece may be overwritten."""
+        if not piece.numel():
+            return piece
+        sent = piece.to(payload_dtype or piece.dtype, copy=copy)
+        self.ledger.record("all_reduce", self.replicas, "replicate", purpose, sent)
+        work = dist.all_reduce(sent, group=self._group, async_op=True)
+        yield
+        work.wait()
+        return sent.to(piece.dtype).div_(self.replicas)
 
-        return mean
+    def _rounded_mean(self, piece: Tensor, purpose: str, codec: Codec, residuals: Residuals, numbers: Iterator[int]) -> Legs:
+        """Return what `start_mean_over_replicas` says, for the buffer with the next number."""
+        if not piece.numel():
+            return piece
+        numel, dtype = piece.numel(), piece.dtype
+        flat = padded(piece, BLOCK * self.replicas)
+        mine, ours = residuals.of(next(numbers), flat.numel(), flat.numel() // self.replicas, flat)
+        mine.add_(flat)
+        del piece, flat  # so that what is under way holds bytes only
+        sent = codec.encode(mine)
+        mine.sub_(codec.decode(sent, dtype))
+        received = torch.empty_like(sent)
+        self.ledger.record("all_to_all", self.replicas, "replicate", purpose, sent)
+        work = _all_to_all(received, sent, group=self._group, async_op=True)
+        yield
+        work.wait()
+        ours.add_(codec.decode(received, dtype).view(self.replicas, -1).mean(0))
+        part = codec.encode(ours)
+        ours.sub_(codec.decode(part, dtype))
+        self.ledger.record("all_gather", self.replicas, "replicate", purpose, part)
+        work = _all_gather(sent, part, group=self._group, async_op=True)
+        yield
+        work.wait()
+        return codec.decode(sent, dtype)[:numel]
 
     def _replace(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str, exchange: Callable[[Tensor], Tensor]) -> None:
-        for indices, _, flat in self._across_replicas(tensors, [()] * len(tensors), copied, purpose, exchange):
+        for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
             values = list(tensors)
-            _unflatten(flat, tensors, indices, values)
-            torch._foreach_copy_([tensors[i] for i in indices], [values[i] for i in indices])
+            _unflatten(self._join(cut, exchange(piece) if piece.numel() else piece, purpose), tensors, cut.indices, values)
+            torch._foreach_copy_([tensors[i] for i in cut.indices], [values[i] for i in cut.indices])
 
-    def _across_replicas(
-        self,
-        tensors: Sequence[Tensor],
-        partial: Sequence[Axes],
-        copied: Sequence[Axes],
-        purpose: str,
-        exchange: Callable[[Tensor], Tensor],
-        *,
-        keep_own: bool = False,
-    ) -> Iterator[tuple[list[int], Tensor | None, Tensor]]:
-        """Yield, for each flat buffer, the indices of its tensors, this replica's sum (if asked for) and what `exchange` made of it."""
+    def _pieces(
+        self, tensors: Sequence[Tensor], partial: Sequence[Axes], copied: Sequence[Axes], purpose: str
+    ) -> Iterator[tuple[_Cut, Tensor, Tensor]]:
+        """Yield, for each flat buffer, how it was cut, what summing over the `partial` axes leaves of it here, and this rank's piece of
+        that; the same piece is with its peers in the other replicas, also if it is empty."""
         for (split, copies), indices in _buckets(tensors, list(zip(partial, copied, strict=True))):
             mine = _flatten(tensors, indices)
             parts = []
@@ -358,12 +424,11 @@ class Collectives:
             for axis in copies:
                 parts.append(self._part(piece.numel(), axis))
                 piece = parts[-1].of(piece)
-            if piece.numel():  # its peers in the other replicas hold as much
-                piece = exchange(piece)
-            axes = [*split, *copies]
-            result = self._gather(piece, axes, parts, purpose)
-            own = self._gather(mine, axes[: len(split)], parts[: len(split)], purpose) if keep_own else None
-            yield indices, own, result
+            yield _Cut(indices, split, copies, parts), mine, piece
+
+    def _join(self, cut: _Cut, piece: Tensor, purpose: str) -> Tensor:
+        """Return the buffer of which this is the piece."""
+        return self._gather(piece, [*cut.split, *cut.copies], cut.parts, purpose)
 
     def _part(self, numel: int, axis: int) -> _Part:
         group = self.shards.group(axis)
@@ -390,6 +455,15 @@ class Collectives:
     def _all_reduce(self, tensor: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType, key: Key) -> None:
         self.ledger.record("all_reduce", dist.get_world_size(group), *key, tensor)
         dist.all_reduce(tensor, op=op, group=group)
+
+
+def _to_the_end(legs: Legs) -> Tensor:
+    """Go all legs, one after the other, and return what came of it."""
+    while True:
+        try:
+            next(legs)
+        except StopIteration as end:
+            return end.value
 
 
 def _buckets(tensors: Sequence[Tensor], keys: Sequence[tuple[Axes, ...]]) -> Iterator[tuple[tuple[Axes, ...], list[int]]]:

@@ -10,7 +10,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,6 +107,9 @@ class CurvaDion(torch.optim.Optimizer):
         outer_bits: bits per parameter between replicas with consensus="outer": 32, 16 (bfloat16), or 8, 4, 2, 1 with a scale for each 128.
         outer_fragments: parts of the parameters that take turns: each synchronized step makes one of them common, so that none sends
             more than its share; each is synchronized every outer_fragments-th time.
+        outer_delay: steps for which a synchronization is under way while replicas go on, so that nobody waits for a slow link: begun at the
+            end of step t, its second half at the end of step t + ceil(outer_delay / 2), it moves the parameters at the end of step
+            t + outer_delay. 0 waits for it. Costs one more copy of the parameters that are under way.
         outer_on_host: keep X_0 in the host's memory, from where it is fetched at each synchronized step.
         target_sync_rate: share of synchronized steps: tau is multiplied by exp(GAIN (opened - rate)) each time the gate is asked, so that
             it opens that often in the long run, whatever the level of RMMC. None leaves tau alone.
@@ -167,6 +170,7 @@ class CurvaDion(torch.optim.Optimizer):
         outer_momentum: float = 0.0,
         outer_bits: int = 32,
         outer_fragments: int = 1,
+        outer_delay: int = 0,
         outer_on_host: bool = False,
         target_sync_rate: float | None = None,
         gate_every: int = 1,
@@ -190,6 +194,7 @@ class CurvaDion(torch.optim.Optimizer):
             "outer_momentum": outer_momentum,
             "outer_bits": outer_bits,
             "outer_fragments": outer_fragments,
+            "outer_delay": outer_delay,
             "outer_on_host": outer_on_host,
             "target_sync_rate": target_sync_rate,
             "gate_every": gate_every,
@@ -267,7 +272,7 @@ class CurvaDion(torch.optim.Optimizer):
                 self._gradient_step(X, G, key)
             decision = gate.decode(arrived())
         if decision.failed or decision.nonfinite:
-            self._refuse(decision, failure, G) if asked else self._hold(decision, failure, G)
+            self._refuse(decision, failure, G) if asked else self._hold(decision, failure, G, X)
             return loss
         self._last_norm.copy_(norm)
         self._rmmc = rmmc
@@ -287,9 +292,11 @@ class CurvaDion(torch.optim.Optimizer):
                 self._muon_step(self._with_rule("muon"), X)
                 self._scalar_step(X, G)
                 self._postpone_decay([*self._with_rule("gradient"), *self._with_rule("muon")])
-        if decision.synchronize and self._outer is not None:
+        if self._outer is not None:
             with record_function("curvadion::outer_step"):
-                self._outer.step_(X, self._outer_momenta(), turn=self._synchronized_steps, **self._spread)
+                self._outer.advance_(X, self._outer_momenta())
+                if decision.synchronize:
+                    self._outer.depart_(X, self._outer_momenta(), turn=self._synchronized_steps, **self._spread)
         if asked:
             self._steer(decision)
         self._count(decision)
@@ -600,8 +607,11 @@ class CurvaDion(torch.optim.Optimizer):
         self._counters[1].fill_(self._local_steps)
         self._counters[2].fill_(self._synchronized_steps)
 
-    def _hold(self, decision: gate.Decision, failure: Exception | None, G: Sequence[Tensor | None]) -> None:
+    def _hold(self, decision: gate.Decision, failure: Exception | None, G: Sequence[Tensor | None], X: Sequence[Tensor]) -> None:
         """Take no step on this replica, whose ranks alone know what happened, and let it tell the others when the gate asks next."""
+        if self._outer is not None:
+            with suppress(RuntimeError) if decision.failed else nullcontext():  # parameters may not be what they were
+                self._outer.advance_(X, self._outer_momenta())
         if decision.failed or not self._skips:
             self._held = "failed" if decision.failed else self._held or "nonfinite"
             self._held_failure = self._held_failure or failure
@@ -669,7 +679,7 @@ class CurvaDion(torch.optim.Optimizer):
         if self.replicas > 1 and self._diverged:
             X = [local_tensor(p) for p in self._params]
             if self._outer is not None:
-                self._outer.settle_(X, **self._spread)
+                self._outer.settle_(X, self._outer_momenta(), **self._spread)
             self._make_common(X, average=self._parameters_differ or self._outer is not None)
             norms = self._momentum_norms()
             self._collectives.average_([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
@@ -745,7 +755,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     @property
     def _parameters_differ(self) -> bool:
-        always = self._options.consensus == "none" or self._options.outer_fragments > 1
+        always = self._options.consensus == "none" or self._options.outer_fragments > 1 or self._options.outer_delay > 0
         return self.replicas > 1 and self._diverged and (self._local_steps > 0 or always)
 
     def _make_common(self, X: Sequence[Tensor], *, average: bool) -> None:

@@ -61,6 +61,7 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "outer_momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "try 0.0, or 0.6 with outer_lr=0.7"),
     "outer_bits": (lambda v: v in (1, 2, 4, 8, 16, 32), "one of 1, 2, 4, 8, 16, 32", "try 4"),
     "outer_fragments": _integer(1, "try 1; more spread each synchronization over as many smaller ones"),
+    "outer_delay": _integer(0, "try 0, which waits; or as many steps as a synchronization takes"),
     "outer_on_host": (lambda v: isinstance(v, bool), "True or False", "try False"),
     "target_sync_rate": (lambda v: v is None or 0 < v <= 1, "None or in (0, 1]", "try 0.05: one step in twenty"),
     "gate_every": _integer(1, "try 1; with tau=inf, max_local_steps + 1 asks nobody in between"),
@@ -93,7 +94,7 @@ LOW_COMMUNICATION: dict[str, Any] = {
 }
 
 # What these say about the pseudo-gradient would be ignored under another consensus.
-OUTER_DEFAULTS = {"outer_lr": 1.0, "outer_momentum": 0.0, "outer_bits": 32, "outer_fragments": 1, "outer_on_host": False}
+OUTER_DEFAULTS = {"outer_lr": 1.0, "outer_momentum": 0.0, "outer_bits": 32, "outer_fragments": 1, "outer_delay": 0, "outer_on_host": False}
 
 # Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are always batched.
 FOREIGN_KEYS = {

@@ -2,32 +2,47 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvadion.collectives import Collectives, Residuals
+from curvadion.collectives import Collectives, Residuals, UnderWay
 from curvadion.layout import Axes
 from curvadion.payload import Codec
 from curvadion.state import copy_into
 from curvadion_kernels.reference import compute_dtype
 
 
+@dataclass
+class _Flight:
+    """Pseudo-gradients that are under way: of which parameters, what this replica put in, and for how many steps already."""
+
+    turn: int
+    members: list[int]
+    own: list[Tensor]
+    mean: UnderWay
+    age: int = 0
+
+
 class Outer:
-    """Keeps the reference X_0 of a replica's parameters and what rounding has kept back.
+    """Keeps the reference X_0 of a replica's parameters, what is under way, and what rounding has kept back.
 
     Args:
         lr, momentum: outer learning rate and Nesterov momentum; 1 and 0 are plain averaging.
         bits: per parameter on the wire, 32 for none rounded.
         fragments: the number of parts that take turns.
+        delay: steps that a pseudo-gradient is under way.
         on_host: keep X_0 in pinned memory of the host, between two outer steps of no use to anybody.
     """
 
-    def __init__(self, *, lr: float, momentum: float, bits: int, fragments: int, on_host: bool):
-        self.lr, self.momentum, self.bits, self.fragments, self.on_host = lr, momentum, bits, fragments, on_host
+    def __init__(self, *, lr: float, momentum: float, bits: int, fragments: int, delay: int, on_host: bool):
+        self.lr, self.momentum, self.bits, self.fragments, self.delay, self.on_host = lr, momentum, bits, fragments, delay, on_host
+        self._codec = Codec(bits) if bits < 32 else None
         self._reference: list[Tensor] = []
         self._stale = True
         self._residuals = [Residuals() for _ in range(fragments)]
+        self._flights: list[_Flight] = []
         self.apart: Tensor | None = None  # of the last step: sums of squares of (X_0 - X_i) - D and of D, on this rank
 
     @property
@@ -53,10 +68,11 @@ class Outer:
     def forget(self) -> None:
         """Start anew: replicas are equal."""
         self._stale = True
+        self._flights.clear()
         for residuals in self._residuals:
             residuals.clear()
 
-    def step_(
+    def depart_(
         self,
         X: Sequence[Tensor],
         U: Sequence[Tensor],
@@ -66,9 +82,11 @@ class Outer:
         copied: Sequence[Axes],
         collectives: Collectives,
     ) -> None:
-        """Make the parameters of all replicas equal, in place; with fragments, those whose turn it is.
+        """Send the pseudo-gradients on their way; without a delay also arrive, which makes the parameters of all replicas equal.
 
             D = C(E_i[C(X_0 - X_i)]),   U <- mu U + D,   X = X_0 - lr (D + mu U),   X_0 <- X
+
+        With a delay, X_i moves by X - X_i of the departure when D arrives, so that it keeps what this replica did meanwhile.
 
         Args:
             X, U: local shards of parameters and of outer momentum; U is empty if mu = 0.
@@ -77,32 +95,55 @@ class Outer:
             copied: for each parameter, the axes over which it is the same.
 
         Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv:2311.08105, and "Streaming
-        DiLoCo", arXiv:2501.18512, for fragments.
+        DiLoCo", arXiv:2501.18512, for fragments and delay.
         """
         turn %= self.fragments
+        for flight in [flight for flight in self._flights if flight.turn == turn]:
+            self._arrive_(flight, X, U)
         members = self._members(sizes, turn)
-        X = [X[i] for i in members]
-        X0 = [self._reference[i].to(x.device, non_blocking=True) for i, x in zip(members, X, strict=True)]
-        D = [x0.to(compute_dtype(x.dtype)) - x for x0, x in zip(X0, X, strict=True)]
-        own, axes = D, [copied[i] for i in members]
-        if self.bits == 32:
-            _, D = collectives.mean_over_replicas(D, [()] * len(D), axes, "pseudo_gradients")
-        else:
-            D = collectives.rounded_mean_over_replicas(D, axes, "pseudo_gradients", Codec(self.bits), self._residuals[turn])
-        if members:
-            norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (torch._foreach_sub(own, D), D)]
-            self.apart = torch.stack(norms).square().sum(1)
-        if U and members:
+        X0 = self._references(members, X)
+        own = [x0.to(compute_dtype(x0.dtype)) - X[i] for i, x0 in zip(members, X0, strict=True)]
+        axes = [copied[i] for i in members]
+        mean = collectives.start_mean_over_replicas(own, axes, "pseudo_gradients", self._codec, self._residuals[turn])
+        self._flights.append(_Flight(turn, members, own, mean))
+        if not self.delay:
+            self._arrive_(self._flights[-1], X, U)
+
+    def advance_(self, X: Sequence[Tensor], U: Sequence[Tensor]) -> None:
+        """Let a step pass for what is under way; every rank of every replica calls it in every step, also where it takes none."""
+        for flight in list(self._flights):
+            flight.age += 1
+            if flight.age == -(-self.delay // 2):
+                flight.mean.start_next_leg()
+            if flight.age >= self.delay:
+                self._arrive_(flight, X, U)
+
+    def _arrive_(self, flight: _Flight, X: Sequence[Tensor], U: Sequence[Tensor]) -> None:
+        self._flights.remove(flight)
+        members, own, D = flight.members, flight.own, flight.mean.arrived()
+        if not members:
+            return
+        norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (torch._foreach_sub(own, D), D)]
+        self.apart = torch.stack(norms).square().sum(1)
+        if U:
             outer_momenta = [U[i] for i in members]
             torch._foreach_mul_(outer_momenta, self.momentum)
             torch._foreach_add_(outer_momenta, D)
             D = list(torch._foreach_add(D, outer_momenta, alpha=self.momentum))
-        copy_into(X, [x0.to(d.dtype).sub(d, alpha=self.lr) for x0, d in zip(X0, D, strict=True)])
-        for i, x in zip(members, X, strict=True):
-            self._reference[i].copy_(x, non_blocking=True)
+        X0 = [x0.to(d.dtype).sub(d, alpha=self.lr) for x0, d in zip(self._references(members, X), D, strict=True)]
+        if self.delay:
+            copy_into([X[i] for i in members], [X[i] + o.sub(d, alpha=self.lr) for i, o, d in zip(members, own, D, strict=True)])
+        else:
+            copy_into([X[i] for i in members], X0)
+        for i, x0 in zip(members, X0, strict=True):
+            self._reference[i].copy_(x0, non_blocking=True)
 
-    def settle_(self, X: Sequence[Tensor], *, sizes: Sequence[int], copied: Sequence[Axes], collectives: Collectives) -> None:
-        """Take from the parameters what rounding has kept back, so that their mean lacks nothing."""
+    def settle_(
+        self, X: Sequence[Tensor], U: Sequence[Tensor], *, sizes: Sequence[int], copied: Sequence[Axes], collectives: Collectives
+    ) -> None:
+        """Wait for what is under way, and take from the parameters what rounding has kept back, so that their mean lacks nothing."""
+        for flight in list(self._flights):
+            self._arrive_(flight, X, U)
         for turn, residuals in enumerate(self._residuals):
             if not residuals.in_use:
                 continue
@@ -110,6 +151,10 @@ class Outer:
             wide = [X[i].to(compute_dtype(X[i].dtype), copy=True) for i in members]
             collectives.settle_residuals_(wide, [copied[i] for i in members], residuals)
             copy_into([X[i] for i in members], wide)
+
+    def _references(self, members: Sequence[int], X: Sequence[Tensor]) -> list[Tensor]:
+        """Return X_0 of these parameters where X is."""
+        return [self._reference[i].to(X[i].device, non_blocking=True) for i in members]
 
     def _members(self, sizes: Sequence[int], turn: int) -> list[int]:
         """Return the parameters of a fragment: neighbours, about as many elements in each fragment."""

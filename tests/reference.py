@@ -14,6 +14,7 @@ groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, Q, and r
 
     consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas were equal last,
       D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),  C rounding with error feedback
+    with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was)
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ class ReferenceReplicas:
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         outer_bits: int = 32,
+        outer_delay: int = 0,
         target_sync_rate: float | None = None,
         gate_every: int = 1,
         warmup_steps: int = 0,
@@ -179,6 +181,8 @@ class ReferenceReplicas:
         self.min_local_steps, self.max_local_steps = min_local_steps, max_local_steps
         self.target_sync_rate, self.gate_every = target_sync_rate, gate_every
         self.outer_lr, self.outer_momentum, self.outer_bits = outer_lr, outer_momentum, outer_bits
+        self.outer_delay = outer_delay
+        self.under_way: tuple[int, Tensor, list[dict[str, Tensor]]] | None = None  # when it left, D, and what X_i was then
         self.X0 = {name: X.detach().clone() for name, X in parameters.items()}
         self.U = {name: torch.zeros_like(X) for name, X in parameters.items()}
         padding = -sum(X.numel() for X in parameters.values()) % (128 * replicas)
@@ -191,7 +195,7 @@ class ReferenceReplicas:
         self.diverged = False  # a local step happened since replicas were last averaged
         self.replicas = []
         for _ in range(replicas):
-            replica = Replica({name: X.detach().clone() for name, X in parameters.items()})
+            replica = Replica({name: X.detach().clone() for name, X in parameters.items()}, U=dict(self.U))
             for name in self.matrices:
                 replica.M[name] = torch.zeros_like(replica.X[name])
                 replica.Q[name] = Q0[name].detach().clone()
@@ -223,11 +227,16 @@ class ReferenceReplicas:
         self.steps += 1
         if synchronized and self.consensus == "outer":
             self._local_step(m, G)
+            if self.under_way:
+                self._arrive()
             self._outer_step()
+            self.local_steps = 0
         elif synchronized:
             self._synchronized_step(m, G)
         else:
             self._local_step(m, G)
+        if self.under_way and self.steps - self.under_way[0] >= self.outer_delay:
+            self._arrive()
         return Outcome(synchronized, rmmc, min(margins, default=math.inf))
 
     def _rmmc(self, m: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, list[float]], bool]:
@@ -299,16 +308,19 @@ class ReferenceReplicas:
         wanted = sum(sent) / len(sent) + self.mean_residual
         D = on_wire(wanted)
         self.mean_residual = wanted - D
-        start = 0
+        self.under_way = self.steps, D, [dict(replica.X) for replica in self.replicas]
+
+    def _arrive(self) -> None:
+        _, D, before = self.under_way
+        self.under_way, start = None, 0
         for name, X0 in self.X0.items():
             d = D[start : start + X0.numel()].view_as(X0)
             start += X0.numel()
             self.U[name] = self.outer_momentum * self.U[name] + d
             self.X0[name] = X0 - self.outer_lr * (d + self.outer_momentum * self.U[name])
-            for replica in self.replicas:
-                replica.X[name] = self.X0[name].clone()
+            for replica, was in zip(self.replicas, before, strict=True):
+                replica.X[name] = replica.X[name] + self.X0[name] - was[name] if self.outer_delay else self.X0[name].clone()
                 replica.U[name] = self.U[name].clone()
-        self.local_steps, self.diverged = 0, False
 
     def _dion(self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float) -> None:
         """The synchronized step's P, R, M, Q and X lines over the given replicas and their m_i."""
@@ -345,6 +357,8 @@ class ReferenceReplicas:
 
     def synchronize(self) -> None:
         """Average X, M and moments, make Q common, restart the local-step count, rescale the previous norms."""
+        if self.under_way:
+            self._arrive()
         for name in self.matrices:
             mean_norm = sum(float(r.M[name].norm()) for r in self.replicas) / len(self.replicas)
             norm_mean = float((sum(r.M[name] for r in self.replicas) / len(self.replicas)).norm())

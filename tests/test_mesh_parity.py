@@ -94,6 +94,12 @@ CASES = [
     Case("muon", {"local_update": "muon", "local_lr_scale": 0.5}),
     Case("outer", {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6}, everywhere=True),
     Case(
+        "outer_under_way",
+        {"local_update": "muon", "consensus": "outer", "outer_lr": 1.3, "outer_momentum": 0.3, "outer_delay": 2},
+        synchronize_after=4,
+        everywhere=True,
+    ),
+    Case(
         "outer_of_all_rules",
         {"local_update": "dion", "consensus": "outer", "outer_lr": 0.9, "min_local_steps": 1},
         {"square.weight": {"local_update": "gradient"}, "wide.weight": {"local_update": "muon"}, "tall.weight": {"error_feedback": False}},

@@ -515,3 +515,29 @@ def test_a_failure_between_two_gates_stops_every_rank_at_the_next() -> None:
         assert [kind for kind, _ in seen[:4]] == ["ok"] * 4, f"rank {rank}: {seen}"
         assert seen[4][0] == ("ValueError" if rank == 3 else "RuntimeError")
         assert rank != 3 or "sparse.weight" in seen[4][1]
+
+
+@pytest.mark.parametrize("trouble", ["nan", "failure"])
+def test_a_replica_that_stands_still_lets_through_what_is_under_way(trouble: str) -> None:
+    """The second leg is due in the very step that one replica does not take."""
+
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        opt = CurvaDion(
+            toy.groups(), replicate_mesh=replicate, **SELDOM, local_update="muon", consensus="outer", outer_bits=1, outer_delay=3
+        )
+        seen = []
+        for step in range(5):
+            toy.set_gradients(step, replicate.get_local_rank())
+            if step == 2 and dist.get_rank() == 3:
+                if trouble == "nan":
+                    poison(toy.params["layers.0.weight"], math.nan)
+                else:
+                    opt.param_groups[0]["lr"] = -1.0
+            seen.append(outcome(opt.step)[0])
+        return seen
+
+    for rank, seen in enumerate(run_ranks(4, worker, deadline=60)):
+        here = "ValueError" if rank == 3 else "RuntimeError"
+        assert seen == ["ok"] * 4 + ["NonFiniteError" if trouble == "nan" else here], f"rank {rank}"

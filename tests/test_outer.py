@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -104,9 +105,9 @@ def test_newton_schulz_in_float32_is_accurate_to_its_rounding() -> None:
 # ---- between replicas
 
 
-def run_rounded(replicas: int, bits: int) -> list[str]:
+def run_rounded(replicas: int, bits: int, delay: int) -> list[str]:
     placed = LAYOUTS[0].build(initial_values(), replicas)
-    case = Case("rounded", {**OUTER, "outer_bits": bits, "outer_lr": 0.8, "outer_momentum": 0.5})
+    case = Case("rounded", {**OUTER, "outer_bits": bits, "outer_lr": 0.8, "outer_momentum": 0.5, "outer_delay": delay})
     optimizer = make_optimizer(placed, case)
     order = [name for group in optimizer.param_groups for name in group["param_names"]]
     options = {key: value for key, value in (BASE | dict(case.options)).items() if key != "rank_fraction"}
@@ -127,23 +128,24 @@ def run_rounded(replicas: int, bits: int) -> list[str]:
 
 
 @pytest.mark.parametrize("replicas", [2, 3])
-@pytest.mark.parametrize("bits", BITS)
-def test_rounded_pseudo_gradients_are_those_of_the_reference(bits: int, replicas: int) -> None:
+@pytest.mark.parametrize(("bits", "delay"), [*((bits, 0) for bits in BITS), (1, 1), (1, 2), (4, 5)])
+def test_rounded_pseudo_gradients_are_those_of_the_reference(bits: int, delay: int, replicas: int) -> None:
     assert RTOL < 1e-8
-    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas, bits) for line in of_rank]
+    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas, bits, delay) for line in of_rank]
     assert not problems, "\n".join(problems[:20])
 
 
-def run_conserved(layout: Layout, bits: int, fragments: int) -> None:
+def run_conserved(layout: Layout, bits: int, fragments: int, delay: int) -> None:
     """Without weight decay the updates depend on prescribed gradients alone, so where replicas end shows what got lost."""
     ends = {}
     for b in (32, bits):
         placed = layout.build(initial_values(), 2)
-        optimizer = make_optimizer(placed, Case("conserved", {**OUTER, "outer_bits": b, "outer_fragments": fragments, "weight_decay": 0.0}))
+        parts = {"outer_bits": b, "outer_fragments": fragments, "outer_delay": delay}
+        optimizer = make_optimizer(placed, Case("conserved", {**OUTER, **parts, "weight_decay": 0.0}))
         for step, G in enumerate(gradients(2)):
             placed.set_gradients(placed.parts_of(G[placed.replica]))
             optimizer.step()
-            if optimizer.metrics()["curvadion/synchronized"] and fragments == 1:
+            if optimizer.metrics()["curvadion/synchronized"] and fragments == 1 and not delay:
                 for name, parameter in placed.bag.named_parameters():
                     mine = local(parameter).clone()
                     torch.distributed.broadcast(mine, group=optimizer._replicate_group, group_src=0)
@@ -158,12 +160,13 @@ def run_conserved(layout: Layout, bits: int, fragments: int) -> None:
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.world_size(2) <= 4], ids=str)
 def test_what_rounding_keeps_back_is_sent_later(layout: Layout) -> None:
-    run_ranks(layout.world_size(2), run_conserved, layout, 1, 1)
+    run_ranks(layout.world_size(2), run_conserved, layout, 1, 1, 0)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.name in ("plain", "fsdp2")], ids=str)
-def test_fragments_lose_nothing_either(layout: Layout) -> None:
-    run_ranks(layout.world_size(2), run_conserved, layout, 4, 3)
+@pytest.mark.parametrize(("fragments", "delay"), [(3, 0), (1, 2), (3, 4)])
+def test_fragments_and_delays_lose_nothing_either(layout: Layout, fragments: int, delay: int) -> None:
+    run_ranks(layout.world_size(2), run_conserved, layout, 4, fragments, delay)
 
 
 def run_fragments(count: int) -> list[tuple[set[str], float]]:
@@ -224,13 +227,50 @@ def test_a_rounded_synchronization_sends_its_bits_and_the_gate(replicas: int) ->
         assert wire["pseudo_gradients"] == pytest.approx(WIRE["all_reduce"](replicas) * whole_buffer), "what an all-reduce would send"
 
 
-def run_resumed(bits: int) -> None:
+def run_under_way(delay: int) -> list[list[tuple[str, int]]]:
+    """What crosses replicas in each step, gate aside."""
+    placed = LAYOUTS[0].build(initial_values(), 2)
+    options = {**OUTER, "max_local_steps": 3, "outer_bits": 1, "outer_delay": delay}
+    optimizer = make_optimizer(placed, Case("under way", options))
+    wire, sent = Wire(LAYOUTS[0].world_size(1)), []
+    for G in gradients(2)[:5]:  # a matrix that wakes up in the next one would synchronize it
+        placed.set_gradients(placed.parts_of(G[placed.replica]))
+        wire.since_last()
+        optimizer.step()
+        sent.append([(entry.operation, entry.bytes) for entry in wire.since_last() if entry.axis == "replicate" and entry.bytes > 48])
+    return sent
+
+
+@pytest.mark.parametrize(("delay", "second_leg"), [(0, 0), (1, 1), (2, 1), (3, 2)])
+def test_a_delayed_synchronization_sends_in_two_steps(delay: int, second_leg: int) -> None:
+    for sent in run_recorded(2, lambda: run_under_way(delay)):
+        legs = {
+            operation: [k for k, entries in enumerate(sent) if operation in dict(entries)] for operation in ("all_to_all", "all_gather")
+        }
+        assert legs == {"all_to_all": [0, 4], "all_gather": [k for k in (second_leg, 4 + second_leg) if k < 5]}, f"{sent}"
+
+
+def test_what_is_under_way_is_copied_along() -> None:
+    X = torch.nn.Parameter(draw(6, 4))
+    optimizer = CurvaDion([X], **{**OUTER, "outer_delay": 2}, outer_lr=0.5)
+    X.grad = draw(6, 4, seed=1)
+    optimizer.step()
+    other = copy.deepcopy(optimizer)
+    [Y] = other.param_groups[0]["params"]
+    for _ in range(3):
+        Y.grad = X.grad = draw(6, 4, seed=2)
+        optimizer.step()
+        other.step()
+        assert torch.equal(X, Y)
+
+
+def run_resumed(bits: int, delay: int) -> None:
     def train(placed, optimizer: CurvaDion, steps: range) -> None:
         for step in steps:
             placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
             optimizer.step()
 
-    case = Case("resumed", {**OUTER, "outer_bits": bits, "outer_lr": 0.7, "outer_momentum": 0.6})
+    case = Case("resumed", {**OUTER, "outer_bits": bits, "outer_lr": 0.7, "outer_momentum": 0.6, "outer_delay": delay})
     layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
     placed = layout.build(initial_values(), 2)
     optimizer = make_optimizer(placed, case)
@@ -247,9 +287,9 @@ def run_resumed(bits: int) -> None:
         assert torch.equal(local(p), local(q)), f"{name} differs after a resume"
 
 
-@pytest.mark.parametrize("bits", [1, 32])
-def test_a_resumed_run_goes_on_bitwise(bits: int) -> None:
-    run_ranks(4, run_resumed, bits)
+@pytest.mark.parametrize(("bits", "delay"), [(1, 0), (32, 0), (1, 3)])
+def test_a_resumed_run_goes_on_bitwise(bits: int, delay: int) -> None:
+    run_ranks(4, run_resumed, bits, delay)
 
 
 def test_one_replica_takes_the_outer_step_alone() -> None:
@@ -268,6 +308,7 @@ def test_one_replica_takes_the_outer_step_alone() -> None:
     [
         ({"outer_bits": 4}, "outer_bits belongs to consensus='outer'"),
         ({"outer_lr": 0.7, "consensus": "none"}, "outer_lr belongs to consensus='outer'"),
+        ({"outer_delay": 2}, "outer_delay belongs to consensus='outer'"),
         ({"outer_fragments": 2}, "outer_fragments belongs to consensus='outer'"),
         ({"payload_dtype": torch.bfloat16, "consensus": "outer"}, "payload_dtype is of factors"),
         ({"outer_bits": 3, "consensus": "outer"}, "outer_bits must be one of"),
