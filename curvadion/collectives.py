@@ -6,7 +6,7 @@ gate key, and a missing gradient contributes zeros.
     1. if due: agreement         MAX of six int64 over the replicas, then over the shards
     2. if any: partial gradients SUM over the axes they are partial on
     3. norms and flags           one SUM over all shards
-    4. gate                      one MAX of one int64 over the replicas
+    4. gate                      one MAX of one int64 over the replicas; with gate_lag a local step reads it in the next step
     5. synchronized step         parameters, moments     mean over replicas   (only if a local step happened since)
                                  Q                       replica 0's          (only if a local Dion step happened since)
                                  P                       sum over shards, mean over replicas
@@ -168,6 +168,25 @@ class UnderWay:
         return self._mean
 
 
+@dataclass
+class Answer:
+    """The reduced gate key on its way to the host.
+
+    Attributes:
+        key: where it will be.
+        wait: returns when it is there; None if it is there already.
+    """
+
+    key: Tensor
+    wait: Callable[[], object] | None = None
+
+    def read(self) -> int:
+        """Wait for the key, and return it."""
+        if self.wait is not None:
+            self.wait()
+        return int(self.key)
+
+
 @dataclass(frozen=True)
 class _Cut:
     """How a flat buffer was cut up inside a replica, so that each rank sends its piece.
@@ -220,6 +239,7 @@ class Collectives:
         self.device = device
         self.ledger = ledger
         self._group = replicate_group
+        self._aside: torch.cuda.Stream | None = None
         self.replicas = dist.get_world_size(replicate_group) if replicate_group is not None else 1
 
     # ---- inside one replica
@@ -347,6 +367,26 @@ class Collectives:
         if self.replicas > 1:
             self._all_reduce(key, self._group, ReduceOp.MAX, ("replicate", "gate"))
         return key
+
+    def start_max_over_replicas(self, key: Tensor) -> Answer:
+        """Start the MAX of the gate key over the replicas."""
+        sent = key.clone()
+        if self.replicas == 1:
+            return Answer(sent)
+        if not key.is_cuda:
+            return Answer(sent, self._start_max(sent).wait)
+        self._aside = self._aside or torch.cuda.Stream(key.device)  # so that the host can wait for it and not for what the device does
+        self._aside.wait_stream(torch.cuda.current_stream(key.device))
+        with torch.cuda.stream(self._aside):
+            self._start_max(sent).wait()
+            host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
+            host.copy_(sent, non_blocking=True)
+            sent.record_stream(self._aside)
+            return Answer(host, self._aside.record_event().synchronize)
+
+    def _start_max(self, key: Tensor) -> Any:
+        self.ledger.record("all_reduce", self.replicas, "replicate", "gate", key)
+        return dist.all_reduce(key, op=ReduceOp.MAX, group=self._group, async_op=True)
 
     def agree(self, step: int, config: int, weights: int) -> list[str]:
         """Return which of step, config and weights differ somewhere: the same answer on every rank.

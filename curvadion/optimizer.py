@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from curvadion import dion, gate, scalar
-from curvadion.collectives import WIRE, Collectives, Ledger
+from curvadion.collectives import WIRE, Answer, Collectives, Ledger
 from curvadion.layout import (
     Axes,
     Layout,
@@ -115,6 +115,9 @@ class CurvaDion(torch.optim.Optimizer):
             it opens that often in the long run, whatever the level of RMMC. None leaves tau alone.
         gate_every: ask the other replicas in every so-manieth step only, and whenever warmup_steps or max_local_steps say so; in between
             nothing at all crosses replicas, RMMC opens nothing, and a replica that meets a NaN or an error takes no step until it can tell.
+        gate_lag: 0: each step waits for the answer of the other replicas. 1: local steps do not; the key travels until the next step,
+            which is synchronized if the answer says so, and waits. RMMC then never opens two steps in a row, and a replica that meets
+            a NaN or an error takes no step until the others know, one step later.
         error_feedback: keep in the momentum what the low-rank update left out; False is M_i <- mu m_i [g].
         right_factor: "column_norm" (Dion) or "qr" (Orth-Dion) [g].
         betas, eps: of AdamW and Lion [g].
@@ -174,6 +177,7 @@ class CurvaDion(torch.optim.Optimizer):
         outer_on_host: bool = False,
         target_sync_rate: float | None = None,
         gate_every: int = 1,
+        gate_lag: int = 0,
         error_feedback: bool = True,
         right_factor: str = "column_norm",
         betas: tuple[float, float] = (0.9, 0.95),
@@ -198,6 +202,7 @@ class CurvaDion(torch.optim.Optimizer):
             "outer_on_host": outer_on_host,
             "target_sync_rate": target_sync_rate,
             "gate_every": gate_every,
+            "gate_lag": gate_lag,
             "momentum_dtype": momentum_dtype,
             "payload_dtype": payload_dtype,
             "on_nonfinite": on_nonfinite,
@@ -234,6 +239,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._held: str | None = None  # "failed" or "nonfinite": what this replica has to tell the others when the gate asks next
         self._held_failure: Exception | None = None
         self._held_names: list[str] = []
+        self._answer: Answer | None = None  # to the key of the step before, with gate_lag
         self._decision = gate.decode(0)
         super().__init__(params, defaults)
         self._build()
@@ -263,8 +269,13 @@ class CurvaDion(torch.optim.Optimizer):
             X = self._local_parameters()
             G, failure = self._gather_gradients()
             sums = self._accumulate_momentum(G, store=not self._skips)
-            asked = self._must or self._steps % self._options.gate_every == 0
-            key, norm, rmmc = self._gate(sums, failed=failure is not None, ask=asked)
+            due = self._must or self._steps % self._options.gate_every == 0
+            told = self._last_answer()
+            asked = due
+            if self._options.gate_lag:
+                asked = self._must or told.synchronize or told.failed or (told.nonfinite and not self._skips)
+            must = self._must or told.synchronize
+            key, norm, rmmc = self._gate(sums, failed=failure is not None, must=must, ask=asked, ask_later=due and not asked)
             arrived = self._fetch(key)
             if failure is None:  # enqueued before the key is known here; does nothing unless it says "local step"
                 if self._outer is not None:
@@ -297,8 +308,7 @@ class CurvaDion(torch.optim.Optimizer):
                 self._outer.advance_(X, self._outer_momenta())
                 if decision.synchronize:
                     self._outer.depart_(X, self._outer_momenta(), turn=self._synchronized_steps, **self._spread)
-        if asked:
-            self._steer(decision)
+        self._steer(decision, due)
         self._count(decision)
         self._broken = None
         return loss
@@ -434,10 +444,11 @@ class CurvaDion(torch.optim.Optimizer):
             max_local_steps=o.max_local_steps,
         )
 
-    def _gate(self, sums: Tensor, *, failed: bool, ask: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _gate(self, sums: Tensor, *, failed: bool, must: bool, ask: bool, ask_later: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce norms and flags over the shards, the key over the replicas; return the key, norms and RMMC, all on the device.
 
-        With ask=False the key stays inside this replica and says "local step", unless something is wrong here.
+        With ask=False the key stays inside this replica and says "local step", unless something is wrong here; with ask_later it also
+        goes to the other replicas, and the next step reads what came of it.
         """
         failed = failed or self._held == "failed"
         if not self._owns_all:
@@ -446,22 +457,29 @@ class CurvaDion(torch.optim.Optimizer):
             sums[-2:-1].add_(self.found_inf.to(sums))
         if failed or self._held:
             sums[-2:-1].fill_(torch.nan if failed else 1.0)
-        if self._must:
+        if must:
             sums[-1:].fill_(1.0)  # a slice: a number assigned to an element would make the host wait for the device
         sums = self._collectives.sum_over_all_shards(sums, "norms")
         taus = [math.inf if failed else float(group["tau"]) for group in self.param_groups]
         tau = self._on_device("tau", taus, self._group_of_matrix, torch.float32)
-        hold_closed = not ask or self._local_steps < self._options.min_local_steps
+        hold_closed = not (ask or ask_later) or self._local_steps + ask_later < self._options.min_local_steps
         norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=hold_closed)
-        if not ask:
-            return torch.where(key == FAILED_KEY, key, key & ~SYNCHRONIZE_BIT), norm, rmmc
-        return self._collectives.max_over_replicas(key), norm, rmmc
+        if ask:
+            return self._collectives.max_over_replicas(key), norm, rmmc
+        if ask_later:
+            self._answer = self._collectives.start_max_over_replicas(key)
+        return torch.where(key == FAILED_KEY, key, key & ~SYNCHRONIZE_BIT), norm, rmmc
 
-    def _steer(self, decision: gate.Decision) -> None:
-        """tau <- tau exp(GAIN (opened - rate)), the rate being that of steps on which the gate is asked."""
+    def _last_answer(self) -> gate.Decision:
+        """Return what the replicas answered to the key of the step before, if it was sent with gate_lag."""
+        answer, self._answer = self._answer, None
+        return gate.decode(answer.read() if answer is not None else 0)
+
+    def _steer(self, decision: gate.Decision, due: bool) -> None:
+        """tau <- tau exp(GAIN (opened - rate)), the rate being that of steps on which the gate is due to be asked."""
         o = self._options
         if o.target_sync_rate is not None and self._steps >= max(1, o.warmup_steps):
-            factor = math.exp(GAIN * (decision.synchronize - o.target_sync_rate * o.gate_every))
+            factor = math.exp(GAIN * (decision.synchronize - o.target_sync_rate * o.gate_every * due))
             for group in self.param_groups:
                 tau = float(group["tau"])
                 if 0 < tau < math.inf:
@@ -674,12 +692,12 @@ class CurvaDion(torch.optim.Optimizer):
         """
         self._refuse_inside_consensus("synchronize()")
         self._settle()
-        if self._options.gate_every > 1:
+        if self._options.gate_every > 1 or self._options.gate_lag:
             self._tell()
+        X = [local_tensor(p) for p in self._params]
+        if self._outer is not None and self._diverged:
+            self._outer.settle_(X, self._outer_momenta(), **self._spread)
         if self.replicas > 1 and self._diverged:
-            X = [local_tensor(p) for p in self._params]
-            if self._outer is not None:
-                self._outer.settle_(X, self._outer_momenta(), **self._spread)
             self._make_common(X, average=self._parameters_differ or self._outer is not None)
             norms = self._momentum_norms()
             self._collectives.average_([b.momentum for b in self._batches], [b.layout.copied for b in self._batches], "momentum")
@@ -698,6 +716,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     def _tell(self) -> None:
         """Raise on every rank if some replica has met a NaN or an error since the gate asked last."""
+        self._last_answer()
         key = FAILED_KEY if self._held == "failed" else NONFINITE_BIT if self._held else 0
         told = self._collectives.max_over_replicas(torch.tensor(key, dtype=torch.int64, device=self._device))
         decision = gate.decode(int(told))
@@ -1020,6 +1039,7 @@ class CurvaDion(torch.optim.Optimizer):
             self._outer.forget()
         self._diverged, self._must_synchronize, self._check_pending, self._broken = False, False, True, None
         self._held, self._held_failure, self._held_names = None, None, []
+        self._answer = None
 
     def _read_counters(self) -> None:
         steps, local_steps, synchronized_steps = self._counters.amax(dim=1).tolist() if self._params else (0, 0, 0)
@@ -1034,6 +1054,7 @@ class CurvaDion(torch.optim.Optimizer):
             "_held",
             "_held_failure",
             "_held_names",
+            "_answer",
             "_outer",
             "_decision",
             "_in_consensus",

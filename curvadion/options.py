@@ -65,6 +65,7 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "outer_on_host": (lambda v: isinstance(v, bool), "True or False", "try False"),
     "target_sync_rate": (lambda v: v is None or 0 < v <= 1, "None or in (0, 1]", "try 0.05: one step in twenty"),
     "gate_every": _integer(1, "try 1; with tau=inf, max_local_steps + 1 asks nobody in between"),
+    "gate_lag": (lambda v: v in (0, 1) and not isinstance(v, bool), "0 or 1", "try 0, which waits for the answer; 1 reads it a step later"),
     "momentum_dtype": (
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
         "None or a floating-point torch.dtype of 16, 32 or 64 bits",
@@ -128,15 +129,15 @@ def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: 
             f"payload_dtype is of factors and gradients, which consensus='outer' does not send; got {options['payload_dtype']}; try "
             "outer_bits=16"
         )
-    rate, every = options.get("target_sync_rate"), options.get("gate_every", 1)
+    rate, every, lag = options.get("target_sync_rate"), options.get("gate_every", 1), options.get("gate_lag", 0)
     if rate is not None:
         low, high = options.get("min_local_steps", 0), options.get("max_local_steps")
         least = 0.0 if high is None else 1 / (high + 1)
-        if not least <= rate <= min(1 / every, 1 / (low + 1)):
+        if not least <= rate <= 1 / max(every, low + 1, 1 + lag):
             raise ValueError(
-                "target_sync_rate must lie between 1 / (max_local_steps + 1) and the smaller of 1 / gate_every and "
-                f"1 / (min_local_steps + 1), or no tau could meet it; got {rate} with max_local_steps={high}, gate_every={every}, "
-                f"min_local_steps={low}; widen them"
+                "target_sync_rate must lie between 1 / (max_local_steps + 1) and the smallest of 1 / gate_every, 1 / (min_local_steps + 1) "
+                f"and 1 / (1 + gate_lag), or no tau could meet it; got {rate} with max_local_steps={high}, gate_every={every}, "
+                f"min_local_steps={low}, gate_lag={lag}; widen them"
             )
     if options.get("min_local_steps") and options.get("max_local_steps") is not None:
         low, high = options["min_local_steps"], options["max_local_steps"]

@@ -169,6 +169,7 @@ class ReferenceReplicas:
         outer_delay: int = 0,
         target_sync_rate: float | None = None,
         gate_every: int = 1,
+        gate_lag: int = 0,
         warmup_steps: int = 0,
         min_local_steps: int = 0,
         max_local_steps: int | None = None,
@@ -181,6 +182,7 @@ class ReferenceReplicas:
         self.min_local_steps, self.max_local_steps = min_local_steps, max_local_steps
         self.target_sync_rate, self.gate_every = target_sync_rate, gate_every
         self.outer_lr, self.outer_momentum, self.outer_bits = outer_lr, outer_momentum, outer_bits
+        self.gate_lag, self.told = gate_lag, False  # told: the step before has opened the gate for this one
         self.outer_delay = outer_delay
         self.under_way: tuple[int, Tensor, list[dict[str, Tensor]]] | None = None  # when it left, D, and what X_i was then
         self.X0 = {name: X.detach().clone() for name, X in parameters.items()}
@@ -218,11 +220,16 @@ class ReferenceReplicas:
         counted = self.steps == 0 or self.steps < self.warmup_steps
         counted = counted or (self.max_local_steps is not None and self.local_steps >= self.max_local_steps)
         asked = counted or self.steps % self.gate_every == 0
-        synchronized = counted or (asked and (must or (opens and self.local_steps >= self.min_local_steps)))
+        # with a lag it is the next step that synchronizes, and by then there is one local step more
+        synchronized = asked and (must or (opens and self.local_steps + self.gate_lag >= self.min_local_steps))
+        if self.gate_lag:
+            told, self.told = self.told, synchronized and not counted and not self.told
+            synchronized = told
+        synchronized = synchronized or counted
         margins = [abs(largest[n] / self.group[n]["tau"] - 1) for n in self.matrices if self.group[n]["tau"] > 0 and asked]
-        if asked and self.target_sync_rate is not None and self.steps >= max(1, self.warmup_steps):
+        if self.target_sync_rate is not None and self.steps >= max(1, self.warmup_steps):
             for group in self.group.values():
-                group["tau"] *= math.exp(0.3 * (synchronized - self.target_sync_rate * self.gate_every))
+                group["tau"] *= math.exp(0.3 * (synchronized - self.target_sync_rate * self.gate_every * asked))
 
         self.steps += 1
         if synchronized and self.consensus == "outer":
@@ -367,6 +374,7 @@ class ReferenceReplicas:
                 if last and mean_norm > 0:  # one value for all replicas: what a checkpoint holds cannot differ
                     replica.last_norm[name] = sum(last) / len(last) * norm_mean / mean_norm
                 replica.Q[name] = self.replicas[0].Q[name].clone()
+        self.told = False
         for i, replica in enumerate(self.replicas):  # what rounding has kept back is in the average
             kept_back, start = self.residuals[i] + self.mean_residual, 0
             for name, X in replica.X.items():

@@ -7,6 +7,7 @@ choose the gradient norms, and therefore the RMMC of every step, exactly.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -314,11 +315,41 @@ def test_the_counters_open_the_gate_on_any_step() -> None:
     assert branches == [S, S, L, L, S, L, L, S]
 
 
+# RMMC exceeds 0.5 in steps 1 to 4 and in step 6.
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [S, L, S, L, S, L, L, S]),
+        ({"gate_every": 2}, [S, L, L, S, L, S, L, S]),
+        ({"gate_every": 3}, [S, L, L, L, S, L, L, S]),
+        ({"min_local_steps": 2}, [S, L, L, S, L, L, L, S]),
+        ({"max_local_steps": 0}, [S] * 8),
+        ({"max_local_steps": 2, "tau": math.inf}, [S, L, L, S, L, L, S, L]),
+        ({"warmup_steps": 3}, [S, S, S, L, S, L, L, S]),
+    ],
+    ids=str,
+)
+def test_with_a_lag_the_next_step_synchronizes(options: dict[str, Any], expected: list[bool]) -> None:
+    branches, _, _ = run([1.0, 100.0, 1.0, 100.0, 1.0, 1.0, 100.0, 100.0], **{"tau": 0.5, "gate_lag": 1, **options})
+    assert branches == expected
+
+
+def test_a_lag_is_copied_along() -> None:
+    opt = CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=0.5, gate_lag=1)
+    for norm in (1.0, 100.0):
+        opt.param_groups[0]["params"][0].grad = torch.full((3, 2), norm)
+        opt.step()
+    other = pickle.loads(pickle.dumps(opt))
+    other.param_groups[0]["params"][0].grad = torch.full((3, 2), 100.0)
+    other.step()
+    assert other.metrics()["curvadion/synchronized"], "the answer to the step before the copy got lost"
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-@pytest.mark.parametrize(("tau", "gate_every"), [(1e-3, 1), (50.0, 1), (1.0, 2)])
-def test_the_target_rate_is_met_from_any_tau(tau: float, gate_every: int, rate: float) -> None:
+@pytest.mark.parametrize(("tau", "gate_every", "gate_lag"), [(1e-3, 1, 0), (50.0, 1, 0), (1.0, 2, 0), (1.0, 1, 1), (1.0, 2, 1)])
+def test_the_target_rate_is_met_from_any_tau(tau: float, gate_every: int, gate_lag: int, rate: float) -> None:
     norms = (1 + torch.rand(400, generator=torch.Generator().manual_seed(3))).tolist()
-    branches, _, opt = run(norms, tau=tau, target_sync_rate=rate, gate_every=gate_every)
+    branches, _, opt = run(norms, tau=tau, target_sync_rate=rate, gate_every=gate_every, gate_lag=gate_lag)
     share = sum(branches[200:]) / 200
     assert share == pytest.approx(rate, abs=0.06), f"{share} of the steps, tau {opt.param_groups[0]['tau']}"
     assert opt.metrics()["curvadion/tau"] == opt.param_groups[0]["tau"] != tau
@@ -330,7 +361,7 @@ def test_a_target_rate_needs_a_tau_to_start_from(tau: float) -> None:
         CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=tau, target_sync_rate=0.1)
 
 
-@pytest.mark.parametrize("bound", [{"gate_every": 8}, {"min_local_steps": 4}, {"max_local_steps": 0}], ids=str)
+@pytest.mark.parametrize("bound", [{"gate_every": 8}, {"min_local_steps": 4}, {"max_local_steps": 0}, {"gate_lag": 1}], ids=str)
 def test_a_target_rate_that_cannot_be_met_is_refused(bound: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="target_sync_rate must lie between"):
-        CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=0.1, target_sync_rate=0.5, **bound)
+        CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=0.1, target_sync_rate=0.6, **bound)

@@ -541,3 +541,35 @@ def test_a_replica_that_stands_still_lets_through_what_is_under_way(trouble: str
     for rank, seen in enumerate(run_ranks(4, worker, deadline=60)):
         here = "ValueError" if rank == 3 else "RuntimeError"
         assert seen == ["ok"] * 4 + ["NonFiniteError" if trouble == "nan" else here], f"rank {rank}"
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("trouble", ["nan", "failure"])
+def test_with_a_lag_the_others_know_one_step_later(trouble: str, on_nonfinite: str) -> None:
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, lr=0.01, tau=math.inf, gate_lag=1, on_nonfinite=on_nonfinite)
+        seen, digests = [], []
+        for step in range(5):
+            toy.set_gradients(step, replicate.get_local_rank())
+            lr = 0.01
+            if step == 2 and dist.get_rank() == 3:
+                if trouble == "nan":
+                    poison(toy.params["layers.0.weight"], math.nan)
+                else:
+                    lr = -1.0
+            opt.param_groups[0]["lr"] = lr
+            seen.append(outcome(opt.step)[0])
+            digests.append(digest(toy.params.values()))
+        return seen, digests
+
+    for rank, (seen, digests) in enumerate(run_ranks(4, worker, deadline=60)):
+        there = rank >= 2  # in the replica where it happens
+        told = {"nan": "NonFiniteError", "failure": "ValueError" if rank == 3 else "RuntimeError"}[trouble]
+        if trouble == "nan" and on_nonfinite == "skip":
+            assert seen == ["ok"] * 5, f"rank {rank}: {seen}"
+        else:
+            assert seen[:4] == ["ok", "ok", "ok", told], f"rank {rank}: {seen}"
+            assert seen[4] == ("ok" if on_nonfinite == "skip" else "RuntimeError"), f"rank {rank}: {seen}"
+        assert (digests[2] == digests[1]) == there, "the replica that saw it stands still, the other does not know"

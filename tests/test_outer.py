@@ -262,6 +262,10 @@ def test_what_is_under_way_is_copied_along() -> None:
         optimizer.step()
         other.step()
         assert torch.equal(X, Y)
+    before = X.detach().clone()
+    optimizer.synchronize()
+    other.synchronize()
+    assert torch.equal(X, Y) and not torch.equal(X, before), "what was under way has not arrived"
 
 
 def run_resumed(bits: int, delay: int) -> None:
