@@ -94,6 +94,7 @@ TABLES: dict[str, list[Setting]] = {
         PLAIN,
         variant("1 bit, outer 1.0 / 0.5", outer_lr=1.0, outer_momentum=0.5),
         variant("1 bit, outer 1.8", outer_lr=1.8),
+        *(variant(f"1 bit, {delay} steps under way", delay=delay) for delay in (1, 2, 4, 7)),
     ],
     "sensitivity": [
         variant("1 bit, lr 0.02", lr=0.02),
@@ -136,8 +137,9 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """A text that is equal for equal runs."""
-        values = asdict(self) | {"setting": {k: v for k, v in asdict(self.setting).items() if k != "name"}}
+        """A text that is equal for equal runs; what has its default value is left out, so that a new option changes no old run."""
+        plain = asdict(Setting(""))
+        values = asdict(self) | {"setting": {k: v for k, v in asdict(self.setting).items() if v != plain[k] and k != "name"}}
         return json.dumps(values, sort_keys=True)
 
 
@@ -194,7 +196,7 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
 # The attributes of a setting that scripts/train.py has flags for.
 SHARED = (
     *("rule", "rank_fraction", "lr", "adamw_lr", "momentum", "weight_decay", "consensus", "interval", "bits", "outer_lr"),
-    *("outer_momentum", "gate", "tau", "warmup"),
+    *("outer_momentum", "gate", "tau", "warmup", "delay"),
 )
 
 
@@ -218,6 +220,7 @@ def train_flags(setting: Setting) -> list[str]:
     flags |= {"--local-update": setting.rule, "--consensus": setting.consensus, "--warmup-steps": setting.warmup}
     if setting.consensus == "outer":
         flags |= {"--outer-bits": setting.bits, "--outer-lr": setting.outer_lr, "--outer-momentum": setting.outer_momentum}
+        flags["--outer-delay"] = setting.delay
     if setting.gate == "interval":
         never = 10**9
         flags |= {"--max-local-steps": int(setting.interval) - 1 if math.isfinite(setting.interval) else never}

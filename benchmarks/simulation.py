@@ -43,6 +43,7 @@ class Setting:
         outer_lr, outer_momentum: as in the optimizer.
         at_synchronization: what happens to momentum: "keep", "average" (in as many bits) or "reset".
         fragments: synchronize one of so many parts of the parameters at a time, so many times as often.
+        delay: steps for which a synchronization is under way.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Setting:
     outer_momentum: float = 0.0
     at_synchronization: str = "keep"
     fragments: int = 1
+    delay: int = 0
 
     @property
     def bits_sent(self) -> float:
@@ -140,6 +142,7 @@ class Replicas:
         self._reference = self._flat(self.X)[0].clone()
         self._residual, self._mean_residual = torch.zeros_like(self._flat(self.X)), torch.zeros_like(self._reference)
         self._outer_momentum = torch.zeros_like(self._reference)
+        self._flights: list[tuple[int, slice, Tensor, Tensor]] = []  # step and part of the parameters, X_0 - X_i and D
         self._log_tau: float | None = None
         self._last_norms: Tensor | None = None
         self._since = self._local_steps = self.steps = self.synchronized = 0
@@ -188,10 +191,12 @@ class Replicas:
 
         self.steps += 1
         self._local_steps += 1
+        for flight in [flight for flight in self._flights if self.steps - flight[0] >= s.delay]:
+            self._arrive(flight)
         if s.baseline:
             self.sent += 2 * self.numel
         elif synchronize and s.consensus == "outer":
-            self._synchronize(whole=last or self.steps <= s.warmup)
+            self._synchronize(whole=last or self.steps <= s.warmup, wait=last)
         if synchronize:
             self._since += 1
             self._local_steps = 0
@@ -286,12 +291,15 @@ class Replicas:
         self._log_tau += 0.3 * (opens - 1 / every)  # the rate of openings is 1 / every in the long run
         return opens
 
-    def _synchronize(self, *, whole: bool) -> None:
+    def _synchronize(self, *, whole: bool, wait: bool) -> None:
         s = self.setting
         flat = self._flat(self.X)
         length = flat.shape[1] // s.fragments
         for fragment in range(s.fragments) if whole else [self._since % s.fragments]:
             part = slice(fragment * length, (fragment + 1) * length)
+            for flight in [flight for flight in self._flights if flight[1] == part]:
+                self._arrive(flight)
+                flat = self._flat(self.X)
             D = self._reference[part] - flat[:, part]
             if self.drift is None:
                 self.drift = float((D - D.mean(0)).square().sum(1).mean().sqrt() / D.mean(0).norm().clamp_min(1e-30))
@@ -306,18 +314,28 @@ class Replicas:
                 if s.error_feedback:
                     self._mean_residual[part] = mean - rounded
                 mean = rounded
-            U = self._outer_momentum[part].mul_(s.outer_momentum).add_(mean)
-            self._reference[part] -= s.outer_lr * (mean + s.outer_momentum * U)
-            self._reference[self.numel :] = 0.0  # padding
-            flat[:, part] = self._reference[part]
             self.sent += self.numel / s.fragments * s.bits_sent / 8 * (1 if s.two_stages or s.bits == 32 else self.K / 2)
+            self._flights.append((self.steps, part, D, mean))
+            if wait or not s.delay:
+                self._arrive(self._flights[-1])
+        for m in self.M.values() if s.at_synchronization != "keep" else ():
+            m.copy_(m.mean(0, keepdim=True).expand_as(m) if s.at_synchronization == "average" else torch.zeros_like(m))
+            self.sent += m[0].numel() * s.bits_sent / 8 if s.at_synchronization == "average" else 0
+
+    def _arrive(self, flight: tuple[int, slice, Tensor, Tensor]) -> None:
+        """X_i <- X_0 - outer_lr (D + outer_momentum U), or with a delay X_i moves by that minus what X_i was when D left."""
+        self._flights.remove(flight)
+        s, (_, part, own, mean) = self.setting, flight
+        U = self._outer_momentum[part].mul_(s.outer_momentum).add_(mean)
+        moved = s.outer_lr * (mean + s.outer_momentum * U)
+        self._reference[part] -= moved
+        self._reference[self.numel :] = 0.0  # padding
+        flat = self._flat(self.X)
+        flat[:, part] = flat[:, part] + own - moved if s.delay else self._reference[part]
         start = 0
         for x in self.X.values():
             x.copy_(flat[:, start : start + x[0].numel()].view_as(x))
             start += x[0].numel()
-        for m in self.M.values() if s.at_synchronization != "keep" else ():
-            m.copy_(m.mean(0, keepdim=True).expand_as(m) if s.at_synchronization == "average" else torch.zeros_like(m))
-            self.sent += m[0].numel() * s.bits_sent / 8 if s.at_synchronization == "average" else 0
 
     @torch.no_grad()
     def consensus(self) -> nn.Module:

@@ -51,11 +51,13 @@ def parse_args() -> argparse.Namespace:
     add("--outer-lr", type=float, help="learning rate of --consensus outer; none: 1.4 with it")
     add("--outer-momentum", type=float, help="Nesterov momentum of --consensus outer; none: 0")
     add("--outer-bits", type=int, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer; none: 1 with it")
+    add("--outer-delay", type=int, help="steps for which a synchronization of --consensus outer is under way; none: 0, which waits for it")
     add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")
     add("--rank-fraction", type=float, default=0.25, help="rank of the update relative to the matrix's shorter side")
     add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
     add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: 7 with --tau inf, else no bound")
     add("--gate-every", type=int, help="steps from one exchange of the gate to the next; none: only when due with --tau inf, else 1")
+    add("--gate-lag", type=int, default=0, choices=(0, 1), help="1: local steps do not wait for the gate's answer, the next one reads it")
     add("--lr", type=float, default=0.02, help="peak learning rate of matrices")
     add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
     add("--momentum", type=float, default=0.8, help="mu")
@@ -139,7 +141,12 @@ def between_replicas(args: argparse.Namespace) -> dict[str, Any]:
     if scheduled:
         options["max_local_steps"] = LOW_COMMUNICATION["max_local_steps"] if args.max_local_steps is None else args.max_local_steps
         options["gate_every"] = args.gate_every or options["max_local_steps"] + 1
-    outer = {"outer_lr": args.outer_lr, "outer_momentum": args.outer_momentum, "outer_bits": args.outer_bits}
+    outer = {
+        "outer_lr": args.outer_lr,
+        "outer_momentum": args.outer_momentum,
+        "outer_bits": args.outer_bits,
+        "outer_delay": args.outer_delay,
+    }
     if args.consensus == "outer":
         options |= {"outer_lr": LOW_COMMUNICATION["outer_lr"], "outer_bits": LOW_COMMUNICATION["outer_bits"]}
     return options | {name: value for name, value in outer.items() if value is not None}
@@ -154,6 +161,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh
         tau=args.tau,
         warmup_steps=args.warmup_steps,
         target_sync_rate=args.target_sync_rate,
+        gate_lag=args.gate_lag,
         local_update=args.local_update,
         local_lr_scale=args.local_lr_scale,
         **between_replicas(args),

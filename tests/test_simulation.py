@@ -29,6 +29,10 @@ SAME: list[tuple[Setting, dict[str, Any]]] = [
         Setting("nesterov", interval=3, bits=4, outer_lr=0.7, outer_momentum=0.6),
         {"local_update": "muon", "outer_bits": 4, "outer_lr": 0.7, "outer_momentum": 0.6, **EVERY_THIRD},
     ),
+    (
+        Setting("under way", interval=3, bits=1, outer_lr=1.4, delay=2),
+        {"local_update": "muon", "outer_bits": 1, "outer_lr": 1.4, "outer_delay": 2, **EVERY_THIRD},
+    ),
     (Setting("dion", rule="dion", rank_fraction=0.5, interval=3), {"local_update": "dion", "rank_fraction": 0.5, **EVERY_THIRD}),
     (Setting("gradient", rule="gradient", interval=3), {"local_update": "gradient", **EVERY_THIRD}),
     (Setting("adamw", rule="adamw", interval=3, bits=2), {"outer_bits": 2, **EVERY_THIRD}),

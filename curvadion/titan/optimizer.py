@@ -76,12 +76,16 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Bits per parameter between replicas with consensus="outer"."""
         outer_fragments: int = 1
         """Parts of the parameters that take turns at synchronized steps with consensus="outer"."""
+        outer_delay: int = 0
+        """Steps for which a synchronization is under way with consensus="outer"; 0 waits for it."""
         outer_on_host: bool = False
         """Keep the reference of consensus="outer" in host memory."""
         target_sync_rate: float | None = None
         """Share of steps to synchronize: tau is steered until the gate opens that often."""
         gate_every: int = 1
         """Ask the other replicas on every so-manieth step only."""
+        gate_lag: Literal[0, 1] = 0
+        """1: local steps do not wait for the gate's answer."""
         error_feedback: bool = True
         """Keep in the momentum what the low-rank update left out."""
         right_factor: Literal["column_norm", "qr"] = "column_norm"
