@@ -89,6 +89,7 @@ class Display:
         self.sent += record["curvadion/wire/replicate"]
         self.dense += record["curvadion/dense_bf16_wire"]
         line = live_line(record, self.tau, saved(self.sent, self.dense))
+        self.tau = record["curvadion/tau"] or self.tau  # of the next step, if it is steered
         self.progress.update(self.task, completed=step, line=line)
         if not self.console.is_terminal and (step % max(1, self.steps // PLAIN_LINES) == 0 or step == self.steps):
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {line}", flush=True)

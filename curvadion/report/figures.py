@@ -164,18 +164,20 @@ def rmmc_timeline(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, axes = panels(len(gated), 1, height=0.7 + 2.1 * len(gated), label="measured", sharex=True)
     for run, [axis] in zip(gated, axes, strict=True):
-        points = list(zip(run.column("step"), run.column("curvadion/rmmc_max"), run.column("curvadion/synchronized"), strict=True))
-        local = [(x, y) for x, y, synchronized in points if not synchronized]
-        opened = [(x, y) for x, y, synchronized in points if synchronized and y > run.tau]
-        ruled = [(x, y) for x, y, synchronized in points if synchronized and not y > run.tau]
+        columns = [run.column(key) for key in ("step", "curvadion/rmmc_max", "curvadion/synchronized")]
+        points = list(zip(*columns, run.taus, strict=True))
+        local = [(x, y) for x, y, synchronized, _ in points if not synchronized]
+        opened = [(x, y) for x, y, synchronized, tau in points if synchronized and y > tau]
+        ruled = [(x, y) for x, y, synchronized, tau in points if synchronized and not y > tau]
         axis.scatter([x for x, _ in local], [y for _, y in local], color=BLUE, marker=".", s=12)
         axis.scatter([x for x, _ in opened], [y for _, y in opened], color=ORANGE, s=22)
         axis.scatter([x for x, _ in ruled], [y for _, y in ruled], facecolors="none", edgecolors=ORANGE, s=18)
         if math.isfinite(run.tau):
-            axis.axhline(run.tau, color=GREY, linestyle="--", linewidth=1)
+            axis.plot(columns[0], run.taus, color=GREY, linestyle="--", linewidth=1)
         log_axis(axis, "y")
         axis.set_ylabel("RMMC")
-        tau = f"tau {run.tau:g}" if math.isfinite(run.tau) else "no tau"
+        steered = " at first" if len(set(run.taus)) > 1 else ""
+        tau = f"tau {run.tau:g}{steered}" if math.isfinite(run.tau) else "no tau"
         count = f"{run.total('synchronized'):.0f} of {len(run.steps)} steps synchronized"
         axis.set_title(f"{run.name}: {tau}, {count}", loc="left")
     axes[-1][0].set_xlabel("step")

@@ -99,6 +99,12 @@ class Run:
     def gated(self) -> bool:
         return any(record.get("curvadion/rmmc_max") is not None for record in self.steps)
 
+    @property
+    def taus(self) -> list[float]:
+        """The threshold that each step was decided with: a step's line has what came out of it, if it is steered."""
+        after = [self.tau if math.isnan(tau) else tau for tau in self.column("curvadion/tau")]
+        return [self.tau, *after[:-1]]
+
     def column(self, key: str) -> list[float]:
         return [number(record.get(key)) for record in self.steps]
 
