@@ -10,7 +10,8 @@ Local and synchronized steps are timed apart: a setting that synchronizes after 
 
     seconds_per_step = ((H - 1) seconds_local + seconds_synchronized) / H
 
-from the medians, and so for bytes. `compute_seconds` is forward and backward in these very steps: all sites share this machine's cores, at
+from the medians, and so for bytes. A setting with outer_delay takes whole intervals, and has the median of their means in place of
+seconds_synchronized. `compute_seconds` is forward and backward in these very steps: all sites share this machine's cores, at
 a raised priority, so that other work on the machine disturbs them less; where it differs between settings, it did, and a note says so.
 
 Bytes per site and step, from three counts: what TCP carried (`wire_bytes_per_step`), the same with IP and TCP headers, and
@@ -59,6 +60,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "average": {"local_update": "dion", "tau": math.inf, "max_local_steps": 29},
     # the recommended settings: one bit per parameter in every 8th step, nothing in between
     "curvadion": dict(LOW_COMMUNICATION),
+    # the same, each synchronization under way for 4 steps
+    "under way": {**LOW_COMMUNICATION, "outer_delay": 4},
 }
 
 SITES, MBIT, DELAY_MS = (2, 4), (100.0, 300.0, 1000.0, None), (0.0, 10.0, 40.0)
@@ -91,8 +94,15 @@ def interval_of(name: str) -> int:
     return local + 1
 
 
+def overlaps(name: str) -> bool:
+    """Say whether a synchronization of this setting goes on during later steps, so that no step can be timed apart."""
+    return SETTINGS[name].get("outer_delay", 0) > 0
+
+
 def turn_of(name: str) -> list[int]:
     """Return the numbers of steps in a setting's turn; each but the last part of a gated one is of local steps only."""
+    if overlaps(name):
+        return [interval_of(name)]
     return [LOCAL_STEPS, 1] if interval_of(name) > 1 else [SYNCHRONOUS_STEPS]
 
 
@@ -140,7 +150,7 @@ class Training:
         torch.manual_seed(0)  # replicas start equal
         self.model = GPT(dim=arguments.dim, layers=arguments.layers, heads=max(1, arguments.dim // 32), max_seq=arguments.seq)
         options = dict(SETTINGS[name])
-        if options["max_local_steps"]:
+        if options["max_local_steps"] and not overlaps(name):
             options["max_local_steps"] = LOCAL_STEPS
             if "gate_every" in options:
                 options["gate_every"] = LOCAL_STEPS + 1
@@ -195,8 +205,9 @@ def rank_main(arguments: argparse.Namespace) -> None:
         if name is None:
             group = dist.new_group()
             trainings = {name: Training(name, arguments, group) for name in arguments.settings}
-            for training in trainings.values():
-                training.step()  # the first one is always synchronized
+            for name, training in trainings.items():
+                for _ in range(interval_of(name) if overlaps(name) else 1):  # the first one is always synchronized
+                    training.step()
             answer: Any = next(iter(trainings.values())).parameters
         else:
             answer = [trainings[name].step() for _ in range(count)]
@@ -272,8 +283,8 @@ class Samples:
         self.payload = self.packets = 0.0  # sums over the steps, means over the sites
         self.messages: list[Message] = []
 
-    def add(self, steps: list[list[dict[str, Any]]], crossed: netlab.Counts | None) -> None:
-        """Add steps, by site, and what crossed the wire meanwhile."""
+    def add(self, steps: list[list[dict[str, Any]]], crossed: netlab.Counts | None, each: int = 1) -> None:
+        """Add steps, by site, and what crossed the wire meanwhile; each stands for so many."""
         sites = len(steps)
         for together in zip(*steps, strict=True):
             self.seconds.append(sum(step["seconds"] for step in together) / sites)
@@ -281,13 +292,19 @@ class Samples:
             self.ledger.append(sum(step["ledger"] for step in together) / sites)
             self.messages = [Message(*message) for message in together[0]["messages"]]
         if crossed is not None:
-            self.payload += sum(map(sum, crossed.payload)) / sites
-            self.packets += sum(map(sum, crossed.bytes)) / sites
+            self.payload += sum(map(sum, crossed.payload)) / sites / each
+            self.packets += sum(map(sum, crossed.bytes)) / sites / each
 
     def mean(self, quantity: str) -> float:
         """Return the mean over the steps of "ledger", "payload" or "packets"."""
         total = getattr(self, quantity)
         return (sum(total) if isinstance(total, list) else total) / len(self.seconds)
+
+
+def mean_step(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one step in place of several: means."""
+    means = {key: sum(step[key] for step in steps) / len(steps) for key in ("seconds", "compute", "ledger")}
+    return {**means, "messages": [message for step in steps for message in step["messages"]]}
 
 
 Kinds = dict[str, Samples]  # "local" (of gated settings only) and "synchronized"
@@ -299,15 +316,17 @@ def measure(ranks: Ranks, settings: Sequence[str], rounds: int, counts: Callable
     for _ in range(rounds):
         for name in settings:
             parts = turn_of(name)
-            for number, count in enumerate(parts):
-                kind = "synchronized" if number == len(parts) - 1 else "local"
+            for part, count in enumerate(parts):
+                kind = "synchronized" if part == len(parts) - 1 else "local"
                 before = counts()
                 steps = ranks.steps(name, count)
                 after = counts()
-                if any(step["synchronized"] != (kind == "synchronized") for step in steps[0]):
+                expected = [kind == "synchronized" and (number == 0 or not overlaps(name)) for number in range(count)]
+                if [step["synchronized"] for step in steps[0]] != expected:
                     raise RuntimeError(f"setting {name!r} took another branch than its schedule says; set tau=inf in it")
                 crossed = after - before if after is not None and before is not None else None
-                found[name].setdefault(kind, Samples()).add(steps, crossed)
+                whole = [[mean_step(of_site)] for of_site in steps] if overlaps(name) else steps
+                found[name].setdefault(kind, Samples()).add(whole, crossed, count if overlaps(name) else 1)
     return found
 
 
@@ -431,7 +450,8 @@ def parse_arguments() -> argparse.Namespace:
     netlab.add_link_arguments(parser)
     parser.set_defaults(seed=0, interpret=False)
     arguments = parser.parse_args()
-    arguments.settings = names(arguments.settings, tuple(SETTINGS), tuple(SETTINGS), "--settings")
+    known = tuple(name for name in SETTINGS if not (arguments.model and overlaps(name)))  # a sum of seconds knows no overlap
+    arguments.settings = names(arguments.settings, known, known, "--settings")
     for name in arguments.settings:
         interval_of(name)
     if arguments.rounds < 1:

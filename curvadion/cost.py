@@ -4,7 +4,7 @@ Bytes are those that the optimizer's ledger counts (a test compares them), times
 
     T_dense     = T_compute + T_x(dense) - min(overlap T_x(dense), T_compute)
     T_dion      = T_compute + T_gate + T_x(P, R, AdamW gradients)
-    T_curvadion = T_compute + T_gate / gate_every + T_x(payload) / interval
+    T_curvadion = T_compute + T_gate / gate_every + max(0, T_x(payload) - delay T_compute) / interval
     T_x(sent)   = 8 W(sent) / (nics gbit 1e9) + calls (K - 1) rtt
     T_gate      = 8 W(8 bytes per GPU) / (nics gbit 1e9) + ceil(log2 K) rtt
     W(sent)     = bytes that leave one of the K replicas: 2 (K - 1) / K of an all-reduced buffer, (K - 1) / K of a broadcast one
@@ -184,9 +184,9 @@ class Projection:
         T_x = self.transfer(sent)
         return self.compute + T_x - min(self.overlap * T_x, self.compute)
 
-    def gated(self, sent: Mapping[str, Sent], interval: float = 1, gate_every: float = 1) -> float:
+    def gated(self, sent: Mapping[str, Sent], interval: float = 1, gate_every: float = 1, delay: float = 0) -> float:
         """Return T_curvadion, or T_dion with interval 1."""
-        return self.compute + self.gate / gate_every + self.transfer(sent) / interval
+        return self.compute + self.gate / gate_every + max(0.0, self.transfer(sent) - delay * self.compute) / interval
 
 
 def wire_bytes(sent: Mapping[str, Sent], replicas: int) -> float:
@@ -195,23 +195,38 @@ def wire_bytes(sent: Mapping[str, Sent], replicas: int) -> float:
 
 
 def break_even(
-    at: Projection, dense: Mapping[str, Sent], sent: Mapping[str, Sent], interval: float, speedup: float = 1.0, gate_every: float = 1
+    at: Projection,
+    dense: Mapping[str, Sent],
+    sent: Mapping[str, Sent],
+    interval: float,
+    speedup: float = 1.0,
+    gate_every: float = 1,
+    delay: float = 0,
 ) -> float:
     """Return the Gbit/s of a replica below which T_dense >= speedup T_curvadion; 0 for none, inf for every link.
 
-    With t = 1 / (1e9 gbit), both times are linear in t but for the overlap, which makes T_dense the larger of two lines::
+    With t = 1 / (1e9 gbit), both times are linear in t but for what is hidden, which makes each of them the larger of two lines::
 
-        T_compute + a (A t + l) - b >= speedup (T_compute + C t + k),   (a, b) = (1 - overlap, 0) and (1, T_compute)
+        T_dense:      T_compute + a (A t + l) - b,     (a, b) = (1 - overlap, 0) and (1, T_compute)
+        T_curvadion:  T_compute + C t + k,             of all of T_x but delay T_compute, and without T_x
     """
     flat, unit = replace(at, gbit=math.inf), replace(at, gbit=1.0)
-    dense_latency, rest = flat.transfer(dense), flat.gated(sent, interval, gate_every)
-    A, C = unit.transfer(dense) - dense_latency, unit.gated(sent, interval, gate_every) - rest
-    found = 0.0
-    for a, b in ((1 - at.overlap, 0.0), (1.0, at.compute)):
-        slope, missing = a * A - speedup * C, speedup * rest - at.compute - a * dense_latency + b
-        if slope > 0:
-            found = max(found, slope / missing if missing > 0 else math.inf)
-    return found
+    dense_latency = flat.transfer(dense)
+    A = unit.transfer(dense) - dense_latency
+    hidden = delay * at.compute / interval
+
+    def below(C: float, k: float) -> float:
+        found = 0.0
+        for a, b in ((1 - at.overlap, 0.0), (1.0, at.compute)):
+            slope, missing = a * A - speedup * C, speedup * (at.compute + k) - at.compute - a * dense_latency + b
+            if slope > 0:
+                found = max(found, slope / missing if missing > 1e-12 * at.compute else math.inf)  # a rounding error is none
+        return found
+
+    k, C = flat.gate / gate_every, (unit.gate - flat.gate) / gate_every
+    k_sent, C_sent = flat.transfer(sent) / interval, (unit.transfer(sent) - flat.transfer(sent)) / interval
+    both = below(C + C_sent, k + k_sent - hidden)
+    return min(both, below(C, k)) if delay else both
 
 
 # ---- what is published

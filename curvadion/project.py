@@ -79,7 +79,8 @@ def project_point(point: Mapping[str, Any], gbit: float | None = None) -> float:
     outer = options.get("consensus") == "outer"
     latency = CALLS.get(point["setting"], 1 if outer else 6) / interval * (at.replicas - 1) * at.rtt
     gate = gated * math.ceil(math.log2(at.replicas)) * at.rtt / int(options.get("gate_every", 1))
-    return at.compute + 8 * point["ledger_bytes_per_step"] / (gbit * 1e9) + latency + gate
+    hidden = int(options.get("outer_delay", 0)) * at.compute / interval
+    return at.compute + max(0.0, 8 * point["ledger_bytes_per_step"] / (gbit * 1e9) + latency - hidden) + gate
 
 
 def curves_and_markers(points: Sequence[Mapping[str, Any]]) -> tuple[Curves, Curves]:
@@ -161,6 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rate.add_argument("--interval", type=float, default=8, help="steps per synchronized step (default %(default)g)")
     rate.add_argument("--rate", type=float, help="synchronized steps per step, in place of --interval")
     add("--gate-every", type=int, default=8, help="steps from one exchange of the gate to the next (default %(default)s)")
+    add("--delay", type=int, default=0, help="outer_delay: steps for which a synchronization is under way (default %(default)s)")
     add("--payload", choices=PAYLOADS, default="outer-1", help="of a synchronized step (default %(default)s)")
     add(
         "--local-update",
@@ -211,6 +213,9 @@ def print_projection(args: argparse.Namespace) -> None:
     require(1 <= interval < math.inf, "--interval must be finite and >= 1, --rate in (0, 1]", args.rate or interval, "--interval 8")
     require(0 < args.rank_fraction <= 1, "--rank-fraction must be in (0, 1]", args.rank_fraction, "0.25")
     require(args.gate_every >= 1, "--gate-every must be >= 1", args.gate_every, "1")
+    require(0 <= args.delay <= interval, "--delay must be >= 0 and at most --interval", args.delay, "0")
+    delays = not args.delay or args.payload.startswith("outer")
+    require(delays, "--delay is of consensus='outer', payload outer-BITS", f"--payload {args.payload}", "--payload outer-1")
     require(args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1")
     require(args.block >= 1, "--block must be >= 1", args.block, "128")
     require(args.nics is None or args.nics >= 1, "--nics must be >= 1", args.nics, "1, a link that all GPUs of a replica share")
@@ -235,7 +240,8 @@ def print_projection(args: argparse.Namespace) -> None:
     print(f"projected, not measured: {model.parameters:,} parameters, {len(model.matrices)} matrices; {K} replicas of {S} GPUs;")
     print(f"T_compute {compute:.4g} s, {how};")
     print(f"{args.nics or link.nics(S)} x {link.gbit:g} Gbit/s a replica, round trip {link.rtt_ms:g} ms;")
-    print(f"payload {args.payload} on 1 step in {interval:g}, the gate on 1 in {args.gate_every}; overlap {args.overlap:g}\n\n{FORMULA}\n")
+    print(f"payload {args.payload} on 1 step in {interval:g}, under way for {args.delay}, the gate on 1 in {args.gate_every};")
+    print(f"overlap {args.overlap:g}\n\n{FORMULA}\n")
 
     gate = {"gate": Sent(GATE_BYTES * S)}
     columns = {"dense, each step": dense, "Dion, each step": gate | dion, "CurvaDion, synchronized step": gate | sent}
@@ -248,13 +254,13 @@ def print_projection(args: argparse.Namespace) -> None:
     rows.append(["... of dense", *(f"{w / wires[0]:.2%}" for w in means)])
     print_table("projected: bytes of one replica's buffers, by purpose", ["", *columns], rows)
 
-    T = {"dense": at.dense(dense), "Dion, each step": at.gated(dion), "CurvaDion": at.gated(sent, interval, args.gate_every)}
+    T = {"dense": at.dense(dense), "Dion, each step": at.gated(dion), "CurvaDion": at.gated(sent, interval, args.gate_every, args.delay)}
     rows = [[name, f"{t:.4g}", f"{t - compute:.4g}", f"{T['dense'] / t:.2f}x"] for name, t in T.items()]
     print_table("projected: seconds per step on this link", ["", "T_step", "of it waiting", "speed-up over dense"], rows)
 
     print(f"projected: break-even at a round trip of {link.rtt_ms:g} ms, in Gbit/s of a replica")
     for percent in sorted({0.0, args.faster, 100.0}):
-        gbit = break_even(at, dense, sent, interval, 1 + percent / 100, args.gate_every)
+        gbit = break_even(at, dense, sent, interval, 1 + percent / 100, args.gate_every, args.delay)
         where = {0.0: "on no link", math.inf: "on every link"}.get(gbit, f"below {gbit:.4g} Gbit/s")
         print(f"  CurvaDion is {f'{percent:g} % ' if percent else ''}faster than dense {where}")
     print()
@@ -262,7 +268,7 @@ def print_projection(args: argparse.Namespace) -> None:
     rows = []
     for name, preset in LINKS.items():
         here = over(preset)
-        times = [here.dense(dense), here.gated(dion), here.gated(sent, interval, args.gate_every)]
+        times = [here.dense(dense), here.gated(dion), here.gated(sent, interval, args.gate_every, args.delay)]
         what = [name, f"{args.nics or preset.nics(S)} x {preset.gbit:g}", f"{preset.rtt_ms:g}"]
         rows.append([*what, *(f"{t:.4g}" for t in times), *(f"{times[0] / t:.2f}x" for t in times[1:])])
     header = ["link", "Gbit/s", "rtt ms", "T_dense", "T_dion", "T_curvadion", "speed-up Dion", "CurvaDion"]
@@ -271,7 +277,8 @@ def print_projection(args: argparse.Namespace) -> None:
     if args.picture:
         curves: Curves = {"Dion, each step": [], f"CurvaDion, {args.payload}, 1 step in {interval:g}": []}
         for here in (replace(at, gbit=x) for x in BANDWIDTHS):
-            for curve, t in zip(curves.values(), (here.gated(dion), here.gated(sent, interval, args.gate_every)), strict=True):
+            times = here.gated(dion), here.gated(sent, interval, args.gate_every, args.delay)
+            for curve, t in zip(curves.values(), times, strict=True):
                 curve.append((here.gbit, here.dense(dense) / t))
         title = f"Projected: {model.parameters / 1e6:.0f}M parameters, {K} replicas, T_compute {compute:.3g} s, rtt {link.rtt_ms:g} ms"
         draw(args.picture, title, curves, {})

@@ -169,17 +169,28 @@ def test_slower_links_and_rarer_steps(what: str) -> None:
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("speedup", [1.0, 1.1, 3.0])
-@pytest.mark.parametrize("what", ["average", "outer-4"])
-def test_break_even_is_break_even(what: str, speedup: float, overlap: float) -> None:
+@pytest.mark.parametrize(("what", "delay"), [("average", 0), ("outer-4", 0), ("outer-4", 10), ("outer-32", 10)])
+def test_break_even_is_break_even(what: str, delay: int, speedup: float, overlap: float) -> None:
     model = decoder(*SIZES["1b3"])
     dense, sent = payload(model, "dense"), payload(model, what)
     at = Projection(1.0, 2, 8, 10.0, 0.04, overlap)
-    gbit = break_even(at, dense, sent, 30, speedup)
+    gbit = break_even(at, dense, sent, 30, speedup, delay=delay)
+    if delay and (speedup, overlap) == (1.0, 0.0):
+        assert gbit == math.inf, "where all is hidden, the gate's round trip is that of the gradients"
+        return
     assert 0 < gbit < math.inf
     for factor, sign in ((0.9, 1), (1.0, 0), (1.1, -1)):
         here = replace(at, gbit=gbit * factor)
-        more = here.dense(dense) / (speedup * here.gated(sent, 30)) - 1
+        more = here.dense(dense) / (speedup * here.gated(sent, 30, delay=delay)) - 1
         assert abs(more) < 1e-9 if sign == 0 else more * sign > 0, (factor, more)
+
+
+def test_a_delay_hides_as_much_as_is_computed_meanwhile() -> None:
+    at = Projection(compute=2.0, replicas=4, shards=1, gbit=8e-6, rtt=0.5)  # 1000 bytes a second
+    sent = {"pseudo_gradients": Sent(4000, calls=1)}  # 6 s and 1.5 s of latency
+    assert at.gated(sent, 8) == pytest.approx(2 + at.gate + 7.5 / 8)
+    assert at.gated(sent, 8, delay=3) == pytest.approx(2 + at.gate + 1.5 / 8)
+    assert at.gated(sent, 8, delay=4) == pytest.approx(2 + at.gate)
 
 
 def test_break_even_on_no_link_and_on_every_link() -> None:
