@@ -277,8 +277,8 @@ def print_projection(args: argparse.Namespace) -> None:
     if args.picture:
         curves: Curves = {"Dion, each step": [], f"CurvaDion, {args.payload}, 1 step in {interval:g}": []}
         for here in (replace(at, gbit=x) for x in BANDWIDTHS):
-            times = here.gated(dion), here.gated(sent, interval, args.gate_every, args.delay)
-            for curve, t in zip(curves.values(), times, strict=True):
+            both = here.gated(dion), here.gated(sent, interval, args.gate_every, args.delay)
+            for curve, t in zip(curves.values(), both, strict=True):
                 curve.append((here.gbit, here.dense(dense) / t))
         title = f"Projected: {model.parameters / 1e6:.0f}M parameters, {K} replicas, T_compute {compute:.3g} s, rtt {link.rtt_ms:g} ms"
         draw(args.picture, title, curves, {})
