@@ -68,7 +68,7 @@ def test_raise_on_every_rank_in_the_same_step(place: str, branch: str, quick: bo
         replica = replicate.get_local_rank()
         return [one(where, BAD[name]) for where, name in cases]
 
-    cases = [(where, name) for where in range(4) for name in BAD][: 2 if quick else None]
+    cases = [(where, name) for where in (0, 3) for name in BAD][: 2 if quick else None]
     for rank, results in enumerate(run_ranks(4, worker)):
         for (where, name), (seen, untouched, again, healed) in zip(cases, results, strict=True):
             note = f"rank {rank}, {name} in {place} on rank {where}"
@@ -123,7 +123,7 @@ def test_skip_leaves_everything_as_it_was(place: str, branch: str, quick: bool) 
         replica = replicate.get_local_rank()
         return [run(None)] + [run((where, BAD[name])) for where, name in cases]
 
-    cases = [(where, name) for where in range(4) for name in BAD][: 2 if quick else None]
+    cases = [(where, name) for where in (0, 3) for name in BAD][: 2 if quick else None]
     for rank, (clean, *results) in enumerate(run_ranks(4, worker)):
         assert clean[2] == 0.0
         for (where, name), (as_before, final, skipped) in zip(cases, results, strict=True):
