@@ -47,6 +47,8 @@ MUON = Setting("Muon every step", baseline=True, momentum=0.9, **SHARED_LR)
 NEVER = Setting("no synchronization", interval=math.inf, momentum=0.8, **SHARED_LR)
 CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw", adamw_lr=3e-3), NEVER]
 OURS = Setting("1 bit every 8 steps", momentum=0.8, lr=0.03, adamw_lr=1e-2, bits=1, interval=8, outer_lr=1.4)
+RELEASED = Setting("the released code's rule, tau 0.3", rule="dion", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc",
+                   tau=0.3, warmup=20, **SHARED_LR)  # fmt: skip
 PLAIN = replace(OURS, name="1 bit every 8 steps, outer 1.0", outer_lr=1.0)
 
 
@@ -61,8 +63,7 @@ TABLES: dict[str, list[Setting]] = {
         Setting("Dion every step, rank 1/4", baseline=True, rule="dion", rank_fraction=0.25, momentum=0.95, **SHARED_LR),
         Setting("the paper's text, tau 0.3", rule="gradient", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc", tau=0.3,
                 warmup=20, **SHARED_LR),
-        Setting("the released code's rule, tau 0.3", rule="dion", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc",
-                tau=0.3, warmup=20, **SHARED_LR),
+        RELEASED,
         variant("32 bits every 100 steps", PLAIN, bits=32, interval=100, lr=0.02),
         OURS,
     ],
@@ -102,6 +103,8 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit, momentum 0.9", momentum=0.9),
         variant("1 bit every 4 steps", interval=4),
         variant("1 bit every 16 steps", interval=16),
+        *(variant(f"the released code's rule, tau {tau}", RELEASED, tau=tau) for tau in (0.1, 0.6, 1.0)),
+        variant("1 bit, Dion of rank 1/2", rule="dion", rank_fraction=0.5),
     ],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),

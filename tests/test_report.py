@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib: ins
 from curvadion.cli import main
 from curvadion.report import figures
 from curvadion.report.runs import Run, provenance, read_lines, run_tables
-from curvadion.report.studies import Spread, aggregate, case_name, read_links, study_table
+from curvadion.report.studies import Spread, aggregate, case_name, read_links, sensitivity, study_table
 
 HARDWARE = {"device": "cpu, 2 cores", "torch": "2.13.0", "python": "3.11.7", "commit": "abc1234"}
 
@@ -240,6 +240,28 @@ def test_gaps_are_paired_by_seed():
     assert local.share is not None and local.share.mean == pytest.approx(0.2)
     row = next(row for row in study_table([cell]).rows if row[0] == "local")
     assert row[1:5] == ["3", "1.7100 ± 0.2381 (1.5300 to 1.9800)", "+0.0433 ± 0.0321 (+0.0200 to +0.0800)", "20%"]
+
+
+def test_what_changes_alone_is_compared_over_common_seeds() -> None:
+    def run(name: str, seed: int, loss: float, options: dict, **other: object) -> dict:
+        return study_run(name, seed, loss, options=options, **other)
+
+    ours = {"lr": 0.1, "bits": 1, "gate": "interval"}
+    records = [study_run("best", seed, 1.0, baseline=True) for seed in (0, 1)]
+    records += [run("ours", 0, 1.25, ours), run("ours", 1, 1.75, ours)]
+    records += [run("larger lr", 0, 1.5, ours | {"lr": 0.2}), run("both", 0, 1.1, ours | {"lr": 0.3, "bits": 2})]
+    records += [run("another gate", 0, 1.1, ours | {"gate": "rmmc"}), run("never", 0, 1.1, ours | {"bits": math.inf})]
+    for other in ({"replicas": 8}, {"replicas": 8, "batch": 16}, {"replicas": 2, "parts": True}):
+        records += [study_run("best", 1, 1.0, baseline=True, **other), run("ours", 1, 2.0, ours, **other)]
+    found = {name: [(x, gap.values) for x, gap in points] for name, points in sensitivity(aggregate(records)).items()}
+    assert found == {"lr": [(0.1, (0.25,)), (0.2, (0.5,))], "replicas: ours": [(4, (0.75,)), (8, (1.0,))]}
+
+
+def test_runs_on_parts_of_the_text_are_not_mixed_with_others() -> None:
+    cells = aggregate([study_run("a", 0, 1.5), study_run("a", 0, 2.5, parts=True), study_run("a", 0, 3.5, backend="processes")])
+    assert [cell.runs[0]["loss"] for cell in cells] == [1.5, 2.5, 3.5]
+    assert "a part of the text each" in cells[1].name and "by processes" in cells[2].name
+    assert [row[0] for row in study_table(cells).rows] == ["a", "a (in parts)", "a (processes)"]
 
 
 def test_only_like_is_compared_with_like():

@@ -18,7 +18,7 @@ except ImportError as error:
     raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
 
 from curvadion.report.runs import Run, number, sent_keys, sent_words
-from curvadion.report.studies import Cell, Link, Setting
+from curvadion.report.studies import Cell, Link, Setting, sensitivity
 
 BLUE, ORANGE, GREY = "#2f6db3", "#e0762a", "#8a8a8a"
 COLORS = (BLUE, ORANGE, "#3a9a5b", "#8d5fb0", "#b5475d", "#7a6a53", "#2199a8", "#b8961f")
@@ -315,6 +315,34 @@ def study_gaps(cell: Cell) -> Figure | None:
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlabel(f"final loss minus that of {best.name}")
     axes.set_title("Gap to the best baseline", loc="left")
+    return figure
+
+
+def study_sensitivity(cells: Sequence[Cell]) -> Figure | None:
+    """Draw the gap to the best baseline against everything that was changed alone, a panel each."""
+    found = sensitivity(cells)
+    if not found:
+        return None
+    columns = 3
+    rows = -(-len(found) // columns)
+    figure, axes = panels(rows, columns, height=0.6 + 2.2 * rows, label=cells[0].label, sharey=True)
+    places = [place for row in axes for place in row]
+    top = ceiling([gap.mean for points in found.values() for _, gap in points])
+    for place, (name, points) in zip(places, found.items(), strict=False):
+        x, y = [x for x, _ in points], [gap.mean for _, gap in points]
+        place.plot(x, [min(value, top) for value in y], color=BLUE, linewidth=1, marker="o", markersize=4)
+        place.vlines(x, *zip(*((min(end, top) for end in gap.bar) for _, gap in points), strict=True), color=BLUE, linewidth=1.5)
+        for at, value in zip(x, y, strict=True):
+            if value > top:
+                place.annotate(f"{value:.2g}", (at, top), (4, -4), textcoords="offset points", fontsize=7.5, color=ORANGE)
+        if min(x) > 0 and max(x) >= 4 * min(x):
+            log_axis(place, "x")
+        place.axhline(0, color=GREY, linestyle="--", linewidth=1)
+        place.set_title(name, loc="left", fontsize=9)
+    for place in places[len(found) :]:
+        place.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("gap")
     return figure
 
 

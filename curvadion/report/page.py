@@ -15,7 +15,7 @@ except ImportError as error:
     raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
 
 from curvadion.report import figures
-from curvadion.report.runs import Record, Run, Table, read_runs, run_provenance, run_tables
+from curvadion.report.runs import Record, Run, Table, provenance, read_runs, run_provenance, run_tables
 from curvadion.report.studies import Cell, Link, kind, link_table, purpose_table, read_links, read_studies, study_table
 
 SMOOTHED = "Lines: training loss of one replica, as it is (pale) and smoothed. Points: held-out loss of the replicas' average."
@@ -36,6 +36,9 @@ STUDY_FIGURES = {
     figures.study_curves: "Mean over seeds; bands: extremes. Dashed: baselines. Losses above those after a tenth of the run are cut off.",
     figures.study_drift: "Relative distance of the replicas, just before each synchronization; a line for each seed.",
 }
+SENSITIVITY = (
+    f"Gap to the best baseline when one thing alone is changed; after a colon, of which setting; over seeds that all values have. {BARS}"
+)
 LINK_FIGURE = "Seconds per step, and how many times faster than setting dense on the same link. Where a value is missing there is a gap."
 
 PAGE = """<!DOCTYPE html>
@@ -112,13 +115,15 @@ class Page:
         """Add the cells of one study that have one label."""
         self.heading(f"Study {cells[0].study} ({cells[0].label})")
         self.table(study_table(cells))
+        records = [run for cell in cells for run in cell.runs]
+        self.figure(figures.study_sensitivity, cells, SENSITIVITY, provenance(cells[0].label, records))
         for cell in cells:
             for figure_of, caption in STUDY_FIGURES.items():
                 self.figure(figure_of, cell, f"{cell.name}. {caption}", cell.provenance)
             by_purpose = purpose_table(cell)
             if by_purpose:
                 self.table(by_purpose)
-        self.commands([run for cell in cells for run in cell.runs])
+        self.commands(records)
 
     def link(self, link: Link) -> None:
         self.heading(f"Slow link ({link.label})")

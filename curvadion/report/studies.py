@@ -77,7 +77,7 @@ class Setting:
 
 @dataclass
 class Cell:
-    """What may be compared: settings of one study, of one label, with equal model, replicas, batch and steps."""
+    """What may be compared: settings of one study, of one label, with equal model, text, replicas, batch and steps."""
 
     study: str
     label: str
@@ -86,12 +86,17 @@ class Cell:
     seq: int
     steps: int
     parameters: int
+    text: str
+    parts: bool  # each replica has a part of the text of its own
+    backend: str
     settings: list[Setting] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         model = f"{self.parameters / 1e6:.3g}M parameters"
-        return f"{self.study}: {self.replicas} replicas, batch {self.batch}, {self.steps:,} steps, {model}"
+        parts = ", a part of the text each" if self.parts else ""
+        how = f", by {self.backend}" if self.backend == "processes" else ""
+        return f"{self.study}: {self.replicas} replicas{parts}, batch {self.batch}, {self.steps:,} steps, {model}{how}"
 
     @property
     def best(self) -> Setting | None:
@@ -132,6 +137,7 @@ def aggregate(records: Iterable[Record]) -> list[Cell]:
     order: dict[str, dict[str, int]] = {}
     for run in records:
         key = tuple(run[name] for name in ("study", "label", "replicas", "batch", "seq", "steps", "parameters"))
+        key += (run.get("text", ""), bool(run.get("parts")), run.get("backend", ""))
         cells.setdefault(key, {}).setdefault(run["setting"], {})[run["seed"]] = run
         places = order.setdefault(run["study"], {})
         places.setdefault(run["setting"], len(places))
@@ -156,16 +162,71 @@ def read_studies(files: Sequence[Path]) -> list[Cell]:
     return aggregate(records)
 
 
+# Options of a setting that are numbers, with their names in a picture; and what a cell has.
+OPTIONS = {
+    "lr": "lr",
+    "momentum": "momentum",
+    "rank_fraction": "rank fraction",
+    "interval": "steps per synchronization",
+    "bits": "bits",
+    "outer_lr": "outer lr",
+    "outer_momentum": "outer momentum",
+    "fragments": "fragments",
+    "delay": "steps under way",
+    "tau": "tau",
+}
+CONDITIONS = {"replicas": "replicas", "batch": "sequences per replica and step", "steps": "steps", "parameters": "parameters"}
+
+
+def sensitivity(cells: Sequence[Cell]) -> dict[str, list[tuple[float, Spread]]]:
+    """Return the gap to the best baseline when one thing alone changes, by what it is, over the seeds that all of its values have.
+
+    It is the gap of the setting that most cells have, of those the one with the smallest gap.
+    """
+    main = max(cells, key=lambda cell: len(cell.settings))
+    candidates = [s for s in main.settings if s.runs and not s.baseline and main.best and s.gap(main.best)]
+    if not candidates or main.best is None:
+        return {}
+    best, names = main.best, [s.name for cell in cells for s in cell.settings if s.runs]
+    middle = min(candidates, key=lambda s: (-names.count(s.name), gap.mean if (gap := s.gap(best)) else math.inf))
+    options = middle.runs[0].get("options", {})
+
+    varied: dict[str, list[tuple[float, Setting, Setting]]] = {}
+    for setting in candidates:
+        theirs = setting.runs[0].get("options", {})
+        changed = [key for key in options if theirs.get(key, options[key]) != options[key]]
+        if len(changed) == 1 and changed[0] in OPTIONS:
+            points = varied.setdefault(OPTIONS[changed[0]], [(number(options[changed[0]]), middle, best)])
+            points.append((number(theirs[changed[0]]), setting, best))
+    for key, name in CONDITIONS.items():
+        same = [k for k in (*CONDITIONS, "text", "parts", "backend") if k != key]
+        alike = [cell for cell in cells if all(getattr(cell, k) == getattr(main, k) for k in same)]
+        found = [(getattr(cell, key), s, cell.best) for cell in alike for s in cell.settings if s.name == middle.name and s.runs]
+        varied[f"{name}: {middle.name}"] = [(x, s, reference) for x, s, reference in found if reference is not None]
+
+    result = {}
+    for name, points in varied.items():
+        finite = [(x, s.values("loss"), reference.values("loss")) for x, s, reference in points if math.isfinite(x)]
+        seeds = set.intersection(*(set(mine) & set(theirs) for _, mine, theirs in finite)) if finite else set()
+        if seeds and len(finite) > 1:
+            gaps = [(x, Spread(tuple(mine[seed] - theirs[seed] for seed in seeds))) for x, mine, theirs in finite]
+            result[name] = sorted(gaps, key=lambda point: point[0])
+    return result
+
+
 def study_table(cells: Sequence[Cell]) -> Table:
     """Return loss, gap and bytes of every setting, for cells of one study and one label."""
     head = ["setting", "seeds", "final loss", "gap", "of dense bytes", "synchronized", "seconds"]
     several = len(cells) > 1
+    odd = {cell.text for cell in cells} if len({cell.text for cell in cells}) > 1 else set()
     rows = []
     for cell in cells:
         for setting in sorted(cell.settings, key=lambda s: s.loss.mean if s.runs else math.inf):
             row = [setting.name, f"{len(setting.runs)}" + (f", {setting.left_out} left out" if setting.left_out else "")]
             row += outcome(setting, cell.best) if setting.runs else [""] * 5
             if several:
+                what = [cell.text] * (cell.text in odd) + ["in parts"] * cell.parts + [cell.backend] * (cell.backend == "processes")
+                row[0] += f" ({', '.join(what)})" if what else ""
                 row[1:1] = [f"{cell.replicas}", f"{cell.batch}", f"{cell.steps:,}", f"{cell.parameters / 1e6:.3g}M"]
             rows.append(row)
     if several:
