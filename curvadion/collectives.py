@@ -321,6 +321,7 @@ class Collectives:
 
             def bring(cut: _Cut, piece: Tensor) -> Generator[None, None, None]:
                 legs = self._rounded_mean(piece, purpose, codec, residuals, numbers) if codec else self._mean(piece, purpose)
+                del piece  # what is under way holds no more than it must
                 _unflatten(self._join(cut, (yield from legs), purpose), tensors, cut.indices, result)
 
             def goes_on(journey: Generator[None, None, None]) -> bool:
@@ -409,7 +410,8 @@ class Collectives:
 
     def _mean(self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False) -> Legs:
         """Return the mean over the replicas; without copy the piece may be overwritten."""
-        if not piece.numel():
+        if not piece.numel():  # one leg all the same: what follows involves ranks that have something to send
+            yield
             return piece
         sent = piece.to(payload_dtype or piece.dtype, copy=copy)
         self.ledger.record("all_reduce", self.replicas, "replicate", purpose, sent)
@@ -421,6 +423,8 @@ class Collectives:
     def _rounded_mean(self, piece: Tensor, purpose: str, codec: Codec, residuals: Residuals, numbers: Iterator[int]) -> Legs:
         """Return what `start_mean_over_replicas` says, for the buffer with the next number."""
         if not piece.numel():
+            yield
+            yield
             return piece
         numel, dtype = piece.numel(), piece.dtype
         flat = padded(piece, BLOCK * self.replicas)

@@ -11,9 +11,10 @@ Bytes are those that the optimizer's ledger counts (a test compares them), times
     speed-up    = T_dense / T_curvadion
 
 So T_dense is T_compute + (1 - overlap) T_x as long as there is compute to hide behind. Only the dense all-reduce overlaps: gradients leave
-while others are still computed, an optimizer starts when all are there. T_compute is 6 FLOP per parameter and token, unless given. T_x is a
-ring's, T_gate recursive doubling's (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005). Not in the
-formula: the optimizer's own work, congestion, stragglers, packet loss.
+while others are still computed, an optimizer starts when all are there; and with outer_delay, an even number, each half of a
+synchronization with half of the steps. T_compute is 6 FLOP per parameter and token, unless given. T_x is a ring's, T_gate recursive
+doubling's (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005). Not in the formula: the optimizer's own
+work, congestion, stragglers, packet loss.
 """
 
 import math

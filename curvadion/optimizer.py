@@ -109,7 +109,8 @@ class CurvaDion(torch.optim.Optimizer):
             more than its share; each is synchronized every outer_fragments-th time.
         outer_delay: steps for which a synchronization is under way while replicas go on, so that nobody waits for a slow link: begun at the
             end of step t, its second half at the end of step t + ceil(outer_delay / 2), it moves the parameters at the end of step
-            t + outer_delay. 0 waits for it. Costs one more copy of the parameters that are under way.
+            t + outer_delay; an even number hides both halves alike. 0 waits for it. Costs one more copy of the parameters that are under
+            way, two with outer_bits=32.
         outer_on_host: keep X_0 in the host's memory, from where it is fetched at each synchronized step.
         target_sync_rate: share of synchronized steps: tau is multiplied by exp(GAIN (opened - rate)) each time the gate is asked, so that
             it opens that often in the long run, whatever the level of RMMC. None leaves tau alone.
@@ -125,7 +126,8 @@ class CurvaDion(torch.optim.Optimizer):
         payload_dtype: of P, R and AdamW/Lion gradients between replicas; None for the tensor's own.
         orthogonalization: "cholesky_qr" or "qr", see `curvadion.dion.orthogonalize` [g].
         on_nonfinite: "raise": every rank raises `NonFiniteError` in the same step, parameters untouched, and state has to be loaded again.
-            "skip": every rank skips the step and everything stays as it was (momentum and gradients are read once more).
+            "skip": every rank skips the step and everything stays as it was (momentum and gradients are read once more); with gate_every
+            or gate_lag, in a step that does not ask, only the replica that saw it, and its counters go on.
         check_every: steps between checks that all ranks agree on step, options and weights; 0 for the first step only.
         kernels: "auto" takes Triton's kernels where they compile for the parameters' device, plain torch elsewhere, and logs which;
             "triton" and "reference" ask for one of them. The attribute `kernels` tells.
@@ -271,11 +273,11 @@ class CurvaDion(torch.optim.Optimizer):
             sums = self._accumulate_momentum(G, store=not self._skips)
             due = self._must or self._steps % self._options.gate_every == 0
             told = self._last_answer()
+            self._must_synchronize |= told.synchronize  # until there is a step that is not skipped
             asked = due
             if self._options.gate_lag:
-                asked = self._must or told.synchronize or told.failed or (told.nonfinite and not self._skips)
-            must = self._must or told.synchronize
-            key, norm, rmmc = self._gate(sums, failed=failure is not None, must=must, ask=asked, ask_later=due and not asked)
+                asked = self._must or told.failed or told.nonfinite
+            key, norm, rmmc = self._gate(sums, failed=failure is not None, ask=asked, ask_later=due and not asked)
             arrived = self._fetch(key)
             if failure is None:  # enqueued before the key is known here; does nothing unless it says "local step"
                 if self._outer is not None:
@@ -283,7 +285,11 @@ class CurvaDion(torch.optim.Optimizer):
                 self._gradient_step(X, G, key)
             decision = gate.decode(arrived())
         if decision.failed or decision.nonfinite:
-            self._refuse(decision, failure, G) if asked else self._hold(decision, failure, G, X)
+            if asked or self.replicas == 1:
+                self._refuse(decision, failure, G)
+            else:
+                self._steer(decision, due)
+                self._hold(decision, failure, G, X)
             return loss
         self._last_norm.copy_(norm)
         self._rmmc = rmmc
@@ -444,7 +450,7 @@ class CurvaDion(torch.optim.Optimizer):
             max_local_steps=o.max_local_steps,
         )
 
-    def _gate(self, sums: Tensor, *, failed: bool, must: bool, ask: bool, ask_later: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _gate(self, sums: Tensor, *, failed: bool, ask: bool, ask_later: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce norms and flags over the shards, the key over the replicas; return the key, norms and RMMC, all on the device.
 
         With ask=False the key stays inside this replica and says "local step", unless something is wrong here; with ask_later it also
@@ -457,7 +463,7 @@ class CurvaDion(torch.optim.Optimizer):
             sums[-2:-1].add_(self.found_inf.to(sums))
         if failed or self._held:
             sums[-2:-1].fill_(torch.nan if failed else 1.0)
-        if must:
+        if self._must:
             sums[-1:].fill_(1.0)  # a slice: a number assigned to an element would make the host wait for the device
         sums = self._collectives.sum_over_all_shards(sums, "norms")
         taus = [math.inf if failed else float(group["tau"]) for group in self.param_groups]
@@ -466,8 +472,9 @@ class CurvaDion(torch.optim.Optimizer):
         norm, rmmc, key = self._ops.gate_key(sums, self._last_norm, tau, hold_closed=hold_closed)
         if ask:
             return self._collectives.max_over_replicas(key), norm, rmmc
-        if ask_later:
-            self._answer = self._collectives.start_max_over_replicas(key)
+        if ask_later:  # of a step that this replica skips, nobody need know
+            skipped = torch.where((key & NONFINITE_BIT) != 0, 0, key) if self._skips else key
+            self._answer = self._collectives.start_max_over_replicas(torch.where(key == FAILED_KEY, key, skipped))
         return torch.where(key == FAILED_KEY, key, key & ~SYNCHRONIZE_BIT), norm, rmmc
 
     def _last_answer(self) -> gate.Decision:
@@ -615,7 +622,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._local_steps = 0 if decision.synchronize else self._local_steps + 1
         self._synchronized_steps += decision.synchronize
         self._must_synchronize = False
-        self._diverged = self.replicas > 1 or self._outer is not None
+        self._diverged = self.replicas > 1 or self._outer is not None or self._answer is not None
         self._dense_bytes_total += self._dense_bytes
         self._counters[0] += 1
         self._write_counters()
@@ -630,6 +637,8 @@ class CurvaDion(torch.optim.Optimizer):
         if self._outer is not None:
             with suppress(RuntimeError) if decision.failed else nullcontext():  # parameters may not be what they were
                 self._outer.advance_(X, self._outer_momenta())
+        for b in self._with_rule("dion"):  # as in the replicas that take the step
+            b.common_Q = False
         if decision.failed or not self._skips:
             self._held = "failed" if decision.failed else self._held or "nonfinite"
             self._held_failure = self._held_failure or failure
@@ -707,6 +716,7 @@ class CurvaDion(torch.optim.Optimizer):
             mean_norm, last = mean
             ratio = torch.where(mean_norm > 0, of_mean / mean_norm, 0.0)
             self._last_norm.copy_(torch.where(last < 0, NO_NORM, last * ratio))
+        if self._diverged:
             reshard_gathered_modules()
         if self._outer is not None:
             self._outer.forget()
@@ -1069,7 +1079,8 @@ class CurvaDion(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
-            self._replicate_group, self._diverged = None, self._outer is not None and self._outer.under_way
+            self._replicate_group = None
+            self._diverged = self._answer is not None or (self._outer is not None and self._outer.under_way)
             self._build()
 
     @torch.no_grad()

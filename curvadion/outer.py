@@ -111,12 +111,15 @@ class Outer:
 
     def advance_(self, X: Sequence[Tensor], U: Sequence[Tensor]) -> None:
         """Let a step pass for what is under way; every rank of every replica calls it in every step, also where it takes none."""
-        for flight in list(self._flights):
+        for flight in self._flights:
             flight.age += 1
-            if flight.age == -(-self.delay // 2):
+            if self._codec is not None and flight.age == -(-self.delay // 2):
                 flight.mean.start_next_leg()
-            if flight.age >= self.delay:
-                self._arrive_(flight, X, U)
+        arriving = [flight for flight in self._flights if flight.age >= self.delay]
+        for flight in arriving:  # first all that others wait for
+            flight.mean.arrived()
+        for flight in arriving:
+            self._arrive_(flight, X, U)
 
     def _arrive_(self, flight: _Flight, X: Sequence[Tensor], U: Sequence[Tensor]) -> None:
         self._flights.remove(flight)

@@ -213,7 +213,8 @@ def print_projection(args: argparse.Namespace) -> None:
     require(1 <= interval < math.inf, "--interval must be finite and >= 1, --rate in (0, 1]", args.rate or interval, "--interval 8")
     require(0 < args.rank_fraction <= 1, "--rank-fraction must be in (0, 1]", args.rank_fraction, "0.25")
     require(args.gate_every >= 1, "--gate-every must be >= 1", args.gate_every, "1")
-    require(0 <= args.delay <= interval, "--delay must be >= 0 and at most --interval", args.delay, "0")
+    even = args.delay % 2 == 0
+    require(0 <= args.delay <= interval and even, "--delay must be an even number >= 0, at most --interval", args.delay, "0")
     delays = not args.delay or args.payload.startswith("outer")
     require(delays, "--delay is of consensus='outer', payload outer-BITS", f"--payload {args.payload}", "--payload outer-1")
     require(args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1")

@@ -481,16 +481,27 @@ def test_what_happens_between_two_gates_is_told_before_a_checkpoint(place: str) 
         assert kind == "NonFiniteError", "a stale replica must not get into a checkpoint"
 
 
-def test_after_a_failure_between_two_gates_skipping_goes_on() -> None:
-    W, b = nn.Parameter(torch.ones(3, 2)), nn.Embedding(4, 2, sparse=True)
-    opt = CurvaDion([{"params": [W]}, {"params": [b.weight], "algorithm": "adamw"}], on_nonfinite="skip", **SELDOM)
-    seen = []
-    for step in range(6):
-        W.grad, b.weight.grad = torch.ones(3, 2), None
-        if step == 1:
-            b(torch.tensor([1])).sum().backward()
-        seen.append(outcome(opt.step)[0])
-    assert seen == ["ok", "ok", "ok", "ok", "ValueError", "ok"]
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_after_a_failure_between_two_gates_skipping_goes_on(replicas: int) -> None:
+    """One replica has nobody to wait for, and says it at once."""
+
+    def worker() -> Any:
+        replicate, _ = grid(replicas, 1)
+        W, b = nn.Parameter(torch.ones(3, 2)), nn.Embedding(4, 2, sparse=True)
+        nn.init.ones_(b.weight)
+        opt = CurvaDion(
+            [{"params": [W]}, {"params": [b.weight], "algorithm": "adamw"}], replicate_mesh=replicate, on_nonfinite="skip", **SELDOM
+        )
+        seen = []
+        for step in range(6):
+            W.grad, b.weight.grad = torch.ones(3, 2), None
+            if step == 1:
+                b(torch.tensor([1])).sum().backward()
+            seen.append(outcome(opt.step)[0])
+        return seen
+
+    at_once, told = ["ok", "ValueError", "ok", "ok", "ok", "ok"], ["ok", "ok", "ok", "ok", "ValueError", "ok"]
+    assert run_ranks(replicas, worker) == [at_once if replicas == 1 else told] * replicas
 
 
 def test_a_failure_between_two_gates_stops_every_rank_at_the_next() -> None:
@@ -573,3 +584,117 @@ def test_with_a_lag_the_others_know_one_step_later(trouble: str, on_nonfinite: s
             assert seen[:4] == ["ok", "ok", "ok", told], f"rank {rank}: {seen}"
             assert seen[4] == ("ok" if on_nonfinite == "skip" else "RuntimeError"), f"rank {rank}: {seen}"
         assert (digests[2] == digests[1]) == there, "the replica that saw it stands still, the other does not know"
+
+
+@pytest.mark.parametrize("seldom", [{"gate_every": 2}, {"gate_lag": 1}], ids=str)
+def test_a_replica_that_skipped_a_local_dion_step_takes_part_in_the_next_synchronization(seldom: dict[str, int]) -> None:
+    def worker() -> Any:
+        replicate, shard = grid(2, 2)
+        toy = Toy(shard)
+        options = {"lr": 0.01, "tau": math.inf, "max_local_steps": 1, "local_update": "dion", "on_nonfinite": "skip"}
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **options, **seldom)
+        for step in range(4):
+            toy.set_gradients(step, replicate.get_local_rank())
+            if step == 1 and dist.get_rank() == 3:
+                poison(toy.params["layers.0.weight"], math.nan)
+            opt.step()
+        opt.synchronize()
+        return digest(toy.params.values())
+
+    digests = run_ranks(4, worker, deadline=60)
+    assert digests[:2] == digests[2:], "replicas must be equal"
+
+
+def test_with_a_lag_a_skipped_step_changes_nothing_of_the_gate() -> None:
+    """tau goes on as in the other replicas, and what they say is not lost because one of them has a NaN."""
+
+    def worker() -> Any:
+        replicate, _ = grid(2, 1)
+        W = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+        opt = CurvaDion(
+            [("W", W)],
+            lr=0.01,
+            momentum=0.0,
+            error_feedback=False,
+            replicate_mesh=replicate,
+            on_nonfinite="skip",
+            tau=0.5,
+            target_sync_rate=0.3,
+            gate_lag=1,
+            check_every=1,
+        )
+        seen = []
+        for step in range(6):
+            W.grad = torch.full_like(W, 100.0 if step == 3 and dist.get_rank() == 0 else 1.0)
+            if step == 3 and dist.get_rank() == 1:
+                W.grad[0, 0] = math.nan
+            opt.step()
+            seen.append((bool(opt.metrics()["curvadion/synchronized"]), opt.param_groups[0]["tau"]))
+        return seen
+
+    left, right = run_ranks(2, worker)
+    assert left == right and [synchronized for synchronized, _ in left] == [True, False, False, False, True, False]
+
+
+def test_all_that_is_under_way_goes_on_where_a_replica_has_failed() -> None:
+    def worker() -> Any:
+        replicate, _ = grid(2, 1)
+        toy = Toy()
+        options = {**SELDOM, "max_local_steps": 1, "gate_every": 2, "check_every": 0}
+        outer = {"local_update": "muon", "consensus": "outer", "outer_bits": 4, "outer_delay": 5, "outer_fragments": 3}
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **options, **outer)
+        for step in range(7):
+            toy.set_gradients(step, replicate.get_local_rank())
+            if step == 5 and dist.get_rank() == 1:  # one arrives now, another has its second leg
+                for p in toy.params.values():
+                    p.data = p.data[:2].clone()
+            kind, _ = outcome(opt.step)
+        return step, kind
+
+    assert run_ranks(2, worker, deadline=60) == [(6, "RuntimeError")] * 2
+
+
+@pytest.mark.parametrize("seldom", [{"gate_every": 4}, {"gate_lag": 1}], ids=str)
+def test_one_replica_does_not_wait_to_say_what_is_wrong(seldom: dict[str, int]) -> None:
+    W = nn.Parameter(torch.ones(4, 3))
+    opt = CurvaDion([W], tau=0.5, **seldom)
+    for norm in (1.0, 100.0):
+        W.grad = torch.full_like(W, norm)
+        opt.step()
+    if "gate_lag" in seldom:
+        with pytest.raises(RuntimeError, match="synchronize"):
+            opt.state_dict()  # what the gate has said of the next step would be missing
+        opt.synchronize()
+    opt.state_dict()
+    W.grad = torch.full_like(W, math.nan)
+    with pytest.raises(NonFiniteError):
+        opt.step()
+
+
+@pytest.mark.parametrize("interrupted", ["skip", "synchronize", "load"])
+def test_an_answer_outlives_a_skipped_step_and_nothing_else(interrupted: str) -> None:
+    def worker() -> Any:
+        replicate, _ = grid(2, 1)
+        W = nn.Parameter(torch.ones(4, 3))
+        opt = CurvaDion([("W", W)], replicate_mesh=replicate, momentum=0.0, error_feedback=False, on_nonfinite="skip", tau=0.5, gate_lag=1)
+        seen = []
+        opt.synchronize()
+        saved = copy.deepcopy(opt.state_dict())
+        for step, norm in enumerate((1.0, 100.0, 100.0)):
+            if step == 2 and interrupted == "synchronize":
+                opt.synchronize()
+            elif step == 2 and interrupted == "load":
+                opt.discard_divergence()
+                opt.load_state_dict(saved)
+            elif step == 2:
+                W.grad = torch.full_like(W, math.nan)
+                opt.step()
+            W.grad = torch.full_like(W, norm)
+            opt.step()
+            seen.append(bool(opt.metrics()["curvadion/synchronized"]))
+        return seen
+
+    first = interrupted == "load"  # the first step after the beginning is always synchronized
+    expected = {"skip": [True, False, True], "synchronize": [True, False, False], "load": [True, False, first]}
+    for seen in run_ranks(2, worker):
+        assert seen == expected[interrupted]

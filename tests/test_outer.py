@@ -15,10 +15,11 @@ from test_communication import Wire, run_recorded
 from test_mesh_parity import ALGORITHMS, BASE, RTOL, SCALES, Case, compare, first_right_factors, gradients, initial_values, make_optimizer
 from test_mesh_parity import Moment as Expected
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from curvadion import CurvaDion
-from curvadion.collectives import WIRE
+from curvadion.collectives import WIRE, UnderWay
 from curvadion.muon import newton_schulz
 from curvadion.payload import BLOCK, Codec, padded
 
@@ -346,20 +347,84 @@ def test_synchronize_averages_moments_also_right_after_an_outer_step() -> None:
     assert torch.equal(left, right), "a checkpoint would be a patchwork"
 
 
-def run_with_an_empty_rank() -> None:
+def run_with_an_empty_rank(bits: int, delay: int) -> None:
     mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     W = torch.nn.Parameter(distribute_tensor(torch.ones(1, 64), mesh["shard"], [Shard(0)]))
     b = torch.nn.Parameter(distribute_tensor(torch.ones(1), mesh["shard"], [Replicate()]))
-    optimizer = CurvaDion([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], replicate_mesh=mesh["replicate"], **OUTER, outer_bits=1)
-    for _ in range(3):
+    options = {**OUTER, "outer_bits": bits, "outer_delay": delay}
+    optimizer = CurvaDion([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], replicate_mesh=mesh["replicate"], **options)
+    for _ in range(5):
         for p in (W, b):
             p.grad = torch.ones_like(p) * (1 + mesh.get_local_rank("replicate"))
         optimizer.step()
     optimizer.synchronize()
 
 
-def test_a_rank_that_holds_nothing_takes_part_all_the_same() -> None:
-    run_ranks(4, run_with_an_empty_rank, deadline=40)
+@pytest.mark.parametrize(("bits", "delay"), [(1, 0), (1, 2), (32, 2)])
+def test_a_rank_that_holds_nothing_takes_part_all_the_same(bits: int, delay: int) -> None:
+    run_ranks(4, run_with_an_empty_rank, bits, delay, deadline=40)
+
+
+def run_legs(bits: int) -> list[int]:
+    """In which step a leg is started, or waited for because it is the last."""
+    placed = LAYOUTS[0].build(initial_values(), 2)
+    optimizer = make_optimizer(placed, Case("legs", {**OUTER, "max_local_steps": 9, "outer_bits": bits, "outer_delay": 4}))
+    started: list[int] = []
+    start_next_leg = UnderWay.start_next_leg
+
+    def watched(self: UnderWay) -> None:
+        started.append(step)
+        start_next_leg(self)
+
+    UnderWay.start_next_leg = watched  # type: ignore[method-assign]
+    for step in range(5):
+        placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
+        optimizer.step()
+    return started
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(1, [0, 2, 4]), (32, [0, 4])])
+def test_nobody_waits_for_a_leg_before_its_time(bits: int, steps: list[int]) -> None:
+    assert run_ranks(2, run_legs, bits) == [steps, steps]
+
+
+def run_looked_at() -> None:
+    """Between departure and arrival replicas differ right after a synchronized step, which everybody has to know."""
+    placed = LAYOUTS[0].build(initial_values(), 2)
+    optimizer = make_optimizer(placed, Case("looked at", {**OUTER, "max_local_steps": 0, "outer_delay": 2, "check_every": 1}))
+    for G in gradients(2)[:3]:
+        placed.set_gradients(placed.parts_of(G[placed.replica]))
+        optimizer.step()
+        own = torch.cat([p.detach().flatten() for p in placed.bag.parameters()])
+        mean = own.clone()
+        torch.distributed.all_reduce(mean)
+        with optimizer.consensus():
+            seen = torch.cat([p.detach().flatten() for p in placed.bag.parameters()])
+        torch.testing.assert_close(seen, mean / 2)
+        assert not torch.allclose(own, mean / 2)
+
+
+def test_what_is_under_way_is_no_surprise_to_consensus_and_checks() -> None:
+    run_ranks(2, run_looked_at)
+
+
+def run_alone_with_fsdp() -> tuple[float, float]:
+    mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    model = fully_shard(torch.nn.Linear(8, 4, bias=False), mesh=mesh)
+    optimizer = CurvaDion(list(model.named_parameters()), **{**OUTER, "outer_delay": 3}, outer_lr=0.5)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model(torch.ones(2, 8))  # leaves the parameters gathered
+        optimizer.synchronize()
+        after = float(model(torch.ones(2, 8)).sum())
+        model.reshard()
+        return after, 2 * float(model.weight.full_tensor().sum())
+
+
+def test_what_arrives_on_one_replica_is_what_its_model_computes_with() -> None:
+    for computed, expected in run_ranks(2, run_alone_with_fsdp):
+        assert computed == pytest.approx(expected)
 
 
 def run_restarted(count: int) -> None:
