@@ -253,8 +253,10 @@ def test_what_changes_alone_is_compared_over_common_seeds() -> None:
     records += [run("another gate", 0, 1.1, ours | {"gate": "rmmc"}), run("never", 0, 1.1, ours | {"bits": math.inf})]
     for other in ({"replicas": 8}, {"replicas": 8, "batch": 16}, {"replicas": 2, "parts": True}):
         records += [study_run("best", 1, 1.0, baseline=True, **other), run("ours", 1, 2.0, ours, **other)]
-    found = {name: [(x, gap.values) for x, gap in points] for name, points in sensitivity(aggregate(records)).items()}
-    assert found == {"lr": [(0.1, (0.25,)), (0.2, (0.5,))], "replicas: ours": [(4, (0.75,)), (8, (1.0,))]}
+    setting, found = sensitivity(aggregate(records))
+    assert setting == "ours"
+    gaps = {name: [(x, gap.values) for x, gap in points] for name, points in found.items()}
+    assert gaps == {"lr": [(0.1, (0.25,)), (0.2, (0.5,))], "replicas": [(4, (0.75,)), (8, (1.0,))]}
 
 
 def test_runs_on_parts_of_the_text_are_not_mixed_with_others() -> None:

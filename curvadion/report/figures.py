@@ -320,7 +320,7 @@ def study_gaps(cell: Cell) -> Figure | None:
 
 def study_sensitivity(cells: Sequence[Cell]) -> Figure | None:
     """Draw the gap to the best baseline against everything that was changed alone, a panel each."""
-    found = sensitivity(cells)
+    setting, found = sensitivity(cells)
     if not found:
         return None
     columns = 3
@@ -343,6 +343,7 @@ def study_sensitivity(cells: Sequence[Cell]) -> Figure | None:
         place.set_visible(False)
     for row in axes:
         row[0].set_ylabel("gap")
+    figure.suptitle(f"Gap to the best baseline, one change to: {setting}", x=0.01, ha="left", fontsize=10)
     return figure
 
 

@@ -175,18 +175,19 @@ OPTIONS = {
     "delay": "steps under way",
     "tau": "tau",
 }
-CONDITIONS = {"replicas": "replicas", "batch": "sequences per replica and step", "steps": "steps", "parameters": "parameters"}
+CONDITIONS = {"replicas": "replicas", "batch": "sequences per replica and step", "steps": "steps of training", "parameters": "parameters"}
 
 
-def sensitivity(cells: Sequence[Cell]) -> dict[str, list[tuple[float, Spread]]]:
-    """Return the gap to the best baseline when one thing alone changes, by what it is, over the seeds that all of its values have.
+def sensitivity(cells: Sequence[Cell]) -> tuple[str, dict[str, list[tuple[float, Spread]]]]:
+    """Return a setting's name, and its gap to the best baseline when one thing alone changes, by what it is: pairs of its value and the
+    gap, over the seeds that all of its values have.
 
-    It is the gap of the setting that most cells have, of those the one with the smallest gap.
+    The setting is the one that most cells have, of those the one with the smallest gap.
     """
     main = max(cells, key=lambda cell: len(cell.settings))
     candidates = [s for s in main.settings if s.runs and not s.baseline and main.best and s.gap(main.best)]
     if not candidates or main.best is None:
-        return {}
+        return "", {}
     best, names = main.best, [s.name for cell in cells for s in cell.settings if s.runs]
     middle = min(candidates, key=lambda s: (-names.count(s.name), gap.mean if (gap := s.gap(best)) else math.inf))
     options = middle.runs[0].get("options", {})
@@ -202,7 +203,7 @@ def sensitivity(cells: Sequence[Cell]) -> dict[str, list[tuple[float, Spread]]]:
         same = [k for k in (*CONDITIONS, "text", "parts", "backend") if k != key]
         alike = [cell for cell in cells if all(getattr(cell, k) == getattr(main, k) for k in same)]
         found = [(getattr(cell, key), s, cell.best) for cell in alike for s in cell.settings if s.name == middle.name and s.runs]
-        varied[f"{name}: {middle.name}"] = [(x, s, reference) for x, s, reference in found if reference is not None]
+        varied[name] = [(x, s, reference) for x, s, reference in found if reference is not None]
 
     result = {}
     for name, points in varied.items():
@@ -211,7 +212,7 @@ def sensitivity(cells: Sequence[Cell]) -> dict[str, list[tuple[float, Spread]]]:
         if seeds and len(finite) > 1:
             gaps = [(x, Spread(tuple(mine[seed] - theirs[seed] for seed in seeds))) for x, mine, theirs in finite]
             result[name] = sorted(gaps, key=lambda point: point[0])
-    return result
+    return middle.name, result
 
 
 def study_table(cells: Sequence[Cell]) -> Table:
