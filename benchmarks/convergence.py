@@ -69,6 +69,8 @@ TABLES: dict[str, list[Setting]] = {
     ],
     "gates": [
         *(variant(f"1 bit, {gate} gate", gate=gate) for gate in ("rmmc", "directional", "drift")),
+        variant("1 bit, rmmc gate, tau ~ lr²", gate="rmmc", threshold_power=2),
+        variant("1 bit, drift gate, threshold ~ lr", gate="drift", threshold_power=1),
         variant("1 bit, qsr gate", gate="qsr", interval=3.4),  # these two give about as many synchronizations as every 8th step
         variant("1 bit, late gate", gate="late", interval=16),
     ],
@@ -325,7 +327,7 @@ def with_controls(settings: Iterable[Setting]) -> list[Setting]:
     wanted: dict[str, Setting] = {}
     for setting in [*CONTROLS, *settings]:
         steered = setting.gate in ("rmmc", "directional", "drift") and setting.tau is None
-        fixed = [replace(setting, gate="interval", name=f"{setting.name}: fixed interval")] if steered else []
+        fixed = [replace(setting, gate="interval", threshold_power=0, name=f"{setting.name}: fixed interval")] if steered else []
         for s in [setting, *fixed]:
             wanted.setdefault(json.dumps({k: v for k, v in asdict(s).items() if k != "name"}), s)
     return list(wanted.values())

@@ -35,6 +35,7 @@ class Setting:
         gate: what opens it: "interval"; "rmmc", "directional" (||m_t - m_{t-1}|| / ||m_{t-1}||, the largest of all matrices), "drift"
             (||X_i - X_0||, the largest of all replicas), each with a threshold steered so that 1 / interval of the steps synchronize;
             "qsr" (interval proportional to 1 / lr^2), "late" (interval proportional to lr).
+        threshold_power: of the learning rate, to which the threshold is proportional.
         bits, mean_bits: of the pseudo-gradient, and of its mean on the way back (None: the same); negative: so many of 4096 values,
             at 14 bits each.
         tau, warmup: a fixed threshold in place of a steered one, and the first steps, all synchronized.
@@ -58,6 +59,7 @@ class Setting:
     consensus: str = "outer"
     interval: float = 8
     gate: str = "interval"
+    threshold_power: int = 0
     tau: float | None = None
     warmup: int = 1
     bits: int = 32
@@ -287,7 +289,7 @@ class Replicas:
             self._log_tau = math.log(self.signal)
         if self._log_tau is None:
             return False
-        opens = self.signal > math.exp(self._log_tau)
+        opens = self.signal > math.exp(self._log_tau) * factor**s.threshold_power
         self._log_tau += 0.3 * (opens - 1 / every)  # the rate of openings is 1 / every in the long run
         return opens
 
