@@ -375,19 +375,15 @@ class Collectives:
         if self.replicas == 1:
             return Answer(sent)
         if not key.is_cuda:
-            return Answer(sent, self._start_max(sent).wait)
+            return Answer(sent, self._all_reduce(sent, self._group, ReduceOp.MAX, ("replicate", "gate"), async_op=True).wait)
         self._aside = self._aside or torch.cuda.Stream(key.device)  # so that the host can wait for it and not for what the device does
         self._aside.wait_stream(torch.cuda.current_stream(key.device))
         with torch.cuda.stream(self._aside):
-            self._start_max(sent).wait()
+            self._all_reduce(sent, self._group, ReduceOp.MAX, ("replicate", "gate"), async_op=True).wait()
             host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
             host.copy_(sent, non_blocking=True)
             sent.record_stream(self._aside)
             return Answer(host, self._aside.record_event().synchronize)
-
-    def _start_max(self, key: Tensor) -> Any:
-        self.ledger.record("all_reduce", self.replicas, "replicate", "gate", key)
-        return dist.all_reduce(key, op=ReduceOp.MAX, group=self._group, async_op=True)
 
     def agree(self, step: int, config: int, weights: int) -> list[str]:
         """Return which of step, config and weights differ somewhere: the same answer on every rank.
@@ -414,8 +410,7 @@ class Collectives:
             yield
             return piece
         sent = piece.to(payload_dtype or piece.dtype, copy=copy)
-        self.ledger.record("all_reduce", self.replicas, "replicate", purpose, sent)
-        work = dist.all_reduce(sent, group=self._group, async_op=True)
+        work = self._all_reduce(sent, self._group, ReduceOp.SUM, ("replicate", purpose), async_op=True)
         yield
         work.wait()
         return sent.to(piece.dtype).div_(self.replicas)
@@ -496,9 +491,10 @@ class Collectives:
             piece = whole[: part.numel]
         return piece
 
-    def _all_reduce(self, tensor: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType, key: Key) -> None:
+    def _all_reduce(self, tensor: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType, key: Key, *, async_op: bool = False) -> Any:
+        """Count and start it; return what waits for it if it is asynchronous."""
         self.ledger.record("all_reduce", dist.get_world_size(group), *key, tensor)
-        dist.all_reduce(tensor, op=op, group=group)
+        return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
 
 
 def _to_the_end(legs: Legs) -> Tensor:

@@ -309,7 +309,7 @@ class CurvaDion(torch.optim.Optimizer):
                 self._muon_step(self._with_rule("muon"), X)
                 self._scalar_step(X, G)
                 self._postpone_decay([*self._with_rule("gradient"), *self._with_rule("muon")])
-        if self._outer is not None:
+        if self._outer is not None and (decision.synchronize or self._outer.in_flight):
             with record_function("curvadion::outer_step"):
                 self._outer.advance_(X, self._outer_momenta())
                 if decision.synchronize:

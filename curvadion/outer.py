@@ -50,6 +50,11 @@ class Outer:
         """Whether there is an X_0 that the parameters have left."""
         return not self._stale
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether pseudo-gradients are under way: the same on all ranks."""
+        return bool(self._flights)
+
     def allocate(self, X: Sequence[Tensor]) -> None:
         """Make room for X_0, unless there is some for just these."""
         if [x.shape for x in X] == [x0.shape for x0 in self._reference]:
@@ -107,7 +112,7 @@ class Outer:
         mean = collectives.start_mean_over_replicas(own, axes, "pseudo_gradients", self._codec, self._residuals[turn])
         self._flights.append(_Flight(turn, members, own, mean))
         if not self.delay:
-            self._arrive_(self._flights[-1], X, U)
+            self._arrive_(self._flights[-1], X, U, X0)
 
     def advance_(self, X: Sequence[Tensor], U: Sequence[Tensor]) -> None:
         """Let a step pass for what is under way; every rank of every replica calls it in every step, also where it takes none."""
@@ -121,7 +126,8 @@ class Outer:
         for flight in arriving:
             self._arrive_(flight, X, U)
 
-    def _arrive_(self, flight: _Flight, X: Sequence[Tensor], U: Sequence[Tensor]) -> None:
+    def _arrive_(self, flight: _Flight, X: Sequence[Tensor], U: Sequence[Tensor], X0: list[Tensor] | None = None) -> None:
+        """End a flight; X_0 of its parameters is fetched unless it is given."""
         self._flights.remove(flight)
         members, own, D = flight.members, flight.own, flight.mean.arrived()
         if not members:
@@ -133,7 +139,8 @@ class Outer:
             torch._foreach_mul_(outer_momenta, self.momentum)
             torch._foreach_add_(outer_momenta, D)
             D = list(torch._foreach_add(D, outer_momenta, alpha=self.momentum))
-        X0 = [x0.to(d.dtype).sub(d, alpha=self.lr) for x0, d in zip(self._references(members, X), D, strict=True)]
+        X0 = self._references(members, X) if X0 is None else X0
+        X0 = [x0.to(d.dtype).sub(d, alpha=self.lr) for x0, d in zip(X0, D, strict=True)]
         if self.delay:
             copy_into([X[i] for i in members], [X[i] + o.sub(d, alpha=self.lr) for i, o, d in zip(members, own, D, strict=True)])
         else:
