@@ -259,6 +259,18 @@ def test_what_changes_alone_is_compared_over_common_seeds() -> None:
     assert gaps == {"lr": [(0.1, (0.25,)), (0.2, (0.5,))], "replicas": [(4, (0.75,)), (8, (1.0,))]}
 
 
+def test_cells_are_compared_with_a_baseline_that_all_of_them_have() -> None:
+    records = [study_run("ours", 0, 1.5, options={"lr": 0.1}), study_run("ours", 0, 1.75, replicas=8)]
+    records += [study_run("old", 0, 1.25, baseline=True, replicas=replicas) for replicas in (4, 8)]
+    records += [study_run("better", 0, 1.0, baseline=True)]
+    records += [study_run("worse", 0, 2.0, baseline=True, replicas=8)]
+    main, other = aggregate(records)
+    assert main.best is not None and main.best.name == "better"
+    assert other.best is not None and other.best.name == "old"
+    _, found = sensitivity([main, other])
+    assert [(x, gap.values) for x, gap in found["replicas"]] == [(4, (0.25,)), (8, (0.5,))]
+
+
 def test_runs_on_parts_of_the_text_are_not_mixed_with_others() -> None:
     cells = aggregate([study_run("a", 0, 1.5), study_run("a", 0, 2.5, parts=True), study_run("a", 0, 3.5, backend="processes")])
     assert [cell.runs[0]["loss"] for cell in cells] == [1.5, 2.5, 3.5]

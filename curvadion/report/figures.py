@@ -319,7 +319,7 @@ def study_gaps(cell: Cell) -> Figure | None:
 
 
 def study_sensitivity(cells: Sequence[Cell]) -> Figure | None:
-    """Draw the gap to the best baseline against everything that was changed alone, a panel each."""
+    """Draw the gap to a baseline that all values have against what was changed alone, a panel each."""
     setting, found = sensitivity(cells)
     if not found:
         return None
@@ -343,7 +343,8 @@ def study_sensitivity(cells: Sequence[Cell]) -> Figure | None:
         place.set_visible(False)
     for row in axes:
         row[0].set_ylabel("gap")
-    figure.suptitle(f"Gap to the best baseline, one change to: {setting}", x=0.01, ha="left", fontsize=10)
+    title = f"Gap to the best baseline that all values of a panel have, one change to: {setting}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 
 

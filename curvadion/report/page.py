@@ -36,7 +36,10 @@ STUDY_FIGURES = {
     figures.study_curves: "Mean over seeds; bands: extremes. Dashed: baselines. Losses above those after a tenth of the run are cut off.",
     figures.study_drift: "Relative distance of the replicas, just before each synchronization; a line for each seed.",
 }
-SENSITIVITY = f"Gap to the best baseline when one thing alone is changed; each panel over seeds that all its values have. {BARS}"
+SENSITIVITY = (
+    "Gap to the best baseline when one thing alone is changed; each panel with the best baseline, "
+    f"and over the seeds, that all its values have. {BARS}"
+)
 LINK_FIGURE = "Seconds per step, and how many times faster than setting dense on the same link. Where a value is missing there is a gap."
 
 PAGE = """<!DOCTYPE html>

@@ -101,8 +101,13 @@ class Cell:
     @property
     def best(self) -> Setting | None:
         """Return the baseline with the lowest mean loss, among those with the most seeds."""
+        return next(iter(self.baselines.values()), None)
+
+    @property
+    def baselines(self) -> dict[str, Setting]:
+        """Return the baselines by name, the best first: most seeds, then lowest mean loss."""
         baselines = [setting for setting in self.settings if setting.baseline]
-        return min(baselines, key=lambda s: (-len(s.runs), s.loss.mean), default=None)
+        return {s.name: s for s in sorted(baselines, key=lambda s: (-len(s.runs), s.loss.mean))}
 
     @property
     def runs(self) -> list[Record]:
@@ -183,6 +188,8 @@ def sensitivity(cells: Sequence[Cell]) -> tuple[str, dict[str, list[tuple[float,
     gap, over the seeds that all of its values have.
 
     The setting is the one that most cells have, of those the one with the smallest gap.
+    Where cells are compared, the baseline is one that all of them have: a cell in which a better one was
+    tried as well would stand out for that alone.
     """
     main = max(cells, key=lambda cell: len(cell.settings))
     candidates = [s for s in main.settings if s.runs and not s.baseline and main.best and s.gap(main.best)]
@@ -202,8 +209,14 @@ def sensitivity(cells: Sequence[Cell]) -> tuple[str, dict[str, list[tuple[float,
     for key, name in CONDITIONS.items():
         same = [k for k in (*CONDITIONS, "text", "parts", "backend") if k != key]
         alike = [cell for cell in cells if all(getattr(cell, k) == getattr(main, k) for k in same)]
-        found = [(getattr(cell, key), s, cell.best) for cell in alike for s in cell.settings if s.name == middle.name and s.runs]
-        varied[name] = [(x, s, reference) for x, s, reference in found if reference is not None]
+        found = [
+            (getattr(cell, key), s, cell.baselines)
+            for cell in alike
+            for s in cell.settings
+            if s.name == middle.name and s.runs and cell.baselines
+        ]
+        shared = [name for name in main.baselines if all(name in baselines for _, _, baselines in found)]
+        varied[name] = [(x, s, baselines[shared[0]]) for x, s, baselines in found] if shared else []
 
     result = {}
     for name, points in varied.items():

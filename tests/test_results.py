@@ -1,0 +1,130 @@
+"""What README.md and docs/results.md say of the study, against its runs: their tables, and the headline."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from curvadion.report.studies import Cell, Setting, Spread, read_studies
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/results.md")
+HEAD = "| setting | seeds | loss | gap | bytes | synchronized steps |"
+OURS = "1 bit every 8 steps"
+Row = list[str]
+
+
+@cache
+def cells() -> list[Cell]:
+    """Return the cells of the conditions that the tables are for; they differ in their steps alone."""
+    found = read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
+    conditions = (4, 16, 64, 133_440, False, "simulation")
+    found = [c for c in found if (c.replicas, c.batch, c.seq, c.parameters, c.parts, c.backend) == conditions]
+    assert len({cell.steps for cell in found}) == len(found) > 1
+    return found
+
+
+def tables(text: str) -> list[list[Row]]:
+    """Return the rows of every table that has the head."""
+    found = []
+    for part in text.split(f"\n{HEAD}\n")[1:]:
+        rule, *lines = part.splitlines()
+        assert re.fullmatch(r"\|(-+\|){6}", rule)
+        end = next((at for at, line in enumerate(lines) if not line.startswith("|")), len(lines))
+        found.append([[word.strip() for word in line.strip("|").split("|")] for line in lines[:end]])
+    assert len(found) == text.count(HEAD), "each table stands by itself"
+    return found
+
+
+def setting_of(cell: Cell, name: str) -> Setting | None:
+    return next((setting for setting in cell.settings if setting.name == name and setting.runs), None)
+
+
+def synchronized(cell: Cell, name: str) -> str:
+    """Return the synchronized steps of a setting as they are printed, "" where the cell has no run of it."""
+    setting = setting_of(cell, name)
+    return f"{statistics.fmean(run['synchronized'] for run in setting.runs):.0f}" if setting else ""
+
+
+def cell_of(rows: list[Row]) -> Cell:
+    """Return the one cell in which every setting of the table has synchronized as often as the table says."""
+    fitting = [cell for cell in cells() if all(synchronized(cell, row[0]) == row[-1] for row in rows)]
+    assert len(fitting) == 1, f"the table of {rows[0][0]}, ... fits {[cell.name for cell in fitting]}"
+    return fitting[0]
+
+
+def printed(spread: Spread, form: str) -> str:
+    """Return a mean as the tables have it, from three seeds on with its standard deviation."""
+    words = format(spread.mean, form)
+    return words if spread.deviation is None else f"{words} ± {spread.deviation:.3f}"
+
+
+def expected(cell: Cell, name: str) -> Row:
+    """Return a row from the runs; the gap of the best baseline is left empty."""
+    setting, best = setting_of(cell, name), cell.best
+    assert setting is not None and best is not None and setting.share is not None
+    gap = setting.gap(best)
+    assert gap is not None, "no seed is common with the baseline"
+    words = "" if setting is best else printed(gap, "+.3f")
+    share = f"{100 * setting.share.mean:.2f} %"
+    seeds, loss = f"{len(setting.runs)}", printed(setting.loss, ".3f")
+    return [name, seeds, loss, words, share, synchronized(cell, name)]
+
+
+def check(text: str) -> int:
+    """Check all tables of a page, and return how many there are."""
+    found = tables(text)
+    for rows in found:
+        cell = cell_of(rows)
+        assert rows == [expected(cell, row[0]) for row in rows]
+    return len(found)
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/results.md", 7)])
+def test_tables_say_what_was_measured(page: str, count: int) -> None:
+    assert check((ROOT / page).read_text()) == count, "what has another head is not checked: count it here"
+
+
+def test_tables_of_the_headline_name_the_baseline() -> None:
+    for page in PAGES:
+        rows = tables((ROOT / page).read_text())[0]
+        best = cell_of(rows).best
+        assert best is not None and [row[0] for row in rows if not row[3]] == [best.name]
+
+
+def test_a_figure_that_is_off_by_its_last_digit_is_found() -> None:
+    text = (ROOT / "README.md").read_text()
+    _, seeds, loss, gap, share, steps = next(row for row in tables(text)[0] if row[0] == OURS)
+    for old in (f"| {seeds} |", loss[:5], gap[:6], share, f"| {steps} |"):
+        at = text.index(old, text.index(f"| {OURS} |"))
+        digit = max(k for k in range(len(old)) if old[k].isdigit())
+        new = f"{old[:digit]}{(int(old[digit]) + 1) % 10}{old[digit + 1 :]}"
+        with pytest.raises(AssertionError):
+            check(text[:at] + new + text[at + len(old) :])
+
+
+COST = r"saves (\S+) % of the bytes and costs (\S+) nats in a short run, (\S+) in one three times as\s"
+FIRST = (
+    r"\| \*\*Muon steps on each replica.*?\| (\S+ ± \S+) \| \*\*\+(\S+ ± \S+)\*\* \| (\S+ ± \S+) "
+    r"\| \*\*\+(\S+ ± \S+)\*\* \|"
+)
+CLAIM = r"\*\*(\S+) nats at (\S+) %\*\*, by Muon steps, one bit, every eighth step; (\S+) after three times"
+BULLET = r"\*\*Three times as many steps take the gap from (\S+) to (\S+)\*\*"
+
+
+def test_sentences_say_what_the_tables_do() -> None:
+    of = {cell.steps: cell for cell in cells()}
+    short, long = expected(of[600], OURS), expected(of[1800], OURS)
+    gaps = [row[3].lstrip("+") for row in (short, long)]
+    first, second = (gap.split()[0] for gap in gaps)
+    share = short[4].split()[0]
+    readme, results = ((ROOT / page).read_text() for page in PAGES)
+    assert re.findall(COST, readme) == [(f"{100 - float(share):.1f}", first, second)]
+    assert re.findall(FIRST, results) == [(short[2], gaps[0], long[2], gaps[1])]
+    assert re.findall(CLAIM, results) == [(first, share, second)]
+    assert re.findall(BULLET, results) == [(first, second)]
+    assert f"gap +{gaps[1]} at {long[4]}" in readme
