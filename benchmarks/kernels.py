@@ -400,7 +400,7 @@ def main() -> None:
     device = start(arguments)
     on_gpu = device.type == "cuda"
     operations = names(",".join(p.strip().rstrip("_") for p in (arguments.only or "").split(",")), OPERATIONS, OPERATIONS, "--only")
-    defaults = ("160m", "1.3b", "tiny") if on_gpu else ("small", "tiny")
+    defaults = ("160m", "1b3", "tiny") if on_gpu else ("small", "tiny")
     arguments.chosen_models = names(arguments.models, defaults, (*MODELS, "tiny"), "--models")
     if arguments.interpret and not set(arguments.chosen_models) <= {"small", "tiny"}:
         raise SystemExit(f"--interpret is for --models small,tiny; got {arguments.models}")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from curvadion import dion, param_groups_for, scalar
-from curvadion.muon import newton_schulz
-from curvadion.payload import BLOCK, Codec
+from curvadion import param_groups_for
+from curvadion.algebra import power_iteration as dion
+from curvadion.algebra import scalar
+from curvadion.algebra.newton_schulz import newton_schulz
+from curvadion.consensus.codec import CODECS, Grid
 
 CHUNK = 4096  # of top-k
 
@@ -82,7 +84,7 @@ class Setting:
 def _bits(bits: int) -> float:
     if bits < 0:
         return (-bits * 14 + 16) / CHUNK
-    return bits if bits >= 16 else bits + 16 / BLOCK
+    return bits if bits >= 16 else bits + 16 / Grid.block
 
 
 def _round(x: Tensor, bits: int) -> Tensor:
@@ -90,7 +92,7 @@ def _round(x: Tensor, bits: int) -> Tensor:
     if bits == 32:
         return x
     if bits > 0:
-        codec = Codec(bits)
+        codec = CODECS[bits]
         return codec.decode(codec.encode(x.reshape(-1)), x.dtype).view_as(x)
     chunks = x.view(-1, CHUNK)
     indices = chunks.abs().topk(-bits, -1).indices
@@ -140,7 +142,7 @@ class Replicas:
         self.moments = [{key: [torch.zeros_like(self.X[n]) for n in part] for key in scalar.MOMENTS["adamw"]} for part in self.scalars]
         self.numel = sum(x[0].numel() for x in self.X.values())
 
-        self._multiple = count * math.lcm(BLOCK, CHUNK if setting.bits < 0 else BLOCK) * setting.fragments
+        self._multiple = count * math.lcm(Grid.block, CHUNK if setting.bits < 0 else Grid.block) * setting.fragments
         self._reference = self._flat(self.X)[0].clone()
         self._residual, self._mean_residual = torch.zeros_like(self._flat(self.X)), torch.zeros_like(self._reference)
         self._outer_momentum = torch.zeros_like(self._reference)

@@ -45,9 +45,8 @@ import netlab
 import torch
 from timing import ROOT, describe_run, names, spread
 
-sys.path.insert(0, str(ROOT))  # the packages of this checkout, also where they are not installed
-sys.path.insert(0, str(ROOT / "kernels"))
 from curvadion import LOW_COMMUNICATION
+from curvadion.projection import formulas
 
 # What is measured. "overrides" goes to param_groups_for, the rest to CurvaDion. The gate must follow the schedule alone (tau=inf), so that
 # local and synchronized steps can be timed apart.
@@ -90,7 +89,9 @@ def interval_of(name: str) -> int:
     options = SETTINGS[name]
     local = options.get("max_local_steps")
     if local is None or (local > 0 and options.get("tau") != math.inf):
-        raise SystemExit(f"a setting must synchronize by the schedule alone; got {options} for {name!r}; set tau=inf and max_local_steps")
+        raise SystemExit(
+            f"a setting must synchronize by the schedule alone; got {options} for {name!r}; set tau=inf and max_local_steps"
+        )
     return local + 1
 
 
@@ -113,6 +114,9 @@ def at_interval(local: float | None, synchronized: float, interval: int) -> floa
 
 # ---- cost model
 
+# Bytes at a rate and trips one after the other are `curvadion.projection`'s. The number of trips is not, on purpose: there it
+# is that of an ideal ring and of recursive doubling, here that of gloo, which these links are measured with.
+
 
 def delays(collective: str, ranks: int, nbytes: int) -> int:
     """Return how many one-way delays a collective of gloo's takes (see the module's text)."""
@@ -130,9 +134,9 @@ def delays(collective: str, ranks: int, nbytes: int) -> int:
 
 def link_seconds(messages: Sequence[Message], ranks: int, mbit: float | None, delay_ms: float) -> float:
     """Return what a link adds to a step that sends these messages one after the other."""
-    bits = 8 * sum(message.wire for message in messages)
+    wire = sum(message.wire for message in messages)
     waits = sum(delays(message.collective, ranks, message.buffer) for message in messages)
-    return (bits / (mbit * 1e6) if mbit else 0.0) + waits * delay_ms / 1e3
+    return formulas.link_seconds(wire, mbit / 1e3 if mbit else math.inf, waits, delay_ms / 1e3)
 
 
 # ---- one rank
@@ -148,7 +152,12 @@ class Training:
         from curvadion import CurvaDion, param_groups_for
 
         torch.manual_seed(0)  # replicas start equal
-        self.model = GPT(dim=arguments.dim, layers=arguments.layers, heads=max(1, arguments.dim // 32), max_seq=arguments.seq)
+        self.model = GPT(
+            dim=arguments.dim,
+            layers=arguments.layers,
+            heads=max(1, arguments.dim // 32),
+            max_seq=arguments.seq,
+        )
         options = dict(SETTINGS[name])
         if options["max_local_steps"] and not overlaps(name):
             options["max_local_steps"] = LOCAL_STEPS
@@ -167,7 +176,9 @@ class Training:
         before = self._sent()
         self._record(collective, ranks, axis, purpose, sent)
         if axis == "replicate":
-            self.messages.append(Message(collective, sent.numel() * sent.element_size(), self._sent() - before))
+            self.messages.append(
+                Message(collective, sent.numel() * sent.element_size(), self._sent() - before)
+            )
 
     def _sent(self) -> float:
         return sum(nbytes for (axis, _), nbytes in self.optimizer.ledger.wire.items() if axis == "replicate")
@@ -206,7 +217,9 @@ def rank_main(arguments: argparse.Namespace) -> None:
             group = dist.new_group()
             trainings = {name: Training(name, arguments, group) for name in arguments.settings}
             for name, training in trainings.items():
-                for _ in range(interval_of(name) if overlaps(name) else 1):  # the first one is always synchronized
+                for _ in range(
+                    interval_of(name) if overlaps(name) else 1
+                ):  # the first one is always synchronized
                     training.step()
             answer: Any = next(iter(trainings.values())).parameters
         else:
@@ -231,7 +244,9 @@ class Ranks:
         for site, process in enumerate(self.processes):
             line = process.stdout.readline()
             if not line:
-                raise RuntimeError(f"the process of site {site} ended early, exit code {process.wait()}; its messages are above")
+                raise RuntimeError(
+                    f"the process of site {site} ended early, exit code {process.wait()}; its messages are above"
+                )
             answers.append(json.loads(line))
         return answers
 
@@ -248,7 +263,13 @@ class Ranks:
 def ranks_of(sites: int, arguments: argparse.Namespace, lab: netlab.Lab | None) -> Iterator[Ranks]:
     """Start the ranks, in the lab's sites or on this machine's loopback."""
     sizes = [f"--{key}={getattr(arguments, key)}" for key in ("dim", "layers", "batch", "seq")]
-    command = [sys.executable, str(Path(__file__).resolve()), "--rank", f"--settings={','.join(arguments.settings)}", *sizes]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--rank",
+        f"--settings={','.join(arguments.settings)}",
+        *sizes,
+    ]
     folders = [ROOT / "scripts", ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH", "")]
     environment = {
         "PYTHONPATH": os.pathsep.join(str(folder) for folder in folders if str(folder)),
@@ -260,12 +281,18 @@ def ranks_of(sites: int, arguments: argparse.Namespace, lab: netlab.Lab | None) 
     try:
         if lab is None:
             with socket.create_server(("127.0.0.1", 0)) as server:
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": str(sites)}
+                environment |= {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(server.getsockname()[1]),
+                    "WORLD_SIZE": str(sites),
+                }
         for site in range(sites):
             if lab is not None:
                 processes.append(lab.start(site, command, env=environment, **pipes))
             else:
-                processes.append(subprocess.Popen(command, env={**os.environ, **environment, "RANK": str(site)}, **pipes))
+                processes.append(
+                    subprocess.Popen(command, env={**os.environ, **environment, "RANK": str(site)}, **pipes)
+                )
         yield Ranks(processes)
     finally:
         for process in processes:
@@ -310,7 +337,9 @@ def mean_step(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
 Kinds = dict[str, Samples]  # "local" (of gated settings only) and "synchronized"
 
 
-def measure(ranks: Ranks, settings: Sequence[str], rounds: int, counts: Callable[[], netlab.Counts | None]) -> dict[str, Kinds]:
+def measure(
+    ranks: Ranks, settings: Sequence[str], rounds: int, counts: Callable[[], netlab.Counts | None]
+) -> dict[str, Kinds]:
     """Let the settings take turns; return their samples."""
     found: dict[str, Kinds] = {name: {} for name in settings}
     for _ in range(rounds):
@@ -321,9 +350,13 @@ def measure(ranks: Ranks, settings: Sequence[str], rounds: int, counts: Callable
                 before = counts()
                 steps = ranks.steps(name, count)
                 after = counts()
-                expected = [kind == "synchronized" and (number == 0 or not overlaps(name)) for number in range(count)]
+                expected = [
+                    kind == "synchronized" and (number == 0 or not overlaps(name)) for number in range(count)
+                ]
                 if [step["synchronized"] for step in steps[0]] != expected:
-                    raise RuntimeError(f"setting {name!r} took another branch than its schedule says; set tau=inf in it")
+                    raise RuntimeError(
+                        f"setting {name!r} took another branch than its schedule says; set tau=inf in it"
+                    )
                 crossed = after - before if after is not None and before is not None else None
                 whole = [[mean_step(of_site)] for of_site in steps] if overlaps(name) else steps
                 found[name].setdefault(kind, Samples()).add(whole, crossed, count if overlaps(name) else 1)
@@ -333,7 +366,9 @@ def measure(ranks: Ranks, settings: Sequence[str], rounds: int, counts: Callable
 # ---- results
 
 
-def result(name: str, kinds: Kinds, label: str, sites: int, link: Link, dropped: int | None) -> dict[str, Any]:
+def result(
+    name: str, kinds: Kinds, label: str, sites: int, link: Link, dropped: int | None
+) -> dict[str, Any]:
     """Return the row of one setting on one link."""
     mbit, delay_ms = link
     local, synchronized = kinds.get("local"), kinds["synchronized"]
@@ -362,7 +397,9 @@ def result(name: str, kinds: Kinds, label: str, sites: int, link: Link, dropped:
         "interval": interval,
         "seconds_local": seconds_local,
         "seconds_synchronized": seconds_synchronized,
-        "seconds_per_step": at_interval(seconds_local and seconds_local["median"], seconds_synchronized["median"], interval),
+        "seconds_per_step": at_interval(
+            seconds_local and seconds_local["median"], seconds_synchronized["median"], interval
+        ),
         "compute_seconds": compute["median"],
         "wire_bytes_per_step": mean("payload") if emulated else None,
         "packet_bytes_per_step": mean("packets") if emulated else None,
@@ -378,13 +415,32 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        raise SystemExit("the table is drawn with rich, which is missing: pip install 'curvadion[report]'") from None
-    table = Table(title=f"seconds a step, {rows[0]['label']} links; local and synchronized: median (10th to 90th percentile)")
-    for heading in ("sites", "Mbit/s", "ms", "setting", "every", "local", "synchronized", "per step", "dense /", "compute"):
+        raise SystemExit(
+            "the table is drawn with rich, which is missing: pip install 'curvadion[report]'"
+        ) from None
+    table = Table(
+        title=f"seconds a step, {rows[0]['label']} links; local and synchronized: median (10th to 90th percentile)"
+    )
+    for heading in (
+        "sites",
+        "Mbit/s",
+        "ms",
+        "setting",
+        "every",
+        "local",
+        "synchronized",
+        "per step",
+        "dense /",
+        "compute",
+    ):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for heading in ("ledger kB", "wire kB", "wire / ledger", "with headers"):
         table.add_column(heading, justify="right")
-    dense = {(row["sites"], row["mbit"], row["delay_ms"]): row["seconds_per_step"] for row in rows if row["setting"] == "dense"}
+    dense = {
+        (row["sites"], row["mbit"], row["delay_ms"]): row["seconds_per_step"]
+        for row in rows
+        if row["setting"] == "dense"
+    }
 
     def timing(value: dict[str, float] | None) -> str:
         return "" if value is None else f"{value['median']:.3f} ({value['p10']:.3f} to {value['p90']:.3f})"
@@ -419,7 +475,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=max(console.width, 190)).print(table)
     for sites, mbit, delay_ms in disturbed:
         link = f"{sites} sites, {mbit or 'unlimited'} Mbit/s, {delay_ms:g} ms"
-        print(f"{link}: compute differs by more than {STEADY - 1:.0%} between settings; other work disturbed it, so measure it again")
+        print(
+            f"{link}: compute differs by more than {STEADY - 1:.0%} between settings; other work disturbed it, so measure it again"
+        )
 
 
 def numbers(text: str, option: str) -> list[float | None]:
@@ -427,16 +485,26 @@ def numbers(text: str, option: str) -> list[float | None]:
     try:
         return [None if part.strip() == "none" else float(part) for part in text.split(",")]
     except ValueError:
-        raise SystemExit(f"{option} must be numbers with commas between them, none for unlimited; got {text!r}") from None
+        raise SystemExit(
+            f"{option} must be numbers with commas between them, none for unlimited; got {text!r}"
+        ) from None
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked arguments, with `links` by number of sites."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="store_true", help="compute with a cost model what a link adds; needs no root")
-    parser.add_argument("--full", action="store_true", help="every combination; without it 4 sites have fewer links")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", action="store_true", help="compute with a cost model what a link adds; needs no root"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every combination; without it 4 sites have fewer links"
+    )
     parser.add_argument("--sites", help=f"comma-separated; none: {','.join(map(str, SITES))}")
-    parser.add_argument("--mbit", help="comma-separated rates of a site's uplink, 10^6 bit/s; none for unlimited")
+    parser.add_argument(
+        "--mbit", help="comma-separated rates of a site's uplink, 10^6 bit/s; none for unlimited"
+    )
     parser.add_argument("--delay-ms", help="comma-separated one-way delays")
     parser.add_argument("--settings", help=f"comma-separated, of {', '.join(SETTINGS)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every setting on every link")
@@ -450,7 +518,9 @@ def parse_arguments() -> argparse.Namespace:
     netlab.add_link_arguments(parser)
     parser.set_defaults(seed=0, interpret=False)
     arguments = parser.parse_args()
-    known = tuple(name for name in SETTINGS if not (arguments.model and overlaps(name)))  # a sum of seconds knows no overlap
+    known = tuple(
+        name for name in SETTINGS if not (arguments.model and overlaps(name))
+    )  # a sum of seconds knows no overlap
     arguments.settings = names(arguments.settings, known, known, "--settings")
     for name in arguments.settings:
         interval_of(name)
@@ -465,7 +535,11 @@ def parse_arguments() -> argparse.Namespace:
             raise SystemExit(f"--sites must be of 2, 3, 4; got {arguments.sites}")
         few = count == 4 and not arguments.full
         rates = numbers(arguments.mbit, "--mbit") if arguments.mbit else list(FEW_MBIT if few else MBIT)
-        waits = numbers(arguments.delay_ms, "--delay-ms") if arguments.delay_ms else list(FEW_DELAY_MS if few else DELAY_MS)
+        waits = (
+            numbers(arguments.delay_ms, "--delay-ms")
+            if arguments.delay_ms
+            else list(FEW_DELAY_MS if few else DELAY_MS)
+        )
         if None in waits or any(wait < 0 for wait in waits if wait is not None):
             raise SystemExit(f"--delay-ms must be 0 or more; got {arguments.delay_ms}")
         if any(rate is not None and rate <= 0 for rate in rates):
@@ -477,7 +551,11 @@ def parse_arguments() -> argparse.Namespace:
 def run_sites(sites: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the rows of all links between so many sites."""
     with ExitStack() as stack:
-        lab = None if arguments.model else stack.enter_context(netlab.Lab(sites, **netlab.link_options(arguments)))
+        lab = (
+            None
+            if arguments.model
+            else stack.enter_context(netlab.Lab(sites, **netlab.link_options(arguments)))
+        )
         ranks = stack.enter_context(ranks_of(sites, arguments, lab))
         measured: dict[str, Kinds] = {}
         for mbit, delay_ms in arguments.links[sites]:
@@ -487,7 +565,12 @@ def run_sites(sites: int, arguments: argparse.Namespace) -> Iterator[dict[str, A
             if lab is not None or not measured:
                 parameters = ranks.connect()
                 before = lab.wire.counts() if lab is not None else None
-                measured = measure(ranks, arguments.settings, arguments.rounds, lab.wire.counts if lab is not None else lambda: None)
+                measured = measure(
+                    ranks,
+                    arguments.settings,
+                    arguments.rounds,
+                    lab.wire.counts if lab is not None else lambda: None,
+                )
             if lab is not None and before is not None:
                 lab.check()
                 dropped = (lab.wire.counts() - before).dropped
@@ -517,7 +600,10 @@ def main() -> None:
             for row in run_sites(sites, arguments):
                 rows.append(row | run)
                 link = f"{sites} sites, {row['mbit'] or 'unlimited'} Mbit/s, {row['delay_ms']:g} ms"
-                print(f"{row['label']}: {link}, {row['setting']}: {row['seconds_per_step']:.3f} s a step", flush=True)
+                print(
+                    f"{row['label']}: {link}, {row['setting']}: {row['seconds_per_step']:.3f} s a step",
+                    flush=True,
+                )
                 if arguments.json:
                     with arguments.json.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")

@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from timing import (
     MODELS,
-    Model,
     Results,
     Variant,
     add_common_arguments,
@@ -51,10 +50,12 @@ from timing import (
 from torch import Tensor
 from torch.testing import assert_close
 
+from curvadion.projection.formulas import Decoder
+
 FRACTIONS = ("1/4", "1", "1/2", "1/8")
 OPERATIONS = ("local", "local_branch", "synchronized", "local_dion", "peer")
 LR, SCALAR_LR, MU, DECAY = 1e-3, 1e-4, 0.95, 0.01
-SHARE = {"160m": 0.4, "1.3b": 0.6}  # of the time, where both are asked for
+SHARE = {"160m": 0.4, "1b3": 0.6}  # of the time, where both are asked for
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Weights:
     others: list[tuple[str, torch.nn.Parameter]]
 
     @staticmethod
-    def of(model: Model, device: torch.device) -> "Weights":
+    def of(model: Decoder, device: torch.device) -> "Weights":
         shapes = [(shape, count) for shape, count in model.matrices().items()]
         matrix_shapes: list[tuple[int, ...]] = [shape for shape, count in shapes for _ in range(count)]
         named = []
@@ -166,7 +167,7 @@ def optimizer_variants(
     weights: Weights, operations: list[str], kernels: list[str], fraction: str, peers: bool, device: torch.device
 ) -> list[Variant]:
     """Return the wanted kinds of steps, each with its own optimizer on the shared parameters."""
-    from curvadion import dion
+    from curvadion.algebra import power_iteration as dion
 
     # The first Q of a matrix is drawn on the CPU, which takes longer than many steps; the optimizers compared here share the draws.
     original = dion.initial_right_factor
@@ -382,7 +383,7 @@ def main() -> None:
     arguments = parser.parse_args()
     begin = time.perf_counter()
     device = start(arguments)
-    default = ("160m", "1.3b") if device.type == "cuda" else ("small",)
+    default = ("160m", "1b3") if device.type == "cuda" else ("small",)
     models = names(arguments.models, default, tuple(MODELS), "--models")
     if arguments.interpret and models != ["small"]:
         raise SystemExit(f"--interpret is for --models small; got {arguments.models}")

@@ -32,6 +32,12 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "kernels"),
+]  # the packages of this checkout, also where they are not installed
+from curvadion.projection.formulas import SIZES, Decoder
+
 CPU_CACHE = 64 << 20
 CYCLES_PER_US = 2000  # of torch.cuda._sleep; a clock that is slower waits longer, which is as good
 LONGEST_WAIT_US = 50_000
@@ -39,32 +45,10 @@ LONGEST_WAIT_US = 50_000
 # ---- models
 
 
-@dataclass(frozen=True)
-class Model:
-    """A Llama-style decoder by its sizes."""
-
-    dim: int
-    layers: int
-    ffn: int
-    vocabulary: int = 50304
-
-    def matrices(self) -> dict[tuple[int, int], int]:
-        """Return how many hidden matrices there are of each shape (out, in)."""
-        return {
-            (self.dim, self.dim): 4 * self.layers,  # q, k, v, o
-            (self.ffn, self.dim): 2 * self.layers,  # w1, w3
-            (self.dim, self.ffn): self.layers,  # w2
-        }
-
-    def others(self) -> list[tuple[int, ...]]:
-        """Return the shapes of everything else: embedding, head, norms."""
-        return [(self.vocabulary, self.dim), (self.vocabulary, self.dim), *[(self.dim,)] * (2 * self.layers + 1)]
-
-
 MODELS = {
-    "small": Model(dim=64, layers=2, ffn=192, vocabulary=256),
-    "160m": Model(dim=768, layers=12, ffn=2048),
-    "1.3b": Model(dim=2048, layers=22, ffn=5632),
+    "small": Decoder(dim=64, layers=2, heads=4, ffn=192, vocabulary=256),
+    "160m": SIZES["160m"],
+    "1b3": SIZES["1b3"],
 }
 TINY = ((768,), (2048,), (64, 64), (4096,), (16, 128), (1,))  # repeated: norms, biases, adapters
 
@@ -87,13 +71,18 @@ def copies_needed(bytes_touched: int, device: torch.device) -> int:
     return min(64, max(2, math.ceil(2 * cache / max(1, bytes_touched)) + 1))
 
 
-def random_tensors(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def random_tensors(
+    shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
     """Return normally distributed tensors, one allocation for all, each beginning at a multiple of 64 elements."""
     starts = [0]
     for shape in shapes:
         starts.append(starts[-1] + (math.prod(shape) + 63) // 64 * 64)
     flat = torch.randn(starts[-1], device=device, dtype=dtype)
-    return [flat[start : start + math.prod(shape)].view(shape) for start, shape in zip(starts, shapes, strict=False)]
+    return [
+        flat[start : start + math.prod(shape)].view(shape)
+        for start, shape in zip(starts, shapes, strict=False)
+    ]
 
 
 # ---- timing
@@ -152,7 +141,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(variants: Sequence[Variant], device: torch.device, *, seconds: float, least: int = 3, most: int = 50) -> list[Timing]:
+def measure(
+    variants: Sequence[Variant], device: torch.device, *, seconds: float, least: int = 3, most: int = 50
+) -> list[Timing]:
     """Time variants in turns for about so many seconds. First every variant runs once on each of its copies."""
     timings = [Timing() for _ in variants]
     for variant, timing in zip(variants, timings, strict=True):
@@ -200,7 +191,14 @@ def copy_variant(device: torch.device) -> Variant:
     size = 1 << 30 if device.type == "cuda" else 64 << 20
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 256)
     target = torch.empty_like(source)
-    return Variant("copy", "copy_", lambda pair: pair[0].copy_(pair[1]), [(target, source)], bytes=2 * size, moved=2 * size)
+    return Variant(
+        "copy",
+        "copy_",
+        lambda pair: pair[0].copy_(pair[1]),
+        [(target, source)],
+        bytes=2 * size,
+        moved=2 * size,
+    )
 
 
 def matmul_variant(device: torch.device, precision: str) -> Variant:
@@ -210,7 +208,13 @@ def matmul_variant(device: torch.device, precision: str) -> Variant:
     out = torch.empty_like(a)
     notes = {"precision": precision}
     return Variant(
-        "matmul", precision, lambda s: torch.mm(s[0], s[1], out=s[2]), [(a, b, out)], 12 * size**2, flops=2 * size**3, notes=notes
+        "matmul",
+        precision,
+        lambda s: torch.mm(s[0], s[1], out=s[2]),
+        [(a, b, out)],
+        12 * size**2,
+        flops=2 * size**3,
+        notes=notes,
     )
 
 
@@ -237,21 +241,38 @@ def count_launches(run: Callable[[Any], Any], state: Any, device: torch.device) 
 # ---- results
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, models: Sequence[str], seconds: float, out: str) -> None:
+def add_common_arguments(
+    parser: argparse.ArgumentParser, *, models: Sequence[str], seconds: float, out: str
+) -> None:
     """Add the arguments that every benchmark has."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="none: cuda where there is one")
-    parser.add_argument("--models", help=f"comma-separated, of {', '.join(models)}; none: all but small on a GPU, small ones on a CPU")
-    parser.add_argument("--seconds", type=float, default=seconds, help="time for everything; what does not fit is left out, and said so")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / out, help="JSON lines are appended to this file")
+    parser.add_argument(
+        "--models",
+        help=f"comma-separated, of {', '.join(models)}; none: all but small on a GPU, small ones on a CPU",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=seconds,
+        help="time for everything; what does not fit is left out, and said so",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / out,
+        help="JSON lines are appended to this file",
+    )
     parser.add_argument("--commit", help="what to note as the commit; none: ask git")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--interpret", action="store_true", help="on a CPU, run the kernels in Triton's interpreter: tiny, a test of this program"
+        "--interpret",
+        action="store_true",
+        help="on a CPU, run the kernels in Triton's interpreter: tiny, a test of this program",
     )
 
 
 def start(arguments: argparse.Namespace) -> torch.device:
-    """Set up what the arguments say, before any kernel is imported; return the device."""
+    """Set up what the arguments say, before any Triton kernel is imported; return the device."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a GPU that torch sees; there is none; use --device cpu")
@@ -262,9 +283,6 @@ def start(arguments: argparse.Namespace) -> torch.device:
     else:
         os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which would announce itself for each call
-    for folder in (ROOT, ROOT / "kernels"):  # a checkout that is not installed
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
     # So that what is measured is written when a time limit ends the program.
     signal.signal(signal.SIGTERM, _leave)
     torch.manual_seed(arguments.seed)
@@ -311,7 +329,9 @@ def describe_run(arguments: argparse.Namespace, device: torch.device) -> dict[st
     run: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": arguments.commit or git_commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]).replace(f"{ROOT}{os.sep}", ""),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]).replace(
+            f"{ROOT}{os.sep}", ""
+        ),
         "seed": arguments.seed,
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores",
         "torch": torch.__version__,
@@ -341,7 +361,13 @@ class Results:
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "Results":
-        print(", ".join(f"{key} {self.run[key]}" for key in ("hardware", "commit", "torch", "triton", "python", "cuda")), flush=True)
+        print(
+            ", ".join(
+                f"{key} {self.run[key]}"
+                for key in ("hardware", "commit", "torch", "triton", "python", "cuda")
+            ),
+            flush=True,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -351,7 +377,9 @@ class Results:
                 file.write(json.dumps({**row, "run": self.run}) + "\n")
         print(f"{len(self.rows)} results appended to {self.file}", flush=True)
 
-    def add(self, variant: Variant, timing: Timing, *, copy_gbps: float | None, **fields: Any) -> dict[str, Any]:
+    def add(
+        self, variant: Variant, timing: Timing, *, copy_gbps: float | None, **fields: Any
+    ) -> dict[str, Any]:
         """Append a row and print it."""
         device_ms = spread(timing.device_ms)
         assert device_ms is not None
@@ -377,7 +405,9 @@ class Results:
         }
         self.rows.append(row)
         what = " ".join(
-            str(row[key]) for key in ("model", "shard", "shape", "rank", "rank_fraction", "precision") if row.get(key) is not None
+            str(row[key])
+            for key in ("model", "shard", "shape", "rank", "rank_fraction", "precision")
+            if row.get(key) is not None
         )
         host = f"{row['host_us']['median']:9.0f} us host" if row["host_us"] else ""
         rate = f"{gbps:8.1f} GB/s" if gbps else ""

@@ -8,7 +8,7 @@ from importlib import import_module
 # Each of these modules has DESCRIPTION, add_arguments(parser) and main(args).
 COMMANDS = {
     "report": "curvadion.report",
-    "project": "curvadion.project",
+    "project": "curvadion.projection.command",
 }
 
 

@@ -1,163 +1,326 @@
-"""The options of CurvaDion: which belong to a parameter group, and what each may be."""
+"""The options of CurvaDion: which belong to a parameter group, and what each may be.
+
+Defaults stand in the constructor's signature and nowhere else, prose in its docstring; docs/options.md and the fields
+of the torchtitan plug-in are generated from the three (scripts/options.py).
+"""
 
 import difflib
-from collections.abc import Callable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvadion.consensus import CODECS, CONSENSUS
+from curvadion.gate.schedule import ScheduleOptions
+from curvadion.rules import RULES
+from curvadion.signals import SIGNALS
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
 
-# option: (predicate, the rule in words, what to try)
-Rule = tuple[Callable[[Any], bool], str, str]
+
+@dataclass(frozen=True)
+class Allowed:
+    """What an option may be.
+
+    Attributes:
+        test: says of a value whether it is allowed; may raise.
+        rule: the same in words.
+        hint: what to try.
+        choices: the names it may have, for an option that is one of a table's keys.
+    """
+
+    test: Callable[[Any], bool]
+    rule: str | Callable[[], str]
+    hint: str
+    choices: Container[Any] | None = None
+
+    @property
+    def words(self) -> str:
+        """The rule in words, as things are now: tables may have grown."""
+        return self.rule if isinstance(self.rule, str) else self.rule()
 
 
-def _one_of(*choices: str) -> Rule:
-    return (lambda v: v in choices, "one of " + ", ".join(map(repr, choices)), f"try {choices[0]!r}")
+def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
+    """Allow the keys of a table, also those that are registered later."""
+    first = next(iter(choices)) if hint is None else hint
+    names = choices if isinstance(choices, Mapping) else tuple(choices)
+    return Allowed(
+        lambda v: v in names, lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+    )
 
 
-def _integer(lowest: int, hint: str) -> Rule:
-    return (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= lowest, f"an integer >= {lowest}", hint)
+def _is_integer(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
-GROUP_OPTIONS: dict[str, Rule] = {
-    "algorithm": _one_of("dion", "adamw", "lion"),
-    "lr": (
+def _integer(lowest: int, hint: str) -> Allowed:
+    return Allowed(lambda v: _is_integer(v, lowest), f"an integer >= {lowest}", hint)
+
+
+def _integer_or_none(lowest: int, hint: str) -> Allowed:
+    return Allowed(lambda v: v is None or _is_integer(v, lowest), f"None or an integer >= {lowest}", hint)
+
+
+def _flag(hint: str) -> Allowed:
+    return Allowed(lambda v: isinstance(v, bool), "True or False", hint)
+
+
+def _not_negative(hint: str) -> Allowed:
+    return Allowed(lambda v: 0 <= v < INF, "a finite number >= 0", hint)
+
+
+GROUP_OPTIONS: dict[str, Allowed] = {
+    "algorithm": _one_of(("dion", "adamw", "lion")),
+    "lr": Allowed(
         lambda v: 0 <= (float(v) if isinstance(v, Tensor) else v) < INF,
         "a finite number >= 0",
         "try 0.02 for matrices, 3e-3 for AdamW",
     ),
-    "momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "try 0.95"),
-    "weight_decay": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 0.01"),
-    "rank_fraction": (lambda v: 0 < v <= 1, "in (0, 1]", "try 0.25: a quarter of the short side"),
+    "momentum": Allowed(lambda v: 0 <= v < 1, "in [0, 1)", "try 0.95"),
+    "weight_decay": _not_negative("try 0.01"),
+    "rank_fraction": Allowed(lambda v: 0 < v <= 1, "in (0, 1]", "try 0.25: a quarter of the short side"),
     "rank_multiple_of": _integer(1, "try 1, or 8 or 16 for round kernel shapes"),
-    "tau": (lambda v: v >= 0, "a number >= 0, or inf", "try 0.1; max_local_steps=0 synchronizes every step"),
-    "local_update": _one_of("gradient", "dion", "muon"),
-    "local_lr_scale": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 1.0"),
-    "error_feedback": (lambda v: isinstance(v, bool), "True or False", "try True"),
-    "right_factor": _one_of("column_norm", "qr"),
-    "orthogonalization": _one_of("cholesky_qr", "qr"),
-    "betas": (
+    "tau": Allowed(
+        lambda v: v >= 0, "a number >= 0, or inf", "try 0.1; max_local_steps=0 synchronizes every step"
+    ),
+    "local_update": _one_of(RULES),
+    "local_lr_scale": _not_negative("try 1.0"),
+    "error_feedback": _flag("try True"),
+    "right_factor": _one_of(("column_norm", "qr")),
+    "orthogonalization": _one_of(("cholesky_qr", "qr")),
+    "betas": Allowed(
         lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(0 <= b < 1 for b in v),
         "a pair of numbers in [0, 1)",
         "try (0.9, 0.95)",
     ),
-    "eps": (lambda v: 0 <= v < INF, "a finite number >= 0", "try 1e-8"),
+    "eps": _not_negative("try 1e-8"),
 }
 
-OPTIMIZER_OPTIONS: dict[str, Rule] = {
+OPTIMIZER_OPTIONS: dict[str, Allowed] = {
+    "gate": _one_of(SIGNALS),
     "warmup_steps": _integer(0, "try 0"),
     "min_local_steps": _integer(0, "try 0"),
-    "max_local_steps": (
-        lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
-        "None or an integer >= 0",
-        "try None, or 100; 0 synchronizes every step",
+    "max_local_steps": _integer_or_none(0, "try None, or 100; 0 synchronizes every step"),
+    "consensus": _one_of(CONSENSUS),
+    "outer_lr": Allowed(
+        lambda v: 0 < v < INF,
+        "a finite number > 0",
+        "try 1.0, plain averaging, or 0.7 with outer_momentum=0.6",
     ),
-    "consensus": _one_of("average", "outer", "none"),
-    "outer_lr": (lambda v: 0 < v < INF, "a finite number > 0", "try 1.0, plain averaging, or 0.7 with outer_momentum=0.6"),
-    "outer_momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "try 0.0, or 0.6 with outer_lr=0.7"),
-    "outer_bits": (lambda v: v in (1, 2, 4, 8, 16, 32), "one of 1, 2, 4, 8, 16, 32", "try 4"),
+    "outer_momentum": Allowed(lambda v: 0 <= v < 1, "in [0, 1)", "try 0.0, or 0.6 with outer_lr=0.7"),
+    "outer_bits": _one_of(CODECS, hint=4),
     "outer_fragments": _integer(1, "try 1; more spread each synchronization over as many smaller ones"),
     "outer_delay": _integer(0, "try 0, which waits; or as many steps as a synchronization takes"),
-    "outer_on_host": (lambda v: isinstance(v, bool), "True or False", "try False"),
-    "target_sync_rate": (lambda v: v is None or 0 < v <= 1, "None or in (0, 1]", "try 0.05: one step in twenty"),
-    "gate_every": _integer(1, "try 1; with tau=inf, max_local_steps + 1 asks nobody in between"),
-    "gate_lag": (lambda v: v in (0, 1) and not isinstance(v, bool), "0 or 1", "try 0, which waits for the answer; 1 reads it a step later"),
-    "momentum_dtype": (
+    "outer_on_host": _flag("try False"),
+    "target_sync_rate": Allowed(
+        lambda v: v is None or 0 < v <= 1, "None or in (0, 1]", "try 0.05: one step in twenty"
+    ),
+    "gate_every": _integer_or_none(
+        1, "try 1; None asks only where max_local_steps or warmup_steps synchronize"
+    ),
+    "gate_lag": Allowed(
+        lambda v: v in (0, 1) and not isinstance(v, bool),
+        "0 or 1",
+        "try 0, which waits for the answer; 1 reads it a step later",
+    ),
+    "momentum_dtype": Allowed(
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
         "None or a floating-point torch.dtype of 16, 32 or 64 bits",
         "try torch.float32",
     ),
-    "payload_dtype": (  # a sum over replicas in float16 could overflow
+    "payload_dtype": Allowed(  # a sum over replicas in float16 could overflow
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
         "None, torch.float64, torch.float32 or torch.bfloat16",
         "try torch.bfloat16",
     ),
-    "on_nonfinite": _one_of("raise", "skip"),
+    "on_nonfinite": _one_of(("raise", "skip")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
-    "kernels": _one_of(*KERNELS),
+    "kernels": _one_of(KERNELS),
 }
 
-# The settings that docs/results.md arrives at, for 0.9 % of the bytes of bf16 dense gradients: Muon steps on each replica, and in every
-# eighth step one bit per parameter. RMMC is reported and opens nothing, because a gate did no better than a fixed interval.
-LOW_COMMUNICATION: dict[str, Any] = {
-    "local_update": "muon",
-    "momentum": 0.8,
-    "consensus": "outer",
-    "outer_bits": 1,
-    "outer_lr": 1.4,
-    "tau": INF,
-    "max_local_steps": 7,
-    "gate_every": 8,
-}
-
-# What these say about the pseudo-gradient would be ignored under another consensus.
-OUTER_DEFAULTS = {"outer_lr": 1.0, "outer_momentum": 0.0, "outer_bits": 32, "outer_fragments": 1, "outer_delay": 0, "outer_on_host": False}
-
-# Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are always batched.
+# Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are
+# always batched.
 FOREIGN_KEYS = {
     *("params", "param_names", "name", "foreach", "fused", "capturable", "differentiable", "maximize"),
     *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
 }
 
 
-def check_options(options: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> None:
+class Preset(dict[str, Any]):
+    """Options by name, to be passed on with **; called, the same with changes.
+
+        CurvaDion(groups, **LOW_COMMUNICATION)
+        CurvaDion(groups, **LOW_COMMUNICATION(max_local_steps=15, outer_bits=2))
+
+    Raises TypeError for a name that is no option.
+    """
+
+    def __call__(self, **changes: Any) -> "Preset":
+        """Return the preset with these options changed or added."""
+        for name in changes:
+            if name not in GROUP_OPTIONS and name not in OPTIMIZER_OPTIONS:
+                raise TypeError(
+                    f"a preset may be changed by options of CurvaDion only; got {name!r}; {_meant(name)}"
+                )
+        return Preset({**self, **changes})
+
+
+# The settings that docs/results.md arrives at, for 0.9 % of the bytes of bf16 dense gradients: Muon steps on each
+# replica, and in every eighth step one bit per parameter. RMMC is reported and opens nothing, because a gate did no
+# better than a fixed interval, so nobody asks in between.
+LOW_COMMUNICATION = Preset(
+    local_update="muon",
+    momentum=0.8,
+    consensus="outer",
+    outer_bits=1,
+    outer_lr=1.4,
+    tau=INF,
+    max_local_steps=7,
+    gate_every=None,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is common to all groups, as the rooms of the optimizer want it; the names are the constructor's."""
+
+    gate: str
+    schedule: ScheduleOptions
+    consensus: str
+    momentum_dtype: torch.dtype | None
+    payload_dtype: torch.dtype | None
+    on_nonfinite: str
+    check_every: int
+    kernels: str
+    given: dict[str, Any]
+
+    @staticmethod
+    def of(given: Mapping[str, Any], constructor: Callable[..., Any]) -> "Options":
+        """Check options by their names, and sort them. Raises ValueError or TypeError for one that breaks a rule.
+
+        Args:
+            constructor: whose defaults are the options'.
+        """
+        check_options(given, OPTIMIZER_OPTIONS)
+        check_together(given, defaults_of(constructor))
+        schedule = ScheduleOptions(**{name: given[name] for name in ScheduleOptions.__dataclass_fields__})
+        own = {name: given[name] for name in Options.__dataclass_fields__ if name in given}
+        return Options(schedule=schedule, given=dict(given), **own)
+
+
+def sort_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the constructor's arguments that are a group's defaults, and those that are common to all groups."""
+    defaults = {name: value for name, value in arguments.items() if name in GROUP_OPTIONS}
+    return {"algorithm": "dion", **defaults}, {k: v for k, v in arguments.items() if k in OPTIMIZER_OPTIONS}
+
+
+def defaults_of(constructor: Callable[..., Any]) -> dict[str, Any]:
+    """Return the defaults of a constructor's options, by name."""
+    parameters = inspect.signature(constructor).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def check_options(options: Mapping[str, Any], allowed: Mapping[str, Allowed], where: str = "") -> None:
     """Raise ValueError (TypeError for a wrong type) at the first option that breaks its rule."""
-    for name, (allowed, rule, hint) in rules.items():
+    for name, may_be in allowed.items():
         if name not in options:
             continue
         value = options[name]
-        message = f"{name} must be {rule}; got {value!r}{where}; {hint}"
         try:
-            fine = bool(allowed(value))
+            fine = bool(may_be.test(value))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(message) from error
+            raise TypeError(_breaks(name, may_be, value, where)) from error
         if not fine:
-            raise ValueError(message)
-    if options.get("consensus", "outer") != "outer":
-        given = [name for name, value in OUTER_DEFAULTS.items() if options.get(name, value) != value]
-        if given:
-            raise ValueError(
-                f"{given[0]} belongs to consensus='outer'; got {given[0]}={options[given[0]]!r} with consensus={options['consensus']!r}; "
-                "pass consensus='outer', or leave it out"
-            )
-    if options.get("consensus") == "outer" and options.get("payload_dtype") is not None:
+            raise ValueError(_breaks(name, may_be, value, where))
+
+
+def _breaks(name: str, may_be: Allowed, value: Any, where: str) -> str:
+    return f"{name} must be {may_be.words}; got {value!r}{where}; {may_be.hint}"
+
+
+def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError if options that are common to all groups contradict one another.
+
+    Args:
+        options: all of them.
+        defaults: the constructor's.
+    """
+    consensus = CONSENSUS[options["consensus"]]
+    for name, other in CONSENSUS.items():
+        for option in other.own_options:
+            if option not in consensus.own_options and options[option] != defaults[option]:
+                raise ValueError(
+                    f"{option} belongs to consensus={name!r}; got {option}={options[option]!r} with "
+                    f"consensus={options['consensus']!r}; pass consensus={name!r}, or leave it out"
+                )
+    consensus.check(options)
+    _check_bounds(options)
+
+
+def _check_bounds(options: Mapping[str, Any]) -> None:
+    rate, every, lag = options["target_sync_rate"], options["gate_every"], options["gate_lag"]
+    low, high = options["min_local_steps"], options["max_local_steps"]
+    if every is None and high is None:
         raise ValueError(
-            f"payload_dtype is of factors and gradients, which consensus='outer' does not send; got {options['payload_dtype']}; try "
-            "outer_bits=16"
+            "gate_every=None asks only where max_local_steps synchronizes, which must be set; got None for both; try "
+            "max_local_steps=7, or gate_every=1"
         )
-    rate, every, lag = options.get("target_sync_rate"), options.get("gate_every", 1), options.get("gate_lag", 0)
+    if every is None and (rate is not None or lag):
+        what = "target_sync_rate" if rate is not None else "gate_lag"
+        raise ValueError(
+            f"{what} needs a gate that is asked between the bounds; got {what}={rate if rate is not None else lag} "
+            "with gate_every=None; try gate_every=1"
+        )
     if rate is not None:
-        low, high = options.get("min_local_steps", 0), options.get("max_local_steps")
         least = 0.0 if high is None else 1 / (high + 1)
         if not least <= rate <= 1 / max(every, low + 1, 1 + lag):
             raise ValueError(
-                "target_sync_rate must lie between 1 / (max_local_steps + 1) and the smallest of 1 / gate_every, 1 / (min_local_steps + 1) "
-                f"and 1 / (1 + gate_lag), or no tau could meet it; got {rate} with max_local_steps={high}, gate_every={every}, "
-                f"min_local_steps={low}, gate_lag={lag}; widen them"
+                "target_sync_rate must lie between 1 / (max_local_steps + 1) and the smallest of 1 / gate_every, "
+                "1 / (min_local_steps + 1) and 1 / (1 + gate_lag), or no tau could meet it; got "
+                f"{rate} with max_local_steps={high}, gate_every={every}, min_local_steps={low}, gate_lag={lag}; "
+                "widen them"
             )
-    if options.get("min_local_steps") and options.get("max_local_steps") is not None:
-        low, high = options["min_local_steps"], options["max_local_steps"]
-        if low > high:
-            raise ValueError(f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}")
+    if high is not None and low > high:
+        raise ValueError(
+            f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}"
+        )
+
+
+def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
+    """Raise ValueError if there is no threshold to steer."""
+    taus = [group["tau"] for group in groups if group["algorithm"] == "dion"]
+    if options.schedule.target_sync_rate is not None and not any(0 < tau < math.inf for tau in taus):
+        raise ValueError(
+            "target_sync_rate steers tau, which must be finite and above 0 in some group of matrices to start from; "
+            f"got {taus}; try tau=0.1, or for a fixed interval leave target_sync_rate out and set max_local_steps"
+        )
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's to set."""
     for key in group:
         if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
-            raise ValueError(f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead")
+            raise ValueError(
+                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead"
+            )
         if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
-            close = difflib.get_close_matches(key, GROUP_OPTIONS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
-            raise ValueError(f"a parameter group may hold known options only; got {key!r}; {hint}")
+            raise ValueError(f"a parameter group may hold known options only; got {key!r}; {_meant(key)}")
     check_options(group, GROUP_OPTIONS, " in a parameter group")
     for key in ("maximize", "capturable", "differentiable"):
         if group.get(key):
-            raise ValueError(f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out")
+            raise ValueError(
+                f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out"
+            )
+
+
+def _meant(name: str) -> str:
+    close = difflib.get_close_matches(name, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS], n=1)
+    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
 
 
 def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
@@ -168,6 +331,10 @@ def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
             "a group with algorithm='adamw', as param_groups_for(model) does"
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16")
+        raise TypeError(
+            f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16"
+        )
     if p.is_meta:
-        raise ValueError(f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it")
+        raise ValueError(
+            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it"
+        )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from curvadion.layout import canonical_name
+from curvadion.sharding.layout import canonical_name
 
 # The last word of the path of a module that turns hidden states into logits, in the model zoos people start from.
 HEAD_NAMES = frozenset(

@@ -167,6 +167,7 @@ class ReferenceReplicas:
         outer_momentum: float = 0.0,
         outer_bits: int = 32,
         outer_delay: int = 0,
+        outer_fragments: int = 1,
         target_sync_rate: float | None = None,
         gate_every: int = 1,
         gate_lag: int = 0,
@@ -184,13 +185,17 @@ class ReferenceReplicas:
         self.outer_lr, self.outer_momentum, self.outer_bits = outer_lr, outer_momentum, outer_bits
         self.gate_lag, self.told = gate_lag, False  # told: the step before has opened the gate for this one
         self.outer_delay = outer_delay
-        self.under_way: tuple[int, Tensor, list[dict[str, Tensor]]] | None = None  # when it left, D, and what X_i was then
+        # By fragment: when it left, D, and what the X_i were then.
+        self.under_way: dict[int, tuple[int, Tensor, list[Tensor]]] = {}
         self.X0 = {name: X.detach().clone() for name, X in parameters.items()}
         self.U = {name: torch.zeros_like(X) for name, X in parameters.items()}
-        padding = -sum(X.numel() for X in parameters.values()) % (128 * replicas)
-        flat = torch.cat([X.detach().flatten() for X in parameters.values()]).new_zeros
-        total = sum(X.numel() for X in parameters.values()) + padding
-        self.residuals, self.mean_residual = [flat(total) for _ in range(replicas)], flat(total)
+        # All parameters end to end, in their order, are one vector; fragment k has every outer_fragments-th element of it.
+        flat = torch.cat([X.detach().flatten() for X in parameters.values()])
+        self.parts = [torch.arange(k, len(flat), outer_fragments) for k in range(outer_fragments)]
+        lengths = [-(-len(part) // (128 * replicas)) * 128 * replicas for part in self.parts]  # what is sent is padded
+        self.residuals = [[flat.new_zeros(length) for _ in range(replicas)] for length in lengths]
+        self.mean_residual = [flat.new_zeros(length) for length in lengths]
+        self.synchronized_steps = 0
         self.matrices = [name for name, group in self.group.items() if group["algorithm"] == "dion"]
         self.others = [name for name, group in self.group.items() if group["algorithm"] != "dion"]
         self.steps = self.local_steps = 0  # all steps; local ones in a row
@@ -234,16 +239,19 @@ class ReferenceReplicas:
         self.steps += 1
         if synchronized and self.consensus == "outer":
             self._local_step(m, G)
-            if self.under_way:
-                self._arrive()
-            self._outer_step()
+            self._let_arrive()
+            everything = self.steps <= max(1, self.warmup_steps)
+            for k in range(len(self.parts)) if everything else [self.synchronized_steps % len(self.parts)]:
+                if k in self.under_way:
+                    self._arrive(k)
+                self._outer_step(k)
             self.local_steps = 0
         elif synchronized:
             self._synchronized_step(m, G)
         else:
             self._local_step(m, G)
-        if self.under_way and self.steps - self.under_way[0] >= self.outer_delay:
-            self._arrive()
+        self._let_arrive()
+        self.synchronized_steps += synchronized
         return Outcome(synchronized, rmmc, min(margins, default=math.inf))
 
     def _rmmc(self, m: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, list[float]], bool]:
@@ -297,37 +305,50 @@ class ReferenceReplicas:
             for name in self.others:
                 self._scalar(replica, name, G[i][name])
 
-    def _outer_step(self) -> None:
-        """All parameters end to end, in their order, are one vector; the last values of it may be padding."""
+    def _flat(self, values: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([values[name].flatten() for name in self.X0])
 
-        def flat(values: Mapping[str, Tensor]) -> Tensor:
-            vector = torch.cat([values[name].flatten() for name in self.X0])
-            return torch.cat([vector, vector.new_zeros(len(self.mean_residual) - len(vector))])
+    def _put(self, values: dict[str, Tensor], part: Tensor, new: Tensor) -> None:
+        vector, start = self._flat(values), 0
+        vector[part] = new
+        for name, X in list(values.items()):
+            values[name] = vector[start : start + X.numel()].view_as(X).clone()
+            start += X.numel()
+
+    def _outer_step(self, k: int) -> None:
+        part, length = self.parts[k], len(self.mean_residual[k])
+
+        def padded(x: Tensor) -> Tensor:
+            return torch.cat([x, x.new_zeros(length - len(x))])
 
         def on_wire(x: Tensor) -> Tensor:
             return x if self.outer_bits == 32 else rounded(x, self.outer_bits)
 
-        x0, sent = flat(self.X0), []
-        for i, replica in enumerate(self.replicas):
-            wanted = x0 - flat(replica.X) + self.residuals[i]
+        x0, sent = self._flat(self.X0)[part], []
+        before = [self._flat(replica.X)[part] for replica in self.replicas]
+        for i, x in enumerate(before):
+            wanted = padded(x0 - x) + self.residuals[k][i]
             sent.append(on_wire(wanted))
-            self.residuals[i] = wanted - sent[-1]
-        wanted = sum(sent) / len(sent) + self.mean_residual
+            self.residuals[k][i] = wanted - sent[-1]
+        wanted = sum(sent) / len(sent) + self.mean_residual[k]
         D = on_wire(wanted)
-        self.mean_residual = wanted - D
-        self.under_way = self.steps, D, [dict(replica.X) for replica in self.replicas]
+        self.mean_residual[k] = wanted - D
+        self.under_way[k] = self.steps, D[: len(part)], before
 
-    def _arrive(self) -> None:
-        _, D, before = self.under_way
-        self.under_way, start = None, 0
-        for name, X0 in self.X0.items():
-            d = D[start : start + X0.numel()].view_as(X0)
-            start += X0.numel()
-            self.U[name] = self.outer_momentum * self.U[name] + d
-            self.X0[name] = X0 - self.outer_lr * (d + self.outer_momentum * self.U[name])
-            for replica, was in zip(self.replicas, before, strict=True):
-                replica.X[name] = replica.X[name] + self.X0[name] - was[name] if self.outer_delay else self.X0[name].clone()
-                replica.U[name] = self.U[name].clone()
+    def _let_arrive(self) -> None:
+        for k, (left, _, _) in list(self.under_way.items()):
+            if self.steps - left >= self.outer_delay:
+                self._arrive(k)
+
+    def _arrive(self, k: int) -> None:
+        (_, D, before), part = self.under_way.pop(k), self.parts[k]
+        U = self.outer_momentum * self._flat(self.U)[part] + D
+        X0 = self._flat(self.X0)[part] - self.outer_lr * (D + self.outer_momentum * U)
+        self._put(self.U, part, U)
+        self._put(self.X0, part, X0)
+        for replica, was in zip(self.replicas, before, strict=True):
+            self._put(replica.X, part, self._flat(replica.X)[part] + X0 - was if self.outer_delay else X0)
+            replica.U = dict(self.U)
 
     def _dion(self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float) -> None:
         """The synchronized step's P, R, M, Q and X lines over the given replicas and their m_i."""
@@ -364,8 +385,8 @@ class ReferenceReplicas:
 
     def synchronize(self) -> None:
         """Average X, M and moments, make Q common, restart the local-step count, rescale the previous norms."""
-        if self.under_way:
-            self._arrive()
+        for k in list(self.under_way):
+            self._arrive(k)
         for name in self.matrices:
             mean_norm = sum(float(r.M[name].norm()) for r in self.replicas) / len(self.replicas)
             norm_mean = float((sum(r.M[name] for r in self.replicas) / len(self.replicas)).norm())
@@ -375,13 +396,12 @@ class ReferenceReplicas:
                     replica.last_norm[name] = sum(last) / len(last) * norm_mean / mean_norm
                 replica.Q[name] = self.replicas[0].Q[name].clone()
         self.told = False
-        for i, replica in enumerate(self.replicas):  # what rounding has kept back is in the average
-            kept_back, start = self.residuals[i] + self.mean_residual, 0
-            for name, X in replica.X.items():
-                replica.X[name] = X - kept_back[start : start + X.numel()].view_as(X)
-                start += X.numel()
-            self.residuals[i] = torch.zeros_like(kept_back)
-        self.mean_residual = torch.zeros_like(self.mean_residual)
+        for k, part in enumerate(self.parts):  # what rounding has kept back is in the average
+            for i, replica in enumerate(self.replicas):
+                kept_back = (self.residuals[k][i] + self.mean_residual[k])[: len(part)]
+                self._put(replica.X, part, self._flat(replica.X)[part] - kept_back)
+                self.residuals[k][i] = torch.zeros_like(self.residuals[k][i])
+            self.mean_residual[k] = torch.zeros_like(self.mean_residual[k])
         self._average("X", self.matrices + self.others)
         self.X0 = {name: X.clone() for name, X in self.replicas[0].X.items()}
         self._average("M", self.matrices)

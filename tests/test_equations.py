@@ -14,7 +14,7 @@ from reference import ReferenceReplicas
 from torch import Tensor, nn
 
 from curvadion import CurvaDion, NonFiniteError
-from curvadion.dion import orthogonalize, power_iteration
+from curvadion.algebra.power_iteration import orthogonalize, power_iteration
 
 # One or a few fp64 products and a QR of condition below 1e3: rounding of 1e-16, amplified.
 FP64 = {"rtol": 1e-11, "atol": 1e-12}

@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -103,6 +103,16 @@ CASES = [
         everywhere=True,
     ),
     Case(
+        "outer_in_fragments",
+        {"local_update": "muon", "consensus": "outer", "outer_lr": 1.1, "outer_momentum": 0.4, "outer_fragments": 3, "max_local_steps": 1},
+        everywhere=True,
+    ),
+    Case(
+        "fragments_under_way",
+        {"local_update": "dion", "consensus": "outer", "outer_fragments": 4, "outer_delay": 1, "warmup_steps": 2, "max_local_steps": 1},
+        synchronize_after=6,
+    ),
+    Case(
         "outer_of_all_rules",
         {"local_update": "dion", "consensus": "outer", "outer_lr": 0.9, "min_local_steps": 1},
         {"square.weight": {"local_update": "gradient"}, "wide.weight": {"local_update": "muon"}, "tall.weight": {"error_feedback": False}},
@@ -160,15 +170,21 @@ def gradients(replicas: int) -> list[list[dict[str, Tensor | None]]]:
     return steps
 
 
-def make_optimizer(placed: Placed, case: Case, **changes: object) -> CurvaDion:
-    """CurvaDion over all the parameters; those with the same options share a group."""
+def groups_of(named: Iterable[tuple[str, Tensor]], case: Case) -> list[dict]:
+    """Parameter groups; parameters with the same options share one."""
     groups: dict[str, dict] = {}
-    for name, parameter in placed.bag.named_parameters():
+    for name, parameter in named:
         options = {"algorithm": ALGORITHMS.get(name, "dion"), **case.groups.get(name, {})}
         group = groups.setdefault(repr(options), {"params": [], **options})
         group["params"].append((name, parameter))
+    return list(groups.values())
+
+
+def make_optimizer(placed: Placed, case: Case, **changes: object) -> CurvaDion:
+    """CurvaDion over all the parameters."""
+    groups = groups_of(placed.bag.named_parameters(), case)
     options = {**BASE, **case.options, **changes}
-    return CurvaDion(list(groups.values()), replicate_mesh=placed.replicate_mesh, **options)
+    return CurvaDion(groups, replicate_mesh=placed.replicate_mesh, **options)
 
 
 @functools.cache
@@ -194,7 +210,8 @@ def trajectory(case: Case, replicas: int) -> list[Moment]:
     for group in (options, *groups.values()):  # what only Q0's shape or only the method knows
         for key in ("rank_fraction", "rank_multiple_of", "orthogonalization"):
             group.pop(key, None)
-    reference = ReferenceReplicas(initial_values(), replicas=replicas, Q0=first_right_factors(case), groups=groups, **options)
+    in_order = {name: value for group in groups_of(initial_values().items(), case) for name, value in group["params"]}
+    reference = ReferenceReplicas(in_order, replicas=replicas, Q0=first_right_factors(case), groups=groups, **options)
     moments = []
     for step, G in enumerate(gradients(replicas)):
         outcome = reference.step(G)
@@ -334,7 +351,7 @@ def test_the_cases_are_what_they_claim(case: Case, replicas: int) -> None:
             left, right = (replica.X["tall.weight"] for replica in moment.replicas)
             if not synchronized and step != case.synchronize_after:
                 assert not torch.allclose(left, right), "replicas do not differ after a local step"
-            elif case.options.get("consensus") != "none" and not case.options.get("outer_delay"):
+            elif case.options.get("consensus") != "none" and not {"outer_delay", "outer_fragments"} & case.options.keys():
                 assert torch.equal(left, right), "replicas differ after a synchronized step"
     M = moments[-1].replicas[0].M
     for name in ("deficient.weight", "deficient_wide.weight"):

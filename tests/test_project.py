@@ -1,4 +1,4 @@
-"""Projections: bytes are the ledger's, times are the formula's by hand, and what is printed says that it is projected."""
+"""Projections: bytes are the ledger's, times the formulas' by hand, and what is printed says it is projected."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ import torch
 from models import DENSE, MATRICES, Shapes, Toy, grid
 from ranks import run_ranks
 
-from curvadion import CurvaDion, project
-from curvadion.cost import (
+from curvadion import CurvaDion
+from curvadion.options import OPTIMIZER_OPTIONS
+from curvadion.projection import command
+from curvadion.projection import points as measured
+from curvadion.projection.formulas import (
     BITS,
     GATE_BYTES,
     LINKS,
     PAYLOADS,
-    PUBLISHED_RANGE,
     SIZES,
     Model,
     Projection,
     Sent,
     break_even,
-    decoder,
     payload,
-    published,
     wire_bytes,
 )
-from curvadion.options import OPTIMIZER_OPTIONS
+from curvadion.projection.published import PUBLISHED_RANGE, published
 
 PARAMETERS = {"160m": 162_220_800, "350m": 359_965_696, "720m": 720_827_904, "1b3": 1_336_502_272}
 TINY = Model(((4, 6), (8, 2)), scalars=10)  # 50 parameters
-BLOCKS: tuple[Shapes, Shapes] = ({"a.weight": (16, 32), "b.weight": (8, 16)}, {"norm.weight": (384,)})  # 1024 parameters, 8 blocks of 128
+BLOCKS: tuple[Shapes, Shapes] = (
+    {"a.weight": (16, 32), "b.weight": (8, 16)},
+    {"norm.weight": (384,)},
+)  # 1024 parameters, 8 blocks of 128
 POINT = {
     "label": "emulated",
     "sites": 4,
@@ -52,22 +55,30 @@ POINT = {
 
 def run(*arguments: str) -> None:
     parser = argparse.ArgumentParser()
-    project.add_arguments(parser)
-    project.main(parser.parse_args(arguments))
+    command.add_arguments(parser)
+    command.main(parser.parse_args(arguments))
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_exact(name: str) -> None:
-    assert decoder(*SIZES[name]).parameters == PARAMETERS[name]
+    assert SIZES[name].parameters == PARAMETERS[name]
 
 
 def test_bytes_by_hand() -> None:
     # Ranks 2 and 1 at a half: P and R are 4x2, 6x2 and 8x1, 2x1; Q is 4x2 and 2x1.
     sent = payload(TINY, "average", rank_fraction=0.5)
-    buffers = {"parameters": 200, "moments": 80, "right_factor": 40, "factors": 4 * (20 + 10), "gradients": 40}
+    buffers = {
+        "parameters": 200,
+        "moments": 80,
+        "right_factor": 40,
+        "factors": 4 * (20 + 10),
+        "gradients": 40,
+    }
     assert {purpose: s.bytes for purpose, s in sent.items()} == buffers
     assert wire_bytes(sent, 4) == 1.5 * (200 + 80 + 120 + 40) + 0.75 * 40  # all-reduced, and a broadcast
-    assert {p: s.bytes for p, s in payload(TINY, "low-rank", rank_fraction=0.5, element=2, moves_Q=False).items()} == {
+    assert {
+        p: s.bytes for p, s in payload(TINY, "low-rank", rank_fraction=0.5, element=2, moves_Q=False).items()
+    } == {
         "factors": 60,
         "gradients": 20,
     }
@@ -79,12 +90,16 @@ def test_bytes_by_hand() -> None:
 
 @pytest.mark.parametrize(("replicas", "shards"), [(2, 1), (3, 1), (2, 2)])
 def test_bytes_are_the_ledgers(replicas: int, shards: int) -> None:
-    """A synchronous Dion step, a local step, and a synchronized step after it, byte for byte and purpose by purpose."""
+    """A synchronous Dion step, a local step, and a synchronized step after it, byte for byte, by purpose."""
     settings: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         ({"local_update": "dion"}, "average", {"moves_Q": True}),
         ({"local_update": "gradient"}, "average", {"moves_Q": False}),
         ({"local_update": "dion", "consensus": "none"}, "low-rank", {"moves_Q": True}),
-        ({"local_update": "dion", "payload_dtype": torch.bfloat16}, "average", {"moves_Q": True, "element": 2}),
+        (
+            {"local_update": "dion", "payload_dtype": torch.bfloat16},
+            "average",
+            {"moves_Q": True, "element": 2},
+        ),
     ]
     every_other: dict[str, Any] = {"tau": math.inf, "max_local_steps": 1, "rank_fraction": 0.4}
 
@@ -99,12 +114,20 @@ def test_bytes_are_the_ledgers(replicas: int, shards: int) -> None:
                 toy.set_gradients(step, replicate.get_local_rank())
                 opt.step()
                 wire = opt.ledger.last_step_wire.items()
-                steps.append({purpose: sent for (axis, purpose), sent in wire if axis == "replicate" and purpose != "check" and sent})
+                steps.append(
+                    {
+                        purpose: sent
+                        for (axis, purpose), sent in wire
+                        if axis == "replicate" and purpose != "check" and sent
+                    }
+                )
             found.append(steps)
         return found
 
     ranks = run_ranks(replicas * shards, worker)
-    model = Model(tuple((m, n) for m, n in MATRICES.values()), sum(math.prod(shape) for shape in DENSE.values()))
+    model = Model(
+        tuple((m, n) for m, n in MATRICES.values()), sum(math.prod(shape) for shape in DENSE.values())
+    )
     gate = {"gate": Sent(GATE_BYTES * shards)}
     for i, (options, what, how) in enumerate(settings):
         dion = payload(model, "low-rank", rank_fraction=0.4, **how | {"moves_Q": False})
@@ -114,10 +137,15 @@ def test_bytes_are_the_ledgers(replicas: int, shards: int) -> None:
             for rank in ranks[:shards]:  # those of replica 0
                 for purpose, sent in rank[i][step].items():
                     counted[purpose] = counted.get(purpose, 0.0) + sent
-            assert counted == pytest.approx({p: s.wire(replicas) for p, s in expected.items()}, rel=1e-12), (options, step)
+            assert counted == pytest.approx({p: s.wire(replicas) for p, s in expected.items()}, rel=1e-12), (
+                options,
+                step,
+            )
 
 
-@pytest.mark.skipif(not OPTIMIZER_OPTIONS["consensus"][0]("outer"), reason="runs where CurvaDion has consensus='outer'")
+@pytest.mark.skipif(
+    not OPTIMIZER_OPTIONS["consensus"][0]("outer"), reason="runs where CurvaDion has consensus='outer'"
+)
 def test_bytes_of_pseudo_gradients_are_the_ledgers() -> None:
     matrices, dense = BLOCKS
 
@@ -127,17 +155,23 @@ def test_bytes_of_pseudo_gradients_are_the_ledgers() -> None:
         for bits in BITS:
             toy = Toy(matrices=matrices, dense=dense)
             options: dict[str, Any] = {"consensus": "outer", "outer_bits": bits}
-            opt = CurvaDion(toy.groups(), replicate_mesh=replicate, tau=math.inf, max_local_steps=1, **options)
+            opt = CurvaDion(
+                toy.groups(), replicate_mesh=replicate, tau=math.inf, max_local_steps=1, **options
+            )
             for step in range(3):
                 toy.set_gradients(step, replicate.get_local_rank())
                 opt.step()
             found.append(opt.ledger.last_step_wire)
         return found
 
-    model = Model(tuple((m, n) for m, n in matrices.values()), sum(math.prod(shape) for shape in dense.values()))
+    model = Model(
+        tuple((m, n) for m, n in matrices.values()), sum(math.prod(shape) for shape in dense.values())
+    )
     for bits, counted in zip(BITS, run_ranks(2, worker)[0], strict=True):
         sent = {purpose: wire for (axis, purpose), wire in counted.items() if axis == "replicate" and wire}
-        assert sent == {"gate": GATE_BYTES} | {p: s.wire(2) for p, s in payload(model, f"outer-{bits}").items()}, bits
+        assert sent == {"gate": GATE_BYTES} | {
+            p: s.wire(2) for p, s in payload(model, f"outer-{bits}").items()
+        }, bits
 
 
 def test_times_by_hand() -> None:
@@ -148,30 +182,36 @@ def test_times_by_hand() -> None:
     assert at.gate == pytest.approx(1.5 * 16 / 1000 + 2 * 0.5)  # two ranks, and log2 K round trips
     assert at.dense(dense) == pytest.approx(2 + T_x)
     assert replace(at, overlap=0.5).dense(dense) == pytest.approx(2 + T_x / 2)
-    assert replace(at, compute=1.0, overlap=1.0).dense(dense) == pytest.approx(T_x), "no more is hidden than there is compute"
-    assert at.gated({"factors": Sent(1000, calls=2), "right_factor": Sent(1000, collective="broadcast")}, 10) == pytest.approx(
-        2 + at.gate + (1.5 + 0.75 + 3 * 1.5) / 10
+    assert replace(at, compute=1.0, overlap=1.0).dense(dense) == pytest.approx(T_x), (
+        "no more is hidden than there is compute"
     )
+    assert at.gated(
+        {"factors": Sent(1000, calls=2), "right_factor": Sent(1000, collective="broadcast")}, 10
+    ) == pytest.approx(2 + at.gate + (1.5 + 0.75 + 3 * 1.5) / 10)
 
 
 @pytest.mark.parametrize("what", PAYLOADS)
 def test_slower_links_and_rarer_steps(what: str) -> None:
-    model = decoder(*SIZES["160m"])
+    model = SIZES["160m"].model
     dense, sent = payload(model, "dense"), payload(model, what)
     at = Projection(0.3, 4, 8, 10.0, 0.02)
     for slower in (replace(at, gbit=5.0), replace(at, rtt=0.04), replace(at, replicas=8)):
         assert slower.dense(dense) > at.dense(dense)
         assert slower.gated(sent, 100) > at.gated(sent, 100)
     assert at.gated(sent, 10) > at.gated(sent, 100) > at.compute + at.gate
-    speedups = [here.dense(dense) / here.gated(sent, 100) for here in (replace(at, gbit=g) for g in (0.1, 1, 10, 100))]
+    speedups = [
+        here.dense(dense) / here.gated(sent, 100) for here in (replace(at, gbit=g) for g in (0.1, 1, 10, 100))
+    ]
     assert speedups == sorted(speedups, reverse=True)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("speedup", [1.0, 1.1, 3.0])
-@pytest.mark.parametrize(("what", "delay"), [("average", 0), ("outer-4", 0), ("outer-4", 10), ("outer-32", 10)])
+@pytest.mark.parametrize(
+    ("what", "delay"), [("average", 0), ("outer-4", 0), ("outer-4", 10), ("outer-32", 10)]
+)
 def test_break_even_is_break_even(what: str, delay: int, speedup: float, overlap: float) -> None:
-    model = decoder(*SIZES["1b3"])
+    model = SIZES["1b3"].model
     dense, sent = payload(model, "dense"), payload(model, what)
     at = Projection(1.0, 2, 8, 10.0, 0.04, overlap)
     gbit = break_even(at, dense, sent, 30, speedup, delay=delay)
@@ -208,7 +248,9 @@ def test_the_published_range() -> None:
     T_x = 8 * 324_441_600 / 2e9 + 0.04  # 2 replicas, 2 Gbit/s, 40 ms
     assert found["cross-datacentre-2"][0] == pytest.approx(0.329 + T_x)
     assert found["cross-datacentre-2"][1] == pytest.approx((0.329 + T_x) / (0.329 + 0.04 + T_x / 100))
-    assert all(average <= speedup for _, speedup, average, _ in found.values()), "averaging sends more than the published count"
+    assert all(average <= speedup for _, speedup, average, _ in found.values()), (
+        "averaging sends more than the published count"
+    )
 
 
 def test_published_prints_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,21 +278,30 @@ def test_nics_share_or_add_up(capsys: pytest.CaptureFixture[str]) -> None:
         lines = capsys.readouterr().out.splitlines()
         return next(line for line in lines if line.split()[:1] == ["dense"])
 
-    assert seconds("--link", "infiniband-per-gpu") == seconds("--nics", "8") == seconds("--link", "ethernet-10", "--nics", "8")
+    assert (
+        seconds("--link", "infiniband-per-gpu")
+        == seconds("--nics", "8")
+        == seconds("--link", "ethernet-10", "--nics", "8")
+    )
     assert seconds("--link", "infiniband") == seconds("--nics", "1") != seconds("--nics", "8")
 
 
 def test_points_beside_their_projection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the picture takes the extra [report]")
-    curvadion = POINT | {"setting": "curvadion", "interval": 20, "ledger_bytes_per_step": 1_000_000, "seconds_per_step": 0.8}
+    curvadion = POINT | {
+        "setting": "curvadion",
+        "interval": 20,
+        "ledger_bytes_per_step": 1_000_000,
+        "seconds_per_step": 0.8,
+    }
     unlimited = curvadion | {"mbit": None, "label": "cost model"}
     file, picture = tmp_path / "points.jsonl", tmp_path / "speedup.png"
     file.write_text("\n".join(json.dumps(p) for p in (POINT, curvadion, unlimited)) + "\n")
-    points = project.read_points(file)
-    assert project.project_point(points[0]) == pytest.approx(0.5 + 0.8 + 3 * 0.02)
-    assert project.project_point(points[1]) == pytest.approx(0.5 + 0.08 + 6 / 20 * 3 * 0.02 + 2 * 0.02)
-    assert project.project_point(points[2]) == pytest.approx(0.5 + 6 / 20 * 3 * 0.02 + 2 * 0.02)
-    curves, markers = project.curves_and_markers(points)
+    points = measured.read_points(file)
+    assert measured.project_point(points[0]) == pytest.approx(0.5 + 0.8 + 3 * 0.02)
+    assert measured.project_point(points[1]) == pytest.approx(0.5 + 0.08 + 6 / 20 * 3 * 0.02 + 2 * 0.02)
+    assert measured.project_point(points[2]) == pytest.approx(0.5 + 6 / 20 * 3 * 0.02 + 2 * 0.02)
+    curves, markers = measured.curves_and_markers(points)
     assert markers == {"emulated: curvadion every 20, 4 sites, 20 ms": [(0.1, 2.0 / 0.8)]}
     assert [f"emulated: {name}" for name in curves] == list(markers)
     run("--measured", str(file), "--picture", str(picture))
@@ -282,7 +333,7 @@ def test_a_file_that_cannot_be_read(line: str, message: str, tmp_path: Path) -> 
 
 def test_a_picture_without_a_baseline() -> None:
     with pytest.raises(ValueError, match="must have a dense point"):
-        project.curves_and_markers([POINT | {"setting": "dion"}])
+        measured.curves_and_markers([POINT | {"setting": "dion"}])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ HEADERS = 20 + 32  # IP, and TCP with timestamps
 PACKET = 1500
 
 
-def frame(target: int, payload: int, *, gso: int = 0, version: int = 4, network: bytes = b"\x0a\x4d\x00") -> bytes:
+def frame(
+    target: int, payload: int, *, gso: int = 0, version: int = 4, network: bytes = b"\x0a\x4d\x00"
+) -> bytes:
     """A TCP segment as the kernel hands it to a TUN device."""
     ip = bytes([version << 4 | 5]) + bytes(8) + bytes([netlab.TCP]) + bytes(6) + network + bytes([target + 1])
     tcp = bytes(12) + bytes([8 << 4]) + bytes(19)
@@ -92,10 +94,14 @@ def test_loss_and_jitter():
     assert wire.counts().dropped + len(found) == 2000
     assert wire.counts().dropped / 2000 == pytest.approx(0.25, abs=0.03)  # three standard deviations
     sizes = iter(expected)
-    assert all(any(len(data) == len(frame(1, size)) for size in sizes) for _, data in found), "order was not kept"
+    assert all(any(len(data) == len(frame(1, size)) for size in sizes) for _, data in found), (
+        "order was not kept"
+    )
 
 
-@pytest.mark.parametrize("data", [frame(1, 9, version=6), frame(5, 9), frame(0, 9, network=b"\xe0\x00\x00"), frame(1, 0)[:15]])
+@pytest.mark.parametrize(
+    "data", [frame(1, 9, version=6), frame(5, 9), frame(0, 9, network=b"\xe0\x00\x00"), frame(1, 0)[:15]]
+)
 def test_what_goes_to_no_site_is_ignored(data):
     wire = netlab.Wire(2)
     wire.put(0.0, 0, data)
@@ -165,14 +171,26 @@ def test_a_setting_must_follow_its_schedule(monkeypatch):
 # What gloo takes over links of 20 ms without a rate, in delays, as measured with netlab.py: 2.0, 4.2, 8.4, 12.2 and so on.
 @pytest.mark.parametrize(
     ("ranks", "nbytes", "expected"),
-    [(2, 8, 2), (2, 4000, 4), (3, 4000, 8), (4, 4000, 12), (2, 8 << 20, 8), (2, 16 << 20, 16), (4, 8 << 20, 12)],
+    [
+        (2, 8, 2),
+        (2, 4000, 4),
+        (3, 4000, 8),
+        (4, 4000, 12),
+        (2, 8 << 20, 8),
+        (2, 16 << 20, 16),
+        (4, 8 << 20, 12),
+    ],
 )
 def test_delays_of_an_all_reduce(ranks, nbytes, expected):
     assert slow_link.delays("all_reduce", ranks, nbytes) == expected
 
 
 def test_cost_model():
-    messages = [Message("all_reduce", 8, 8.0), Message("all_reduce", 10**6, 10.0**6), Message("broadcast", 10**5, 5 * 10.0**4)]
+    messages = [
+        Message("all_reduce", 8, 8.0),
+        Message("all_reduce", 10**6, 10.0**6),
+        Message("broadcast", 10**5, 5 * 10.0**4),
+    ]
     assert slow_link.link_seconds(messages, 2, None, 0.0) == 0.0
     assert slow_link.link_seconds(messages, 2, 8.0, 0.0) == pytest.approx(1.050008)
     assert slow_link.link_seconds(messages, 2, None, 10.0) == pytest.approx((2 + 4 + 2) * 0.01)
@@ -182,7 +200,9 @@ def test_cost_model():
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """A function that runs the benchmark on a few links and returns its rows and what it printed."""
-    pytest.importorskip("rich", reason="the benchmark shows its results with rich: install the [report] extra")
+    pytest.importorskip(
+        "rich", reason="the benchmark shows its results with rich: install the [report] extra"
+    )
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*options: object) -> tuple[list[dict], str]:
@@ -203,7 +223,11 @@ def take_turns(arguments) -> list:
         for _ in range(1 + sum(slow_link.turn_of(name))):
             trainings[name].step()
     parameters = trainings["dense"].parameters
-    turns = {(name, count): [trainings[name].step() for _ in range(count)] for name in trainings for count in slow_link.turn_of(name)}
+    turns = {
+        (name, count): [trainings[name].step() for _ in range(count)]
+        for name in trainings
+        for count in slow_link.turn_of(name)
+    }
     return [parameters, turns]
 
 
@@ -221,14 +245,32 @@ class Recorded:
 
 
 def test_modelled_links_say_that_they_are(run, monkeypatch):
-    monkeypatch.setattr(slow_link, "ranks_of", lambda sites, arguments, lab: nullcontext(Recorded(sites, arguments)))
+    monkeypatch.setattr(
+        slow_link, "ranks_of", lambda sites, arguments, lab: nullcontext(Recorded(sites, arguments))
+    )
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    options = ("--model", "--sites", 2, "--mbit", "1,none", "--delay-ms", 1000, "--dim", 32, "--layers", 1, "--settings", "dense,average")
+    options = (
+        "--model",
+        "--sites",
+        2,
+        "--mbit",
+        "1,none",
+        "--delay-ms",
+        1000,
+        "--dim",
+        32,
+        "--layers",
+        1,
+        "--settings",
+        "dense,average",
+    )
     rows, output = run(*options)
     assert {row["label"] for row in rows} == {"cost model"}
     assert "cost model" in output
     assert "emulated" not in output
-    assert [(row["mbit"], row["setting"]) for row in rows] == [(m, s) for m in (1, None) for s in ("dense", "average")]
+    assert [(row["mbit"], row["setting"]) for row in rows] == [
+        (m, s) for m in (1, None) for s in ("dense", "average")
+    ]
     dense, gated = rows[2:]
     assert gated["interval"] == 30
     assert gated["wire_bytes_per_step"] is None
@@ -236,12 +278,27 @@ def test_modelled_links_say_that_they_are(run, monkeypatch):
     assert 2 < gated["seconds_local"]["median"] < 4
     assert 6 < dense["seconds_per_step"] < 8
     assert dense["ledger_bytes_per_step"] == 2 * dense["parameters"] + 8  # bfloat16, and the gate
-    assert rows[0]["seconds_per_step"] - dense["seconds_per_step"] == pytest.approx(8e-6 * dense["ledger_bytes_per_step"])
+    assert rows[0]["seconds_per_step"] - dense["seconds_per_step"] == pytest.approx(
+        8e-6 * dense["ledger_bytes_per_step"]
+    )
 
 
 @pytest.mark.skipif(netlab.why_not() is not None, reason=f"no emulated links here: {netlab.why_not()}")
 def test_ledger_and_wire_agree(run):
-    options = ("--sites", 2, "--mbit", 1000, "--delay-ms", 1, "--dim", 192, "--layers", 4, "--settings", "dense")
+    options = (
+        "--sites",
+        2,
+        "--mbit",
+        1000,
+        "--delay-ms",
+        1,
+        "--dim",
+        192,
+        "--layers",
+        4,
+        "--settings",
+        "dense",
+    )
     [row], _ = run(*options)
     assert row["label"] == "emulated"
     assert row["ledger_bytes_per_step"] == pytest.approx(4e6, rel=0.1), "this is to be a payload of 4 MB"

@@ -34,7 +34,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
 import curvadion_configs
-from curvadion.layout import local_tensor
+from curvadion.sharding.layout import local_tensor
 from curvadion.titan.optimizer import OPTIONS, CurvaDionOptimizer
 from curvadion_configs.models import SHAPES
 

@@ -82,8 +82,9 @@ def test_same_trajectory(options: dict[str, Any], dtype: torch.dtype) -> None:
     for p, q in zip(reference.state, triton.state, strict=True):
         for key, value in reference.state[p].items():
             scale = float(value.abs().max()) if value.numel() else 0.0
+            own = max(tolerance, TOLERANCE[torch.float32] if value.dtype == torch.float32 else 0.0)  # norms and counters
             torch.testing.assert_close(
-                triton.state[q][key], value, rtol=tolerance, atol=tolerance * (1 + scale), msg=lambda text, key=key: f"{key}: {text}"
+                triton.state[q][key], value, rtol=own, atol=own * (1 + scale), msg=lambda text, key=key: f"{key}: {text}"
             )
 
 

@@ -1,6 +1,5 @@
 """Llama-style decoders from 160M to 1.3B: RMSNorm, SwiGLU, rotary positions, untied embeddings, no biases."""
 
-from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
@@ -13,26 +12,9 @@ from torchtitan.models.llama3.parallelize import parallelize_llama
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 
+from curvadion.projection.formulas import SIZES, Decoder
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, and the number of parameters that follows from them."""
-
-    dim: int
-    layers: int
-    heads: int
-    ffn: int
-    parameters: int
-    vocabulary: int = 50304  # GPT-2's 50257, rounded up to a multiple of 128
-
-
-SHAPES = {
-    "debug": Shape(64, 2, 4, 192, parameters=172_352, vocabulary=512),
-    "160m": Shape(768, 12, 12, 2048, parameters=162_220_800),
-    "350m": Shape(1024, 20, 16, 2816, parameters=359_965_696),
-    "720m": Shape(1536, 20, 12, 4096, parameters=720_827_904),
-    "1b3": Shape(2048, 22, 16, 5632, parameters=1_336_502_272),
-}
+SHAPES = {"debug": Decoder(dim=64, layers=2, heads=4, ffn=192, vocabulary=512), **SIZES}
 
 
 def gpt(size: str) -> ModelSpec:
@@ -60,9 +42,13 @@ def gpt(size: str) -> ModelSpec:
                 wo_param_init=by_depth(layer),
                 inner_attention=ScaledDotProductAttention.Config(),
                 fuse_qkv=False,  # Q, K and V are three matrices, each with an orthonormal update of its own
-                rope=ComplexRoPE.Config(dim=shape.dim // shape.heads, max_seq_len=8192, theta=10000.0, scaling="none"),
+                rope=ComplexRoPE.Config(
+                    dim=shape.dim // shape.heads, max_seq_len=8192, theta=10000.0, scaling="none"
+                ),
             ),
-            feed_forward=make_ffn_config(dim=shape.dim, hidden_dim=shape.ffn, w1_param_init=weight, w2w3_param_init=by_depth(layer)),
+            feed_forward=make_ffn_config(
+                dim=shape.dim, hidden_dim=shape.ffn, w1_param_init=weight, w2w3_param_init=by_depth(layer)
+            ),
         )
         for layer in range(shape.layers)
     ]
@@ -74,13 +60,17 @@ def gpt(size: str) -> ModelSpec:
             vocab_size=shape.vocabulary,
             enable_weight_tying=False,
             tok_embeddings=Embedding.Config(
-                num_embeddings=shape.vocabulary, embedding_dim=shape.dim, param_init={"weight": partial(nn.init.normal_, std=1.0)}
+                num_embeddings=shape.vocabulary,
+                embedding_dim=shape.dim,
+                param_init={"weight": partial(nn.init.normal_, std=1.0)},
             ),
             norm=RMSNorm.Config(normalized_shape=shape.dim, param_init=ones),
             lm_head=Linear.Config(
                 in_features=shape.dim,
                 out_features=shape.vocabulary,
-                param_init={"weight": partial(nn.init.trunc_normal_, std=head_std, a=-3 * head_std, b=3 * head_std)},
+                param_init={
+                    "weight": partial(nn.init.trunc_normal_, std=head_std, a=-3 * head_std, b=3 * head_std)
+                },
             ),
             layers=layers,
         ),

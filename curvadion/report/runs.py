@@ -7,18 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curvadion.sharding.ledger import words_of
+
 Record = dict[str, Any]
-
-PURPOSES = {
-    "gate": "gate",
-    "check": "check that ranks agree",
-    "factors": "Dion factors of matrices",
-    "gradients": "gradients for AdamW",
-    "parameters": "parameters, to average",
-    "moments": "AdamW moments, to average",
-    "right_factor": "right factors, made common",
-}
-
 
 @dataclass
 class Table:
@@ -174,7 +165,7 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
     purposes = [run.purposes() for run in runs]
     kept = [key for key in dict.fromkeys(key for column in purposes for key in column) if any(column.get(key) for column in purposes)]
     if kept:
-        rows = [[PURPOSES.get(key, key), *(readable(column.get(key, 0)) for column in purposes)] for key in kept]
+        rows = [[words_of(key), *(readable(column.get(key, 0)) for column in purposes)] for key in kept]
         rows.append(["all", *(readable(sum(column.values())) for column in purposes)])
         caption = f"Bytes that the ranks of one replica handed to collectives between replicas, by purpose. {run_provenance(runs)}"
         tables.append(Table("Bytes by purpose", head, rows, caption))

@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from curvadion.report.runs import PURPOSES, Record, Table, number, provenance, read_lines, readable, require
+from curvadion.report.runs import Record, Table, number, provenance, read_lines, readable, require
+from curvadion.sharding.ledger import words_of
 
 STUDY_KEYS = ("study", "setting", "label", "seed", "replicas", "batch", "seq", "steps", "parameters", "loss", "wire", "dense_wire")
 LINK_KEYS = ("label", "sites", "mbit", "delay_ms", "setting", "seconds_per_step")
@@ -277,7 +278,7 @@ def purpose_table(cell: Cell) -> Table | None:
         means = [statistics.fmean(number(run.get(key, 0)) for run in runs) for key in keys]
         rows.append([name, *map(readable, means), readable(sum(means))])
     caption = f"Bytes leaving one replica in a whole run, mean over seeds. {cell.provenance}"
-    return Table(f"Bytes by purpose, {cell.name}", ["setting", *(PURPOSES.get(key, key) for key in keys), "all"], rows, caption)
+    return Table(f"Bytes by purpose, {cell.name}", ["setting", *(words_of(key) for key in keys), "all"], rows, caption)
 
 
 @dataclass

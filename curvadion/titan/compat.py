@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from torch import nn
 
-from curvadion.layout import Layout, ShardMesh, canonical_name
+from curvadion.sharding.layout import Layout, ShardMesh, canonical_name
 
 logger = logging.getLogger(__name__)
 

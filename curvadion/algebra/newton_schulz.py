@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvadion.dion import LOCAL, Side, Tensors
+from curvadion.algebra.side import LOCAL, Side, Tensors
 
 STEPS = 5
 A, B, C = 3.4445, -4.7750, 2.0315
-LEAST_SQUARE = torch.finfo(torch.float32).tiny ** 2  # below it M is as good as zero: such numbers have few digits and decay no further
+LEAST_SQUARE = (
+    torch.finfo(torch.float32).tiny ** 2
+)  # below it M is as good as zero: such numbers have few digits and decay no further
 
 
 def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LOCAL) -> Tensors:
@@ -35,7 +37,10 @@ def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LO
         # Of any size from 1e-38 to 1e38: squares in float64, and the root of 1 / ||M|| twice, for 1 / ||M|| itself may overflow float32.
         norms = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=torch.float64) for w in whole]
         squared = rows.sum([norm.square() for norm in norms], "gram")
-        roots = [torch.where(s > LEAST_SQUARE, s, 1.0).pow(-0.25).to(w.dtype) for w, s in zip(whole, squared, strict=True)]
+        roots = [
+            torch.where(s > LEAST_SQUARE, s, 1.0).pow(-0.25).to(w.dtype)
+            for w, s in zip(whole, squared, strict=True)
+        ]
         Y = [w * root * root for w, root in zip(whole, roots, strict=True)]
         Y = [y.to(torch.bfloat16) if y.is_cuda and y.dtype == torch.float32 else y for y in Y]
         for _ in range(STEPS):

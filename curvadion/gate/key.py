@@ -1,7 +1,8 @@
-"""The gate: what one reduced int64 says about this step, and which local reasons there are to synchronize.
+"""The gate's key: what one reduced int64 says about this step.
 
-Pure functions on host values. The key itself is computed on the device by `curvadion_kernels` (op `gate_key`) and its MAX over the
-replicas is taken by `collectives.py`; after that every rank of every replica decodes the same key and takes the same branch.
+Pure functions on host values. The key is computed on the device by `curvadion_kernels` (op `gate_key`), and its MAX
+over the replicas is taken by the exchange; then every rank of every replica decodes the same key and takes the same
+branch.
 """
 
 import struct
@@ -28,6 +29,11 @@ class Decision:
     rmmc: float
     argmax: int
 
+    @property
+    def trouble(self) -> bool:
+        """Whether the step cannot be taken as it is."""
+        return self.failed or self.nonfinite
+
 
 def decode(key: int) -> Decision:
     """Decode the MAX over replicas of the gate keys (layout: `curvadion_kernels.reference`)."""
@@ -42,13 +48,3 @@ def decode(key: int) -> Decision:
         rmmc=struct.unpack("<f", struct.pack("<I", bits))[0] if defined else float("nan"),
         argmax=INDEX_MASK - (key & INDEX_MASK) if defined else -1,
     )
-
-
-def must_synchronize(*, step: int, local_steps: int, warmup_steps: int, max_local_steps: int | None) -> bool:
-    """Say whether the counters alone open the gate: first step, warm-up, or `max_local_steps` local steps in a row.
-
-    Args:
-        step: steps taken so far.
-        local_steps: local steps since the last synchronized one.
-    """
-    return step == 0 or step < warmup_steps or (max_local_steps is not None and local_steps >= max_local_steps)

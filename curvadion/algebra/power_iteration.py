@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from curvadion.algebra.side import LOCAL, Side, Tensors, same_twice
 from curvadion_kernels import reference
-
-Tensors = list[Tensor]
 
 # Shift of the Gram matrix relative to its trace: above the rounding of a float64 Gram matrix, below (1e-7)^2, so that
 # columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow it.
@@ -30,36 +29,6 @@ INDEPENDENT = 1e-2
 NOISE_ULPS = 64
 # ... and, where every entry was rounded to a coarser format than it was summed in, in units of that format's.
 COARSE_NOISE_ULPS = 2
-
-
-def _same(tensors: Tensors) -> Tensors:
-    return tensors
-
-
-def _same_twice(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    return tensors, tensors
-
-
-def _same_sum(tensors: Tensors, purpose: str) -> Tensors:
-    return tensors
-
-
-@dataclass(frozen=True)
-class Side:
-    """How the rows of (B, rows, r) factors are spread over ranks, batch by batch.
-
-    Attributes:
-        sum: sums small tensors, one per batch, over the ranks that hold different rows; second argument: the purpose, for the ledger.
-        gather: returns the whole factors.
-        take: returns this rank's rows of whole factors.
-    """
-
-    sum: Callable[[Tensors, str], Tensors] = _same_sum
-    gather: Callable[[Tensors], Tensors] = _same
-    take: Callable[[Tensors], Tensors] = _same
-
-
-LOCAL = Side()
 
 
 @dataclass(frozen=True)
@@ -89,7 +58,9 @@ def rank_of(short: int, rank_fraction: float, rank_multiple_of: int) -> int:
 def initial_right_factor(name: str, n: int, r: int) -> Tensor:
     """Return the first Q (n x r, float32, unit columns): a function of the parameter's canonical name and the shape alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
-    Q = torch.randn(n, r, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
+    Q = torch.randn(
+        n, r, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
     return Q / Q.norm(dim=0)
 
 
@@ -99,8 +70,8 @@ def power_iteration(
     *,
     rows: Side = LOCAL,
     columns: Side = LOCAL,
-    reduce_P: Callable[[Tensors], tuple[Tensors, Tensors]] = _same_twice,
-    reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = _same_twice,
+    reduce_P: Callable[[Tensors], tuple[Tensors, Tensors]] = same_twice,
+    reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = same_twice,
     orthogonalization: str = "cholesky_qr",
     right_factor: str = "column_norm",
     payload_dtype: torch.dtype | None = None,
@@ -132,7 +103,10 @@ def power_iteration(
     own, R = reduce_R([m.mT @ p for m, p in zip(M, P, strict=True)])
 
     sumsq = columns.sum([column_sumsq(r) for r in R], "column_norms")
-    live = [(s > floor**2 * s.amax(-1, keepdim=True)).unsqueeze(-2) for s, floor in zip(sumsq, floors, strict=True)]
+    live = [
+        (s > floor**2 * s.amax(-1, keepdim=True)).unsqueeze(-2)
+        for s, floor in zip(sumsq, floors, strict=True)
+    ]
     scales: list[Tensor | None] = [None] * len(R)
     if right_factor == "qr":
         with record_function("curvadion::orthogonalize"):
@@ -154,7 +128,10 @@ def noise_floor(M: Tensor, payload_dtype: torch.dtype | None = None) -> float:
     Knows of TF32 and bfloat16 products on CUDA (`torch.set_float32_matmul_precision`) and of factors rounded to `payload_dtype`.
     """
     coarse = [payload_dtype] if payload_dtype is not None else []
-    floor = max([NOISE_ULPS * torch.finfo(M.dtype).eps] + [COARSE_NOISE_ULPS * torch.finfo(dtype).eps for dtype in coarse])
+    floor = max(
+        [NOISE_ULPS * torch.finfo(M.dtype).eps]
+        + [COARSE_NOISE_ULPS * torch.finfo(dtype).eps for dtype in coarse]
+    )
     if M.is_cuda and M.dtype == torch.float32:
         eps = {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(torch.backends.cuda.matmul.fp32_precision, 0.0)
         floor = max(floor, COARSE_NOISE_ULPS * eps)
@@ -175,7 +152,9 @@ def _inverse_root(sumsq: Tensor) -> Tensor:
     return torch.where(sumsq > 0, sumsq.rsqrt(), 0.0)
 
 
-def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cholesky_qr", floor: float = 0.0) -> Tensors:
+def orthogonalize(
+    P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cholesky_qr", floor: float = 0.0
+) -> Tensors:
     """Return orthonormal bases of the columns: P^T P = I, span(P_1..P_j) kept for every j, dependent columns set to zero.
 
     Args:
@@ -189,7 +168,9 @@ def orthogonalize(P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cho
     return _orthonormal_columns(P, side, method, [floor] * len(P))[0]
 
 
-def _orthonormal_columns(P: Sequence[Tensor], side: Side, method: str, floors: Sequence[float]) -> tuple[Tensors, Tensors]:
+def _orthonormal_columns(
+    P: Sequence[Tensor], side: Side, method: str, floors: Sequence[float]
+) -> tuple[Tensors, Tensors]:
     """Return the bases, and which columns are independent of those before them, (B, 1, r) bool."""
     if method == "qr":
         pairs = [_householder(p, floor) for p, floor in zip(side.gather(list(P)), floors, strict=True)]
@@ -205,7 +186,9 @@ def _orthonormal_columns(P: Sequence[Tensor], side: Side, method: str, floors: S
     for k, gram in enumerate(side.sum([w.mT @ w for w in bases], "gram")):
         # Independent columns are nearly orthonormal by now. Others are noise over a pivot that the shift keeps away from zero.
         independent = _shifted_cholesky(gram)[1] > INDEPENDENT
-        gram = gram * independent * independent.mT + torch.diag_embed((~independent).squeeze(-2).to(gram.dtype))
+        gram = gram * independent * independent.mT + torch.diag_embed(
+            (~independent).squeeze(-2).to(gram.dtype)
+        )
         L, info = torch.linalg.cholesky_ex(gram)
         live.append(independent & (info == 0).view(-1, 1, 1))
         L = torch.where((info == 0).view(-1, 1, 1), L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
@@ -228,7 +211,9 @@ def _shifted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     L, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand(gram.shape[:-1])))
     positive = (info == 0).view(-1, 1, 1)
     pivots = L.diagonal(dim1=-2, dim2=-1).square().unsqueeze(-2)
-    return torch.where(positive, L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)), torch.where(positive, pivots, 0.0)
+    return torch.where(positive, L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)), torch.where(
+        positive, pivots, 0.0
+    )
 
 
 def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
+from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
+
 Axes = tuple[int, ...]  # axes of the shard mesh, ascending
 
 _PLACEMENTS = operator.attrgetter("placements")
@@ -38,7 +40,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part of a parameter, gradient or state tensor; call it under `torch.no_grad()`."""
     if not isinstance(tensor, DTensor):
         return tensor
-    local = tensor._local_tensor  # to_local() would return the same, wrapped in a view that costs a microsecond
+    local = (
+        tensor._local_tensor
+    )  # to_local() would return the same, wrapped in a view that costs a microsecond
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
@@ -47,12 +51,16 @@ def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     kinds = set(map(type, tensors))
     if kinds == {DTensor}:
         local = list(map(_LOCAL, tensors))
-        return local if AsyncCollectiveTensor not in set(map(type, local)) else list(map(local_tensor, tensors))
+        return (
+            local if AsyncCollectiveTensor not in set(map(type, local)) else list(map(local_tensor, tensors))
+        )
     return list(map(local_tensor, tensors)) if any(issubclass(kind, DTensor) for kind in kinds) else tensors
 
 
 def usual_gradients(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None], placements: Sequence[tuple[Placement, ...] | None]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    placements: Sequence[tuple[Placement, ...] | None],
 ) -> list[Tensor] | None:
     """Return the local gradients if they are as nearly always, and None if they need a closer look, one by one.
 
@@ -81,7 +89,9 @@ def reshard_gathered_modules() -> None:
     as they were. FSDP2 offers no way from a parameter to its module, hence the register of all modules under `fully_shard`; a
     module that is gathered for no reason only pays one more all-gather.
     """
-    from torch.distributed._composable_state import _module_state_mapping  # private, so: only where it is needed
+    from torch.distributed._composable_state import (
+        _module_state_mapping,
+    )  # private, so: only where it is needed
     from torch.distributed.fsdp import FSDPModule
 
     for module in list(_module_state_mapping):
@@ -103,14 +113,18 @@ class ShardMesh:
             if isinstance(p, DTensor) and all(p.device_mesh is not m for m in meshes):
                 meshes.append(p.device_mesh)
         self.mesh = max(meshes, key=lambda m: m.size(), default=None)
-        self.ranks: tuple[int, ...] = tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
+        self.ranks: tuple[int, ...] = (
+            tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
+        )
         self.names: list[str] = []
         self._axis_ranks: list[tuple[int, ...]] = []
-        self._groups: list[ProcessGroup] = []
+        self._groups: list[Group] = []
         if self.mesh is not None:
             for dim, ranks in _dims(self.mesh):
-                self._groups.append(self.mesh.get_group(dim))
-                self.names.append((self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}")
+                self._groups.append(TorchGroup(self.mesh.get_group(dim)))
+                self.names.append(
+                    (self.mesh.mesh_dim_names or ())[dim] if self.mesh.mesh_dim_names else f"dimension {dim}"
+                )
                 self._axis_ranks.append(ranks)
         self.axes: Axes = tuple(range(len(self.names)))
         self._axis_of_dim = {id(m): self._match(m) for m in meshes}
@@ -133,13 +147,13 @@ class ShardMesh:
         """Return the axis that a dimension of a parameter's mesh is, None if it has one rank."""
         return self._axis_of_dim[id(mesh)].get(dim)
 
-    def group(self, axis: int) -> ProcessGroup:
-        """Return this rank's process group along an axis."""
+    def group(self, axis: int) -> Group:
+        """Return this rank's group along an axis."""
         return self._groups[axis]
 
     def count(self, axes: Axes) -> int:
         """Return the number of ranks along the axes."""
-        return math.prod(dist.get_world_size(self._groups[axis]) for axis in axes)
+        return math.prod(self._groups[axis].size for axis in axes)
 
     def complement(self, axes: Axes) -> Axes:
         """Return the other axes."""
@@ -147,12 +161,16 @@ class ShardMesh:
 
     def is_first(self, axes: Axes) -> bool:
         """Say whether this rank is at coordinate 0 of all the given axes."""
-        return all(dist.get_rank(self._groups[axis]) == 0 for axis in axes)
+        return all(self._groups[axis].rank == 0 for axis in axes)
 
 
 def _dims(mesh: DeviceMesh) -> list[tuple[int, tuple[int, ...]]]:
     """Return (dimension, the ranks along it through this rank) for dimensions of more than one rank."""
-    return [(dim, tuple(dist.get_process_group_ranks(mesh.get_group(dim)))) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    return [
+        (dim, tuple(dist.get_process_group_ranks(mesh.get_group(dim))))
+        for dim in range(mesh.ndim)
+        if mesh.size(dim) > 1
+    ]
 
 
 @dataclass(frozen=True)
@@ -188,7 +206,9 @@ class Layout:
             if not isinstance(placement, (Shard, _StridedShard)):
                 raise ValueError(f"parameters must be placed Shard or Replicate; got {param.placements}")
             sharded[placement.dim].append(axis)
-        local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        local_shape, offset = compute_local_shape_and_global_offset(
+            param.shape, param.device_mesh, param.placements
+        )
         used = {axis for axes in sharded for axis in axes}
         return Layout(
             shape,
@@ -225,15 +245,18 @@ class Layout:
         if self.mesh is None:
             return local
         stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride)
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
+        )
 
-    def wrap_right_factor(self, local: Tensor) -> Tensor:
-        """Return Q (n, r) as a DTensor whose rows are placed like the short side of the matrix."""
+    def wrap_along(self, local: Tensor, dim: int) -> Tensor:
+        """Return a tensor whose rows belong to the rows (dim 0) or columns (1) of the parameter, as a DTensor."""
         if self.mesh is None:
             return local
-        placements = tuple(_along(p, self.short) for p in self.placements)
-        shape = torch.Size((self.shape[self.short], local.shape[-1]))
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
+        placements = tuple(_along(p, dim) for p in self.placements)
+        shape = torch.Size((self.shape[dim], *local.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def take(self, whole: Tensor, dim: int, tensor_dim: int) -> Tensor:
         """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's dimension `dim`."""
@@ -259,7 +282,9 @@ def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, 
     """
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor) or grad.placements == param.placements:
         if isinstance(grad, DTensor) != isinstance(param, DTensor):
-            raise ValueError(f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}")
+            raise ValueError(
+                f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}"
+            )
         return (), 1
     axes, divisor = [], 1
     for dim, (g, p) in enumerate(zip(grad.placements, param.placements, strict=True)):
@@ -295,21 +320,23 @@ def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Ite
             )
 
 
-def replicate_group(mesh: DeviceMesh | ProcessGroup | None) -> ProcessGroup | None:
-    """Return the process group of this rank's peers in the other replicas."""
-    if mesh is None:
-        return None
+def replicate_group(mesh: DeviceMesh | ProcessGroup | Group | None) -> Group | None:
+    """Return the group of this rank and its peers in the other replicas."""
+    if mesh is None or isinstance(mesh, ThreadGroup):
+        return mesh
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
-            raise ValueError(f'replicate_mesh must have one dimension; got {mesh}; slice it, as in init_device_mesh(...)["replicate"]')
+            raise ValueError(
+                f"replicate_mesh must have one dimension; got {mesh}; slice it, as in "
+                'init_device_mesh(...)["replicate"]'
+            )
         mesh = mesh.get_group()
     if not isinstance(mesh, ProcessGroup):
-        raise TypeError(f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']")
+        raise TypeError(
+            f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']"
+        )
     if dist.get_rank(mesh) < 0:
-        raise ValueError("replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers")
-    return mesh
-
-
-def ranks_of(group: ProcessGroup | None) -> list[int]:
-    """Return the global ranks of a group, none for None."""
-    return dist.get_process_group_ranks(group) if group is not None else []
+        raise ValueError(
+            "replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers"
+        )
+    return TorchGroup(mesh)

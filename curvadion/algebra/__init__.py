@@ -1,0 +1,1 @@
+"""Mathematics on local shards: no ranks, no options, no state."""

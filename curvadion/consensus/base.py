@@ -1,0 +1,59 @@
+"""What a consensus is: how replicas that took steps of their own become one again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from curvadion.rules.base import Step
+
+
+class Consensus:
+    """One object for each optimizer.
+
+    Args:
+        options: the optimizer's, by name.
+
+    Attributes:
+        own_options: options that would mean nothing under another consensus, and are refused there.
+        leaves_apart: replicas differ even right after a synchronized step.
+        averages: a mean of the parameters over the replicas is what they have in common.
+        keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
+        under_way: the parameters have left something that replicas are to come back to.
+    """
+
+    own_options: ClassVar[tuple[str, ...]] = ()
+    leaves_apart = False
+    averages = True
+    keeps_momentum = False
+    under_way = False
+
+    def __init__(self, options: Mapping[str, Any]):
+        """Take what it needs of the options."""
+
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raise ValueError where options contradict this consensus."""
+
+    def allocate(self, X: Sequence[Tensor]) -> None:
+        """Make room for these shards of the parameters."""
+
+    def remember(self, X: Sequence[Tensor]) -> None:
+        """Look at the parameters before a step moves them."""
+
+    def step(self, step: Step, *, synchronize: bool) -> None:
+        """Move the parameters; every rank of every replica calls it with the same `synchronize`."""
+        raise NotImplementedError
+
+    def stand_still(self, step: Step) -> None:
+        """Let the traffic of the others pass in a step that this replica does not take."""
+
+    def settle(self, step: Step) -> None:
+        """Wait for what is under way and give back what was kept, so that a mean of the parameters lacks nothing."""
+
+    def forget(self) -> None:
+        """Start anew: replicas are equal."""
+
+    def drift(self) -> Tensor | None:
+        """Return sums of squares of this replica's own way minus the common one, and of that; None if unknown."""
+        return None

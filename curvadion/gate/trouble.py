@@ -1,0 +1,121 @@
+"""What happens when a gradient is not finite or a rank cannot do its part: who raises what, and when."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from curvadion.gate.key import Decision
+from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT
+
+RELOAD = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
+
+
+class NonFiniteError(RuntimeError):
+    """A gradient held a NaN or an infinity; raised on every rank in the same step, parameters untouched."""
+
+
+class Trouble:
+    """The state of being in trouble. Every rank raises in the same step, or every rank goes on.
+
+    In a step that asks the other replicas, all of them learn of it at once and `raise_or_skip`. In one that does not,
+    the replica that met it stands still (`hold`) and tells the others when the gate asks next.
+
+    Args:
+        skip: whether a step with non-finite gradients is skipped rather than raised.
+
+    Attributes:
+        broken: why no step can be taken before a load, None if one can.
+        overflow: what a GradScaler has found, None where none is at work; such a step is skipped.
+        skipped_steps: by this replica, since construction.
+    """
+
+    def __init__(self, skip: bool):
+        self._skip = skip
+        self.skipped_steps = 0
+        self.overflow: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all trouble: state was loaded."""
+        self.broken: str | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._held: str | None = None  # "failed" or "nonfinite": what this replica has to tell the others
+        self._failure: Exception | None = None
+        self._names: list[str] = []
+
+    def refuse_if_broken(self) -> None:
+        """Raise if an earlier step left state that cannot be gone on from."""
+        if self.broken:
+            raise RuntimeError(self.broken)
+
+    def swallowed(self) -> None:
+        """From here on the momentum holds this step's gradients: a step that does not come to its end is lost."""
+        self.broken = f"an earlier step() did not come to its end{RELOAD}"
+
+    def ended(self) -> None:
+        """The step came to its end."""
+        self.broken = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether a non-finite step is skipped: by option, or because a GradScaler is at work."""
+        return self._skip or self.overflow is not None
+
+    @property
+    def held(self) -> str | None:
+        """What this replica has to tell the others when the gate asks next: "failed", "nonfinite" or nothing."""
+        return self._held
+
+    @property
+    def key(self) -> int:
+        """The same as a gate key."""
+        return {None: 0, "nonfinite": NONFINITE_BIT, "failed": FAILED_KEY}[self._held]
+
+    def hold(self, decision: Decision, failure: Exception | None, names: Sequence[str]) -> None:
+        """Note what this replica met in a step that asked nobody.
+
+        Args:
+            failure: what this rank could not do.
+            names: parameters of this rank whose gradients are not finite.
+        """
+        if decision.failed or not self.skips:
+            self._held = "failed" if decision.failed else self._held or "nonfinite"
+            self._failure = self._failure or failure
+            self._names = self._names or list(names)
+
+    def raise_or_skip(
+        self,
+        decision: Decision,
+        failure: Exception | None,
+        names: Callable[[], list[str]],
+        *,
+        steps: int,
+    ) -> None:
+        """Raise on this rank as on every other, or return where the step is skipped. Parameters are untouched so far.
+
+        Args:
+            failure: what this rank could not do.
+            names: returns the parameters of this rank whose gradients are not finite.
+            steps: steps taken so far.
+        """
+        failure, here = failure or self._failure, self._names
+        self._clear()
+        if decision.failed:
+            if not self.skips:
+                self.broken = f"an earlier step() failed on some rank{RELOAD}"
+            if failure is not None:
+                raise failure
+            raise RuntimeError("another rank could not do its part of step(); its own error says why")
+        if self.skips:
+            return
+        self.broken = f"a gradient held a NaN or an infinity in an earlier step(){RELOAD}"
+        here = here or names()
+        where = "on another rank, or a momentum whose squared norm overflows float32"
+        if here:
+            where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
+        raise NonFiniteError(
+            f"gradients must be finite; got a NaN or an infinity {where}, after {steps} steps. Parameters are untouched"
+            f"{RELOAD}, or construct with on_nonfinite='skip' to skip such steps"
+        )

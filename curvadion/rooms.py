@@ -1,0 +1,111 @@
+"""What an optimizer builds for its parameters, once, and again when a group is added."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from curvadion.options import GROUP_OPTIONS, Options
+from curvadion.rules import RULES, Step
+from curvadion.sharding.exchange import Exchange
+from curvadion.sharding.group import Group
+from curvadion.sharding.layout import check_replicas, local_tensor
+from curvadion.sharding.ledger import Ledger
+from curvadion.state.intake import Intake
+from curvadion.state.numbers import Numbers
+from curvadion.state.store import Store
+from curvadion.state.table import Table
+from curvadion_kernels import Ops, choose
+from curvadion_kernels.reference import Fixed
+
+logger = logging.getLogger("curvadion.optimizer")
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """The rooms that know the parameters.
+
+    Attributes:
+        options: the optimizer's.
+        table: which parameters there are, and how they are laid out.
+        store: their state.
+        exchange: who talks to other ranks.
+        ops, numbers: the kernels, and hyper-parameters as they want them.
+        intake: reads parameters and gradients.
+    """
+
+    options: Options
+    table: Table
+    store: Store
+    exchange: Exchange
+    ops: Ops
+    numbers: Numbers
+    intake: Intake
+
+    @staticmethod
+    def of(
+        groups: Sequence[Mapping[str, Any]],
+        options: Options,
+        peers: Group | None,
+        *,
+        outer_momentum: bool,
+        before: Mapping[Tensor, Mapping[str, Any]],
+        ledger: Ledger,
+    ) -> "Rooms":
+        """Lay out all parameters and allocate state.
+
+        Args:
+            peers: this rank and its peers in the other replicas.
+            outer_momentum: whether there is a U of every parameter.
+            before: state so far, whose values go on.
+            ledger: where to count.
+
+        Raises:
+            ValueError: layouts or options break a rule.
+        """
+        table = Table.of(groups)
+        ops = choose(options.kernels, table.device)
+        logger.info("kernels: %s (%s)", ops.kernels, ops.why)
+        check_replicas(peers.ranks if peers is not None else [], table.shards, table.layouts)
+        exchange = Exchange(table.shards, peers, table.device, ledger)
+        most = options.schedule.max_local_steps
+        if not table.matrices and table.params and exchange.replicas > 1 and most is None:
+            raise ValueError(
+                "with several replicas and no matrix, whose RMMC opens the gate, max_local_steps must be set; got "
+                "None; try 0, which synchronizes every step"
+            )
+        store = Store(
+            table,
+            groups,
+            [RULES[group["local_update"]].state for group in groups],
+            momentum_dtype=options.momentum_dtype,
+            outer_momentum=outer_momentum,
+            before=before,
+        )
+        intake = Intake(table, store.batches, exchange)
+        return Rooms(options, table, store, exchange, ops, Numbers(table.device), intake)
+
+    def X(self) -> list[Tensor]:
+        """Return this rank's shards of all parameters; call it under `torch.no_grad()`."""
+        return [local_tensor(p) for p in self.table.params]
+
+    def step(self, groups: Sequence[Mapping[str, Any]], schedule: Any, X: Any = None, G: Any = None) -> Step:
+        """Return a step of these shards and gradients; without them, one for what is done between steps."""
+        X = Fixed(self.X()) if X is None else X
+        G = Fixed([None] * len(X)) if G is None else G
+        room = (self.table, self.store, schedule, self.exchange, self.ops, self.numbers)
+        return Step(X, G, groups, *room, self.options.payload_dtype)
+
+    def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        """Return a text of all that must be equal on all ranks, kernels included: they round differently."""
+        options = {**self.options.given, "kernels": self.ops.kernels}
+        own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
+        plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
+        return repr((options, plain, self.table.describe(), self.exchange.replicas))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of this rank's share of a bfloat16 all-reduce of all gradients."""
+        return 2 * self.table.owned_elements if self.exchange.replicas > 1 else 0

@@ -1,0 +1,154 @@
+"""What a local rule is, and what it may look at in a step."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvadion.algebra.side import Side, Tensors
+from curvadion.gate.schedule import Schedule
+from curvadion.sharding.exchange import Exchange
+from curvadion.sharding.layout import Axes
+from curvadion.state.batch import Batch, StateSpec
+from curvadion.state.numbers import Numbers
+from curvadion.state.store import Store
+from curvadion.state.table import Table
+from curvadion_kernels import Ops
+from curvadion_kernels.reference import Fixed
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimizer, for the rooms that take part in it.
+
+    Attributes:
+        X, G: this rank's shards of all parameters, and of their gradients (None: missing).
+        groups: the parameter groups.
+        table, store: which parameters there are, and their state.
+        schedule: how many steps there were before this one.
+        exchange: sums over shards, means over replicas.
+        ops, numbers: the kernels, and hyper-parameters as they want them.
+        payload_dtype: of P, R and gradients between replicas; None for the tensor's own.
+    """
+
+    X: Fixed[Tensor]
+    G: Fixed[Tensor | None]
+    groups: Sequence[Mapping[str, Any]]
+    table: Table
+    store: Store
+    schedule: Schedule
+    exchange: Exchange
+    ops: Ops
+    numbers: Numbers
+    payload_dtype: torch.dtype | None
+
+    def batches(self, rule: str) -> list[Batch]:
+        """Return the matrices whose group's local rule this is."""
+        return [b for b in self.store.batches if self.groups[b.group]["local_update"] == rule]
+
+    def gradients(self, batch: Batch) -> list[Tensor | None]:
+        """Return the gradients of a batch's matrices."""
+        return [self.G[i] for i in batch.params]
+
+    def move(self, batch: Batch, direction: Tensor) -> None:
+        """X <- (1 - lr wd) X - lr_local sqrt(rows / columns) direction.
+
+        Args:
+            direction: (B, rows, columns), this rank's shards.
+        """
+        group = self.groups[batch.group]
+        self.ops.local_step_(
+            [self.X[i] for i in batch.params],
+            list(direction.contiguous().unbind()),
+            decay=shrinkage(group),
+            step_size=local_lr(group) * scale(batch),
+        )
+
+    def postpone_decay(self, batches: Sequence[Batch]) -> None:
+        """M <- mu M, by the kernel that reads the momenta anyway, in the next step."""
+        for b in batches:
+            b.decay = self.groups[b.group]["momentum"]
+
+    # ---- the shards of batches
+
+    def side(self, batches: Sequence[Batch], dims: Sequence[int]) -> Side:
+        """Say how the rows of a factor, which run along dimension dims[k] of the matrices of batch k, are spread."""
+        axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
+
+        def gather(factors: Tensors) -> Tensors:
+            whole = list(factors)
+            for k, (f, b, dim) in enumerate(zip(factors, batches, dims, strict=True)):
+                if axes[k]:
+                    whole[k] = f.new_zeros(f.shape[0], b.layout.shape[dim], f.shape[-1])
+                    b.layout.take(whole[k], dim, 1).copy_(f)
+            return self.exchange.sum_over_shards(whole, axes, "gram")
+
+        return Side(
+            sum=lambda tensors, purpose: self.exchange.sum_over_shards(tensors, axes, purpose),
+            gather=gather,
+            take=lambda factors: [
+                b.layout.take(f, d, 1) for f, b, d in zip(factors, batches, dims, strict=True)
+            ],
+        )
+
+    def rows(self, batches: Sequence[Batch]) -> Side:
+        """Say how the long sides of the matrices are spread."""
+        return self.side(batches, [b.layout.long for b in batches])
+
+    def columns(self, batches: Sequence[Batch]) -> Side:
+        """Say how the short sides of the matrices are spread."""
+        return self.side(batches, [b.layout.short for b in batches])
+
+    def reduction(
+        self, batches: Sequence[Batch], partial: Sequence[Axes], *, synchronized: bool, keep_own: bool = False
+    ) -> Callable[[Tensors], tuple[Tensors, Tensors]]:
+        """Return what sums factors over shards where they are partial and, if synchronized, averages over replicas."""
+        copied, dtype = [b.layout.copied for b in batches], self.payload_dtype
+
+        def reduce(factors: Tensors) -> tuple[Tensors, Tensors]:
+            if synchronized:
+                return self.exchange.mean_over_replicas(
+                    factors, partial, copied, "factors", payload_dtype=dtype, keep_own=keep_own
+                )
+            own = self.exchange.sum_over_shards(factors, partial, "factors")
+            return own, own
+
+        return reduce
+
+
+def shrinkage(group: Mapping[str, Any]) -> float:
+    """Return 1 - lr wd, the factor of decoupled weight decay."""
+    return 1 - float(group["lr"]) * group["weight_decay"]
+
+
+def local_lr(group: Mapping[str, Any]) -> float:
+    """Return lr_local = lr local_lr_scale."""
+    return float(group["lr"]) * group["local_lr_scale"]
+
+
+def scale(batch: Batch) -> float:
+    """Return sqrt(rows / columns), which makes updates of all shapes alike."""
+    rows, columns = batch.layout.shape
+    return math.sqrt(rows / columns)
+
+
+class Rule:
+    """What matrices do on a local step. One object serves all: a rule keeps nothing itself.
+
+    Attributes:
+        state: what it keeps for each matrix, `batch.kept[name]`.
+        moves_Q: whether it moves this replica's Q, which synchronized Dion steps need to be common.
+    """
+
+    state: tuple[StateSpec, ...] = ()
+    moves_Q = False
+
+    def begin(self, step: Step, key: Tensor) -> None:
+        """Enqueue what can be done before the host knows whether the step is local; the device looks at the key."""
+
+    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
+        """Move the X of these batches, and update M and what is kept; `begun`: the key has let `begin` happen."""
+        raise NotImplementedError

@@ -1,0 +1,70 @@
+"""local_update="dion", the released code's rule, and Dion's synchronized step, which is the same with means."""
+
+from collections.abc import Sequence
+
+from curvadion.algebra.power_iteration import power_iteration
+from curvadion.rules.base import Rule, Step, local_lr, scale, shrinkage
+from curvadion.state.batch import Batch
+
+
+class Dion(Rule):
+    """A low-rank orthonormalized update with what it leaves out kept in the momentum.
+
+    P   = orthogonalize(m_i Q),   R_i = m_i^T P
+    M_i <- m_i - (1 - mu) P R_i^T  with error_feedback, else mu m_i
+    Q   <- column_normalize(R)  or  orthogonalize(R)
+    X   <- (1 - lr wd) X - lr_local sqrt(rows / columns) P Q^T
+    """
+
+    moves_Q = True
+
+    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
+        dion_step(step, batches, synchronized=False)
+
+
+def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> None:
+    """Do what `Dion` says on this replica alone; synchronized, with E_i[P], E_i[R] and lr in place of lr_local."""
+    for chosen in _by_method(step, batches):
+        method = step.groups[chosen[0].group]
+        factors = power_iteration(
+            [b.M for b in chosen],
+            [b.Q for b in chosen],
+            rows=step.rows(chosen),
+            columns=step.columns(chosen),
+            reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
+            reduce_R=step.reduction(
+                chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True
+            ),
+            orthogonalization=method["orthogonalization"],
+            right_factor=method["right_factor"],
+            payload_dtype=step.payload_dtype if synchronized else None,
+            column_sumsq=step.ops.column_sumsq,
+        )
+        for b, f in zip(chosen, factors, strict=True):
+            group = step.groups[b.group]
+            feedback = group["error_feedback"]
+            step.ops.low_rank_apply_(
+                [step.X[i] for i in b.params],
+                b.momentum if feedback else None,
+                f.P,
+                f.Q if f.scale is None else None,
+                f.R,
+                scale=f.scale,
+                transposed=b.layout.transposed,
+                decay=shrinkage(group),
+                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(b),
+                feedback=1 - group["momentum"],
+            )
+            if not feedback:
+                step.postpone_decay([b])
+            b.Q.copy_(f.Q)
+            b.common_Q = synchronized
+
+
+def _by_method(step: Step, batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Split batches by what `power_iteration` takes one value of."""
+    chosen: dict[tuple[str, str], list[Batch]] = {}
+    for b in batches:
+        group = step.groups[b.group]
+        chosen.setdefault((group["orthogonalization"], group["right_factor"]), []).append(b)
+    return [chosen[key] for key in sorted(chosen)]

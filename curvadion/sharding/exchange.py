@@ -1,0 +1,550 @@
+"""All that one rank tells others in a step. Counts every call and byte, by axis and purpose.
+
+Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they branch
+only on the reduced gate key, and a missing gradient contributes zeros.
+
+    1. if due: agreement          MAX of six int64 over the replicas, then over the shards
+    2. if any: partial gradients  SUM over the axes they are partial on
+    3. norms and flags            one SUM over all shards
+    4. gate="drift", if asked     SUM of three numbers over the shards, mean over the replicas
+       gate                       one MAX of one int64 over the replicas; with gate_lag a local step reads it in
+                                  the next step
+    5. synchronized step          parameters, moments      mean over replicas   (only after a local step)
+                                  Q                        replica 0's          (only after a local Dion step)
+                                  P                        sum over shards, mean over replicas
+                                  Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
+                                  R                        sum over shards, mean over replicas
+                                  column norms             one SUM over the shards of R's rows
+                                  Gram matrices            two SUMs over the shards of R's rows
+                                                           (right_factor="qr" only)
+                                  AdamW, Lion gradients    mean over replicas
+       local step                 each rule's own, over the shards only, in the order of RULES:
+                                  "dion"                   P, Gram, R, column norms as above
+                                  "muon"                   the short side gathered; norms and in each round Gram
+                                                           matrices, one SUM over the shards of the long side
+       synchronized step with consensus="outer": a local step, then
+                                  pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
+                                                           replica its part of the mean (all-to-all), then all
+                                                           parts to all (all-gather); with outer_delay the first
+                                                           in this step, the second half of the delay later
+
+What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on S
+shard ranks is reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges its piece
+with its peers in the other replicas, and the pieces are gathered inside the replica. Flat buffers: one call per set
+of axes and dtype, whatever the number of matrices, in buckets of at most BUCKET_BYTES. A sum over several axes is
+one collective after the other, so that the groups of the DeviceMesh suffice and none has to be made.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from curvadion.sharding.group import Group, Work
+from curvadion.sharding.layout import Axes, ShardMesh
+from curvadion.sharding.ledger import Key, Ledger
+
+BUCKET_BYTES = 1 << 28
+
+
+class Codec(Protocol):
+    """What rounds a flat buffer to bytes; `curvadion.consensus.codec` has them.
+
+    Attributes:
+        block: the length of a buffer must be a multiple of it.
+        bits_per_value: on the wire, scales included.
+    """
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def bits_per_value(self) -> float: ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the bytes (uint8) of a flat tensor; those of each of `size` equal parts together, in order."""
+
+    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the values of such bytes, flat."""
+
+
+class Residuals:
+    """What rounding has kept back so far (error feedback), one pair of flat buffers for each buffer that is sent.
+
+    The first is what this replica's own contribution lacks, the second what the mean lacks in the part that this
+    replica rounds for all.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.in_use = False  # on all ranks alike, also on those that hold nothing of any buffer
+
+    def of(self, number: int, mine: int, ours: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pair of the buffer with this number, of these lengths; zeros at first."""
+        if number == len(self.pairs):
+            self.pairs.append((like.new_zeros(mine), like.new_zeros(ours)))
+        return self.pairs[number]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.pairs.clear()
+        self.in_use = False
+
+
+class _Journey(Protocol):
+    """A flat buffer on its way to its mean over the replicas; its first leg has started."""
+
+    def next_leg(self) -> Tensor | None:
+        """Wait for the leg that is under way; return the mean, or start the next leg."""
+
+
+class _Nothing:
+    """An empty buffer: as many legs as the others, because what follows involves ranks that have something."""
+
+    def __init__(self, piece: Tensor, legs: int):
+        self._piece, self._left = piece, legs
+
+    def next_leg(self) -> Tensor | None:
+        self._left -= 1
+        return None if self._left else self._piece
+
+
+class _Mean:
+    """One all-reduce, in `payload_dtype`; without copy the piece may be overwritten."""
+
+    def __init__(
+        self, exchange: "Exchange", piece: Tensor, purpose: str, payload_dtype: torch.dtype | None, copy: bool
+    ):
+        self._sent, self._dtype = piece.to(payload_dtype or piece.dtype, copy=copy), piece.dtype
+        self._replicas = exchange.replicas
+        self._work = exchange.over_replicas("all_reduce", purpose, self._sent, ReduceOp.SUM)
+
+    def next_leg(self) -> Tensor:
+        self._work.wait()
+        return self._sent.to(self._dtype).div_(self._replicas)
+
+
+class _RoundedMean:
+    """Each replica its part of the mean, then all parts to all, in a codec's bytes and with error feedback.
+
+    While it is under way it holds bytes only.
+    """
+
+    def __init__(
+        self, exchange: "Exchange", piece: Tensor, purpose: str, codec: Codec, number: int, kept: Residuals
+    ):
+        self._exchange, self._purpose, self._codec = exchange, purpose, codec
+        self._numel, self._dtype = piece.numel(), piece.dtype
+        flat = _pad(piece, piece.numel() + -piece.numel() % (codec.block * exchange.replicas))
+        mine, self._ours = kept.of(number, flat.numel(), flat.numel() // exchange.replicas, flat)
+        mine.add_(flat)
+        self._sent = codec.encode(mine)
+        mine.sub_(codec.decode(self._sent, self._dtype))
+        self._received: Tensor | None = torch.empty_like(self._sent)
+        self._work = exchange.over_replicas("all_to_all", purpose, self._received, self._sent)
+
+    def next_leg(self) -> Tensor | None:
+        self._work.wait()
+        if self._received is None:
+            return self._codec.decode(self._sent, self._dtype)[: self._numel]
+        parts = self._codec.decode(self._received, self._dtype)
+        self._received = None
+        self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
+        part = self._codec.encode(self._ours)
+        self._ours.sub_(self._codec.decode(part, self._dtype))
+        self._work = self._exchange.over_replicas("all_gather", self._purpose, self._sent, part)
+        return None
+
+
+class UnderWay:
+    """A mean over the replicas that travels in legs, while something else is done.
+
+    The first leg has started. All ranks call `start_next_leg` and `arrived` at the same places among their
+    collectives.
+    """
+
+    def __init__(self, exchange: "Exchange", tensors: Sequence[Tensor], purpose: str):
+        self._exchange, self._tensors, self._purpose = exchange, tensors, purpose
+        self._mean = list(tensors)
+        self._journeys: list[tuple[_Cut, _Journey]] = []
+
+    def add(self, cut: "_Cut", journey: _Journey) -> None:
+        """Take along one more buffer."""
+        self._journeys.append((cut, journey))
+
+    def start_next_leg(self) -> None:
+        """Wait for the leg that is under way, and start the next one if there is one."""
+        left = []
+        for cut, journey in self._journeys:
+            mean = journey.next_leg()
+            if mean is None:
+                left.append((cut, journey))
+            else:
+                whole = self._exchange.join(cut, mean, self._purpose)
+                _unflatten(whole, self._tensors, cut.indices, self._mean)
+        self._journeys = left
+
+    def arrived(self) -> list[Tensor]:
+        """Wait for all of it, and return the mean."""
+        while self._journeys:
+            self.start_next_leg()
+        return self._mean
+
+
+@dataclass
+class Answer:
+    """The reduced gate key on its way to the host.
+
+    Attributes:
+        key: where it will be.
+        wait: returns when it is there; None if it is there already.
+    """
+
+    key: Tensor
+    wait: Callable[[], object] | None = None
+
+    def read(self) -> int:
+        """Wait for the key, and return it."""
+        if self.wait is not None:
+            self.wait()
+        return int(self.key)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a flat buffer was cut up inside a replica, so that each rank sends its piece.
+
+    Attributes:
+        indices: of the tensors in the buffer.
+        split, copies: axes along which it was cut, because it was a partial sum or the same there.
+        parts: what is left after each of these cuts.
+    """
+
+    indices: list[int]
+    split: Axes
+    copies: Axes
+    parts: list["_Part"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of `parts` equal pieces of a flat buffer of `numel` elements; the last ones may be short or empty."""
+
+    numel: int
+    parts: int
+    index: int
+
+    @property
+    def chunk(self) -> int:
+        return -(-self.numel // self.parts)
+
+    @property
+    def length(self) -> int:
+        return max(0, min(self.chunk, self.numel - self.index * self.chunk))
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return this part of the buffer."""
+        return flat.narrow(0, min(self.index * self.chunk, self.numel), self.length)
+
+
+class Exchange:
+    """Sums over the shards of one replica, means over the replicas.
+
+    Args:
+        shards: the mesh of one replica.
+        peers: this rank and its peers in the other replicas; None for one replica.
+        device: where small messages live.
+        ledger: where to count.
+    """
+
+    def __init__(self, shards: ShardMesh, peers: Group | None, device: torch.device, ledger: Ledger):
+        self.shards = shards
+        self.device = device
+        self.ledger = ledger
+        self._peers = peers
+        self._aside: torch.cuda.Stream | None = None
+        self.replicas = peers.size if peers is not None else 1
+
+    # ---- inside one replica
+
+    def sum_over_shards(self, tensors: Sequence[Tensor], axes: Sequence[Axes], purpose: str) -> list[Tensor]:
+        """Return each tensor summed over its axes, in flat buffers; the same object where it has none."""
+        result = list(tensors)
+        for (over,), indices in _buckets(tensors, [(a,) for a in axes]):
+            if over:
+                flat = _flatten(tensors, indices)
+                for axis in over:
+                    self._along(axis, "all_reduce", purpose, flat, ReduceOp.SUM)
+                _unflatten(flat, tensors, indices, result)
+        return result
+
+    def sum_over_all_shards(self, tensor: Tensor, purpose: str) -> Tensor:
+        """Return the tensor summed over the whole replica."""
+        return self.sum_over_shards([tensor], [self.shards.axes], purpose)[0]
+
+    # ---- between replicas
+
+    def mean_over_replicas(
+        self,
+        tensors: Sequence[Tensor],
+        partial: Sequence[Axes],
+        copied: Sequence[Axes],
+        purpose: str,
+        *,
+        payload_dtype: torch.dtype | None = None,
+        keep_own: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return (own, mean): each tensor summed over the axes where it is partial, and the mean over replicas.
+
+        Args:
+            partial: for each tensor, the axes over which it is a partial sum.
+            copied: for each tensor, the axes over which it is the same.
+            payload_dtype: dtype on the wire between replicas, None for the tensor's own.
+            keep_own: whether the caller wants `own`; without it, `own` is unspecified.
+        """
+        if self.replicas == 1:
+            own = self.sum_over_shards(tensors, partial, purpose)
+            return own, own
+
+        own, mean = list(tensors), list(tensors)
+        for cut, whole, piece in self._pieces(tensors, partial, copied, purpose):
+            mean_of_piece = self._mean(piece, purpose, payload_dtype, copy=keep_own)
+            _unflatten(self.join(cut, mean_of_piece, purpose), tensors, cut.indices, mean)
+            if keep_own:
+                summed = self._gather(whole, cut.split, cut.parts[: len(cut.split)], purpose)
+                _unflatten(summed, tensors, cut.indices, own)
+        return own, mean
+
+    def average_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
+        """Replace tensors by their mean over the replicas, one bucket after the other."""
+        if self.replicas > 1:
+            self._replace(tensors, copied, purpose, lambda piece: self._mean(piece, purpose))
+
+    def start_mean_over_replicas(
+        self,
+        tensors: Sequence[Tensor],
+        copied: Sequence[Axes],
+        purpose: str,
+        codec: Codec | None,
+        kept: Residuals,
+    ) -> UnderWay:
+        """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all replicas.
+
+            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i      first leg: the k-th part of c_i to replica k,
+            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean  second: which rounds the mean of that part and
+                                                                    sends it to all
+
+        Each replica sends what an all-reduce of so many bits would send. Compute and residuals are in the tensors'
+        dtype.
+
+        Args:
+            tensors: d_i, local shards.
+            copied: for each tensor, the axes over which it is the same.
+            codec: C; None to round nothing: one all-reduce, one leg.
+            kept: e_i and f; the same object for the same list of tensors.
+        """
+        under_way = UnderWay(self, tensors, purpose)
+        if self.replicas == 1:
+            return under_way
+        kept.in_use = codec is not None
+        number = 0
+        for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
+            if not piece.numel():
+                under_way.add(cut, _Nothing(piece, legs=1 if codec is None else 2))
+            elif codec is None:
+                under_way.add(cut, _Mean(self, piece, purpose, None, copy=False))
+            else:
+                under_way.add(cut, _RoundedMean(self, piece, purpose, codec, number, kept))
+                number += 1
+        return under_way
+
+    def settle_residuals_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], kept: Residuals) -> None:
+        """x_i <- x_i - e_i - K f, so that the mean of the x_i lacks nothing any more; residuals become zero.
+
+        No communication between replicas.
+        """
+        if not kept.in_use or self._peers is None:
+            return
+        pairs, rank = iter(kept.pairs), self._peers.rank
+
+        def settle(piece: Tensor) -> Tensor:
+            mine, ours = next(pairs)
+            start = rank * len(ours)
+            mine[start : start + len(ours)].add_(ours, alpha=self.replicas)
+            return piece - mine[: piece.numel()]
+
+        self._replace(tensors, copied, "pseudo_gradients", settle)
+        kept.clear()
+
+    def broadcast_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
+        """Replace tensors by replica 0's."""
+
+        def broadcast(piece: Tensor) -> Tensor:
+            self.over_replicas("broadcast", purpose, piece).wait()
+            return piece
+
+        if self.replicas > 1:
+            self._replace(tensors, copied, purpose, broadcast)
+
+    def max_over_replicas(self, key: Tensor) -> Tensor:
+        """Return the MAX of the gate key over the replicas."""
+        if self.replicas > 1:
+            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX).wait()
+        return key
+
+    def start_max_over_replicas(self, key: Tensor) -> Answer:
+        """Start the MAX of the gate key over the replicas."""
+        sent = key.clone()
+        if self.replicas == 1:
+            return Answer(sent)
+        if not key.is_cuda:
+            return Answer(sent, self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX).wait)
+        # A stream of its own, so that the host can wait for it and not for what the device does.
+        self._aside = self._aside or torch.cuda.Stream(key.device)
+        self._aside.wait_stream(torch.cuda.current_stream(key.device))
+        with torch.cuda.stream(self._aside):
+            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX).wait()
+            host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
+            host.copy_(sent, non_blocking=True)
+            sent.record_stream(self._aside)
+            return Answer(host, self._aside.record_event().synchronize)
+
+    def agree(self, step: int, config: int, weights: int) -> list[str]:
+        """Return which of step, config and weights differ somewhere: the same answer on every rank.
+
+        MAX of x and of -x over the replicas, then over the shards; only the peers in other replicas hold
+        comparable weights.
+        """
+        message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
+        message = message.to(self.device)
+        if self.replicas > 1:
+            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX).wait()
+        different = int(message[4] != -message[5])
+        message[4], message[5] = different, -different
+        for axis in self.shards.axes:
+            self._along(axis, "all_reduce", "check", message, ReduceOp.MAX)
+        found = message.tolist()
+        differ = {"step": found[0] != -found[1], "config": found[2] != -found[3], "weights": found[4] != 0}
+        return [name for name, differs in differ.items() if differs]
+
+    # ---- how it is done
+
+    def over_replicas(self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> Work:
+        """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
+        assert self._peers is not None, "nothing crosses replicas where there is one"
+        self._count(collective, self._peers, ("replicate", purpose), *args)
+        work: Work = getattr(self._peers, collective)(*args)
+        return work
+
+    def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
+        """Do and count a collective inside the replica, along one axis."""
+        group = self.shards.group(axis)
+        self._count(collective, group, ("shard", purpose), *args)
+        getattr(group, collective)(*args).wait()
+
+    def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
+        sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives
+        self.ledger.record(collective, group.size, *key, sent)
+
+    def _mean(
+        self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False
+    ) -> Tensor:
+        """Return the mean over the replicas; without copy the piece may be overwritten."""
+        return _Mean(self, piece, purpose, payload_dtype, copy).next_leg() if piece.numel() else piece
+
+    def _replace(
+        self,
+        tensors: Sequence[Tensor],
+        copied: Sequence[Axes],
+        purpose: str,
+        exchange: Callable[[Tensor], Tensor],
+    ) -> None:
+        for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
+            values = list(tensors)
+            whole = self.join(cut, exchange(piece) if piece.numel() else piece, purpose)
+            _unflatten(whole, tensors, cut.indices, values)
+            torch._foreach_copy_([tensors[i] for i in cut.indices], [values[i] for i in cut.indices])
+
+    def _pieces(
+        self, tensors: Sequence[Tensor], partial: Sequence[Axes], copied: Sequence[Axes], purpose: str
+    ) -> Iterator[tuple[_Cut, Tensor, Tensor]]:
+        """Yield, for each flat buffer, how it was cut, what summing over the `partial` axes leaves of it here, and
+        this rank's piece of that; the same piece is with its peers in the other replicas, also if it is empty."""
+        for (split, copies), indices in _buckets(tensors, list(zip(partial, copied, strict=True))):
+            mine = _flatten(tensors, indices)
+            parts = []
+            for axis in split:
+                parts.append(self._part(mine.numel(), axis))
+                mine = self._scatter_sum(mine, axis, parts[-1], purpose)
+            piece = mine
+            for axis in copies:
+                parts.append(self._part(piece.numel(), axis))
+                piece = parts[-1].of(piece)
+            yield _Cut(indices, split, copies, parts), mine, piece
+
+    def join(self, cut: _Cut, piece: Tensor, purpose: str) -> Tensor:
+        """Return the buffer of which this is the piece."""
+        return self._gather(piece, [*cut.split, *cut.copies], cut.parts, purpose)
+
+    def _part(self, numel: int, axis: int) -> _Part:
+        group = self.shards.group(axis)
+        return _Part(numel, group.size, group.rank)
+
+    def _scatter_sum(self, flat: Tensor, axis: int, part: _Part, purpose: str) -> Tensor:
+        """Return this rank's part of the sum of the flat buffers."""
+        piece = flat.new_empty(part.chunk)
+        self._along(axis, "reduce_scatter", purpose, piece, _pad(flat, part.chunk * part.parts))
+        return piece[: part.length]
+
+    def _gather(self, piece: Tensor, axes: Sequence[int], parts: Sequence[_Part], purpose: str) -> Tensor:
+        """Return the buffer of which the pieces are the parts, taken along one axis after the other."""
+        for axis, part in reversed(list(zip(axes, parts, strict=True))):
+            whole = piece.new_empty(part.parts * part.chunk)
+            self._along(axis, "all_gather", purpose, whole, _pad(piece, part.chunk))
+            piece = whole[: part.numel]
+        return piece
+
+
+def _buckets(
+    tensors: Sequence[Tensor], keys: Sequence[tuple[Axes, ...]]
+) -> Iterator[tuple[tuple[Axes, ...], list[int]]]:
+    """Yield (axes, indices of the tensors of one flat buffer), ordered by axes, dtypes and sizes alone."""
+    order: dict[tuple, list[int]] = {}
+    for i, (t, key) in enumerate(zip(tensors, keys, strict=True)):
+        order.setdefault((key, str(t.dtype)), []).append(i)
+    for (key, _), indices in sorted(order.items()):
+        bucket: list[int] = []
+        size = 0
+        for i in indices:
+            nbytes = tensors[i].numel() * tensors[i].element_size()
+            if bucket and size + nbytes > BUCKET_BYTES:
+                yield key, bucket
+                bucket, size = [], 0
+            bucket.append(i)
+            size += nbytes
+        yield key, bucket
+
+
+def _pad(flat: Tensor, numel: int) -> Tensor:
+    """Return the buffer with zeros at its end, contiguous."""
+    return (
+        torch.nn.functional.pad(flat, (0, numel - flat.numel()))
+        if flat.numel() < numel
+        else flat.contiguous()
+    )
+
+
+def _flatten(tensors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    return torch.cat([tensors[i].reshape(-1) for i in indices])
+
+
+def _unflatten(flat: Tensor, like: Sequence[Tensor], indices: Sequence[int], result: list[Tensor]) -> None:
+    """Put views of the flat buffer, shaped like the tensors it was made of, into `result`."""
+    start = 0
+    for i in indices:
+        end = start + like[i].numel()
+        result[i] = flat[start:end].view(like[i].shape)
+        start = end

@@ -1,0 +1,94 @@
+"""gate="drift": how far replicas have come apart, estimated from two numbers of each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvadion.gate.schedule import Plan
+from curvadion.rules.base import Step
+from curvadion.signals.base import Reading, Signal
+from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, SYNCHRONIZE_BIT
+
+
+class Drift(Signal):
+    """Opens when the variance of the replicas' drift exceeds tau (the smallest of all groups).
+
+        u_i = X_i - X_0,    Var = E||u_i||^2 - ||E u_i||^2  <=  E||u_i||^2 - (E <xi, u_i>)^2,    |xi| = 1
+
+    X_0 are the parameters after the last synchronized step and xi is the direction from the X_0 before to this one,
+    zero at first; the right-hand side is the linear estimate of FDA, never too small. Two float32 numbers of each
+    replica are averaged (purpose "drift" in the ledger), whenever the gate is asked. Two more copies of the parameters
+    in memory; nothing of it is in a checkpoint, for which `synchronize()` starts anew. An X that is not finite counts
+    as a gradient that is not.
+
+    Source: Theologitis et al., "Communication-Efficient Distributed Deep Learning via Federated Dynamic Averaging",
+    arXiv:2405.20988.
+    """
+
+    needs_equal_replicas = True
+
+    def __init__(self) -> None:
+        self._X0: list[Tensor] = []
+        self._direction: list[Tensor] = []  # not yet of unit length
+        self._length: Tensor | None = None  # of it; None: there is none
+        self._variance: Tensor | None = None
+
+    def attach(self, step: Step) -> None:
+        if [x.shape for x in step.X] != [x0.shape for x0 in self._X0]:
+            self.forget()
+
+    def forget(self) -> None:
+        self._X0, self._direction, self._length, self._variance = [], [], None, None
+
+    def read(self, step: Step, message: Tensor, taus: list[float], plan: Plan) -> Reading:
+        closed = super().read(step, message, [math.inf] * len(taus), plan)
+        if not self._X0:
+            self._remember(step.X)
+        if not (plan.ask or plan.ask_later):
+            return closed
+        variance = self._variance = self._estimate(step)
+        tau = min(
+            (tau for tau, g in zip(taus, step.groups, strict=True) if g["algorithm"] == "dion"),
+            default=math.inf,
+        )
+        opens = (variance > tau) & (not plan.hold_closed)
+        key = closed.key | (opens * SYNCHRONIZE_BIT) | (~variance.isfinite() * NONFINITE_BIT)
+        return closed._replace(key=torch.where(closed.key == FAILED_KEY, closed.key, key))
+
+    def _estimate(self, step: Step) -> Tensor:
+        """Return E||u_i||^2 - (E <xi, u_i>)^2, a 0-d float32 that is the same on all ranks."""
+        try:
+            apart = [x.float() - x0.float() for x, x0 in zip(step.X, self._X0, strict=True)]
+            numbers = torch.stack([self._dot(step, apart, apart), self._dot(step, apart, self._direction)])
+        except RuntimeError:  # parameters are not what they were, which the message says; the others wait
+            numbers = torch.full((2,), torch.nan, device=step.table.device)
+        numbers = step.exchange.sum_over_all_shards(numbers, "drift")
+        axes = step.table.shards.axes
+        _, [mean] = step.exchange.mean_over_replicas([numbers], [()], [axes], "drift")
+        along = mean[1] / self._length if self._length is not None else torch.zeros_like(mean[1])
+        return mean[0] - along.square()
+
+    def _dot(self, step: Step, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Return this rank's part of <a, b>, what several ranks hold counted once; 0 for no b."""
+        owned = [s for s, first in zip(zip(a, b, strict=bool(b)), step.table.first, strict=False) if first]
+        parts = [torch.sum(x * y.float(), dtype=torch.float32) for x, y in owned]
+        return torch.stack(parts).sum() if parts else torch.zeros((), device=step.table.device)
+
+    def _remember(self, X: Sequence[Tensor]) -> None:
+        self._X0 = [x.clone() for x in X]
+
+    def took(self, step: Step, synchronized: bool) -> None:
+        if not synchronized:
+            return
+        self._direction = [x.float() - x0.float() for x, x0 in zip(step.X, self._X0, strict=True)]
+        squared = step.exchange.sum_over_all_shards(
+            self._dot(step, self._direction, self._direction), "drift"
+        )
+        self._length = squared.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        self._remember(step.X)
+
+    def values(self) -> dict[str, Any]:
+        return {} if self._variance is None else {"variance": self._variance}

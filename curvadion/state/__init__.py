@@ -1,0 +1,1 @@
+"""The optimizer's memory: which parameters there are, their state, how gradients come in, checkpoints."""

@@ -1,0 +1,115 @@
+"""Matrices that are alike, stacked, so that one product serves them all; and what a local rule keeps for them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvadion.algebra.power_iteration import initial_right_factor, rank_of
+from curvadion.sharding.layout import Axes, Layout, ShardMesh
+from curvadion.state.table import Table
+from curvadion_kernels.reference import compute_dtype
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A tensor that a local rule keeps for every matrix; it starts at zero and is averaged where moments are.
+
+    Attributes:
+        name: its key in `optimizer.state[p]`, a file format.
+        spread: "matrix": shaped and placed like the matrix. "rows", "columns": one number for each row or column
+            of the matrix, (rows,) or (columns,), placed as they are.
+    """
+
+    name: str
+    spread: Literal["matrix", "rows", "columns"]
+
+    def local_shape(self, layout: Layout) -> tuple[int, ...]:
+        """Return the shape of this rank's part."""
+        return layout.local_shape if self.spread == "matrix" else (layout.local_shape[self.dim],)
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the matrix whose numbers these are; 0 for all of it."""
+        return 1 if self.spread == "columns" else 0
+
+    def wrap(self, local: Tensor, layout: Layout) -> Tensor:
+        """Return it as the user sees it."""
+        return layout.wrap(local) if self.spread == "matrix" else layout.wrap_along(local, self.dim)
+
+    def copied(self, layout: Layout, shards: ShardMesh) -> Axes:
+        """Return the axes over which it is the same."""
+        return layout.copied if self.spread == "matrix" else shards.complement(layout.sharded[self.dim])
+
+
+@dataclass
+class Batch:
+    """Matrices of one group with one shape, dtype and layout, stacked.
+
+    Attributes:
+        group: index of the parameter group.
+        params: positions in the optimizer's list of parameters.
+        layout: of each of them.
+        momentum: (B, rows, cols), local shards; Q: (B, n, r), local rows.
+        specs, kept: what the local rule keeps; by name, (B, *local shape).
+        common_Q: whether Q is the same on all replicas.
+        decay: factor of the momentum that was left for the next pass over it.
+    """
+
+    group: int
+    params: list[int]
+    layout: Layout
+    momentum: Tensor
+    Q: Tensor
+    specs: tuple[StateSpec, ...] = ()
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    common_Q: bool = True
+    decay: float = 1.0
+
+    @property
+    def M(self) -> Tensor:
+        """The momenta in the equations' orientation, (B, m, n) with m >= n, in the dtype of the computation."""
+        M = self.momentum.mT if self.layout.transposed else self.momentum
+        return M.to(compute_dtype(M.dtype))
+
+    @property
+    def rows(self) -> Axes:
+        """The axes that split m."""
+        return self.layout.sharded[self.layout.long]
+
+    @property
+    def columns(self) -> Axes:
+        """The axes that split n."""
+        return self.layout.sharded[self.layout.short]
+
+
+def make_batches(
+    table: Table,
+    groups: Sequence[Mapping[str, Any]],
+    specs: Sequence[tuple[StateSpec, ...]],
+    momentum_dtype: torch.dtype | None,
+) -> list[Batch]:
+    """Stack matrices that are equal in group, shape, dtype and layout, with their first state; the same on all ranks.
+
+    Args:
+        specs: for each group, what its local rule keeps.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i in table.matrices:
+        layout = table.layouts[i]
+        key = (table.group_of[i], layout.shape, layout.sharded, str(layout.placements), table.params[i].dtype)
+        alike.setdefault(key, []).append(i)
+    batches = []
+    for stack in alike.values():
+        like, layout, index = table.params[stack[0]], table.layouts[stack[0]], table.group_of[stack[0]]
+        n, group = layout.shape[layout.short], groups[index]
+        r = rank_of(n, group["rank_fraction"], group["rank_multiple_of"])
+        first = [layout.take(initial_right_factor(table.names[i], n, r), layout.short, 0) for i in stack]
+        dtype = momentum_dtype or like.dtype
+        momentum = torch.zeros((len(stack), *layout.local_shape), dtype=dtype, device=like.device)
+        Q = torch.stack(first).to(device=like.device, dtype=compute_dtype(momentum.dtype))
+        kept = {spec.name: Q.new_zeros((len(stack), *spec.local_shape(layout))) for spec in specs[index]}
+        batches.append(Batch(index, stack, layout, momentum, Q, tuple(specs[index]), kept))
+    return batches

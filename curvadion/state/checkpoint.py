@@ -1,0 +1,102 @@
+"""Loading a state dict into the existing state, and what a checkpoint must hold for that."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvadion.options import GROUP_OPTIONS, check_options
+from curvadion.state.store import States, assign
+from curvadion.state.table import Table
+
+
+def load(
+    optimizer: torch.optim.Optimizer,
+    table: Table,
+    own: States,
+    load_state_dict: Callable[[dict[str, Any]], None],
+    state_dict: dict[str, Any],
+) -> None:
+    """Let torch load a state dict, but copy the values into the existing state, dtypes and memory kept.
+
+    Args:
+        optimizer: whose `param_groups` torch replaces by the saved ones.
+        own: its state.
+        load_state_dict: torch's.
+
+    Raises:
+        ValueError: it does not fit; nothing was changed.
+    """
+    groups = optimizer.param_groups
+    saved: dict[str, Any] = {}
+
+    def saved_states() -> list[tuple[Tensor, dict[str, Any]]]:
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        number_of = dict(zip(table.listed, numbers, strict=True))
+        return [(p, saved["state"].get(number_of[p], {})) for p in table.params]
+
+    def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+        saved.update(final)
+        sizes = [len(group["params"]) for group in groups]
+        if [
+            len(group["params"]) for group in saved["param_groups"]
+        ] == sizes:  # otherwise torch says what is wrong
+            pairs = zip(table.names, saved_states(), strict=True)
+            check_loadable(
+                saved["param_groups"], groups, [(name, values, own[p]) for name, (p, values) in pairs]
+            )
+
+    def restore(_: torch.optim.Optimizer) -> None:
+        optimizer.state = own  # type: ignore[assignment]  # torch made copies, cast to the parameters' dtype
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            for key in GROUP_OPTIONS:
+                group.setdefault(key, before[key])
+        for p, values in saved_states():
+            for key, value in values.items():
+                assign(own[p][key], value)
+
+    # The last hook before torch casts every state to its parameter's dtype, and the first one after.
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    ]
+    try:
+        load_state_dict(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_loadable(
+    saved_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    states: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Tensor]]],
+) -> None:
+    """Raise ValueError if a checkpoint does not fit.
+
+    Args:
+        saved_groups, groups: parameter groups of the checkpoint and of the optimizer.
+        states: (name, saved state, own state) of every parameter.
+    """
+    for group, saved in zip(groups, saved_groups, strict=True):
+        check_options(saved, GROUP_OPTIONS, " in a parameter group of the checkpoint")
+        if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
+            raise ValueError(
+                f"a checkpoint must hold the same algorithm for each group; got {saved['algorithm']!r} for a group "
+                f"with {group['algorithm']!r}; build the groups as they were when it was saved"
+            )
+    for name, saved, own in states:
+        missing, unknown = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+        if missing or unknown:
+            raise ValueError(
+                f"a checkpoint must hold exactly {sorted(own)} for {name!r}; missing {missing}, unknown {unknown}; "
+                "load one that CurvaDion saved for the same groups"
+            )
+        for key, value in saved.items():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if shape != tuple(own[key].shape):
+                raise ValueError(
+                    f"a checkpoint must hold state of the same shape; got {key} {shape} for {name!r}, expected "
+                    f"{tuple(own[key].shape)}; construct with the rank_fraction and rank_multiple_of it was saved with"
+                )

@@ -1,0 +1,160 @@
+"""What comes in at each step: this rank's shards of parameters and gradients, and whether they are what they were."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvadion.algebra.power_iteration import rank_of
+from curvadion.options import GROUP_OPTIONS, check_options
+from curvadion.sharding.exchange import Exchange
+from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
+from curvadion.state.batch import Batch
+from curvadion.state.store import or_zeros
+from curvadion.state.table import Table
+from curvadion_kernels.reference import Fixed
+
+
+class Intake:
+    """Reads shards of parameters and gradients; never raises over them, for other ranks have to hear of it.
+
+    Args:
+        table: the parameters as they were laid out.
+        batches: the matrices, stacked.
+        exchange: sums gradients that tensor parallelism leaves partial.
+    """
+
+    def __init__(self, table: Table, batches: Sequence[Batch], exchange: Exchange):
+        self._table, self._batches, self._exchange = table, batches, exchange
+        self._X: Fixed[Tensor] | None = None
+        self._reshaped: list[str] = []  # names of parameters that changed shape
+        self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
+
+    def parameters(self) -> Fixed[Tensor]:
+        """Return this rank's part of all parameters: the same object as long as nobody moved them."""
+        X = Fixed(local_tensors(self._table.params))
+        addresses = X.addresses  # looked up now: it remembers them, and the next step compares
+        if self._X is None or not all(map(operator.is_, X, self._X)) or addresses != self._X.addresses:
+            self._X = X
+            pairs = zip(self._table.names, X, self._table.layouts, strict=True)
+            self._reshaped = [name for name, x, layout in pairs if tuple(x.shape) != layout.local_shape]
+        return self._X
+
+    def gradients(
+        self, groups: Sequence[Mapping[str, Any]], scale: Tensor | None
+    ) -> tuple[Fixed[Tensor | None], Exception | None]:
+        """Return this rank's part of all gradients, None for a missing one, and what is wrong with them or the groups.
+
+        Args:
+            groups: the parameter groups, as the user left them.
+            scale: what a GradScaler has multiplied the loss by, None for nothing.
+        """
+        failure: Exception | None = None
+        try:
+            self._check_groups(groups)
+        except Exception as error:
+            failure = error
+        table = self._table
+        grads = [p.grad for p in table.params]
+        usual = None if self._partial else usual_gradients(table.params, grads, table.placements)
+        G: Fixed[Tensor | None] = Fixed(usual or ())
+        try:
+            parts = (G.take(table.matrices), G.take(table.scalars)) if usual is not None else ()
+            fine = tuple(part.numels for part in parts) == table.numels and all(
+                part.contiguous for part in parts
+            )
+        except RuntimeError:  # not strided
+            fine = False
+        if not fine:
+            G, strange_failure = self._inspect(grads)
+            failure = failure or strange_failure
+        if failure is not None:  # what does not fit must not reach a kernel
+            G = Fixed([None] * len(G))
+        if scale is not None and G.present:
+            torch._foreach_mul_(G.present, float(1 / scale))
+        return G, failure
+
+    def _inspect(self, grads: Sequence[Tensor | None]) -> tuple[Fixed[Tensor | None], Exception | None]:
+        """Do what `gradients` does, one by one."""
+        X = self.parameters()
+        G: list[Tensor | None] = []
+        failure: Exception | None = None
+        for i, (p, x, g) in enumerate(zip(self._table.params, X, grads, strict=True)):
+            try:
+                g = self._inspect_one(i, p, x, g)
+            except Exception as error:
+                failure, g = failure or error, None
+            G.append(g)
+        self._sum_partial(X, G)
+        return Fixed(G), failure
+
+    def _inspect_one(self, i: int, p: Tensor, x: Tensor, g: Tensor | None) -> Tensor | None:
+        name, shards = self._table.names[i], self._table.shards
+        if not p.requires_grad:
+            raise RuntimeError(
+                f"requires_grad must stay as it was at construction; it was switched off for {name!r}; to freeze a "
+                "parameter, give its group lr=0 and momentum=0"
+            )
+        if g is None:
+            return None
+        axes, divisor = partial_axes(g, p, shards)
+        if axes:
+            self._partial[i] = axes, divisor
+        g = local_tensor(g)
+        if (
+            i in self._partial and not axes
+        ):  # whole this time; summed all the same, for all ranks to do the same
+            g = g * (self._partial[i][1] / shards.count(self._partial[i][0]))
+        if g.layout != torch.strided or g.shape != x.shape:
+            raise ValueError(
+                f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got {g.layout}, "
+                f"{tuple(g.shape)} for {name!r}; use dense gradients (nn.Embedding(sparse=False))"
+            )
+        return g
+
+    def _sum_partial(self, X: Sequence[Tensor], G: list[Tensor | None]) -> None:
+        """Sum the gradients that tensor parallelism leaves Partial over the axes they are partial on."""
+        members = sorted(self._partial)
+        axes = [self._partial[i][0] for i in members]
+        wanted = [or_zeros(G[i], X[i]) for i in members]
+        summed = self._exchange.sum_over_shards(wanted, axes, "partial_gradients")
+        for i, g in zip(members, summed, strict=True):
+            G[i] = g / self._partial[i][1]
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise if parameters or options were changed in a way that this optimizer cannot follow."""
+        current = [p for group in groups for p in group["params"]]
+        if list(map(id, current)) != list(map(id, self._table.listed)):
+            raise RuntimeError(
+                "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
+                "construct CurvaDion after the model is sharded, wrapped and moved"
+            )
+        if self._reshaped:
+            raise RuntimeError(
+                f"parameters must keep the shapes they had at construction; {', '.join(self._reshaped[:5])} changed; "
+                "construct a new optimizer for a changed model"
+            )
+        if any(p.requires_grad for p in self._table.frozen):
+            raise RuntimeError(
+                "requires_grad must stay as it was at construction; it was switched on for some parameter; to train a "
+                "parameter from now on, leave it out at first and add_param_group() it later"
+            )
+        for group in groups:
+            if not GROUP_OPTIONS.keys() <= group.keys():
+                missing = ", ".join(sorted(GROUP_OPTIONS.keys() - group.keys()))
+                raise ValueError(
+                    f"a parameter group must keep its options; {missing} went missing; set them again"
+                )
+            check_options(group, GROUP_OPTIONS, " in a parameter group")
+        for b in self._batches:
+            self._check_batch(b, groups[b.group])
+
+    def _check_batch(self, b: Batch, group: Mapping[str, Any]) -> None:
+        r = rank_of(min(b.layout.shape), group["rank_fraction"], group["rank_multiple_of"])
+        if r != b.Q.shape[-1]:
+            raise ValueError(
+                f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} for Q of "
+                f"{b.Q.shape[-1]} columns; construct a new optimizer to change the rank"
+            )
