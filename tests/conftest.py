@@ -6,9 +6,9 @@ torch's intra-op thread pool may leave a lock held for ever in the child: the pa
 Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels triton` runs every optimizer of every test on them.
 """
 
-import interpreter
 import pytest
 import torch
+from support import interpreter
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     assert defaults is not None
     defaults["kernels"] = config.getoption("--kernels")
     if defaults["kernels"] == "triton":
-        import ranks  # not before the interpreter is on: it imports much of torch, and that triton
+        from support import ranks  # not before the interpreter is on: it imports much of torch, and that triton
 
         ranks.DEADLINE *= 5
 

@@ -8,19 +8,18 @@ its whole input. `expected` is computed from shapes alone.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import DENSE, MATRICES, Shapes, TinyGPT, Toy, digest, gathered, grid, local, outcome, state_digest, whole
-from ranks import run_ranks
+from support.models import DENSE, MATRICES, Shapes, TinyGPT, Toy, digest, gathered, grid, local, outcome, state_digest, whole
+from support.ranks import run_ranks
+from support.wire import Sent, Wire, run_recorded
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,51 +31,6 @@ from curvadion import CurvaDion
 RANDOM: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 ALWAYS: dict[str, Any] = {"max_local_steps": 0}
 NEVER: dict[str, Any] = {"tau": math.inf}
-
-
-def run_recorded(world_size: int, fn: Callable[[], Any]) -> list[Any]:
-    """run_ranks with the Flight Recorder on: it reads the variable when a forked rank makes its first process group."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
-        return run_ranks(world_size, fn)
-
-
-@dataclass(frozen=True)
-class Sent:
-    axis: str  # "replicate", "shard", or "both" for a group that spans more than one of each
-    operation: str
-    bytes: int  # this rank's input buffer
-
-
-class Wire:
-    """Reads the Flight Recorder; `since_last()` returns the collectives since the previous call."""
-
-    def __init__(self, shards: int) -> None:
-        assert os.environ.get("TORCH_FR_BUFFER_SIZE"), "the Flight Recorder must be switched on before the first group"
-        self.shards, self.last = shards, -1
-        dist.all_reduce(torch.zeros(3))
-        assert [sent.bytes for sent in self.since_last()][-1:] == [12], "the Flight Recorder does not see collectives"
-
-    def axis(self, group_name: str) -> str:
-        ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(group_name))
-        if len({rank // self.shards for rank in ranks}) == 1:
-            return "shard"
-        return "replicate" if len({rank % self.shards for rank in ranks}) == 1 else "both"
-
-    def since_last(self) -> list[Sent]:
-        entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())["entries"]
-        new = [entry for entry in entries if entry["record_id"] > self.last]
-        self.last = max((entry["record_id"] for entry in new), default=self.last)
-        sizes = {"Float": 4, "Double": 8, "Long": 8, "BFloat16": 2, "Int": 4, "Byte": 1, "Bool": 1}
-        return [
-            Sent(
-                self.axis(entry["process_group"][0]),
-                entry["profiling_name"].removeprefix("gloo:"),
-                sum(math.prod(size) * sizes[dtype] for size, dtype in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)),
-            )
-            for entry in new
-            if "barrier" not in entry["profiling_name"]
-        ]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Toy, gathered, grid, local, outcome
-from ranks import run_ranks
+from support.models import Toy, gathered, grid, local, outcome
+from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("rich", reason="the benchmark shows its progress with rich: install the [report] extra")
 
 import convergence  # noqa: E402

@@ -1,6 +1,6 @@
 """The equations, on one process: formulas written out by hand, theorems that must hold, and exact small cases.
 
-Whatever involves layouts and replicas is in test_mesh_parity.py, against the reference in reference.py.
+Whatever involves layouts and replicas is in test_mesh_parity.py, against the reference in support/reference.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from reference import ReferenceReplicas
+from support.reference import ReferenceReplicas
 from torch import Tensor, nn
 
 from curvadion import CurvaDion, NonFiniteError

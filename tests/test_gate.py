@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Toy, gathered, grid, local
-from ranks import run_ranks
+from support.models import Toy, gathered, grid, local
+from support.ranks import run_ranks
 from torch import nn
 
 from curvadion import CurvaDion

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import TinyGPT, Toy, digest, gathered, grid, local, outcome, state_digest, whole
-from ranks import run_ranks
+from support.models import TinyGPT, Toy, digest, gathered, grid, local, outcome, state_digest, whole
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import MATRICES, Shapes, Toy, digest, grid, local, outcome, state_digest, whole
-from ranks import run_ranks
+from support.models import MATRICES, Shapes, Toy, digest, grid, local, outcome, state_digest, whole
+from support.ranks import run_ranks
 from torch import Tensor, nn
 
 from curvadion import CurvaDion, NonFiniteError

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from layouts import LAYOUTS, Layout, local, whole
-from ranks import run_ranks
-from reference import ReferenceReplicas, muon, rounded
-from test_communication import Wire, run_recorded
-from test_mesh_parity import ALGORITHMS, BASE, RTOL, SCALES, Case, compare, first_right_factors, gradients, initial_values, make_optimizer
-from test_mesh_parity import Moment as Expected
+from support.cases import ALGORITHMS, BASE, RTOL, SCALES, Case, compare, first_right_factors, gradients, initial_values, make_optimizer
+from support.cases import Moment as Expected
+from support.layouts import LAYOUTS, Layout, local, whole
+from support.ranks import run_ranks
+from support.reference import ReferenceReplicas, muon, rounded
+from support.wire import Wire, run_recorded
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor

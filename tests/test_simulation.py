@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import local
-from ranks import run_ranks
+from simulation import Replicas, Setting
+from support.layouts import local
+from support.ranks import run_ranks
 from torch import Tensor, nn
 
 from curvadion import CurvaDion, param_groups_for
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from simulation import Replicas, Setting
 
 STEPS = 9
 # Setting: constructor arguments that mean the same, at interval 3.

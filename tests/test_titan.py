@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankFailed, run_ranks
-from test_communication import Wire
+from support.ranks import RankFailed, run_ranks
+from support.wire import Wire
 
 from curvadion import CurvaDion, param_groups_for
 

@@ -1,0 +1,1 @@
+"""What the tests share: ranks, layouts, models, cases, the witness of the wire, the float64 reference."""
