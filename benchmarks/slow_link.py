@@ -1,30 +1,35 @@
-"""Measure training steps of replicas at different sites over emulated slow links, and the bytes that really cross them.
+"""Measure training steps of replicas at different sites over emulated slow links, and the bytes that cross.
 
     sudo python benchmarks/slow_link.py                        # default grid, under 8 minutes on 2 cores
     sudo python benchmarks/slow_link.py --full --json FILE     # every combination of SITES, MBIT and DELAY_MS
     sudo python benchmarks/slow_link.py --sites 2 --mbit 100,none --delay-ms 40 --settings dense,curvadion
     python benchmarks/slow_link.py --model                     # no root: a cost model of the same links
 
-One rank a site, each a replica of the same small GPT on a CPU, gloo over TCP over `netlab.py`'s wire. Settings take turns on every link.
-Local and synchronized steps are timed apart: a setting that synchronizes after H - 1 local steps is measured with LOCAL_STEPS of them, and
+One rank a site, each a replica of the same small GPT on a CPU, gloo over TCP over `netlab.py`'s wire.
+Settings take turns on every link. Local and synchronized steps are timed apart: a setting that synchronizes
+after H - 1 local steps is measured with LOCAL_STEPS of them, and
 
     seconds_per_step = ((H - 1) seconds_local + seconds_synchronized) / H
 
-from the medians, and so for bytes. A setting with outer_delay takes whole intervals, and has the median of their means in place of
-seconds_synchronized. `compute_seconds` is forward and backward in these very steps: all sites share this machine's cores, at
-a raised priority, so that other work on the machine disturbs them less; where it differs between settings, it did, and a note says so.
+from the medians, and so for bytes. A setting with outer_delay takes whole intervals, and has the median of
+their means in place of seconds_synchronized. `compute_seconds` is forward and backward in these very steps:
+all sites share this machine's cores, at a raised priority, so that other work on the machine disturbs them
+less; where it differs between settings, it did, and a note says so.
 
-Bytes per site and step, from three counts: what TCP carried (`wire_bytes_per_step`), the same with IP and TCP headers, and
-acknowledgements (`packet_bytes_per_step`), and what CurvaDion's ledger says (`ledger_bytes_per_step`). gloo puts 48 bytes before each of
-its messages, which only the gate notices: its 8 bytes are 152 between 2 sites.
+Bytes per site and step, from three counts: what TCP carried (`wire_bytes_per_step`), the same with IP and TCP
+headers, and acknowledgements (`packet_bytes_per_step`), and what CurvaDion's ledger says
+(`ledger_bytes_per_step`). gloo puts 48 bytes before each of its messages, which only the gate notices: its 8
+bytes are 152 between 2 sites.
 
-What to know about gloo: it all-reduces in a ring, whatever the size, in 2 segments a rank or more, of at most 1 MiB, two at a time, and
-sends a segment only when the receiver has said that it waits for it. An all-reduce of k ranks and S segments so takes 2 S (k - 1) / k times
-the one-way delay beside the time for its bytes, and with 40 ms no link carries more than 2 MiB in 80 ms one way, 210 Mbit/s. Only a
-single element, the gate's, goes round in 2 (k - 1) delays.
+What to know about gloo: it all-reduces in a ring, whatever the size, in 2 segments a rank or more, of at most
+1 MiB, two at a time, and sends a segment only when the receiver has said that it waits for it. An all-reduce
+of k ranks and S segments so takes 2 S (k - 1) / k times the one-way delay beside the time for its bytes, and
+with 40 ms no link carries more than 2 MiB in 80 ms one way, 210 Mbit/s. Only a single element, the gate's,
+goes round in 2 (k - 1) delays.
 
-The cost model: seconds measured without a link (k processes, loopback), and for each collective its wire bytes at the link's rate and its
-delays as above. It knows no slow start, no loss and no acknowledgements. Its lines say "cost model", the others "emulated".
+The cost model: seconds measured without a link (k processes, loopback), and for each collective its wire
+bytes at the link's rate and its delays as above. It knows no slow start, no loss and no acknowledgements. Its
+lines say "cost model", the others "emulated".
 """
 
 import argparse
@@ -48,8 +53,8 @@ from timing import ROOT, describe_run, names, spread
 from curvadion import LOW_COMMUNICATION
 from curvadion.projection import formulas
 
-# What is measured. "overrides" goes to param_groups_for, the rest to CurvaDion. The gate must follow the schedule alone (tau=inf), so that
-# local and synchronized steps can be timed apart.
+# What is measured. "overrides" goes to param_groups_for, the rest to CurvaDion. The gate must follow the
+# schedule alone (tau=inf), so that local and synchronized steps can be timed apart.
 SETTINGS: dict[str, dict[str, Any]] = {
     # bfloat16 gradients all-reduced in each step
     "dense": {"overrides": {"": "adamw"}, "max_local_steps": 0, "payload_dtype": torch.bfloat16},
@@ -90,18 +95,19 @@ def interval_of(name: str) -> int:
     local = options.get("max_local_steps")
     if local is None or (local > 0 and options.get("tau") != math.inf):
         raise SystemExit(
-            f"a setting must synchronize by the schedule alone; got {options} for {name!r}; set tau=inf and max_local_steps"
+            f"a setting must synchronize by the schedule alone; got {options} for {name!r}; "
+            "set tau=inf and max_local_steps"
         )
     return local + 1
 
 
 def overlaps(name: str) -> bool:
-    """Say whether a synchronization of this setting goes on during later steps, so that no step can be timed apart."""
+    """Say whether a synchronization goes on during later steps, so that no step can be timed apart."""
     return SETTINGS[name].get("outer_delay", 0) > 0
 
 
 def turn_of(name: str) -> list[int]:
-    """Return the numbers of steps in a setting's turn; each but the last part of a gated one is of local steps only."""
+    """Return the numbers of steps in the parts of a setting's turn; all but the last are of local steps."""
     if overlaps(name):
         return [interval_of(name)]
     return [LOCAL_STEPS, 1] if interval_of(name) > 1 else [SYNCHRONOUS_STEPS]
@@ -114,8 +120,8 @@ def at_interval(local: float | None, synchronized: float, interval: int) -> floa
 
 # ---- cost model
 
-# Bytes at a rate and trips one after the other are `curvadion.projection`'s. The number of trips is not, on purpose: there it
-# is that of an ideal ring and of recursive doubling, here that of gloo, which these links are measured with.
+# Time for bytes and trips over a link is that of `curvadion.projection`. The number of trips differs on
+# purpose: there it is an ideal ring's or recursive doubling's, here gloo's, with which links are measured.
 
 
 def delays(collective: str, ranks: int, nbytes: int) -> int:
@@ -245,13 +251,14 @@ class Ranks:
             line = process.stdout.readline()
             if not line:
                 raise RuntimeError(
-                    f"the process of site {site} ended early, exit code {process.wait()}; its messages are above"
+                    f"the process of site {site} ended early, exit code {process.wait()}; "
+                    "its messages are above"
                 )
             answers.append(json.loads(line))
         return answers
 
     def connect(self) -> int:
-        """Begin anew, with new connections: TCP remembers the link that it has known. Returns the number of parameters."""
+        """Begin anew, with new connections, as TCP remembers its link. Returns the number of parameters."""
         return self._ask(None, 0)[0]
 
     def steps(self, name: str, count: int) -> list[list[dict[str, Any]]]:
@@ -419,7 +426,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             "the table is drawn with rich, which is missing: pip install 'curvadion[report]'"
         ) from None
     table = Table(
-        title=f"seconds a step, {rows[0]['label']} links; local and synchronized: median (10th to 90th percentile)"
+        title=f"seconds a step, {rows[0]['label']} links; "
+        "local and synchronized: median (10th to 90th percentile)"
     )
     for heading in (
         "sites",
@@ -476,7 +484,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for sites, mbit, delay_ms in disturbed:
         link = f"{sites} sites, {mbit or 'unlimited'} Mbit/s, {delay_ms:g} ms"
         print(
-            f"{link}: compute differs by more than {STEADY - 1:.0%} between settings; other work disturbed it, so measure it again"
+            f"{link}: compute differs by more than {STEADY - 1:.0%} between settings; "
+            "other work disturbed it, so measure it again"
         )
 
 

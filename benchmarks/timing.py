@@ -1,12 +1,15 @@
-"""What the benchmarks share: model shapes, buffers rotated past the cache, the timing loop, launch counts, and result rows.
+"""What the benchmarks share: models, buffers rotated past the cache, timing, launch counts, result rows.
 
 A time is measured twice per repetition, because a kernel and the host that launches it are two things:
 
-- `device_ms`: from the first to the last instruction on the GPU. The call is enqueued behind a kernel that only waits, so that the host
-  is ahead and gaps between launches are hidden, unless the call itself waits for the device.
-- `host_us`: how long the call keeps the host when the GPU is idle; `wall_ms`: from there until the GPU has finished.
+- `device_ms`: from the first to the last instruction on the GPU. The call is enqueued behind a kernel that
+  only waits, so that the host is ahead and gaps between launches are hidden, unless the call itself waits for
+  the device.
+- `host_us`: how long the call keeps the host when the GPU is idle; `wall_ms`: from there until the GPU has
+  finished.
 
-On a CPU all three are one, and only the first is given. Variants take turns, each call on the next of several copies of the buffers.
+On a CPU all three are one, and only the first is given. Variants take turns, each call on the next of several
+copies of the buffers.
 """
 
 import argparse
@@ -31,13 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "kernels"),
-]  # the packages of this checkout, also where they are not installed
+# The packages of this checkout, also where they are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 from curvadion.projection.formulas import SIZES, Decoder
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU_CACHE = 64 << 20
 CYCLES_PER_US = 2000  # of torch.cuda._sleep; a clock that is slower waits longer, which is as good
 LONGEST_WAIT_US = 50_000
@@ -64,7 +66,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies_needed(bytes_touched: int, device: torch.device) -> int:
-    """Return how many copies of the buffers take turns, so that none is still in the cache when its turn comes."""
+    """Return how many copies of the buffers take turns, so that none is in the cache when its turn comes."""
     cache = cache_bytes(device)
     if bytes_touched >= 8 * cache:
         return 1
@@ -74,7 +76,7 @@ def copies_needed(bytes_touched: int, device: torch.device) -> int:
 def random_tensors(
     shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Return normally distributed tensors, one allocation for all, each beginning at a multiple of 64 elements."""
+    """Return normally distributed tensors in one allocation, each beginning at a multiple of 64 elements."""
     starts = [0]
     for shape in shapes:
         starts.append(starts[-1] + (math.prod(shape) + 63) // 64 * 64)
@@ -144,7 +146,7 @@ def synchronize(device: torch.device) -> None:
 def measure(
     variants: Sequence[Variant], device: torch.device, *, seconds: float, least: int = 3, most: int = 50
 ) -> list[Timing]:
-    """Time variants in turns for about so many seconds. First every variant runs once on each of its copies."""
+    """Time variants in turns for about `seconds`. First every variant runs once on each of its copies."""
     timings = [Timing() for _ in variants]
     for variant, timing in zip(variants, timings, strict=True):
         variant.run(variant.states[0])
@@ -414,7 +416,8 @@ class Results:
         share = f"{row['fraction_of_copy']:6.0%} of copy" if row["fraction_of_copy"] else ""
         median, low, high = (device_ms[key] for key in ("median", "p10", "p90"))
         print(
-            f"{variant.operation:18} {variant.name:22} {what:34} {median:9.3f} ms ({low:.3f} to {high:.3f}) {rate} {share} {host}",
+            f"{variant.operation:18} {variant.name:22} {what:34} "
+            f"{median:9.3f} ms ({low:.3f} to {high:.3f}) {rate} {share} {host}",
             flush=True,
         )
         return row

@@ -20,8 +20,8 @@ SHAPES = {"debug": Decoder(dim=64, layers=2, heads=4, ffn=192, vocabulary=512), 
 def gpt(size: str) -> ModelSpec:
     """Return a model of one of `SHAPES`, initialized as torchtitan's Llama 3.
 
-    Attention is causal and looks across the borders of documents, as in GPT-3 (arXiv:2005.14165, section 2.2), so that one
-    implementation serves every device. Wrap it in `curvadion.titan.replicated` or `reduced`.
+    Attention is causal and looks across the borders of documents, as in GPT-3 (arXiv:2005.14165, 2.2), so
+    that one implementation serves every device. Wrap it in `curvadion.titan.replicated` or `reduced`.
     """
     shape = SHAPES[size]
     weight = {"weight": partial(nn.init.trunc_normal_, std=0.02)}

@@ -1,0 +1,348 @@
+"""The command `curvadion project`: prints and draws the formulas, beside emulated runs where there are some.
+
+    curvadion project --model 1b3 --replicas 4 --link cross-datacentre-10 --payload outer-4 --interval 30
+    curvadion project --published
+    curvadion project --measured points.jsonl --picture speedup.png
+
+What comes out of a formula is called projected; points of a file keep the label that they have there.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from curvadion.projection.formulas import (
+    BLOCK,
+    FORMULA,
+    GATE_BYTES,
+    LINKS,
+    PAYLOADS,
+    SIZES,
+    Link,
+    Model,
+    Projection,
+    Sent,
+    break_even,
+    payload,
+    wire_bytes,
+)
+from curvadion.projection.points import curves_and_markers, print_points, read_points
+from curvadion.projection.published import PUBLISHED_ASSUMPTIONS, published
+from curvadion.projection.show import BANDWIDTHS, draw, print_table
+from curvadion.rules import RULES
+
+DESCRIPTION = "project bytes, time per step and speed-up of CurvaDion over a link (nothing is measured)"
+
+# ---- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `curvadion project`."""
+    _add_model_and_link(parser)
+    _add_schedule_and_payload(parser)
+    add = parser.add_argument
+    add(
+        "--overlap",
+        type=float,
+        default=0.0,
+        help="fraction of the dense all-reduce that the backward hides (default %(default)s)",
+    )
+    add("--faster", type=float, default=10.0, help="percent, for the break-even link (default %(default)g)")
+    add(
+        "--published",
+        action="store_true",
+        help="print the published range, the assumptions that give it, and nothing else",
+    )
+    add(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of emulated runs, to set beside the projection of each, and nothing else",
+    )
+    add("--picture", type=Path, metavar="FILE.png", help="draw speed-up over bandwidth")
+
+
+def _add_model_and_link(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    about = f"Llama-style decoder, untied, vocabulary {SIZES['160m'].vocabulary} (default %(default)s)"
+    add("--model", choices=SIZES, default="160m", help=about)
+    for name in ("dim", "layers", "ffn", "vocabulary"):
+        add(f"--{name}", type=int, help="in place of that of --model")
+    add("--replicas", type=int, default=2, help="K, the copies of the model (default %(default)s)")
+    add("--shards", type=int, default=8, help="GPUs in a replica (default %(default)s)")
+    add("--tokens", type=float, default=524288, help="per replica and step (default %(default)s)")
+    add("--flops-per-gpu", type=float, default=4e14, help="effective FLOP/s of a GPU (default %(default)g)")
+    add("--compute-seconds", type=float, help="T_compute, in place of --tokens and --flops-per-gpu")
+    about = "nominal bandwidth and round trip (default %(default)s)"
+    add("--link", choices=LINKS, default="cross-datacentre", help=about)
+    add("--gbit", type=float, help="of one NIC, each way, in place of the link's")
+    add("--rtt-ms", type=float, help="round trip, in place of the link's")
+    about = (
+        "NICs of a replica: its bandwidth is nics * gbit "
+        "(default: --shards where each GPU has its own, else 1)"
+    )
+    add("--nics", type=int, help=about)
+
+
+def _add_schedule_and_payload(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument(
+        "--interval", type=float, default=8, help="steps per synchronized step (default %(default)g)"
+    )
+    rate.add_argument("--rate", type=float, help="synchronized steps per step, in place of --interval")
+    about = "steps from one exchange of the gate to the next (default %(default)s)"
+    add("--gate-every", type=int, default=8, help=about)
+    about = "outer_delay: steps for which a synchronization is under way (default %(default)s)"
+    add("--delay", type=int, default=0, help=about)
+    add("--payload", choices=PAYLOADS, default="outer-1", help="of a synchronized step (default %(default)s)")
+    about = "Dion steps move Q, sent then (default %(default)s)"
+    add("--local-update", choices=sorted(RULES), default="dion", help=about)
+    add("--rank-fraction", type=float, default=0.25, help="of P and R (default %(default)s)")
+    add("--rank-multiple-of", type=int, default=1, help="rank is rounded up to it (default %(default)s)")
+    about = "of an element of P, R and AdamW gradients (default %(default)s)"
+    add("--payload-bytes", type=int, choices=(2, 4), default=4, help=about)
+    about = "elements that share a scale in outer-8 and fewer (default %(default)s)"
+    add("--block", type=int, default=BLOCK, help=about)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run `curvadion project`."""
+    try:
+        if args.published:
+            print_published()
+        elif args.measured:
+            points = read_points(args.measured)
+            print_points(points)
+            if args.picture:
+                title = "Curves: projected. Markers: as labelled."
+                draw(args.picture, title, *curves_and_markers(points))
+        else:
+            print_projection(Case.of(args), args.faster, args.picture)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        raise SystemExit(str(error)) from None
+
+
+# ---- one case
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the options describe: a model, how it is trained, and over which link.
+
+    Attributes:
+        args: the options.
+        model: its shapes.
+        compute, how: T_compute in seconds, and where it is from.
+        link: the one that was asked for.
+        interval: steps per synchronized step.
+        dense, dion, sent: what a dense step, a Dion step and a synchronized step of CurvaDion send.
+    """
+
+    args: argparse.Namespace
+    model: Model
+    compute: float
+    how: str
+    link: Link
+    interval: float
+    dense: dict[str, Sent]
+    dion: dict[str, Sent]
+    sent: dict[str, Sent]
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> "Case":
+        """Return what the options describe.
+
+        Raises:
+            ValueError: an option is out of its range, or two contradict each other.
+        """
+        size = replace(SIZES[args.model], **given(args, "dim", "layers", "ffn", "vocabulary"))
+        interval = args.interval if args.rate is None else 1 / args.rate if args.rate > 0 else math.nan
+        check(args, [size.dim, size.layers, size.ffn, size.vocabulary], interval)
+        model = size.model
+        compute, how = args.compute_seconds, "as given"
+        if compute is None:
+            how = f"6 FLOP x parameters x {args.tokens:,.0f} tokens at {args.flops_per_gpu:g} FLOP/s a GPU"
+            compute = 6 * model.parameters * args.tokens / (args.flops_per_gpu * args.shards)
+        moves_Q = RULES[args.local_update].moves_Q
+        low_rank = {
+            "rank_fraction": args.rank_fraction,
+            "rank_multiple_of": args.rank_multiple_of,
+            "element": args.payload_bytes,
+        }
+        return Case(
+            args,
+            model,
+            compute,
+            how,
+            replace(LINKS[args.link], **given(args, "gbit", "rtt_ms")),
+            interval,
+            dense=payload(model, "dense"),
+            dion=payload(model, "low-rank", moves_Q=False, **low_rank),
+            sent=payload(model, args.payload, moves_Q=moves_Q, block=args.block, **low_rank),
+        )
+
+    def nics_of(self, link: Link) -> int:
+        """Return how many NICs a replica has for a link."""
+        return self.args.nics or link.nics(self.args.shards)
+
+    def on(self, link: Link) -> Projection:
+        """Return the formulas for a link."""
+        args, gbit = self.args, link.gbit * self.nics_of(link)
+        return Projection(self.compute, args.replicas, args.shards, gbit, link.rtt_ms / 1e3, args.overlap)
+
+    def times(self, at: Projection) -> tuple[float, float, float]:
+        """Return T_dense, T_dion and T_curvadion."""
+        T_curvadion = at.gated(self.sent, self.interval, self.args.gate_every, self.args.delay)
+        return at.dense(self.dense), at.gated(self.dion), T_curvadion
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return those of the options that were given."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def check(args: argparse.Namespace, sizes: Sequence[int], interval: float) -> None:
+    """Raise ValueError for the first option that is out of its range; `Projection` checks its own."""
+    even = args.delay % 2 == 0
+    delays = not args.delay or args.payload.startswith("outer")
+    one = "1, a link that all GPUs of a replica share"
+    rules: list[tuple[bool, str, object, str]] = [
+        (min(sizes) > 0, "--dim, --layers, --ffn and --vocabulary must be > 0", sizes, "--model 160m"),
+        (
+            1 <= interval < math.inf,
+            "--interval must be finite and >= 1, --rate in (0, 1]",
+            args.rate or interval,
+            "--interval 8",
+        ),
+        (0 < args.rank_fraction <= 1, "--rank-fraction must be in (0, 1]", args.rank_fraction, "0.25"),
+        (args.gate_every >= 1, "--gate-every must be >= 1", args.gate_every, "1"),
+        (
+            0 <= args.delay <= interval and even,
+            "--delay must be an even number >= 0, at most --interval",
+            args.delay,
+            "0",
+        ),
+        (
+            delays,
+            "--delay is of consensus='outer', payload outer-BITS",
+            f"--payload {args.payload}",
+            "--payload outer-1",
+        ),
+        (args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1"),
+        (args.block >= 1, "--block must be >= 1", args.block, "128"),
+        (args.nics is None or args.nics >= 1, "--nics must be >= 1", args.nics, one),
+        (args.shards >= 1, "--shards must be >= 1", args.shards, "8"),
+        (args.flops_per_gpu > 0, "--flops-per-gpu must be > 0", args.flops_per_gpu, "4e14"),
+    ]
+    for fine, rule, value, hint in rules:
+        if not fine:
+            raise ValueError(f"{rule}; got {value}; try {hint}")
+
+
+def print_projection(case: Case, faster: float, picture: Path | None) -> None:
+    """Print bytes, times, break-even links and the table over links, and draw the picture."""
+    at = case.on(case.link)
+    print_case(case)
+    print_bytes(case)
+    print_seconds(case, at)
+    print_break_even(case, at, faster)
+    print_links(case)
+    if picture:
+        draw_case(picture, case, at)
+
+
+def print_case(case: Case) -> None:
+    """Print what is projected, and the formulas."""
+    print(
+        f"projected, not measured: {case.model.parameters:,} parameters, "
+        f"{len(case.model.matrices)} matrices; "
+        f"{case.args.replicas} replicas of {case.args.shards} GPUs;"
+    )
+    print(f"T_compute {case.compute:.4g} s, {case.how};")
+    nics, link = case.nics_of(case.link), case.link
+    print(f"{nics} x {link.gbit:g} Gbit/s a replica, round trip {link.rtt_ms:g} ms;")
+    print(
+        f"payload {case.args.payload} on 1 step in {case.interval:g}, under way for {case.args.delay}, "
+        f"the gate on 1 in {case.args.gate_every};"
+    )
+    print(f"overlap {case.args.overlap:g}\n\n{FORMULA}\n")
+
+
+def print_bytes(case: Case) -> None:
+    """Print the bytes of a step, by purpose, and those that leave a replica."""
+    gate = {"gate": Sent(GATE_BYTES * case.args.shards)}
+    columns = {
+        "dense, each step": case.dense,
+        "Dion, each step": gate | case.dion,
+        "CurvaDion, synchronized step": gate | case.sent,
+    }
+    purposes = dict.fromkeys(p for column in columns.values() for p in column)
+    rows = [[p, *(f"{c[p].bytes:,.0f}" if p in c else "" for c in columns.values())] for p in purposes]
+    wires = [wire_bytes(column, case.args.replicas) for column in columns.values()]
+    gates, syncs = wire_bytes(gate, case.args.replicas), wire_bytes(case.sent, case.args.replicas)
+    means = [*wires[:2], gates / case.args.gate_every + syncs / case.interval]
+    rows.append(["leave a replica", *(f"{w:,.0f}" for w in wires)])
+    rows.append(["... per step, mean", *(f"{w:,.0f}" for w in means)])
+    rows.append(["... of dense", *(f"{w / wires[0]:.2%}" for w in means)])
+    print_table("projected: bytes of one replica's buffers, by purpose", ["", *columns], rows)
+
+
+def print_seconds(case: Case, at: Projection) -> None:
+    """Print the seconds of a step on the link that was asked for."""
+    T = dict(zip(("dense", "Dion, each step", "CurvaDion"), case.times(at), strict=True))
+    rows = [[name, f"{t:.4g}", f"{t - case.compute:.4g}", f"{T['dense'] / t:.2f}x"] for name, t in T.items()]
+    header = ["", "T_step", "of it waiting", "speed-up over dense"]
+    print_table("projected: seconds per step on this link", header, rows)
+
+
+def print_break_even(case: Case, at: Projection, faster: float) -> None:
+    """Print below which bandwidths CurvaDion is faster than dense, also by `faster` and by 100 percent."""
+    args, rtt = case.args, f"a round trip of {case.link.rtt_ms:g} ms"
+    print(f"projected: break-even at {rtt}, in Gbit/s of a replica")
+    for percent in sorted({0.0, faster, 100.0}):
+        speedup = 1 + percent / 100
+        gbit = break_even(at, case.dense, case.sent, case.interval, speedup, args.gate_every, args.delay)
+        where = {0.0: "on no link", math.inf: "on every link"}.get(gbit, f"below {gbit:.4g} Gbit/s")
+        print(f"  CurvaDion is {f'{percent:g} % ' if percent else ''}faster than dense {where}")
+    print()
+
+
+def print_links(case: Case) -> None:
+    """Print the seconds of a step on all nominal links."""
+    rows = []
+    for name, link in LINKS.items():
+        T = case.times(case.on(link))
+        what = [name, f"{case.nics_of(link)} x {link.gbit:g}", f"{link.rtt_ms:g}"]
+        rows.append([*what, *(f"{t:.4g}" for t in T), *(f"{T[0] / t:.2f}x" for t in T[1:])])
+    header = ["link", "Gbit/s", "rtt ms", "T_dense", "T_dion", "T_curvadion", "speed-up Dion", "CurvaDion"]
+    print_table("projected: seconds per step and speed-up over dense, on nominal links", header, rows)
+
+
+def draw_case(file: Path, case: Case, at: Projection) -> None:
+    """Draw the speed-ups over bandwidth, at the round trip of the link that was asked for."""
+    dion: list[tuple[float, float]] = []
+    curvadion: list[tuple[float, float]] = []
+    for gbit in BANDWIDTHS:
+        T_dense, T_dion, T_curvadion = case.times(replace(at, gbit=gbit))
+        dion.append((gbit, T_dense / T_dion))
+        curvadion.append((gbit, T_dense / T_curvadion))
+    name = f"CurvaDion, {case.args.payload}, 1 step in {case.interval:g}"
+    model = f"{case.model.parameters / 1e6:.0f}M parameters, {case.args.replicas} replicas"
+    title = f"Projected: {model}, T_compute {case.compute:.3g} s, rtt {case.link.rtt_ms:g} ms"
+    draw(file, title, {"Dion, each step": dion, name: curvadion}, {})
+
+
+def print_published() -> None:
+    """Print the published range, the assumptions, and the table that they give."""
+    print(f"{PUBLISHED_ASSUMPTIONS}\n\n{FORMULA}\n")
+    header = ["link", "Gbit/s", "rtt ms", "T_dense", 'speed-up "published"', '"average"', '"one bit"']
+    rows = []
+    for name, (T, *speedups) in published().items():
+        link = LINKS[name]
+        what = [name, f"{link.gbit:g}", f"{link.rtt_ms:g}", f"{T:.4g}"]
+        rows.append([*what, *(f"{speedup:.2f}x" for speedup in speedups)])
+    print_table("projected: speed-up of CurvaDion over dense all-reduce", header, rows)
