@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 
-from curvadion import CurvaDion, ReplicaMismatchError
+from curvadion import LOW_COMMUNICATION, CurvaDion, ReplicaMismatchError
 
 
 def matrix(*shape: int) -> nn.Parameter:
@@ -347,3 +347,41 @@ def test_placements_the_optimizer_cannot_read_are_refused_by_name() -> None:
     for kind, message in run_ranks(2, worker):
         assert kind == "ValueError"
         said(message, "conv.weight")
+
+
+# ---- presets, and a gate that only the bounds ask
+
+
+def test_a_preset_takes_changes() -> None:
+    changed = LOW_COMMUNICATION(max_local_steps=15, outer_bits=2)
+    assert (changed["max_local_steps"], changed["outer_bits"], changed["momentum"]) == (15, 2, 0.8)
+    assert LOW_COMMUNICATION["max_local_steps"] == 7, "the preset itself is as it was"
+    optimizer = CurvaDion([nn.Parameter(torch.ones(4, 3))], **LOW_COMMUNICATION(max_local_steps=2))
+    synchronized = []
+    for _ in range(7):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 3)
+        optimizer.step()
+        synchronized.append(bool(optimizer.metrics()["curvadion/synchronized"]))
+    assert [step for step, s in enumerate(synchronized) if s] == [0, 3, 6], "nothing else has to be kept in step with it"
+
+
+def test_a_preset_refuses_what_is_no_option() -> None:
+    with pytest.raises(TypeError, match="got 'max_local_step'; did you mean 'max_local_steps'"):
+        LOW_COMMUNICATION(max_local_step=15)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"gate_every": None}, "gate_every=None asks only where max_local_steps synchronizes"),
+        ({"gate_every": None, "max_local_steps": 3, "target_sync_rate": 0.5}, "target_sync_rate needs a gate that is asked"),
+        ({"gate_every": None, "max_local_steps": 3, "gate_lag": 1}, "gate_lag needs a gate that is asked"),
+        ({"gate_every": 0}, "gate_every must be None or an integer >= 1"),
+        ({"gate": "rmcc"}, "gate must be one of 'rmmc', 'drift'; got 'rmcc'"),
+        ({"outer_bits": 3, "consensus": "outer"}, "outer_bits must be one of 32, 16, 8, 4, 2, 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        CurvaDion([nn.Parameter(torch.ones(4, 3))], **options)
