@@ -22,7 +22,7 @@ from curvadion import LOW_COMMUNICATION, CurvaDion
 from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.consensus.codec import CODECS, Grid
 from curvadion.consensus.fragments import parts_of
-from curvadion.sharding.exchange import UnderWay
+from curvadion.sharding.journey import UnderWay
 from curvadion.sharding.ledger import WIRE
 from curvadion.state.table import Table
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvadion.sharding.exchange import Codec
+from curvadion.sharding.journey import Codec
 
 # The step of the best uniform grid for a normal distribution, in standard deviations (Max, "Quantizing for minimum
 # distortion", 1960).

@@ -13,7 +13,7 @@ from curvadion.consensus.codec import CODECS
 from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
-from curvadion.sharding.exchange import Residuals, UnderWay
+from curvadion.sharding.journey import Residuals, UnderWay
 from curvadion.state.store import copy_into
 from curvadion_kernels.reference import compute_dtype
 

@@ -37,161 +37,17 @@ one collective after the other, so that the groups of the DeviceMesh suffice and
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
+from curvadion.sharding.journey import Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
-
-BUCKET_BYTES = 1 << 28
-
-
-class Codec(Protocol):
-    """What rounds a flat buffer to bytes; `curvadion.consensus.codec` has them.
-
-    Attributes:
-        block: the length of a buffer must be a multiple of it.
-        bits_per_value: on the wire, scales included.
-    """
-
-    @property
-    def block(self) -> int: ...
-
-    @property
-    def bits_per_value(self) -> float: ...
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the bytes (uint8) of a flat tensor; those of each of `size` equal parts together, in order."""
-
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the values of such bytes, flat."""
-
-
-class Residuals:
-    """What rounding has kept back so far (error feedback), one pair of flat buffers for each buffer that is sent.
-
-    The first is what this replica's own contribution lacks, the second what the mean lacks in the part that this
-    replica rounds for all.
-    """
-
-    def __init__(self) -> None:
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.in_use = False  # on all ranks alike, also on those that hold nothing of any buffer
-
-    def of(self, number: int, mine: int, ours: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pair of the buffer with this number, of these lengths; zeros at first."""
-        if number == len(self.pairs):
-            self.pairs.append((like.new_zeros(mine), like.new_zeros(ours)))
-        return self.pairs[number]
-
-    def clear(self) -> None:
-        """Forget them."""
-        self.pairs.clear()
-        self.in_use = False
-
-
-class _Journey(Protocol):
-    """A flat buffer on its way to its mean over the replicas; its first leg has started."""
-
-    def next_leg(self) -> Tensor | None:
-        """Wait for the leg that is under way; return the mean, or start the next leg."""
-
-
-class _Nothing:
-    """An empty buffer: as many legs as the others, because what follows involves ranks that have something."""
-
-    def __init__(self, piece: Tensor, legs: int):
-        self._piece, self._left = piece, legs
-
-    def next_leg(self) -> Tensor | None:
-        self._left -= 1
-        return None if self._left else self._piece
-
-
-class _Mean:
-    """One all-reduce, in `payload_dtype`; without copy the piece may be overwritten."""
-
-    def __init__(
-        self, exchange: "Exchange", piece: Tensor, purpose: str, payload_dtype: torch.dtype | None, copy: bool
-    ):
-        self._sent, self._dtype = piece.to(payload_dtype or piece.dtype, copy=copy), piece.dtype
-        self._replicas = exchange.replicas
-        self._work = exchange.over_replicas("all_reduce", purpose, self._sent, ReduceOp.SUM)
-
-    def next_leg(self) -> Tensor:
-        self._work.wait()
-        return self._sent.to(self._dtype).div_(self._replicas)
-
-
-class _RoundedMean:
-    """Each replica its part of the mean, then all parts to all, in a codec's bytes and with error feedback.
-
-    While it is under way it holds bytes only.
-    """
-
-    def __init__(
-        self, exchange: "Exchange", piece: Tensor, purpose: str, codec: Codec, number: int, kept: Residuals
-    ):
-        self._exchange, self._purpose, self._codec = exchange, purpose, codec
-        self._numel, self._dtype = piece.numel(), piece.dtype
-        flat = _pad(piece, piece.numel() + -piece.numel() % (codec.block * exchange.replicas))
-        mine, self._ours = kept.of(number, flat.numel(), flat.numel() // exchange.replicas, flat)
-        mine.add_(flat)
-        self._sent = codec.encode(mine)
-        mine.sub_(codec.decode(self._sent, self._dtype))
-        self._received: Tensor | None = torch.empty_like(self._sent)
-        self._work = exchange.over_replicas("all_to_all", purpose, self._received, self._sent)
-
-    def next_leg(self) -> Tensor | None:
-        self._work.wait()
-        if self._received is None:
-            return self._codec.decode(self._sent, self._dtype)[: self._numel]
-        parts = self._codec.decode(self._received, self._dtype)
-        self._received = None
-        self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
-        part = self._codec.encode(self._ours)
-        self._ours.sub_(self._codec.decode(part, self._dtype))
-        self._work = self._exchange.over_replicas("all_gather", self._purpose, self._sent, part)
-        return None
-
-
-class UnderWay:
-    """A mean over the replicas that travels in legs, while something else is done.
-
-    The first leg has started. All ranks call `start_next_leg` and `arrived` at the same places among their
-    collectives.
-    """
-
-    def __init__(self, exchange: "Exchange", tensors: Sequence[Tensor], purpose: str):
-        self._exchange, self._tensors, self._purpose = exchange, tensors, purpose
-        self._mean = list(tensors)
-        self._journeys: list[tuple[_Cut, _Journey]] = []
-
-    def add(self, cut: "_Cut", journey: _Journey) -> None:
-        """Take along one more buffer."""
-        self._journeys.append((cut, journey))
-
-    def start_next_leg(self) -> None:
-        """Wait for the leg that is under way, and start the next one if there is one."""
-        left = []
-        for cut, journey in self._journeys:
-            mean = journey.next_leg()
-            if mean is None:
-                left.append((cut, journey))
-            else:
-                whole = self._exchange.join(cut, mean, self._purpose)
-                _unflatten(whole, self._tensors, cut.indices, self._mean)
-        self._journeys = left
-
-    def arrived(self) -> list[Tensor]:
-        """Wait for all of it, and return the mean."""
-        while self._journeys:
-            self.start_next_leg()
-        return self._mean
 
 
 @dataclass
@@ -211,43 +67,6 @@ class Answer:
         if self.wait is not None:
             self.wait()
         return int(self.key)
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """How a flat buffer was cut up inside a replica, so that each rank sends its piece.
-
-    Attributes:
-        indices: of the tensors in the buffer.
-        split, copies: axes along which it was cut, because it was a partial sum or the same there.
-        parts: what is left after each of these cuts.
-    """
-
-    indices: list[int]
-    split: Axes
-    copies: Axes
-    parts: list["_Part"]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One of `parts` equal pieces of a flat buffer of `numel` elements; the last ones may be short or empty."""
-
-    numel: int
-    parts: int
-    index: int
-
-    @property
-    def chunk(self) -> int:
-        return -(-self.numel // self.parts)
-
-    @property
-    def length(self) -> int:
-        return max(0, min(self.chunk, self.numel - self.index * self.chunk))
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Return this part of the buffer."""
-        return flat.narrow(0, min(self.index * self.chunk, self.numel), self.length)
 
 
 class Exchange:
@@ -273,12 +92,12 @@ class Exchange:
     def sum_over_shards(self, tensors: Sequence[Tensor], axes: Sequence[Axes], purpose: str) -> list[Tensor]:
         """Return each tensor summed over its axes, in flat buffers; the same object where it has none."""
         result = list(tensors)
-        for (over,), indices in _buckets(tensors, [(a,) for a in axes]):
+        for (over,), indices in buckets(tensors, [(a,) for a in axes]):
             if over:
-                flat = _flatten(tensors, indices)
+                flat = flatten(tensors, indices)
                 for axis in over:
                     self._along(axis, "all_reduce", purpose, flat, ReduceOp.SUM)
-                _unflatten(flat, tensors, indices, result)
+                unflatten(flat, tensors, indices, result)
         return result
 
     def sum_over_all_shards(self, tensor: Tensor, purpose: str) -> Tensor:
@@ -312,10 +131,10 @@ class Exchange:
         own, mean = list(tensors), list(tensors)
         for cut, whole, piece in self._pieces(tensors, partial, copied, purpose):
             mean_of_piece = self._mean(piece, purpose, payload_dtype, copy=keep_own)
-            _unflatten(self.join(cut, mean_of_piece, purpose), tensors, cut.indices, mean)
+            unflatten(self.join(cut, mean_of_piece, purpose), tensors, cut.indices, mean)
             if keep_own:
                 summed = self._gather(whole, cut.split, cut.parts[: len(cut.split)], purpose)
-                _unflatten(summed, tensors, cut.indices, own)
+                unflatten(summed, tensors, cut.indices, own)
         return own, mean
 
     def average_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], purpose: str) -> None:
@@ -346,18 +165,18 @@ class Exchange:
             codec: C; None to round nothing: one all-reduce, one leg.
             kept: e_i and f; the same object for the same list of tensors.
         """
-        under_way = UnderWay(self, tensors, purpose)
+        under_way = UnderWay(tensors, partial(self.join, purpose=purpose))
         if self.replicas == 1:
             return under_way
         kept.in_use = codec is not None
         number = 0
         for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
             if not piece.numel():
-                under_way.add(cut, _Nothing(piece, legs=1 if codec is None else 2))
+                under_way.add(cut, Nothing(piece, legs=1 if codec is None else 2))
             elif codec is None:
-                under_way.add(cut, _Mean(self, piece, purpose, None, copy=False))
+                under_way.add(cut, Mean(self, piece, purpose, None, copy=False))
             else:
-                under_way.add(cut, _RoundedMean(self, piece, purpose, codec, number, kept))
+                under_way.add(cut, RoundedMean(self, piece, purpose, codec, number, kept))
                 number += 1
         return under_way
 
@@ -453,7 +272,7 @@ class Exchange:
         self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> Tensor:
         """Return the mean over the replicas; without copy the piece may be overwritten."""
-        return _Mean(self, piece, purpose, payload_dtype, copy).next_leg() if piece.numel() else piece
+        return Mean(self, piece, purpose, payload_dtype, copy).next_leg() if piece.numel() else piece
 
     def _replace(
         self,
@@ -465,16 +284,16 @@ class Exchange:
         for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
             values = list(tensors)
             whole = self.join(cut, exchange(piece) if piece.numel() else piece, purpose)
-            _unflatten(whole, tensors, cut.indices, values)
+            unflatten(whole, tensors, cut.indices, values)
             torch._foreach_copy_([tensors[i] for i in cut.indices], [values[i] for i in cut.indices])
 
     def _pieces(
         self, tensors: Sequence[Tensor], partial: Sequence[Axes], copied: Sequence[Axes], purpose: str
-    ) -> Iterator[tuple[_Cut, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Cut, Tensor, Tensor]]:
         """Yield, for each flat buffer, how it was cut, what summing over the `partial` axes leaves of it here, and
         this rank's piece of that; the same piece is with its peers in the other replicas, also if it is empty."""
-        for (split, copies), indices in _buckets(tensors, list(zip(partial, copied, strict=True))):
-            mine = _flatten(tensors, indices)
+        for (split, copies), indices in buckets(tensors, list(zip(partial, copied, strict=True))):
+            mine = flatten(tensors, indices)
             parts = []
             for axis in split:
                 parts.append(self._part(mine.numel(), axis))
@@ -483,68 +302,26 @@ class Exchange:
             for axis in copies:
                 parts.append(self._part(piece.numel(), axis))
                 piece = parts[-1].of(piece)
-            yield _Cut(indices, split, copies, parts), mine, piece
+            yield Cut(indices, split, copies, parts), mine, piece
 
-    def join(self, cut: _Cut, piece: Tensor, purpose: str) -> Tensor:
+    def join(self, cut: Cut, piece: Tensor, purpose: str) -> Tensor:
         """Return the buffer of which this is the piece."""
         return self._gather(piece, [*cut.split, *cut.copies], cut.parts, purpose)
 
-    def _part(self, numel: int, axis: int) -> _Part:
+    def _part(self, numel: int, axis: int) -> Part:
         group = self.shards.group(axis)
-        return _Part(numel, group.size, group.rank)
+        return Part(numel, group.size, group.rank)
 
-    def _scatter_sum(self, flat: Tensor, axis: int, part: _Part, purpose: str) -> Tensor:
+    def _scatter_sum(self, flat: Tensor, axis: int, part: Part, purpose: str) -> Tensor:
         """Return this rank's part of the sum of the flat buffers."""
         piece = flat.new_empty(part.chunk)
-        self._along(axis, "reduce_scatter", purpose, piece, _pad(flat, part.chunk * part.parts))
+        self._along(axis, "reduce_scatter", purpose, piece, pad(flat, part.chunk * part.parts))
         return piece[: part.length]
 
-    def _gather(self, piece: Tensor, axes: Sequence[int], parts: Sequence[_Part], purpose: str) -> Tensor:
+    def _gather(self, piece: Tensor, axes: Sequence[int], parts: Sequence[Part], purpose: str) -> Tensor:
         """Return the buffer of which the pieces are the parts, taken along one axis after the other."""
         for axis, part in reversed(list(zip(axes, parts, strict=True))):
             whole = piece.new_empty(part.parts * part.chunk)
-            self._along(axis, "all_gather", purpose, whole, _pad(piece, part.chunk))
+            self._along(axis, "all_gather", purpose, whole, pad(piece, part.chunk))
             piece = whole[: part.numel]
         return piece
-
-
-def _buckets(
-    tensors: Sequence[Tensor], keys: Sequence[tuple[Axes, ...]]
-) -> Iterator[tuple[tuple[Axes, ...], list[int]]]:
-    """Yield (axes, indices of the tensors of one flat buffer), ordered by axes, dtypes and sizes alone."""
-    order: dict[tuple, list[int]] = {}
-    for i, (t, key) in enumerate(zip(tensors, keys, strict=True)):
-        order.setdefault((key, str(t.dtype)), []).append(i)
-    for (key, _), indices in sorted(order.items()):
-        bucket: list[int] = []
-        size = 0
-        for i in indices:
-            nbytes = tensors[i].numel() * tensors[i].element_size()
-            if bucket and size + nbytes > BUCKET_BYTES:
-                yield key, bucket
-                bucket, size = [], 0
-            bucket.append(i)
-            size += nbytes
-        yield key, bucket
-
-
-def _pad(flat: Tensor, numel: int) -> Tensor:
-    """Return the buffer with zeros at its end, contiguous."""
-    return (
-        torch.nn.functional.pad(flat, (0, numel - flat.numel()))
-        if flat.numel() < numel
-        else flat.contiguous()
-    )
-
-
-def _flatten(tensors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-    return torch.cat([tensors[i].reshape(-1) for i in indices])
-
-
-def _unflatten(flat: Tensor, like: Sequence[Tensor], indices: Sequence[int], result: list[Tensor]) -> None:
-    """Put views of the flat buffer, shaped like the tensors it was made of, into `result`."""
-    start = 0
-    for i in indices:
-        end = start + like[i].numel()
-        result[i] = flat[start:end].view(like[i].shape)
-        start = end

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvadion.algebra.power_iteration import rank_of
 from curvadion.options import GROUP_OPTIONS, check_options
+from curvadion.rules import RULES
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
 from curvadion.state.batch import Batch
@@ -157,4 +158,9 @@ class Intake:
             raise ValueError(
                 f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} for Q of "
                 f"{b.Q.shape[-1]} columns; construct a new optimizer to change the rank"
+            )
+        if not {spec.name for spec in RULES[group["local_update"]].state} <= b.kept.keys():
+            raise ValueError(
+                "local_update may change to a rule that keeps no state of its own, or to the one it was built with; "
+                f"got {group['local_update']!r}; construct a new optimizer for it"
             )
