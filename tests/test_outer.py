@@ -11,6 +11,7 @@ import torch
 from support.cases import ALGORITHMS, BASE, RTOL, SCALES, Case, compare, first_right_factors, gradients, initial_values, make_optimizer
 from support.cases import Moment as Expected
 from support.layouts import LAYOUTS, Layout, local, whole
+from support.models import digest
 from support.ranks import run_ranks
 from support.reference import ReferenceReplicas, muon, rounded
 from support.wire import Wire, run_recorded
@@ -22,6 +23,7 @@ from curvadion import LOW_COMMUNICATION, CurvaDion
 from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.consensus.codec import CODECS, Grid
 from curvadion.consensus.fragments import parts_of
+from curvadion.sharding import flat
 from curvadion.sharding.journey import UnderWay
 from curvadion.sharding.ledger import WIRE
 from curvadion.state.table import Table
@@ -546,3 +548,31 @@ def test_one_replica_is_saved_at_rest_only() -> None:
     optimizer.state_dict()
     optimizer.add_param_group({"params": [torch.nn.Parameter(draw(3, 2))]})
     optimizer.step()
+
+
+# ---- buckets
+
+
+def run_in_buckets(layout: Layout, options: dict, nbytes: int) -> tuple[str, int]:
+    """A hash of the parameters after some steps, and how many collectives crossed replicas."""
+    flat.BUCKET_BYTES = nbytes
+    placed = layout.build(initial_values(), 2)
+    optimizer = make_optimizer(placed, Case("buckets", options))
+    for G in gradients(2):
+        placed.set_gradients(placed.parts_of(G[placed.replica]))
+        optimizer.step()
+    optimizer.synchronize()
+    return digest(placed.bag.parameters()), sum(n for (axis, _), n in optimizer.ledger.calls.items() if axis == "replicate")
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"local_update": "dion"}, {**OUTER, "outer_delay": 1}, {**OUTER, "outer_fragments": 2}],
+    ids=["average", "outer", "fragments"],
+)
+def test_many_buckets_are_as_good_as_one(layout: Layout, options: dict) -> None:
+    world = layout.world_size(2)
+    one, many = (run_ranks(world, run_in_buckets, layout, options, nbytes) for nbytes in (1 << 28, 300))
+    assert [hashed for hashed, _ in one] == [hashed for hashed, _ in many]
+    assert all(few < lots for (_, few), (_, lots) in zip(one, many, strict=True)), "there were more of them"
