@@ -22,6 +22,8 @@ only on the reduced gate key, and a missing gradient contributes zeros.
                                   "dion"                   P, Gram, R, column norms as above
                                   "muon"                   the short side gathered; norms and in each round Gram
                                                            matrices, one SUM over the shards of the long side
+                                  "normuon"                as "muon"; norms of rows and of matrices: two SUMs
+                                  "dion2"                  norms of slices: summed, gathered; slices; as "muon"
        synchronized step with consensus="outer": a local step, then
                                   pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
                                                            replica its part of the mean (all-to-all), then all
