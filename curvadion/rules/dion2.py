@@ -22,8 +22,8 @@ class Dion2(Rule):
     it is "muon". Norms are of whole slices, so that K does not depend on how the matrix is sharded.
 
     Source: Ahn, Amsel, Langford, "Dion2: A Simple Method to Shrink Matrix in Muon", arXiv:2512.16928; side,
-    norm, decay and scale (the whole matrix's) are those of its code, dion/dion2.py of github.com/microsoft/dion.
-    Where a dimension is sharded, that code selects along it, in each shard by itself.
+    norm, decay and scale (of the whole matrix) as in its code, github.com/microsoft/dion, dion/dion2.py. That
+    selects along the sharded dimension where there is one, in each shard by itself.
     """
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:

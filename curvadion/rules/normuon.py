@@ -19,8 +19,8 @@ class NorMuon(Rule):
         M_i   <- mu m_i
         X     <- (1 - lr wd) X - lr_local sqrt(rows / columns) (||O||_F / ||O_hat||_F) O_hat
 
-    beta2 is the group's betas[1], eps its eps. That v starts at zero needs no correction: 1 - beta2^t would be
-    a factor of all rows, and the norms cancel it. Rows are the parameter's, even where they are the short side.
+    beta2 is the group's betas[1], eps its eps. That v starts at zero needs no correction: 1 - beta2^t would
+    be a factor of all rows, and the norms cancel it. Rows are the parameter's, even if it has fewer of them.
 
     Source: Li et al., "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, for v and O_hat.
     The paper steps by 0.2 lr sqrt(rows columns) / ||O_hat||_F, so that the root mean square of entries is
@@ -35,8 +35,8 @@ class NorMuon(Rule):
         over_rows, over_columns = (step.side(batches, [dim] * len(batches)) for dim in (0, 1))
         squares = over_columns.sum([d.square().sum(-1) for d in directions], "norms")
         factors = [_factor(step, b, s) for b, s in zip(batches, squares, strict=True)]
-        # ||O||_F^2 and ||O_hat||_F^2 from the squares of rows. First the root, because the square of the factor
-        # of a row of zeros may overflow.
+        # ||O||_F^2 and ||O_hat||_F^2 from the squares of rows. First the root, because the square of the
+        # factor of a row of zeros may overflow.
         both = [
             torch.stack([s, (s.sqrt() * f).square()], dim=-1).sum(1)
             for s, f in zip(squares, factors, strict=True)
