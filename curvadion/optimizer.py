@@ -72,7 +72,8 @@ class CurvaDion(torch.optim.Optimizer):
         warmup_steps: synchronize the first steps. The very first one always is.
         min_local_steps: after a synchronized step, ignore RMMC for that many steps.
         max_local_steps: after that many local steps in a row the next one is synchronized; 0 synchronizes every step.
-        local_update: the local rule, "gradient", "dion" or "muon" [g].
+        local_update: the local rule, "gradient", "dion", "muon", "normuon" (Muon with rows of like size: betas[1], eps) or
+            "dion2" (Muon of rank_fraction of the rows or columns, the largest ones) [g].
         local_lr_scale: lr_local = local_lr_scale * lr, for matrices on local steps [g].
         consensus: "average" makes replicas equal again at each synchronized step; "outer" as well, by the equations above, with one
             more copy of the parameters in memory, one for U if there is outer momentum, and one for what rounding keeps back if

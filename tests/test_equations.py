@@ -120,6 +120,45 @@ def test_a_local_dion_step_of_one_replica_is_the_synchronized_step(error_feedbac
         assert torch.equal(runs[0][name], runs[1][name]), f"{name} depends on the branch although K = 1"
 
 
+def test_dion2_of_all_slices_is_muon_and_normuon_is_as_large() -> None:
+    gradients = [{"W": draw(7, 4, seed=t), "V": draw(4, 8, seed=t), "S": draw(5, 5, seed=t)} for t in range(3)]
+    moved: dict[str, dict[str, Tensor]] = {}
+    for rule in ("muon", "dion2", "normuon"):
+        values = {name: draw(*G.shape) for name, G in gradients[0].items()}
+        options = {"weight_decay": 0.0, "rank_fraction": 1.0, "local_update": rule, "error_feedback": False, **ALWAYS_CLOSED}
+        optimizer, parameters = build(values, **options)
+        for G in gradients:
+            before = {name: p.detach().clone() for name, p in parameters.items()}
+            step(optimizer, parameters, **G)
+        moved[rule] = {name: before[name] - p.detach() for name, p in parameters.items()}
+    for name in values:
+        torch.testing.assert_close(moved["dion2"][name], moved["muon"][name], **FP64, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(moved["normuon"][name].norm(), moved["muon"][name].norm(), **FP64)
+        rows = moved["normuon"][name].norm(dim=1) / moved["muon"][name].norm(dim=1)
+        assert float(rows.max() / rows.min()) > 1.05, f"{name}: rows are not treated differently"
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_dion2_takes_the_first_of_equal_slices_and_leaves_the_momentum_of_the_others(tall: bool) -> None:
+    """Integers, so that norms are exact: of 3, 7, 5, 7, 5, 5 it takes three, the second, the third and the fourth."""
+    m = torch.diag(torch.tensor([3.0, 7, 5, 7, 5, 5], dtype=torch.float64)) @ torch.eye(6, 8, dtype=torch.float64)
+    m = m.T if tall else m
+    options = {"rank_fraction": 0.5, "momentum": 0.5, "weight_decay": 0.0, "local_update": "dion2", "error_feedback": False}
+    optimizer, parameters = build({"W": draw(*m.shape)}, **options, **ALWAYS_CLOSED)
+    W = parameters["W"]
+    assert step(optimizer, parameters, W=m), "M is m / 2 now"
+    before = W.detach().clone()
+    assert not step(optimizer, parameters, W=m / 2), "and here m"
+    moved, M = W.detach() - before, optimizer.state[W]["momentum"]
+    if tall:
+        moved, M, m = moved.T, M.T, m.T
+    assert moved.any(dim=1).tolist() == [False, True, True, True, False, False]
+    assert torch.equal(M[1:4], m[1:4] / 2), "what was used decays"
+    assert torch.equal(M[[0, 4, 5]], m[[0, 4, 5]]), "and nothing else"
+    assert not step(optimizer, parameters), "sizes are 3, 3.5, 2.5, 3.5, 5, 5"
+    assert torch.equal(M[[0, 2]], torch.stack([m[0], m[2] / 2])), "also in the next step"
+
+
 def test_without_feedback_and_with_gradient_steps_the_momentum_is_the_plain_sum() -> None:
     optimizer, parameters = build({"W": draw(6, 5)}, error_feedback=False, momentum=0.7, tau=0.3)
     expected, branches = torch.zeros(6, 5, dtype=torch.float64), []

@@ -60,6 +60,11 @@ def test_the_state_is_made_at_construction_with_frozen_keys() -> None:
         before = {name: set(opt.state[param]) for name, param in toy.params.items()}
         train(toy, opt, range(3))
         assert before == {name: set(opt.state[param]) for name, param in toy.params.items()}, "no key appears later"
+    opt = CurvaDion(toy.groups(), local_update="normuon", **OPTIONS)
+    for name in toy.matrices:
+        state = opt.state[toy.params[name]]
+        assert set(state) == MATRIX_KEYS | {"second_moment"}, name
+        assert state["second_moment"].shape == toy.params[name].shape[:1], "one number for each row"
 
 
 def test_groups_hold_hyper_parameters_only() -> None:
@@ -71,7 +76,7 @@ def test_groups_hold_hyper_parameters_only() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4], ids=["after-S", "after-SL", "after-SLL", "after-SLLS"])
-@pytest.mark.parametrize("local_update", ["gradient", "dion"])
+@pytest.mark.parametrize("local_update", ["gradient", "dion", "normuon", "dion2"])
 @pytest.mark.parametrize("how", ["state_dict", "torch.save", "pickle", "deepcopy"])
 def test_a_resumed_run_is_the_uninterrupted_run(how: str, local_update: str, at: int) -> None:
     """One replica never diverges, so a checkpoint may be taken anywhere between two synchronized steps."""
@@ -483,14 +488,18 @@ def test_dcp_round_trip_on_the_same_mesh_is_bitwise(tmp_path: Path, param_dtype:
         assert metrics["curvadion/step"] == 10.0, "counters survive through DCP"
 
 
+@pytest.mark.parametrize("local_update", ["gradient", "normuon"])
 @pytest.mark.parametrize(("replicas", "shards"), [(1, 4), (1, 2), (2, 1), (4, 1)], ids=["1x4", "1x2", "2x1", "4x1"])
-def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(tmp_path: Path, replicas: int, shards: int) -> None:
-    """DCP reshards; momentum, Q and counters arrive whole, and the run goes on as on the first mesh."""
+def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
+    tmp_path: Path, replicas: int, shards: int, local_update: str
+) -> None:
+    """DCP reshards; momentum, Q, what a rule keeps, and counters arrive whole, and the run goes on as on the first mesh."""
+    options = OPTIONS | {"local_update": local_update}
 
     def build(replicas: int, shards: int) -> tuple[TinyGPT, CurvaDion, int]:
         replicate, mesh = grid(replicas, shards)
         model = sharded_model(mesh, torch.float64, seed=replicas)
-        return model, CurvaDion(model.groups(), replicate_mesh=replicate, **OPTIONS), replicate.get_local_rank()
+        return model, CurvaDion(model.groups(), replicate_mesh=replicate, **options), replicate.get_local_rank()
 
     def everything(model: nn.Module, opt: CurvaDion) -> dict[str, Any]:
         return {
@@ -520,6 +529,7 @@ def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(tmp_p
         return loaded, everything(model, opt)
 
     saved, continued = run_ranks(4, save)[0]
+    assert any(key.endswith(".second_moment") and value.all() for key, value in saved.items()) == (local_update == "normuon")
     for rank, (loaded, went_on) in enumerate(run_ranks(replicas * shards, load)):
         assert saved.keys() == loaded.keys()
         for key, value in saved.items():

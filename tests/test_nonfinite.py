@@ -321,6 +321,35 @@ def test_a_missing_gradient_counts_as_zero() -> None:
         torch.testing.assert_close(trace[-1][name], decayed, rtol=RTOL, atol=0.0)
 
 
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("local_update", ["muon", "normuon", "dion2"])
+def test_no_zero_makes_a_rule_divide_by_it(local_update: str, dtype: torch.dtype, eps: float) -> None:
+    """Matrices without a gradient, with zeros, with rows and columns of zeros, and long after the last gradient."""
+    shapes: Shapes = {"missing": (6, 4), "zero": (4, 6), "row": (6, 8), "column": (8, 6), "once": (5, 5), "tiny": (5, 3)}
+    toy = Toy(matrices=shapes, dtype=dtype)
+    opt = CurvaDion(toy.groups(), lr=0.01, momentum=0.5, tau=math.inf, local_update=local_update, betas=(0.9, 0.5), eps=eps)
+    start = toy.whole()
+    for step in range(200):  # 0.5^200 is no float32 any more, and its square long before
+        toy.set_gradients(step, 0)
+        toy.params["missing"].grad = None
+        toy.params["zero"].grad = torch.zeros_like(toy.params["zero"])
+        for name, dim in (("row", 0), ("column", 1)):
+            gradient = toy.params[name].grad
+            assert gradient is not None
+            gradient.select(dim, 1).mul_(float(step == 0))
+        if step:
+            toy.params["once"].grad = None
+        toy.params["tiny"].grad = 1e-30 * torch.ones_like(toy.params["tiny"])
+        opt.step()
+    for name, param in toy.params.items():
+        for key, value in {**opt.state[param], "parameter": param}.items():
+            assert value.isfinite().all(), f"{key} of {name}"
+    for name in ("missing", "zero"):
+        decayed = start[name].float() * (1 - 0.01 * 0.01) ** 200
+        torch.testing.assert_close(toy.params[name].detach().float(), decayed, rtol=0.03, atol=0.03, msg=f"{name} moved")
+
+
 def test_a_gradient_missing_on_one_replica_alone() -> None:
     """Replica 1 has no gradient at all: the same order of collectives, and the mean counts it as zero."""
 

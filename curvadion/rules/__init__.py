@@ -5,8 +5,10 @@ from torch.profiler import record_function
 
 from curvadion.rules.base import Rule, Step
 from curvadion.rules.dion import Dion
+from curvadion.rules.dion2 import Dion2
 from curvadion.rules.gradient import Gradient
 from curvadion.rules.muon import Muon
+from curvadion.rules.normuon import NorMuon
 from curvadion.rules.scalar import scalar_step
 from curvadion.state.batch import StateSpec
 
@@ -15,6 +17,8 @@ RULES: dict[str, Rule] = {
     "gradient": Gradient(),
     "dion": Dion(),
     "muon": Muon(),
+    "normuon": NorMuon(),
+    "dion2": Dion2(),
 }
 
 __all__ = ["RULES", "Rule", "StateSpec", "Step", "begin", "local_step", "register_rule"]

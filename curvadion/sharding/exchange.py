@@ -7,21 +7,21 @@ only on the reduced gate key, and a missing gradient contributes zeros.
     2. if any: partial gradients  SUM over the axes they are partial on
     3. norms and flags            one SUM over all shards
     4. gate="drift", if asked     SUM of three numbers over the shards, mean over the replicas
-       gate                       one MAX of one int64 over the replicas; with gate_lag a local step reads it in
-                                  the next step
+       gate                       one MAX of one int64 over the replicas; with gate_lag read one step later
     5. synchronized step          parameters, moments      mean over replicas   (only after a local step)
                                   Q                        replica 0's          (only after a local Dion step)
                                   P                        sum over shards, mean over replicas
                                   Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
                                   R                        sum over shards, mean over replicas
                                   column norms             one SUM over the shards of R's rows
-                                  Gram matrices            two SUMs over the shards of R's rows
-                                                           (right_factor="qr" only)
+                                  Gram matrices            two SUMs over the shards of R's rows ("qr" only)
                                   AdamW, Lion gradients    mean over replicas
        local step                 each rule's own, over the shards only, in the order of RULES:
                                   "dion"                   P, Gram, R, column norms as above
                                   "muon"                   the short side gathered; norms and in each round Gram
                                                            matrices, one SUM over the shards of the long side
+                                  "normuon"                as "muon"; norms of rows and of matrices: two SUMs
+                                  "dion2"                  norms of slices: summed, gathered; slices; as "muon"
        synchronized step with consensus="outer": a local step, then
                                   pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
                                                            replica its part of the mean (all-to-all), then all

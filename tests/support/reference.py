@@ -11,6 +11,8 @@ groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, Q, and r
       X_i <- consensus(X_i)                                                eta_local in place of eta
       X   <- (1 - eta wd) X - eta sqrt(rows/cols) P Q^T     "muon":      M_i <- mu m_i
                                                                         X_i <- (1 - eta wd) X_i - eta_local sqrt(rows/cols) muon(m_i)
+                                                            "normuon":  as "muon", with normuon(muon(m_i)) in place of muon(m_i)
+                                                            "dion2":    only the largest slices of m_i, see `dion2`
 
     consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas were equal last,
       D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),  C rounding with error feedback
@@ -42,6 +44,8 @@ GROUP_DEFAULTS = {
     "right_factor": "column_norm",
     "betas": (0.9, 0.95),
     "eps": 1e-8,
+    "rank_fraction": 0.25,
+    "rank_multiple_of": 1,
 }
 
 
@@ -54,6 +58,31 @@ def muon(M: Tensor) -> Tensor:
     for _ in range(5):
         S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
     return U @ torch.diag(S) @ V
+
+
+def normuon(update: Tensor, v: Tensor, beta2: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Each row divided by the root of the running mean v of its squares, all of it as large as before; and the new v."""
+    new, divided = v.clone(), update.clone()
+    for i in range(len(update)):
+        mean = sum(float(x) ** 2 for x in update[i]) / len(update[i])
+        new[i] = beta2 * float(v[i]) + (1 - beta2) * mean
+        divided[i] = update[i] / (math.sqrt(float(new[i])) + eps)
+    size = float(divided.norm())
+    return (divided if size == 0 else divided * float(update.norm()) / size), new
+
+
+def dion2(m: Tensor, k: int, mu: float) -> tuple[Tensor, Tensor]:
+    """The update of the k rows (of a tall matrix: columns) with the largest sums of absolute values, and the new M."""
+    rows, cols = m.shape
+    if rows > cols:
+        update, M = dion2(m.T, k, mu)
+        return update.T, M.T.clone()
+    size = [float(row.abs().sum()) for row in m]
+    chosen = sorted(range(rows), key=lambda i: (-size[i], i))[:k]
+    update, M = torch.zeros_like(m), m.clone()
+    update[chosen] = muon(m[chosen])
+    M[chosen] = mu * m[chosen]
+    return update, M
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -94,6 +123,7 @@ class Replica:
     last_norm: dict[str, float] = field(default_factory=dict)  # absent: no previous norm
     exp_avg: dict[str, Tensor] = field(default_factory=dict)
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+    second_moment: dict[str, Tensor] = field(default_factory=dict)  # of "normuon", one number for each row
     U: dict[str, Tensor] = field(default_factory=dict)  # outer momentum, the same on all replicas
 
 
@@ -206,6 +236,8 @@ class ReferenceReplicas:
             for name in self.matrices:
                 replica.M[name] = torch.zeros_like(replica.X[name])
                 replica.Q[name] = Q0[name].detach().clone()
+                if self.group[name]["local_update"] == "normuon":
+                    replica.second_moment[name] = torch.zeros_like(replica.X[name][:, 0])
             for name in self.others:
                 replica.exp_avg[name] = torch.zeros_like(replica.X[name])
                 replica.exp_avg_sq[name] = torch.zeros_like(replica.X[name])
@@ -293,11 +325,19 @@ class ReferenceReplicas:
                 eta, eta_local = group["lr"], group["local_lr_scale"] * group["lr"]
                 if group["local_update"] == "dion":
                     self._dion(name, [m[i][name]], replica.Q[name], [i], lr=eta_local)
-                elif group["local_update"] == "muon":
+                elif group["local_update"] in ("muon", "normuon", "dion2"):
                     rows, cols = m[i][name].shape
                     replica.M[name] = group["momentum"] * m[i][name]
+                    if group["local_update"] == "dion2":
+                        k = rank_of(rows, cols, group["rank_fraction"], group["rank_multiple_of"])
+                        update, replica.M[name] = dion2(m[i][name], k, group["momentum"])
+                    else:
+                        update = muon(m[i][name])
+                    if group["local_update"] == "normuon":
+                        v = replica.second_moment[name]
+                        update, replica.second_moment[name] = normuon(update, v, group["betas"][1], group["eps"])
                     decay = 1 - eta * group["weight_decay"]
-                    replica.X[name] = decay * replica.X[name] - eta_local * math.sqrt(rows / cols) * muon(m[i][name])
+                    replica.X[name] = decay * replica.X[name] - eta_local * math.sqrt(rows / cols) * update
                 else:
                     replica.M[name] = group["momentum"] * m[i][name]
                     decay = 1 - eta * group["weight_decay"]
@@ -412,6 +452,7 @@ class ReferenceReplicas:
     def _average_moments(self) -> None:
         self._average("exp_avg", self.others)
         self._average("exp_avg_sq", self.others)
+        self._average("second_moment", list(self.replicas[0].second_moment))
 
     def _average(self, what: str, names: Sequence[str]) -> None:
         for name in names:

@@ -1,0 +1,81 @@
+"""local_update="dion2": Muon's update of the rows or columns whose momentum is largest."""
+
+import torch
+from torch import Tensor
+
+from curvadion.algebra.newton_schulz import newton_schulz
+from curvadion.rules.base import Rule, Step
+from curvadion.sharding.layout import Layout
+from curvadion.state.batch import Batch
+from curvadion_kernels.reference import compute_dtype
+
+
+class Dion2(Rule):
+    """An orthonormalized update of k slices of the momentum: rows if rows <= columns, else columns.
+
+        K       = the k slices of m_i with the largest L1 norms; of equal ones the first
+        O       = newton_schulz(m_i[K])                                 (k, columns)  or  (rows, k)
+        M_i[K]  <- mu m_i[K],  M_i <- m_i elsewhere                     what was not used does not decay
+        X       <- (1 - lr wd) X,  X[K] <- X[K] - lr_local sqrt(rows / columns) O
+
+    k is the rank of "dion": rank_fraction of the shorter side, rounded up to rank_multiple_of. For k = all
+    it is "muon". Norms are of whole slices, so that K does not depend on how the matrix is sharded.
+
+    Source: Ahn, Amsel, Langford, "Dion2: A Simple Method to Shrink Matrix in Muon", arXiv:2512.16928; side,
+    norm, decay and scale (of the whole matrix) as in its code, github.com/microsoft/dion, dion/dion2.py. That
+    selects along the sharded dimension where there is one, in each shard by itself.
+    """
+
+    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
+        dims = [0 if b.layout.shape[0] <= b.layout.shape[1] else 1 for b in batches]
+        short, long = step.side(batches, dims), step.side(batches, [1 - dim for dim in dims])
+        momenta = [_slices_first(b.momentum, dim) for b, dim in zip(batches, dims, strict=True)]
+        M = [m.to(compute_dtype(m.dtype)) for m in momenta]
+        # In float64 sums of float32 hardly depend on their order, and near ties not on the layout.
+        sizes = long.sum([m.abs().sum(-1, keepdim=True, dtype=torch.float64) for m in M], "norms")
+        pairs = zip(short.gather(sizes), batches, strict=True)
+        chosen = [_largest(size.squeeze(-1), b.Q.shape[-1]) for size, b in pairs]
+        # Where the shorter side is sharded, each rank contributes the chosen slices that it has, and all get
+        # all k: no more than k slices travel and are multiplied on any layout; "muon" gathers the whole side.
+        parts = zip(M, chosen, batches, dims, strict=True)
+        selected = short.sum([_select(m, c, b.layout, dim) for m, c, b, dim in parts], "gram")
+        directions = newton_schulz([s.mT for s in selected], rows=long)
+        for b, dim, m, c, direction in zip(batches, dims, momenta, chosen, directions, strict=True):
+            place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
+            # One slice of zeros more is what those that were not chosen take.
+            update = torch.nn.functional.pad(direction.mT, (0, 0, 0, 1)).gather(1, place.expand_as(m))
+            step.move(b, _slices_first(update, dim))
+            decay = torch.ones_like(place, dtype=direction.dtype)
+            m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
+
+
+def _slices_first(matrices: Tensor, dim: int) -> Tensor:
+    """Return a view of (B, rows, columns) whose rows are the slices along that dimension; its own inverse."""
+    return matrices.mT if dim == 1 else matrices
+
+
+def _largest(sizes: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest in each row, ascending, (B, k); of equal ones the first."""
+    # Not topk, which leaves open which of equal ones it takes.
+    return sizes.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
+
+
+def _places(chosen: Tensor, count: int) -> Tensor:
+    """Return where each of `count` slices is among the chosen ones, k if it is none of them, (B, count)."""
+    k = chosen.shape[1]
+    places = chosen.new_full((chosen.shape[0], count), k)
+    return places.scatter_(1, chosen, torch.arange(k, device=chosen.device).expand_as(chosen))
+
+
+def _select(m: Tensor, chosen: Tensor, layout: Layout, dim: int) -> Tensor:
+    """Return the chosen slices that this rank has, zeros in place of the others.
+
+    Args:
+        m: (B, local slices, .).
+        chosen: (B, k), indices of slices of the whole matrix.
+    """
+    if not m.shape[1]:
+        return m.new_zeros(*chosen.shape, m.shape[2])
+    index = chosen - layout.offset[dim]
+    slices = m.gather(1, index.clamp(0, m.shape[1] - 1).unsqueeze(-1).expand(-1, -1, m.shape[2]))
+    return torch.where(((index >= 0) & (index < m.shape[1])).unsqueeze(-1), slices, 0.0)
