@@ -4,8 +4,8 @@ r"""Loss against bytes: K replicas of a small GPT under a list of settings, at e
     python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # the same through scripts/train.py, gloo or NCCL
     curvadion report benchmarks/results/convergence.jsonl
 
-One JSON line per finished run goes to --out; what is there already is not run again. "simulation" holds all replicas in one process, on a
-CPU core or a GPU (benchmarks/simulation.py); "processes" is torchrun and one process per replica, for settings that the optimizer has.
+One JSON line per finished run goes to --out; what is there already is not run again. "simulation" is one optimizer for each replica, all in
+one process, on a CPU core or a GPU (benchmarks/simulation.py); "processes" is torchrun and one process per replica.
 
 Loss is in nats per byte, of the mean of all replicas, on held-out text. Bytes are those that leave one replica. Controls are part of each
 run: synchronous training, AdamW, no synchronization at all, and for each gate that is steered to a rate the fixed interval of that
@@ -33,6 +33,7 @@ import torch
 from simulation import Replicas, Setting
 from torch.nn import functional as F
 
+from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +179,11 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
             inputs, targets = text.batch(batch=run.batch, seq=run.seq, seed=run.seed, rank=k, step=step, part=part)
             F.cross_entropy(replica(inputs.to(device)).flatten(0, 1), targets.to(device).flatten()).backward()
         last = step == run.steps and not math.isinf(run.setting.interval)
-        synchronized = replicas.step(learning_rate(step - 1, run.steps), last=last)
+        try:
+            synchronized = replicas.step(learning_rate(step - 1, run.steps), last=last)
+        except NonFiniteError:
+            curve.append([step, math.nan])
+            break
         if replicas.drift is not None:
             drift.append([step, replicas.drift])
         if replicas.signal is not None:
@@ -189,12 +194,11 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
                 break
         if count is not None:
             count.value = step
-    asked = replicas.synchronized if run.setting.gate == "interval" else run.steps  # gate_every = interval needs no more
-    gate = 0 if run.setting.baseline else 8 * asked
     return {
         "parameters": replicas.numel,
         "loss": curve[-1][1],
-        "sent": {"gate": gate, "gradients" if run.setting.baseline else "pseudo_gradients": replicas.sent},
+        "wire": replicas.wire,
+        "sent": replicas.sent,
         "synchronized": replicas.synchronized,
         "seconds": time.perf_counter() - began,
         "curve": curve,
@@ -299,9 +303,7 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
     """Train, and return the run's line."""
     result = simulate(run, device, count) if run.backend == "simulation" else train(run, count)
     ring = 2 * (run.replicas - 1) / run.replicas
-    wire = result.pop("wire", None)
     sent = result.pop("sent")
-    wire = sum(sent.values()) * ring if wire is None else wire
     return {
         "study": "convergence",
         "setting": run.setting.name,
@@ -314,7 +316,7 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
         "seq": run.seq,
         "steps": run.steps,
         "tokens": run.steps * run.batch * run.seq * run.replicas,
-        "wire": wire,
+        "wire": result.pop("wire"),
         "dense_wire": 2 * result["parameters"] * run.steps * ring,
         "bytes": sent,
         **result,
