@@ -2,10 +2,11 @@ r"""Loss against bytes: K replicas of a small GPT under a list of settings, at e
 
     python benchmarks/convergence.py --tables headline --seeds 0 1 2 --text FOLDER
     python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # the same through scripts/train.py, gloo or NCCL
+    python benchmarks/convergence.py --check benchmarks/results/convergence.jsonl    # the same losses today?
     curvadion report benchmarks/results/convergence.jsonl
 
-One JSON line per finished run goes to --out; what is there already is not run again. "simulation" holds all replicas in one process, on a
-CPU core or a GPU (benchmarks/simulation.py); "processes" is torchrun and one process per replica, for settings that the optimizer has.
+One JSON line per finished run goes to --out; what is there already is not run again. "simulation" is one optimizer for each replica, all in
+one process, on a CPU core or a GPU (benchmarks/simulation.py); "processes" is torchrun and one process per replica.
 
 Loss is in nats per byte, of the mean of all replicas, on held-out text. Bytes are those that leave one replica. Controls are part of each
 run: synchronous training, AdamW, no synchronization at all, and for each gate that is steered to a rate the fixed interval of that
@@ -33,6 +34,7 @@ import torch
 from simulation import Replicas, Setting
 from torch.nn import functional as F
 
+from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +180,11 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
             inputs, targets = text.batch(batch=run.batch, seq=run.seq, seed=run.seed, rank=k, step=step, part=part)
             F.cross_entropy(replica(inputs.to(device)).flatten(0, 1), targets.to(device).flatten()).backward()
         last = step == run.steps and not math.isinf(run.setting.interval)
-        synchronized = replicas.step(learning_rate(step - 1, run.steps), last=last)
+        try:
+            synchronized = replicas.step(learning_rate(step - 1, run.steps), last=last)
+        except NonFiniteError:
+            curve.append([step, math.nan])
+            break
         if replicas.drift is not None:
             drift.append([step, replicas.drift])
         if replicas.signal is not None:
@@ -189,12 +195,11 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
                 break
         if count is not None:
             count.value = step
-    asked = replicas.synchronized if run.setting.gate == "interval" else run.steps  # gate_every = interval needs no more
-    gate = 0 if run.setting.baseline else 8 * asked
     return {
         "parameters": replicas.numel,
         "loss": curve[-1][1],
-        "sent": {"gate": gate, "gradients" if run.setting.baseline else "pseudo_gradients": replicas.sent},
+        "wire": replicas.wire,
+        "sent": replicas.sent,
         "synchronized": replicas.synchronized,
         "seconds": time.perf_counter() - began,
         "curve": curve,
@@ -299,9 +304,7 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
     """Train, and return the run's line."""
     result = simulate(run, device, count) if run.backend == "simulation" else train(run, count)
     ring = 2 * (run.replicas - 1) / run.replicas
-    wire = result.pop("wire", None)
     sent = result.pop("sent")
-    wire = sum(sent.values()) * ring if wire is None else wire
     return {
         "study": "convergence",
         "setting": run.setting.name,
@@ -314,7 +317,7 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
         "seq": run.seq,
         "steps": run.steps,
         "tokens": run.steps * run.batch * run.seq * run.replicas,
-        "wire": wire,
+        "wire": result.pop("wire"),
         "dense_wire": 2 * result["parameters"] * run.steps * ring,
         "bytes": sent,
         **result,
@@ -377,6 +380,7 @@ def parse_args() -> argparse.Namespace:
     add("--parts", action="store_true", help="each replica reads a part of the text of its own")
     add("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, with --backend simulation on a CPU")
     add("--device", default="cpu", help="of --backend simulation: cpu or cuda")
+    add("--check", type=Path, metavar="FILE", help="take this file's runs at these seeds and conditions again, and compare")
     add("--out", type=Path, default=Path("runs/convergence.jsonl"), help="file that finished runs are appended to")
     return parser.parse_args()
 
@@ -386,6 +390,8 @@ def main() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     args = parse_args()
+    if args.check is not None:
+        return check(args)
     settings = [s for table in args.tables for s in TABLES[table] if not args.settings or s.name in args.settings]
     data = {"text": args.text, "backend": args.backend, "parts": args.parts}
     shape = {"seq": args.seq, "dim": args.dim, "layers": args.layers, "heads": args.heads}
@@ -447,6 +453,36 @@ def main() -> None:
     invalid = sum(line["valid"] is False for line in lines)
     if invalid:
         raise SystemExit(f"{invalid} runs are invalid: no synchronization is as good as synchronous training, so something leaks")
+
+
+def run_of(line: dict[str, Any]) -> Run:
+    """Return the run that a line is the result of."""
+    identity = json.loads(line["identity"])
+    return Run(**identity | {"setting": Setting(line["setting"], **identity["setting"])})
+
+
+def check(args: argparse.Namespace) -> None:
+    """Take a file's simulated runs at these seeds and conditions again, and print what came out then and now."""
+    runs = []
+    for line in read(args.check):
+        run = run_of(line)
+        alike = run.replicas in args.replicas and run.batch in args.batch and run.steps in args.steps
+        named = not args.settings or run.setting.name in args.settings
+        if run.backend == "simulation" and run.seed in args.seeds and named and alike:
+            runs.append((run, line))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs if args.device == "cpu" else 1, mp_context=context) as pool:
+        futures = [(pool.submit(execute, run, args.device), run, then) for run, then in runs]
+        for future, run, then in futures:
+            now = future.result()
+            share = [f"{line['wire'] / max(line['dense_wire'], 1):.2%}" for line in (then, now)]
+            print(
+                f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed {run.seed}: "
+                f"loss {then['loss']:.4f} then, {now['loss']:.4f} now ({now['loss'] - then['loss']:+.4f}); "
+                f"{then['synchronized']}, {now['synchronized']} synchronized; {', '.join(share)} of dense bytes; "
+                f"{then['seconds']:.0f}, {now['seconds']:.0f} s",
+                flush=True,
+            )
 
 
 def runs_in_processes(setting: Setting) -> bool:

@@ -1,26 +1,28 @@
-"""K replicas in one process, on one CPU core or one GPU: for settings that the optimizer has, and for some that it has not.
+"""K replicas in one process, on a CPU or a GPU: K optimizers in K threads.
 
-`Replicas` takes the same steps as `CurvaDion` on K unsharded replicas (tests/test_simulation.py compares them, parameter by parameter),
-with the library's own mathematics on tensors that are stacked along a first dimension of K. What the library does not offer, because
-the study found no use for it, can still be tried here: see `Setting`.
+A `Replica` is a model and the `CurvaDion` that a `Setting` asks for; what the optimizer has not is registered
+by `variants`. `Replicas` steps K of them together, and they tell each other what processes would.
+tests/test_simulation.py compares them, parameter by parameter, with real processes.
 """
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from threading import BrokenBarrierError
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
+from variants import codec_of, outer_of
 
-from curvadion import param_groups_for
-from curvadion.algebra import power_iteration as dion
-from curvadion.algebra import scalar
-from curvadion.algebra.newton_schulz import newton_schulz
-from curvadion.consensus.codec import CODECS, Grid
+from curvadion import CurvaDion, param_groups_for
+from curvadion.gate.trouble import NonFiniteError
+from curvadion.sharding.group import ThreadGroup
 
-CHUNK = 4096  # of top-k
+STEERED = ("rmmc", "directional", "drift")
+NEVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,20 @@ class Setting:
         baseline: gradients are averaged in every step, so replicas never differ.
         rule: of matrices: "muon", "dion", "gradient" or "adamw".
         momentum, nesterov: mu, and whether Muon takes G + mu m for m.
-        consensus: "outer"; or "average", where a synchronized step averages parameters and AdamW moments and then takes a step of Dion (of
-            rank_fraction) and AdamW with what all replicas have in common, as in the paper; everything in float32.
+        consensus: "outer"; or "average", as in the paper.
         interval: steps from one synchronization to the next; math.inf for none after the first.
-        gate: what opens it: "interval"; "rmmc", "directional" (||m_t - m_{t-1}|| / ||m_{t-1}||, the largest of all matrices), "drift"
-            (||X_i - X_0||, the largest of all replicas), each with a threshold steered so that 1 / interval of the steps synchronize;
-            "qsr" (interval proportional to 1 / lr^2), "late" (interval proportional to lr).
+        gate: what opens it: "interval"; "rmmc", "directional" or "drift" (`variants.Directional`, `Distance`;
+            not the optimizer's own "drift"), each with a threshold steered so that 1 / interval of the steps
+            synchronize; "qsr" or "late" (`variants.Qsr`, `Late`), whose interval is that at the highest
+            learning rate.
         threshold_power: of the learning rate, to which the threshold is proportional.
-        bits, mean_bits: of the pseudo-gradient, and of its mean on the way back (None: the same); negative: so many of 4096 values,
-            at 14 bits each.
+        bits, mean_bits: of the pseudo-gradient, and of its mean on the way back (None: the same); negative:
+            so many of 4096 values, at 14 bits each.
         tau, warmup: a fixed threshold in place of a steered one, and the first steps, all synchronized.
         two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
         error_feedback: keep what rounding leaves out, and send it later.
         outer_lr, outer_momentum: as in the optimizer.
-        at_synchronization: what happens to momentum: "keep", "average" (in as many bits) or "reset".
+        at_synchronization: what happens to momentum: "keep", "average" (in full) or "reset".
         fragments: synchronize one of so many parts of the parameters at a time, so many times as often.
         delay: steps for which a synchronization is under way.
     """
@@ -74,36 +76,105 @@ class Setting:
     fragments: int = 1
     delay: int = 0
 
-    @property
-    def bits_sent(self) -> float:
-        """Bits per parameter and synchronization, as an all-reduce of so many bits would send them; over K/2 with one stage."""
-        there, back = self.bits, self.bits if self.mean_bits is None else self.mean_bits
-        return (_bits(there) + _bits(back)) / 2
+
+def _rule(setting: Setting) -> str:
+    if setting.rule == "muon" and setting.nesterov:
+        return "muon_nesterov"
+    return "muon" if setting.rule == "adamw" else setting.rule  # with AdamW there are no matrices
 
 
-def _bits(bits: int) -> float:
-    if bits < 0:
-        return (-bits * 14 + 16) / CHUNK
-    return bits if bits >= 16 else bits + 16 / Grid.block
+def options_of(setting: Setting) -> dict[str, Any]:
+    """Return the setting as arguments of `CurvaDion`."""
+    s = setting
+    every = s.interval / s.fragments
+    options: dict[str, Any] = {
+        "lr": s.lr,
+        "momentum": s.momentum,
+        "weight_decay": s.weight_decay,
+        "rank_fraction": s.rank_fraction,
+        "local_update": _rule(s),
+        "tau": math.inf,
+        "check_every": 0,
+    }
+    if s.baseline:
+        return options | {"consensus": "alone"}
+    options["warmup_steps"] = s.warmup
+    if s.gate == "interval":
+        most = NEVER if math.isinf(every) else max(0, math.ceil(every) - 1)
+        options |= {"max_local_steps": most, "gate_every": None}
+    elif s.gate in STEERED:
+        options["gate"] = "distance" if s.gate == "drift" else s.gate
+        if s.tau is not None:
+            options["tau"] = s.tau
+        else:  # `Replica.step` lets it begin where the signal does; until then nothing opens it, or all
+            options |= {"tau": 1e-6 if s.threshold_power else 1e6, "target_sync_rate": 1 / every}
+    else:
+        options |= {"gate": s.gate, "tau": every}
+    if s.consensus != "outer":
+        return options | {"consensus": s.consensus}
+    back = None if s.mean_bits in (None, s.bits) else codec_of(s.mean_bits)
+    odd: Any = {"two_stages": s.two_stages, "feedback": s.error_feedback, "momenta": s.at_synchronization}
+    return options | {
+        "consensus": outer_of(back, **odd),
+        "outer_bits": codec_of(s.bits),
+        "outer_lr": s.outer_lr,
+        "outer_momentum": s.outer_momentum,
+        "outer_fragments": s.fragments,
+        "outer_delay": s.delay,
+    }
 
 
-def _round(x: Tensor, bits: int) -> Tensor:
-    """Return what arrives of x, (K, N) or (N,)."""
-    if bits == 32:
-        return x
-    if bits > 0:
-        codec = CODECS[bits]
-        return codec.decode(codec.encode(x.reshape(-1)), x.dtype).view_as(x)
-    chunks = x.view(-1, CHUNK)
-    indices = chunks.abs().topk(-bits, -1).indices
-    kept = chunks.gather(-1, indices)
-    levels = torch.where(kept.abs() > kept.abs().mean(-1, keepdim=True), 1.5, 0.6) * kept.sign()
-    scale = (levels * kept).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_min(1e-30)
-    return torch.zeros_like(chunks).scatter_(-1, indices, levels * scale).view_as(x)
+class Replica:
+    """One replica: a model's optimizer, and what the study does between its steps.
+
+    Args:
+        model: its gradients are there when `step` is called.
+        group: this replica's place among all; None where gradients have been averaged before.
+
+    Attributes:
+        synchronized: whether the last step was.
+        signal: what the gate looked at in the last step, the largest of all replicas; None if nothing.
+    """
+
+    def __init__(self, model: nn.Module, setting: Setting, group: Any):
+        everything = {"": "adamw"} if setting.rule == "adamw" else None
+        groups = param_groups_for(model, adamw_lr=setting.adamw_lr, overrides=everything)
+        self.setting = setting
+        self.opt = CurvaDion(groups, replicate_mesh=group, **options_of(setting))
+        for param_group in self.opt.param_groups:
+            param_group["initial_lr"] = float(param_group["lr"])
+        self._factor, self._begun = 1.0, setting.gate not in STEERED or setting.tau is not None
+        self.synchronized = False
+        self.signal: float | None = None
+
+    def step(self, factor: float = 1.0, *, last: bool = False) -> None:
+        """Take one step; the arguments are those of `Replicas.step`."""
+        opt, schedule = self.opt, self.opt._schedule
+        moved = (factor / self._factor) ** self.setting.threshold_power
+        self._factor = factor
+        for group in opt.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+            group["tau"] *= moved
+        if last:  # as in the warm-up: of all fragments
+            schedule.options = replace(schedule.options, warmup_steps=schedule.steps + 1)
+        opt.step()
+        if last and self.setting.delay:
+            with torch.no_grad():
+                opt._consensus.land(opt._built.step(opt.param_groups, schedule))
+        told = opt.metrics()
+        if told["curvadion/skipped_steps"]:  # where nobody is asked, it would stand still without a word
+            raise NonFiniteError(f"a replica met a NaN or an infinity after {schedule.steps - 1} steps")
+        self.synchronized, signal = bool(told["curvadion/synchronized"]), told["curvadion/rmmc_max"]
+        self.signal = signal if self.setting.gate != "interval" and math.isfinite(signal) else None
+        if not self._begun and self.signal:
+            self._begun = True
+            threshold = self.signal * factor**self.setting.threshold_power
+            for group in opt.param_groups:
+                group["tau"] = schedule.steer(threshold, self.synchronized, True)
 
 
 class Replicas:
-    """K replicas of a model and their optimizer.
+    """K replicas of a model, each with its optimizer in a thread of its own.
 
     Args:
         model: the common start; not changed.
@@ -114,237 +185,96 @@ class Replicas:
         models: K copies, whose parameters are views of X and whose gradients are views of G.
         X, G: by parameter name, (K, *shape).
         steps, synchronized: steps so far, and how many of them were synchronized.
-        sent: bytes that one replica's buffers held, with all-reduces of so many bytes as the unit.
-        drift: sqrt(E_i ||X_i - E[X]||^2) / ||E[X] - X_0|| just before the last synchronization; None in other steps.
+        drift: sqrt(E_i ||(X_0 - X_i) - D||^2) / ||D||, D being what arrived last, if the last step was
+            synchronized; None for the consensus "average".
         signal: what the gate looked at in the last step.
     """
 
     def __init__(self, model: nn.Module, setting: Setting, count: int):
         self.setting, self.K = setting, count
-        self._synchronized_rule = "dion" if setting.consensus == "average" else setting.rule
-        names = {id(p): name for name, p in model.named_parameters()}
-        everything = {"": "adamw"} if setting.rule == "adamw" else None
-        groups = param_groups_for(model, adamw_lr=setting.adamw_lr, overrides=everything)
-        members = [(names[id(p)], p, g) for g in groups for _, p in g["params"]]
         self.models = [copy.deepcopy(model) for _ in range(count)]
-        self.X = {name: p.detach().expand(count, *p.shape).clone() for name, p, _ in members}
+        parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.X = {name: p.detach().expand(count, *p.shape).clone() for name, p in parameters}
         self.G = {name: torch.zeros_like(x) for name, x in self.X.items()}
         for k, replica in enumerate(self.models):
-            for name, p in replica.named_parameters():
-                p.data, p.grad = self.X[name][k], self.G[name][k]
-        self.matrices = [name for name, _, g in members if g.get("algorithm", "dion") == "dion"]
-        self.scalars = [[names[id(p)] for _, p in g["params"]] for g in groups if g.get("algorithm", "dion") != "dion"]
-        self._decay = {name: g.get("weight_decay", setting.weight_decay) for name, _, g in members}
-        self.M = {name: torch.zeros_like(self.X[name]) for name in self.matrices}
-        self.Q = (
-            {name: self._first_right_factor(name) for name in self.matrices} if "dion" in (setting.rule, self._synchronized_rule) else {}
-        )
-        self.moments = [{key: [torch.zeros_like(self.X[n]) for n in part] for key in scalar.MOMENTS["adamw"]} for part in self.scalars]
+            for name, x in self.X.items():
+                p = replica.get_parameter(name)
+                p.data, p.grad = x[k], self.G[name][k]
         self.numel = sum(x[0].numel() for x in self.X.values())
-
-        self._multiple = count * math.lcm(Grid.block, CHUNK if setting.bits < 0 else Grid.block) * setting.fragments
-        self._reference = self._flat(self.X)[0].clone()
-        self._residual, self._mean_residual = torch.zeros_like(self._flat(self.X)), torch.zeros_like(self._reference)
-        self._outer_momentum = torch.zeros_like(self._reference)
-        self._flights: list[tuple[int, slice, Tensor, Tensor]] = []  # step and part of the parameters, X_0 - X_i and D
-        self._log_tau: float | None = None
-        self._last_norms: Tensor | None = None
-        self._since = self._local_steps = self.steps = self.synchronized = 0
-        self.sent = 0.0
+        # Replicas that take the same steps with the same gradients are one.
+        self._groups = [None] if setting.baseline else ThreadGroup.of(count)
+        pairs = zip(self.models, self._groups, strict=False)
+        self._replicas = [Replica(replica, setting, group) for replica, group in pairs]
+        self._threads = ThreadPoolExecutor(len(self._groups))
+        self.steps = self.synchronized = 0
         self.drift: float | None = None
         self.signal: float | None = None
 
-    def _first_right_factor(self, name: str) -> Tensor:
-        short = min(self.X[name].shape[1:])
-        Q = dion.initial_right_factor(name, short, dion.rank_of(short, self.setting.rank_fraction, 1)).to(self.X[name])
-        return Q.expand(self.K, *Q.shape).clone()
-
-    def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        flat = torch.cat([t.reshape(self.K, -1) for t in tensors.values()], dim=1)
-        return pad(flat, (0, -flat.shape[1] % self._multiple))
-
-    @torch.no_grad()
     def step(self, factor: float = 1.0, *, last: bool = False) -> bool:
         """Take one step with the gradients in G; return whether it was synchronized.
 
         Args:
             factor: of both learning rates, by schedule.
-            last: synchronize in any case.
+            last: synchronize in any case, all fragments, and wait for it.
         """
-        s = self.setting
-        if s.baseline:
-            for g in self.G.values():
-                g.copy_(g.mean(0, keepdim=True).expand_as(g))
-        before = {name: m.clone() for name, m in self.M.items()} if s.gate == "directional" else {}
-        for name, m in self.M.items():
-            m.add_(self.G[name])
-        self.signal = self._look(before)
-        synchronize = s.baseline or self._opens(factor) or self.steps < s.warmup or last
-        together = synchronize and s.consensus == "average"
-        self.drift = None
-        if together:
-            self._average()
-        self._update_matrices(factor * s.lr, self._synchronized_rule if together else s.rule, together=together)
-        for names, moments in zip(self.scalars, self.moments, strict=True):
-            X, G = [[tensors[name] for name in names] for tensors in (self.X, self.G)]
-            if together:
-                G = [g.mean(0, keepdim=True).expand_as(g).contiguous() for g in G]
-                self.sent += sum(4 * g[0].numel() for g in G)
-            options = {"lr": factor * s.adamw_lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": self._decay[names[0]]}
-            scalar.adamw_(X, G, moments, torch.full((len(X),), float(self.steps)), **options)
-
+        baseline = self.setting.baseline
+        for g in self.G.values() if baseline else ():
+            g.copy_(g.mean(0, keepdim=True).expand_as(g))
+        self._together(lambda replica: replica.step(factor, last=last))
+        for x in self.X.values() if baseline else ():
+            x[1:] = x[:1]
+        first = self._replicas[0]
+        synchronized = baseline or first.synchronized
         self.steps += 1
-        self._local_steps += 1
-        for flight in [flight for flight in self._flights if self.steps - flight[0] >= s.delay]:
-            self._arrive(flight)
-        if s.baseline:
-            self.sent += 2 * self.numel
-        elif synchronize and s.consensus == "outer":
-            self._synchronize(whole=last or self.steps <= s.warmup, wait=last)
-        if synchronize:
-            self._since += 1
-            self._local_steps = 0
-            self.synchronized += 1
-        return synchronize
+        self.synchronized += synchronized
+        self.signal = None if baseline else first.signal
+        apart = [told for replica in self._replicas if synchronized and (told := replica.opt.drift())]
+        own = sum(own for own, _ in apart) / self.K
+        self.drift = math.sqrt(own / max(apart[0][1], 1e-60)) if apart else None
+        return synchronized
 
-    def _average(self) -> None:
-        """X_i <- E_i[X_i], the same for moments, and Q <- Q_0, if a local step happened since the last time."""
-        if not self._local_steps:
-            return
-        flat = self._flat(self.X)
-        D = self._reference - flat
-        self.drift = float((D - D.mean(0)).square().sum(1).mean().sqrt() / D.mean(0).norm().clamp_min(1e-30))
-        for t in [*self.X.values(), *(m for part in self.moments for both in part.values() for m in both)]:
-            t.copy_(t.mean(0, keepdim=True).expand_as(t))
-            self.sent += 4 * t[0].numel()
-        for Q in self.Q.values():
-            Q.copy_(Q[:1].expand_as(Q))
-            self.sent += 2 * Q[0].numel() if self.setting.rule == "dion" else 0  # a broadcast is half an all-reduce
-        self._reference = self._flat(self.X)[0].clone()
+    def _together(self, act: Callable[[Replica], None]) -> None:
+        """Let each replica act in its thread. If one raises, the others' collectives do, and so does this."""
 
-    def _update_matrices(self, lr: float, rule: str, *, together: bool) -> None:
-        """X_i and M_i, one batch of equal shapes after the other; `together` averages P and R over the replicas."""
+        def attempt(replica: Replica, group: ThreadGroup | None) -> None:
+            try:
+                act(replica)
+            except BaseException:
+                if group is not None:
+                    group.abort()
+                raise
 
-        def over_replicas(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            if not together:
-                return factors, factors
-            self.sent += sum(4 * f.numel() / self.K for f in factors)
-            stacked = [f.unflatten(0, (-1, self.K)) for f in factors]
-            return factors, [f.mean(1, keepdim=True).expand_as(f).flatten(0, 1) for f in stacked]
+        pairs = zip(self._replicas, self._groups, strict=True)
+        futures = [self._threads.submit(attempt, replica, group) for replica, group in pairs]
+        wait(futures)
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise next((e for e in errors if not isinstance(e, BrokenBarrierError)), errors[0])
 
-        s = self.setting
-        shapes: dict[torch.Size, list[str]] = {}
-        for name in self.matrices:
-            shapes.setdefault(self.X[name].shape[1:], []).append(name)
-        for (rows, cols), names in shapes.items():
-            M = torch.cat([self.M[name] for name in names])
-            M = M.mT if rows < cols else M
-            if rule == "gradient":
-                update, scale = torch.cat([self.G[name] for name in names]), 1.0
-                M = M * s.momentum
-            elif rule == "muon":
-                G = torch.cat([self.G[name] for name in names])
-                [update] = newton_schulz([s.momentum * M + (G.mT if rows < cols else G) if s.nesterov else M])
-                update, scale = update.mT if rows < cols else update, math.sqrt(rows / cols)
-                M = M * s.momentum
-            else:
-                Q = torch.cat([self.Q[name] for name in names])
-                [f] = dion.power_iteration([M], [Q], reduce_P=over_replicas, reduce_R=over_replicas)
-                M = M - (1 - s.momentum) * f.P @ f.R.mT
-                update, scale = f.P @ f.Q.mT, math.sqrt(rows / cols)
-                update = update.mT if rows < cols else update
-                for name, new in zip(names, f.Q.chunk(len(names)), strict=True):
-                    self.Q[name].copy_(new)
-            M = M.mT if rows < cols else M
-            for name, m, u in zip(names, M.chunk(len(names)), update.chunk(len(names)), strict=True):
-                self.M[name].copy_(m)
-                self.X[name].mul_(1 - lr * self._decay[name]).add_(u, alpha=-lr * scale)
+    def close(self) -> None:
+        """End the threads: a process should not fork while they run."""
+        self._threads.shutdown()
 
-    def _look(self, before: Mapping[str, Tensor]) -> float | None:
-        """Return the gate's signal, None where it has none."""
-        gate, signal = self.setting.gate, None
-        norms = torch.stack([m.flatten(1).norm(dim=1) for m in self.M.values()]) if self.M else None
-        if gate == "rmmc" and self._last_norms is not None:
-            signal = float(((norms - self._last_norms).abs() / self._last_norms).max())
-        elif gate == "directional" and self._last_norms is not None:
-            changes = [(self.M[name] - m).flatten(1).norm(dim=1) / m.flatten(1).norm(dim=1) for name, m in before.items()]
-            signal = float(torch.stack(changes).max())
-        self._last_norms = norms
-        return signal
+    @property
+    def sent(self) -> dict[str, float]:
+        """Bytes so far of the buffers that one replica sent, by purpose; the baseline, bf16 gradients."""
+        if self.setting.baseline:
+            return {"gradients": 2.0 * self.numel * self.steps}
+        counted = self._replicas[0].opt.ledger.bytes
+        return {purpose: float(n) for (axis, purpose), n in counted.items() if axis == "replicate" and n}
 
-    def _opens(self, factor: float) -> bool:
-        s = self.setting
-        every = s.interval / s.fragments
-        if s.gate == "interval":
-            return self._local_steps + 1 >= every
-        if s.gate == "qsr":
-            return self._local_steps + 1 >= min(every / factor**2, 4 * every)
-        if s.gate == "late":
-            return self._local_steps + 1 >= max(1.0, every * factor)
-        if s.gate == "drift":
-            self.signal = float((self._flat(self.X) - self._reference).norm(dim=1).max())
-        if self.signal is None:
-            return False
-        if s.tau is not None:
-            return self.signal > s.tau
-        if self._log_tau is None and self.signal > 0:
-            self._log_tau = math.log(self.signal)
-        if self._log_tau is None:
-            return False
-        opens = self.signal > math.exp(self._log_tau) * factor**s.threshold_power
-        self._log_tau += 0.3 * (opens - 1 / every)  # the rate of openings is 1 / every in the long run
-        return opens
-
-    def _synchronize(self, *, whole: bool, wait: bool) -> None:
-        s = self.setting
-        flat = self._flat(self.X)
-        length = flat.shape[1] // s.fragments
-        for fragment in range(s.fragments) if whole else [self._since % s.fragments]:
-            part = slice(fragment * length, (fragment + 1) * length)
-            for flight in [flight for flight in self._flights if flight[1] == part]:
-                self._arrive(flight)
-                flat = self._flat(self.X)
-            D = self._reference[part] - flat[:, part]
-            if self.drift is None:
-                self.drift = float((D - D.mean(0)).square().sum(1).mean().sqrt() / D.mean(0).norm().clamp_min(1e-30))
-            wanted = D + self._residual[:, part]
-            arrived = _round(wanted, s.bits)
-            mean = arrived.mean(0)
-            if s.error_feedback:
-                self._residual[:, part] = wanted - arrived
-            if s.two_stages and s.bits != 32:
-                mean = mean + self._mean_residual[part]
-                rounded = _round(mean, s.bits if s.mean_bits is None else s.mean_bits)
-                if s.error_feedback:
-                    self._mean_residual[part] = mean - rounded
-                mean = rounded
-            self.sent += self.numel / s.fragments * s.bits_sent / 8 * (1 if s.two_stages or s.bits == 32 else self.K / 2)
-            self._flights.append((self.steps, part, D, mean))
-            if wait or not s.delay:
-                self._arrive(self._flights[-1])
-        for m in self.M.values() if s.at_synchronization != "keep" else ():
-            m.copy_(m.mean(0, keepdim=True).expand_as(m) if s.at_synchronization == "average" else torch.zeros_like(m))
-            self.sent += m[0].numel() * s.bits_sent / 8 if s.at_synchronization == "average" else 0
-
-    def _arrive(self, flight: tuple[int, slice, Tensor, Tensor]) -> None:
-        """X_i <- X_0 - outer_lr (D + outer_momentum U), or with a delay X_i moves by that minus what X_i was when D left."""
-        self._flights.remove(flight)
-        s, (_, part, own, mean) = self.setting, flight
-        U = self._outer_momentum[part].mul_(s.outer_momentum).add_(mean)
-        moved = s.outer_lr * (mean + s.outer_momentum * U)
-        self._reference[part] -= moved
-        self._reference[self.numel :] = 0.0  # padding
-        flat = self._flat(self.X)
-        flat[:, part] = flat[:, part] + own - moved if s.delay else self._reference[part]
-        start = 0
-        for x in self.X.values():
-            x.copy_(flat[:, start : start + x[0].numel()].view_as(x))
-            start += x[0].numel()
+    @property
+    def wire(self) -> float:
+        """Bytes so far that left one replica for it."""
+        if self.setting.baseline:
+            return sum(self.sent.values()) * 2 * (self.K - 1) / self.K
+        return sum(n for (axis, _), n in self._replicas[0].opt.ledger.wire.items() if axis == "replicate")
 
     @torch.no_grad()
     def consensus(self) -> nn.Module:
         """Return a model with the mean of all replicas' parameters."""
         model = copy.deepcopy(self.models[0])
-        for name, p in model.named_parameters():
-            p.data, p.grad = self.X[name].mean(0), None
+        for name, x in self.X.items():
+            p = model.get_parameter(name)
+            p.data, p.grad = x.mean(0), None
         return model

@@ -78,9 +78,28 @@ def test_a_line_says_what_the_report_needs() -> None:
     assert set(STUDY_KEYS) <= set(line)
     json.loads(json.dumps(line, allow_nan=False))
     assert line["synchronized"] == 3 and [step for step, _ in line["drift"]] == [1, 4, 7]
-    gate, payload = 8 * 3, line["parameters"] * 1.125 / 8 * 3
-    assert line["wire"] == pytest.approx(gate + payload), "two replicas: 2 (K - 1) / K = 1"
+    padded = -(-line["parameters"] // 256) * 256  # to whole blocks of 128 for each of two replicas
+    check, gate, payload = 48, 8 * 3, padded * 1.125 / 8 * 3
+    assert line["wire"] == pytest.approx(check + gate + payload), "two replicas: 2 (K - 1) / K = 1"
     assert math.isfinite(line["loss"]) and line["curve"][0][1] == pytest.approx(math.log(256), abs=0.2)
+
+
+def test_published_runs_are_still_known() -> None:
+    lines = convergence.read(ROOT / "benchmarks" / "results" / "convergence.jsonl")
+    assert lines
+    for line in lines:
+        assert convergence.run_of(line).identity == line["identity"]
+
+
+def test_a_file_of_runs_can_be_checked(tmp_path: Path) -> None:
+    done = tmp_path / "done.jsonl"
+    lines = [execute(run_of(setting), "cpu") for setting in (replace(OURS, interval=3), MUON)]
+    done.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shape = ["--replicas", "2", "--batch", "2", "--steps", "7", "--settings", MUON.name]
+    command = [sys.executable, str(ROOT / "benchmarks" / "convergence.py"), "--check", str(done), *shape]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("then") == 1 and "(+0.0000)" in finished.stdout, finished.stdout
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:

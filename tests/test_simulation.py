@@ -1,19 +1,23 @@
-"""The simulation of K replicas in one process is the distributed optimizer: same gradients, same parameters after every step."""
+"""K optimizers in K threads are K processes: equal parameters after every step, for all that is published."""
 
 from __future__ import annotations
 
 import math
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from simulation import Replicas, Setting
+from simulation import Replica, Replicas, Setting
 from support.layouts import local
 from support.ranks import run_ranks
 from torch import Tensor, nn
+from variants import TopK
 
 from curvadion import CurvaDion, param_groups_for
+from curvadion.gate.trouble import NonFiniteError
 
 STEPS = 9
 # Setting: constructor arguments that mean the same, at interval 3.
@@ -39,6 +43,10 @@ SAME: list[tuple[Setting, dict[str, Any]]] = [
     (
         Setting("the released code's rule", rule="dion", rank_fraction=0.5, consensus="average", interval=3, warmup=2),
         {"local_update": "dion", "rank_fraction": 0.5, "warmup_steps": 2, "tau": math.inf, "max_local_steps": 2},
+    ),
+    (
+        Setting("fragments", interval=9, bits=1, fragments=3, warmup=2),
+        {"local_update": "muon", "outer_bits": 1, "outer_fragments": 3, "warmup_steps": 2, **EVERY_THIRD},
     ),
     (Setting("baseline", baseline=True, rule="dion"), {"rank_fraction": 1.0, "max_local_steps": 0}),
 ]
@@ -86,23 +94,113 @@ def distributed(options: dict[str, Any], adamw: bool) -> list[dict[str, Tensor]]
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(("setting", "options"), SAME, ids=lambda value: value.name if isinstance(value, Setting) else "")
-def test_the_simulation_takes_the_steps_of_the_optimizer(setting: Setting, options: dict[str, Any], count: int) -> None:
+def test_a_setting_means_these_options_in_real_processes(setting: Setting, options: dict[str, Any], count: int) -> None:
     traces = run_ranks(count, distributed, options, setting.rule == "adamw")
-    replicas = Replicas(tiny(), setting, count)
-    for step in range(STEPS):
-        for k, model in enumerate(replicas.models):
-            for g in replicas.G.values():
-                g[k].zero_()
-            loss_of(model, k, step).backward()
-        replicas.step(factor(step))
-        for k in range(count):
-            for name, expected in traces[k][step].items():
-                got = replicas.X[name][k]
-                assert torch.allclose(got, expected, rtol=1e-9, atol=1e-11), f"step {step}, {name} of replica {k}: {got - expected}"
+    with closing(Replicas(tiny(), setting, count)) as replicas:
+        for step in range(STEPS):
+            take(replicas, step)
+            replicas.step(factor(step))
+            compare(replicas, [trace[step] for trace in traces], f"step {step}")
     if setting.consensus == "outer" and not setting.baseline:
-        assert replicas.synchronized == 3
+        assert replicas.synchronized == 2 + setting.warmup
     else:
         assert 3 <= replicas.synchronized < STEPS or setting.baseline, f"{replicas.synchronized} synchronized steps take one branch only"
     if not setting.baseline:
         ends = {name: model.get_parameter(name) for model in [replicas.consensus()] for name in replicas.X}
         torch.testing.assert_close(ends["up.weight"].detach(), replicas.X["up.weight"].mean(0))
+
+
+def take(replicas: Replicas, step: int) -> None:
+    """Give each replica its gradients."""
+    for k, model in enumerate(replicas.models):
+        for g in replicas.G.values():
+            g[k].zero_()
+        loss_of(model, k, step).backward()
+
+
+def compare(replicas: Replicas, expected: list[dict[str, Tensor]], where: str) -> None:
+    for k, tensors in enumerate(expected):
+        for name, x in tensors.items():
+            got = replicas.X[name][k]
+            assert torch.allclose(got, x, rtol=1e-9, atol=1e-11), f"{where}, {name} of replica {k}: {got - x}"
+
+
+PUBLISHED_STEPS = 18
+
+
+def gentle(step: int) -> tuple[float, bool]:
+    return 1 - 0.04 * step, step == PUBLISHED_STEPS - 1
+
+
+def in_processes(settings: list[Setting]) -> list[tuple[list[dict[str, Tensor]], dict[str, float]]]:
+    """Train this rank's replica with each setting; return its parameters after each step, and what it sent."""
+    results = []
+    for setting in settings:
+        model = tiny()
+        replica = Replica(model, setting, None if setting.baseline else dist.group.WORLD)
+        trace = []
+        for step in range(PUBLISHED_STEPS):
+            model.zero_grad()
+            loss_of(model, dist.get_rank(), step).backward()
+            for p in model.parameters() if setting.baseline else ():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+            at, last = gentle(step)
+            replica.step(at, last=last and not math.isinf(setting.interval))
+            trace.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        counted = replica.opt.ledger.bytes
+        sent = {purpose: n for (axis, purpose), n in counted.items() if n and axis == "replicate"}
+        results.append((trace, sent))
+    return results
+
+
+def test_all_that_is_published_comes_out_the_same_in_real_processes() -> None:
+    pytest.importorskip("rich", reason="the study shows its progress with rich: install the [report] extra")
+    from convergence import TABLES, with_controls
+
+    named = [setting for table in TABLES.values() for setting in with_controls(table)]
+    kinds = {replace(s, name="", lr=0.02, adamw_lr=3e-3, tau=s.tau and 0.3): s for s in named}
+    settings = list(kinds.values())
+    assert len(settings) > 30
+    ranks = run_ranks(2, in_processes, settings)
+    for number, setting in enumerate(settings):
+        traces = [results[number][0] for results in ranks]
+        with closing(Replicas(tiny(), setting, 2)) as replicas:
+            for step in range(PUBLISHED_STEPS):
+                take(replicas, step)
+                at, last = gentle(step)
+                replicas.step(at, last=last and not math.isinf(setting.interval))
+                compare(replicas, [trace[step] for trace in traces], f"{setting.name}, step {step}")
+        if not setting.baseline:
+            assert replicas.sent == ranks[0][number][1], setting.name
+
+
+def test_a_replica_that_fails_ends_the_step_of_all() -> None:
+    def fail(factor: float, *, last: bool) -> None:
+        raise OSError("out of luck")
+
+    with closing(Replicas(tiny(), Setting("", interval=3), 3)) as replicas:
+        take(replicas, 0)
+        replicas.step()
+        replicas.G["up.weight"][1, 0, 0] = math.nan
+        with pytest.raises(NonFiniteError, match="after 1 steps"):  # which is local, and tells nobody
+            replicas.step()
+    with closing(Replicas(tiny(), Setting("", interval=3), 3)) as replicas:
+        replicas._replicas[2].step = fail  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="out of luck"):
+            replicas.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_k_keeps_the_largest(dtype: torch.dtype) -> None:
+    codec = TopK(8)
+    x = 0.1 * torch.randn(3 * codec.block, generator=torch.Generator().manual_seed(0)).to(dtype)
+    large = torch.tensor([5, 4095, 4096, 9000])
+    x[large] = torch.tensor([3.0, -3.0, 4.0, -5.0], dtype=dtype)
+    payload = codec.encode(x)
+    assert len(payload) * 8 == len(x) * codec.bits_per_value
+    got = codec.decode(payload, dtype)
+    assert got.dtype == dtype and int((got != 0).sum()) == 3 * 8
+    assert (got[large].sign() == x[large].sign()).all()
+    assert (got - x).norm() < 0.9 * x.norm()
+    assert not codec.decode(codec.encode(torch.zeros(codec.block))).any()

@@ -48,6 +48,9 @@ class Consensus:
     def stand_still(self, step: Step) -> None:
         """Let the traffic of the others pass in a step that this replica does not take."""
 
+    def land(self, step: Step) -> None:
+        """Wait for what is under way; what was kept back stays where it is."""
+
     def settle(self, step: Step) -> None:
         """Wait for what is under way and give back what was kept, so that a mean of the parameters lacks nothing."""
 

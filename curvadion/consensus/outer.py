@@ -13,7 +13,7 @@ from curvadion.consensus.codec import CODECS
 from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
-from curvadion.sharding.journey import Residuals, UnderWay
+from curvadion.sharding.journey import Residuals, RoundedMean, UnderWay
 from curvadion.state.store import copy_into
 from curvadion_kernels.reference import compute_dtype
 
@@ -60,7 +60,12 @@ class Outer(Consensus):
 
     Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv:2311.08105,
     and "Streaming DiLoCo", arXiv:2501.18512, for fragments and delay.
+
+    Attributes:
+        journey: how a buffer that is rounded comes to its mean.
     """
+
+    journey: type[RoundedMean] = RoundedMean
 
     own_options = (
         "outer_lr",
@@ -134,8 +139,7 @@ class Outer(Consensus):
 
     def settle(self, step: Step) -> None:
         """Wait for what is under way, and take from the parameters what rounding has kept back."""
-        for flight in list(self._flights):
-            self._arrive(step, flight)
+        self.land(step)
         for fragment, residuals in enumerate(self._residuals):
             if not residuals.in_use:
                 continue
@@ -147,6 +151,10 @@ class Outer(Consensus):
             )
             for part, x in zip(parts, wide, strict=True):
                 part.put(step.X[part.index], x)
+
+    def land(self, step: Step) -> None:
+        for flight in list(self._flights):
+            self._arrive(step, flight)
 
     def _advance(self, step: Step) -> None:
         """Let a step pass for what is under way; every rank calls it in every step, also where it takes none."""
@@ -170,7 +178,7 @@ class Outer(Consensus):
         own = [x0.to(compute_dtype(x0.dtype)) - part.take(step.X[part.index]) for x0, part in pairs]
         axes = [step.table.copied[part.index] for part in parts]
         mean = step.exchange.start_mean_over_replicas(
-            own, axes, "pseudo_gradients", self._codec, self._residuals[fragment]
+            own, axes, "pseudo_gradients", self._codec, self._residuals[fragment], self.journey
         )
         self._flights.append(_Flight(fragment, parts, own, mean))
         if not self._o.delay:

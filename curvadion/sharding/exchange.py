@@ -149,6 +149,7 @@ class Exchange:
         purpose: str,
         codec: Codec | None,
         kept: Residuals,
+        journey: type[RoundedMean] = RoundedMean,
     ) -> UnderWay:
         """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all replicas.
 
@@ -164,6 +165,7 @@ class Exchange:
             copied: for each tensor, the axes over which it is the same.
             codec: C; None to round nothing: one all-reduce, one leg.
             kept: e_i and f; the same object for the same list of tensors.
+            journey: how a rounded buffer comes to its mean, where it is not as above.
         """
         under_way = UnderWay(tensors, partial(self.join, purpose=purpose))
         if self.replicas == 1:
@@ -172,11 +174,11 @@ class Exchange:
         number = 0
         for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
             if not piece.numel():
-                under_way.add(cut, Nothing(piece, legs=1 if codec is None else 2))
+                under_way.add(cut, Nothing(piece, legs=1 if codec is None else journey.legs))
             elif codec is None:
                 under_way.add(cut, Mean(self, piece, purpose, None, copy=False))
             else:
-                under_way.add(cut, RoundedMean(self, piece, purpose, codec, number, kept))
+                under_way.add(cut, journey(self, piece, purpose, codec, number, kept))
                 number += 1
         return under_way
 

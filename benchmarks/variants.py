@@ -1,0 +1,270 @@
+"""What the study tries and the optimizer has not: rules, gates, a codec and outer steps, registered by name.
+
+`import variants` makes the names known, but for those that `codec_of` and `outer_of` register when asked.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
+from curvadion.consensus.outer import Outer
+from curvadion.gate.schedule import Plan
+from curvadion.rules import Step, local_step, register_rule
+from curvadion.rules.muon import Muon, orthonormalized
+from curvadion.sharding.flat import pad
+from curvadion.sharding.journey import Codec, RoundedMean
+from curvadion.signals import Reading, Signal, register_signal
+from curvadion.state.batch import Batch
+from curvadion.state.store import or_zeros
+from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, SYNCHRONIZE_BIT
+
+# ---- local_update
+
+
+class NesterovMuon(Muon):
+    """X_i <- (1 - lr wd) X_i - lr sqrt(rows/columns) newton_schulz(mu m_i + G_i)."""
+
+    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
+        ahead = []
+        for b in batches:
+            X = [step.X[i] for i in b.params]
+            G = torch.stack([or_zeros(g, x) for g, x in zip(step.gradients(b), X, strict=True)])
+            ahead.append(step.groups[b.group]["momentum"] * b.M + (G.mT if b.layout.transposed else G))
+        for b, direction in zip(batches, orthonormalized(step, batches, ahead), strict=True):
+            step.move(b, direction)
+        step.postpone_decay(batches)
+
+
+# ---- gate
+
+
+class Valued(Signal):
+    """Opens when a number exceeds tau. It takes RMMC's place in the key, so that all learn the largest."""
+
+    def value(self, step: Step) -> float | Tensor:
+        """Return this replica's number, 0 where it has none yet."""
+        raise NotImplementedError
+
+    def opens(self, value: Tensor, tau: float) -> Tensor:
+        return value > tau
+
+    def read(self, step: Step, message: Tensor, taus: list[float], plan: Plan) -> Reading:
+        closed = super().read(step, message, [math.inf] * len(taus), plan)
+        value = torch.as_tensor(self.value(step), dtype=torch.float32, device=closed.key.device)
+        opens = self.opens(value, min(taus)) & (not plan.hold_closed)
+        bits = value.nan_to_num(0.0).view(torch.int32).to(torch.int64) << INDEX_BITS
+        key = closed.key & ~(SYNCHRONIZE_BIT - 1) | bits | INDEX_MASK | opens * SYNCHRONIZE_BIT
+        return closed._replace(key=torch.where(closed.key == FAILED_KEY, closed.key, key))
+
+
+class Directional(Valued):
+    """||G_t|| / ||mu m_{t-1}||, the largest of all matrices: what is new in the momentum."""
+
+    def value(self, step: Step) -> Tensor:
+        table = step.table
+        new = torch.stack(torch._foreach_norm([or_zeros(step.G[i], step.X[i]) for i in table.matrices]))
+        mu = new.new_tensor([step.groups[table.group_of[i]]["momentum"] for i in table.matrices])
+        last = step.store.last_norm
+        return torch.where(last > 0, new / (mu * last), 0.0).max()
+
+
+class Distance(Valued):
+    """||X_i - X_0||, X_0 being the parameters after the last synchronized step."""
+
+    needs_equal_replicas = True
+
+    def __init__(self) -> None:
+        self._X0: list[Tensor] = []
+
+    def value(self, step: Step) -> float | Tensor:
+        if not self._X0:
+            self.took(step, True)
+        return torch.stack(torch._foreach_norm(torch._foreach_sub(list(step.X), self._X0))).norm()
+
+    def took(self, step: Step, synchronized: bool) -> None:
+        if synchronized:
+            self._X0 = [x.clone() for x in step.X]
+
+    def forget(self) -> None:
+        self._X0 = []
+
+
+class Clock(Valued):
+    """Opens every so many steps, and how many depends on the learning rate; tau is the number at its peak."""
+
+    def value(self, step: Step) -> float:
+        group = step.groups[0]
+        self._factor = float(group["lr"]) / group["initial_lr"]
+        return step.schedule.local_steps + 1.0
+
+    def opens(self, value: Tensor, tau: float) -> Tensor:
+        return value >= self.interval(tau, self._factor)
+
+    def interval(self, most: float, factor: float) -> float:
+        raise NotImplementedError
+
+
+class Qsr(Clock):
+    """Interval ~ 1 / lr^2, four times the least at most. Source: Gu et al., arXiv:2310.14423."""
+
+    def interval(self, most: float, factor: float) -> float:
+        return min(most / factor**2, 4 * most)
+
+
+class Late(Clock):
+    """Interval ~ lr."""
+
+    def interval(self, most: float, factor: float) -> float:
+        return max(1.0, most * factor)
+
+
+# ---- outer_bits
+
+
+class TopK:
+    """The `kept` largest of each 4096 values, 14 bits each: place, sign, one of two levels; a scale."""
+
+    block = 4096
+    levels = 0.6, 1.5
+
+    def __init__(self, kept: int):
+        if not 0 < kept <= self.block or kept % 4:
+            raise ValueError(f"the values kept of {self.block} must fill whole bytes; got {kept}; try 64")
+        self.kept = kept
+
+    @property
+    def bits_per_value(self) -> float:
+        return (self.kept * 14 + 16) / self.block
+
+    def encode(self, x: Tensor) -> Tensor:
+        chunks = x.view(-1, self.block)
+        places = chunks.abs().topk(self.kept, -1).indices
+        values = chunks.gather(-1, places)
+        large = values.abs() > values.abs().mean(-1, keepdim=True)
+        levels = torch.where(large, self.levels[1], self.levels[0]).to(x.dtype)
+        scale = (levels * values.abs()).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
+        codes = places << 2 | (values < 0) << 1 | large
+        bits = codes.unsqueeze(-1) >> torch.arange(14, device=x.device) & 1
+        weights = 1 << torch.arange(8, device=x.device)
+        packed = (bits.view(len(chunks), -1, 8) * weights).sum(-1).to(torch.uint8)
+        return torch.cat([scale.to(torch.bfloat16).view(torch.uint8), packed], -1).view(-1)
+
+    def decode(self, payload: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        payload = payload.view(-1, 2 + self.kept * 14 // 8)
+        scale = payload[:, :2].contiguous().view(torch.bfloat16).to(dtype)
+        bits = payload[:, 2:].unsqueeze(-1).to(torch.int64) >> torch.arange(8, device=payload.device) & 1
+        codes = (bits.view(len(payload), self.kept, 14) << torch.arange(14, device=payload.device)).sum(-1)
+        sizes = torch.where((codes & 1).bool(), self.levels[1], self.levels[0]).to(dtype)
+        values = torch.where((codes & 2).bool(), -sizes, sizes) * scale
+        return values.new_zeros(len(payload), self.block).scatter_(-1, codes >> 2, values).view(-1)
+
+
+def codec_of(bits: int) -> int | str:
+    """Return the name of a codec: of so many bits, or if negative of so many of 4096 values."""
+    if bits > 0:
+        return bits
+    name = f"{-bits} of {TopK.block}"
+    if name not in CODECS:
+        register_codec(name, TopK(-bits))
+    return name
+
+
+# ---- consensus
+
+
+class Alone(Consensus):
+    """Local steps only: of a replica that gets gradients which others have averaged."""
+
+    def step(self, step: Step, *, synchronize: bool) -> None:
+        local_step(step, begun=not synchronize)
+
+
+class OtherBitsBack(RoundedMean):
+    """Rounds the mean with a codec of its own."""
+
+    back: Codec
+
+    def next_leg(self) -> Tensor | None:
+        if self._received is None:
+            return super().next_leg()
+        self._work.wait()
+        parts = self._codec.decode(self._received, self._dtype)
+        self._received, self._codec = None, self.back
+        self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
+        part = self._codec.encode(self._ours)
+        self._ours.sub_(self._codec.decode(part, self._dtype))
+        self._sent = part.new_empty(len(part) * self._exchange.replicas)
+        self._work = self._exchange.over_replicas("all_gather", self._purpose, self._sent, part)
+        return None
+
+
+class OneStage(RoundedMean):
+    """Everybody to everybody, and nobody rounds the mean."""
+
+    legs = 1
+
+    def __init__(self, exchange: Any, piece: Tensor, purpose: str, codec: Codec, number: int, kept: Any):
+        self._replicas, self._codec, self._like = exchange.replicas, codec, piece
+        flat = pad(piece, piece.numel() + -piece.numel() % codec.block)
+        mine, _ = kept.of(number, flat.numel(), 0, flat)
+        mine.add_(flat)
+        sent = codec.encode(mine)
+        mine.sub_(codec.decode(sent, piece.dtype))
+        self._all = sent.new_empty(len(sent) * self._replicas)
+        self._work = exchange.over_replicas("all_gather", purpose, self._all, sent)
+
+    def next_leg(self) -> Tensor:
+        self._work.wait()
+        parts = self._codec.decode(self._all, self._like.dtype).view(self._replicas, -1)
+        return parts.mean(0)[: self._like.numel()]
+
+
+class OuterVariant(Outer):
+    """The outer step, but for what a subclass says.
+
+    Attributes:
+        feedback: what rounding leaves out is kept and sent later.
+        momenta: what happens to momentum: "keep", "average" (in full) or "reset".
+    """
+
+    feedback, momenta = True, "keep"
+
+    def step(self, step: Step, *, synchronize: bool) -> None:
+        super().step(step, synchronize=synchronize)
+        for kept in self._residuals if not self.feedback else ():
+            kept.clear()
+        if synchronize and self.momenta == "average":
+            batches = step.store.batches
+            copied = [b.layout.copied for b in batches]
+            step.exchange.average_([b.momentum for b in batches], copied, "momentum")
+        elif synchronize and self.momenta == "reset":
+            for b in step.store.batches:
+                b.momentum.zero_()
+
+
+def outer_of(back: int | str | None, *, two_stages: bool, feedback: bool, momenta: str) -> str:
+    """Return the name of an outer step with these attributes of `OuterVariant`.
+
+    Args:
+        back: the name of the codec that rounds the mean; None for that of what each replica sends.
+        two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
+    """
+    if (back, two_stages, feedback, momenta) == (None, True, OuterVariant.feedback, OuterVariant.momenta):
+        return "outer"
+    name = f"outer: {back=}, {two_stages=}, {feedback=}, {momenta=}"
+    if name not in CONSENSUS:
+        journey: type[RoundedMean] = RoundedMean if two_stages else OneStage
+        if two_stages and back is not None:
+            journey = type("OtherBitsBack", (OtherBitsBack,), {"back": CODECS[back]})
+        values = {"journey": journey, "feedback": feedback, "momenta": momenta}
+        register_consensus(name, type("OuterVariant", (OuterVariant,), values))
+    return name
+
+
+register_rule("muon_nesterov", NesterovMuon())
+for gate in (Directional, Distance, Qsr, Late):
+    register_signal(gate.__name__.lower(), gate)
+register_consensus("alone", Alone)
