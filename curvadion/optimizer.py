@@ -32,94 +32,71 @@ from curvadion_kernels.reference import Fixed
 
 
 class CurvaDion(torch.optim.Optimizer):
-    r"""Dion with synchronization across replicas gated by the relative maximum momentum change (RMMC).
+    """Dion whose replicas exchange something only on the steps that a gate or an interval says.
 
-    Per matrix X (m x n, "out x in"), replica i, mean over replicas E_i[.]::
+    Of a matrix, m_i = M_i + G_i is the momentum of replica i together with its gradient::
 
-        m_i = M_i + G_i
-        rho = max over matrices and replicas of | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||
+        rho = max over matrices and replicas of | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||             (RMMC)
 
-        rho > tau, synchronized step:               rho <= tau, local step:
-          P   = orthogonalize(E_i[m_i Q])             "gradient":  M_i <- mu m_i
-          R_i = m_i^T P,  R = E_i[R_i]                             X_i <- (1 - lr wd) X_i - lr_local G_i
-          M_i <- m_i - (1 - mu) P R_i^T               "dion":      as on the left without E_i[.], lr_local for lr
-          Q   <- column_normalize(R)
-          X_i <- E_i[X_i] if a local step happened since the last synchronized one
-          X   <- (1 - lr wd) X - lr sqrt(m/n) P Q^T      "muon":      M_i <- mu m_i
-                                                                 X_i <- (1 - lr wd) X_i - lr_local sqrt(m/n) newton_schulz(m_i)
-
-    With consensus="outer" a synchronized step is a local step (no factors are exchanged, AdamW keeps this replica's gradients), and then,
-    X_0 being the parameters after the last synchronized step and C rounding to `outer_bits` with error feedback (`curvadion.consensus.codec`)::
-
-          D   = C(E_i[C(X_0 - X_i)]),   U <- outer_momentum U + D
-          X   = X_0 - outer_lr (D + outer_momentum U)
-
-    A local step sends one 8-byte all-reduce over `replicate_mesh` and nothing else there. A missing gradient counts as zero: momentum
-    and weights decay. Parameters with ``requires_grad=False`` at construction are left alone.
+    While rho <= tau steps are local: a matrix does what `local_update` says, and 8 bytes cross
+    `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. README.md has the equations,
+    docs/options.md more on single options. A missing gradient counts as zero; parameters with
+    ``requires_grad=False`` at construction are left alone.
 
     Args:
-        params: anything torch accepts: parameters, named parameters, or groups. A group may set every option marked [g], and
-            ``algorithm``: "dion" (default; 2-D parameters only), "adamw" or "lion". See `param_groups_for`.
-        lr: learning rate [g], a number or a 0-d tensor.
-        replicate_mesh: the slow axis: a 1-D `DeviceMesh`, a `ProcessGroup`, or None for one replica. FSDP must not see it.
-        momentum: mu [g].
-        weight_decay: decoupled, uses lr on both branches [g].
-        rank_fraction, rank_multiple_of: r = round_up(rank_fraction * min(m, n), rank_multiple_of), at most min(m, n) [g].
-        gate: what the gate looks at: "rmmc", the relative maximum momentum change; or "drift", how far replicas have come
-            apart, see `curvadion.signals.drift`.
-        tau: threshold of the gate, strict [g]: it opens when any matrix exceeds its group's (of "drift": the smallest).
-            inf leaves the bounds alone in charge.
-        warmup_steps: synchronize the first steps. The very first one always is.
-        min_local_steps: after a synchronized step, ignore RMMC for that many steps.
-        max_local_steps: after that many local steps in a row the next one is synchronized; 0 synchronizes every step.
-        local_update: the local rule, "gradient", "dion", "muon", "normuon" (Muon with rows of like size: betas[1], eps) or
-            "dion2" (Muon of rank_fraction of the rows or columns, the largest ones) [g].
-        local_lr_scale: lr_local = local_lr_scale * lr, for matrices on local steps [g].
-        consensus: "average" makes replicas equal again at each synchronized step; "outer" as well, by the equations above, with one
-            more copy of the parameters in memory, one for U if there is outer momentum, and one for what rounding keeps back if
-            outer_bits < 32; "none" is the literal formula, and drifts.
-        outer_lr, outer_momentum: of consensus="outer"; 1 and 0 are plain averaging.
-        outer_bits: bits per parameter between replicas with consensus="outer": 32, 16 (bfloat16), or 8, 4, 2, 1 with a scale
-            for each 128; or the name of a codec that was registered.
-        outer_fragments: equal parts of the parameters, element by element, that take turns: each synchronized step makes
-            one of them common and sends its share, so that each is synchronized every outer_fragments-th time. Steps of
-            the warm-up, the very first one included, make all of them common.
-        outer_delay: steps for which a synchronization is under way while replicas go on, so that nobody waits for a slow link: begun at the
-            end of step t, its second half at the end of step t + ceil(outer_delay / 2), it moves the parameters at the end of step
-            t + outer_delay; an even number hides both halves alike. 0 waits for it. Costs one more copy of the parameters that are under
-            way, two with outer_bits=32.
-        outer_on_host: keep X_0 in the host's memory, from where it is fetched at each synchronized step.
-        target_sync_rate: share of synchronized steps: tau is multiplied by exp(GAIN (opened - rate)) each time the gate is asked, so that
-            it opens that often in the long run, whatever the level of RMMC. None leaves tau alone.
-        gate_every: ask the other replicas in every gate_every-th step only, and whenever warmup_steps or max_local_steps
-            synchronize; None: only then. In between nothing at all crosses replicas, the signal opens nothing, and a
-            replica that meets a NaN or an error takes no step until it can tell.
-        gate_lag: 0: each step waits for the answer of the other replicas. 1: local steps do not; the key travels until the next step,
-            which is synchronized if the answer says so, and waits. RMMC then never opens two steps in a row, and a replica that meets
-            a NaN or an error takes no step until the others know, one step later.
-        error_feedback: keep in the momentum what the low-rank update left out; False is M_i <- mu m_i [g].
-        right_factor: "column_norm" (Dion) or "qr" (Orth-Dion) [g].
-        betas, eps: of AdamW and Lion [g].
-        momentum_dtype: of momentum and moments; None for the parameter's own.
-        payload_dtype: of P, R and AdamW/Lion gradients between replicas; None for the tensor's own.
-        orthogonalization: "cholesky_qr" or "qr", see `curvadion.algebra.power_iteration.orthogonalize` [g].
-        on_nonfinite: "raise": every rank raises `NonFiniteError` in the same step, parameters untouched, and state has to be loaded again.
-            "skip": every rank skips the step and everything stays as it was (momentum and gradients are read once more); with gate_every
-            or gate_lag, in a step that does not ask, only the replica that saw it, and its counters go on.
-        check_every: steps between checks that all ranks agree on step, options and weights; 0 for the first step only.
-        kernels: "auto" takes Triton's kernels where they compile for the parameters' device, plain torch elsewhere, and logs which;
-            "triton" and "reference" ask for one of them. The attribute `kernels` tells.
+        params: parameters, named parameters or groups, as torch takes them. A group may set every option
+            marked [g], and ``algorithm``: "dion" (default; 2-D parameters only), "adamw" or "lion".
+        lr [g]: learning rate, a number or a 0-d tensor.
+        replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None.
+        momentum [g]: factor by which the momentum decays in each step, mu.
+        weight_decay [g]: decoupled weight decay; uses lr on local and synchronized steps.
+        rank_fraction [g]: rank: r = round_up(rank_fraction * min(m, n), rank_multiple_of), at most min(m, n).
+        rank_multiple_of [g]: number of which r is a multiple, by rounding up.
+        gate: what opens the gate: "rmmc", or "drift", how far replicas have come apart.
+        tau [g]: threshold above which the gate opens; inf leaves warmup_steps and max_local_steps alone in
+            charge. With "drift" the smallest of all groups counts.
+        warmup_steps: number of first steps that are synchronized. The very first one always is.
+        min_local_steps: number of steps after a synchronized one in which the gate stays closed.
+        max_local_steps: number of local steps in a row after which the next is synchronized; 0 synchronizes
+            every step, None sets no bound.
+        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon", Muon
+            with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows.
+        local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
+        consensus: how replicas become equal on a synchronized step: "average", by means of all they hold;
+            "outer", by pseudo-gradients. "none" is the published formula as it stands, and drifts.
+        outer_lr: outer learning rate; 1 without outer_momentum is plain averaging.
+        outer_momentum: Nesterov momentum of the outer step.
+        outer_bits: bits per parameter between replicas: 32 rounds nothing, 16 is bfloat16, fewer have a scale
+            for each 128 values; or the name of a registered codec.
+        outer_fragments: number of parts of the parameters, equal shares of all elements, that take turns:
+            each synchronized step makes one of them common, the first step and the warm-up all.
+        outer_delay: steps for which a synchronization is under way while replicas go on; 0 waits for it.
+        outer_on_host: keep X_0, the parameters when replicas were equal last, in pinned host memory.
+        target_sync_rate: share of steps to synchronize: tau is steered until the gate opens that often.
+        gate_every: ask the other replicas on every n-th step, and where warmup_steps or max_local_steps
+            synchronize; None asks only there. Nothing at all crosses replicas in between.
+        gate_lag: 1 lets local steps go on without the gate's answer, which the next step obeys; 0 waits.
+        error_feedback [g]: keep in the momentum what the low-rank update left out; False is M_i <- mu m_i.
+        right_factor [g]: how R becomes Q: "column_norm" is Dion, "qr" Orth-Dion.
+        betas [g]: decay rates of the moments of AdamW and Lion.
+        eps [g]: added to the denominator of AdamW.
+        momentum_dtype: dtype of momentum and moments; None takes the parameter's.
+        payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
+        orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
+        on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
+            which state has to be loaded again; or skip the step.
+        check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
+        kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
 
     Raises:
-        ValueError, TypeError: an option or a layout breaks a rule; the message names it, what was got and what to try.
+        ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
 
-    Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update; Douillard et al., "DiLoCo",
-    arXiv:2311.08105, for the outer step with Nesterov momentum.
+    Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update;
+    Douillard et al., "DiLoCo", arXiv:2311.08105, for the outer step with Nesterov momentum.
     """
 
-    _step_supports_amp_scaling = (
-        True  # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree
-    )
+    # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree.
+    _step_supports_amp_scaling = True
     # What a copy carries over; the rooms are built anew.
     _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_in_consensus")
     _rooms: Rooms | None = None
@@ -174,7 +151,7 @@ class CurvaDion(torch.optim.Optimizer):
         if self._gate.signal.needs_equal_replicas and self._consensus.leaves_apart:
             raise ValueError(
                 f"gate={o.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-                f"{o.consensus!r} with options that leave them apart; try consensus='outer' without delay and fragments"
+                f"{o.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
             )
         self._in_consensus = False
         super().__init__(params, defaults)
@@ -205,20 +182,15 @@ class CurvaDion(torch.optim.Optimizer):
         with record_function("curvadion::gate"):
             step, failure = self._take_in()
             message = self._accumulate(step.G, store=not self._trouble.skips)  # m_i = M_i + G_i,  ||m_i||^2
-            plan = self._schedule.plan(
-                self._gate.last_answer()
-            )  # may wait, so after the kernels are enqueued
-            key, commit = self._gate.ask(
-                step, message, plan, self._trouble, failed=failure is not None
-            )  # rho
+            # rho; the answer of the step before may be waited for, so after the kernels are enqueued
+            plan = self._schedule.plan(self._gate.last_answer())
+            key, commit = self._gate.ask(step, message, plan, self._trouble, failed=failure is not None)
             arrived = self._gate.fetch(key)
             if failure is None:
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
-        if (
-            decision.trouble
-        ):  # all raise; or all skip, and the step does not count; or this replica stands still
+        if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
             if self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus):
                 self._finish(decision, plan)
             else:
@@ -266,7 +238,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     @property
     def diverged(self) -> bool:
-        """Whether replicas may hold different state: any step since `synchronize()`, a load or `discard_divergence()`."""
+        """Whether replicas may differ: any step since `synchronize()`, a load or `discard_divergence()`."""
         return self._schedule.diverged
 
     @property
@@ -276,10 +248,10 @@ class CurvaDion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Make all replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
+        """Make replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
 
-        For use before a checkpoint and at the end. The gate's previous norms are rescaled by ||E_i[M_i]|| / E_i[||M_i||],
-        because momenta shrink when they are averaged and the next step would be synchronized for that alone.
+        For use before a checkpoint and at the end. The gate's previous norms are multiplied by ||E_i[M_i]|| /
+        E_i[||M_i||], because averaging shrinks momenta, which alone would open the gate in the next step.
         """
         self._refuse_inside_consensus("synchronize()")
         store, exchange = self._built.store, self._built.exchange
@@ -313,8 +285,8 @@ class CurvaDion(torch.optim.Optimizer):
             with opt.consensus():
                 loss = evaluate(model)
 
-        Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not between a
-        forward and its backward.
+        Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
+        between a forward and its backward.
         """
         self._refuse_inside_consensus("consensus()")
         self._in_consensus = True
@@ -338,16 +310,16 @@ class CurvaDion(torch.optim.Optimizer):
         self._agreement.pending = True
 
     def discard_divergence(self) -> None:
-        """Declare this replica's state worthless, so that a checkpoint can be loaded over it without synchronizing first.
+        """Declare this replica's state worthless, so that a checkpoint may be loaded over it.
 
-        Loaders such as torch.distributed.checkpoint ask for `state_dict()`, which is refused while replicas differ.
+        Loaders such as torch.distributed.checkpoint ask for `state_dict()`, refused while replicas differ.
         """
         self._schedule.diverged = False
 
     def _refuse_inside_consensus(self, call: str) -> None:
         if self._in_consensus:
             raise RuntimeError(
-                f"{call} must not be called inside consensus(), which puts the old parameters back; leave the context first"
+                f"{call} must not be called inside consensus(), which puts parameters back; leave it first"
             )
 
     @property
@@ -364,7 +336,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """State by parameter, as in every torch optimizer; M with all its decay, whatever a kernel has postponed."""
+        """State by parameter, as in every torch optimizer; M with all decay, also what a kernel postponed."""
         if self._rooms is not None:
             self._rooms.store.settle()
         return self.__dict__["state"]
@@ -382,12 +354,12 @@ class CurvaDion(torch.optim.Optimizer):
     def matrix_names(self) -> list[str]:
         """Names of the matrices, in the order of `metrics()["curvadion/rmmc_argmax"]`.
 
-        An unnamed one has its position for a name; one whose name was there before gets its position appended.
+        An unnamed one has its position for a name; a name that was there before gets its position appended.
         """
         return list(self._built.table.matrix_names)
 
     def named_rmmc(self) -> dict[str, float]:
-        """Return each matrix's RMMC of the last step on this replica; NaN where undefined. Reads from the device."""
+        """Return each matrix's RMMC of the last step on this replica, or NaN; reads from the device."""
         return dict(zip(self.matrix_names, self._gate.rmmc.tolist(), strict=True))
 
     def gate_values(self) -> dict[str, float]:
@@ -400,9 +372,9 @@ class CurvaDion(torch.optim.Optimizer):
     def drift(self) -> tuple[float, float] | None:
         """Return what this rank's part of the last outer step says about how far apart replicas were.
 
-        Sums of squares of (X_0 - X_i) - D, this replica's own way minus the common one, and of D; reads from the
-        device. Summed over the shards, the root of their ratio is the relative distance of this replica from the mean.
-        None without consensus="outer" and before its first step.
+        Sums of squares of (X_0 - X_i) - D, this replica's own way minus the common one, and of D; reads from
+        the device. Summed over the shards, the root of their ratio is the relative distance of this replica
+        from the mean. None without consensus="outer" and before its first step.
         """
         apart = self._consensus.drift()
         if apart is None:
@@ -411,9 +383,9 @@ class CurvaDion(torch.optim.Optimizer):
         return own, common
 
     def metrics(self) -> dict[str, float]:
-        """Return what the last step did and the totals since construction, as floats. No collective, no device access.
+        """Return what the last step did and totals since construction, by the keys of `metrics.collect`.
 
-        The keys are those of `curvadion.metrics.collect`.
+        Floats; no collective, no device access.
         """
         rooms = (self._schedule, self._gate.decision, self._trouble, self.ledger, self.param_groups)
         return metrics.collect(*rooms, dense_bytes=self._built.dense_bytes, replicas=self.replicas)
@@ -421,13 +393,12 @@ class CurvaDion(torch.optim.Optimizer):
     # ---- state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, at construction or later; the next step is synchronized. With consensus="outer", right after
-        `synchronize()`."""
+        """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
         built = self._rooms is not None
         if built and self._consensus.under_way:
             raise RuntimeError(
-                f"with consensus={self._options.consensus!r} a group must be added when nothing is under way between "
-                "replicas; a step was taken since they were equal; call opt.synchronize() on every rank first"
+                f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
+                "between replicas; a step was taken since; call opt.synchronize() on every rank first"
             )
         check_group(param_group)
         super().add_param_group(param_group)
@@ -453,17 +424,17 @@ class CurvaDion(torch.optim.Optimizer):
         """
         if self.diverged:
             raise RuntimeError(
-                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a patchwork of "
-                "them, and lack what is under way with consensus='outer'); a step was taken since; call "
+                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a "
+                "patchwork, and lack what is under way with consensus='outer'); a step was taken since; call "
                 "opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
             )
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict into the existing state, dtypes and memory kept. Groups take the saved options, as in torch.
+        """Load a state dict into the existing state, whose dtypes and memory are kept.
 
-        Raises ValueError, before anything is changed, if it does not fit.
+        Groups take the saved options, as in torch. Raises ValueError, before any change, if it does not fit.
         """
         self._refuse_inside_consensus("load_state_dict()")
         store = self._built.store
@@ -485,7 +456,8 @@ class CurvaDion(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._peers is not None or self._built.table.shards.mesh is not None:
             raise TypeError(
-                "a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() instead"
+                "a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() "
+                "instead"
             )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._CARRIED}}
 

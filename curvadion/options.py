@@ -7,7 +7,7 @@ of the torchtitan plug-in are generated from the three (scripts/options.py).
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Allowed:
     test: Callable[[Any], bool]
     rule: str | Callable[[], str]
     hint: str
-    choices: Container[Any] | None = None
+    choices: Collection[Any] | None = None
 
     @property
     def words(self) -> str:
@@ -127,6 +127,7 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         lambda v: v in (0, 1) and not isinstance(v, bool),
         "0 or 1",
         "try 0, which waits for the answer; 1 reads it a step later",
+        choices=(0, 1),
     ),
     "momentum_dtype": Allowed(
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -327,8 +328,8 @@ def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
     """Raise if a parameter cannot be updated by the algorithm of its group."""
     if algorithm == "dion" and p.requires_grad and p.ndim != 2:
         raise ValueError(
-            f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape {tuple(p.shape)}; put it into "
-            "a group with algorithm='adamw', as param_groups_for(model) does"
+            f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape "
+            f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) does"
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(

@@ -16,6 +16,7 @@ check() {  # NAME COMMAND...: go on after a failure, so that one run tells all
 check "ruff check" python -m ruff check .
 check "ruff format" python -m ruff format --check .
 check "mypy" python -m mypy
+check "options" python scripts/options.py --check
 check "pytest" python -m pytest -n 2 --dist loadgroup "$@"
 if (($# == 0)); then
   on_kernels=(tests/test_{communication,equations,gate,lifecycle,mesh_parity,nonfinite}.py)

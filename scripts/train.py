@@ -1,17 +1,21 @@
-r"""Train a byte-level Llama-style GPT with CurvaDion, or with one of its controls. Also the example for your own loop.
+r"""Train a byte-level Llama-style GPT with CurvaDion, or with one of its controls.
+
+It is also the example for your own loop.
 
 One machine, 2 replicas x 2 FSDP2 shards on CPU (GPUs are used when there are any; then one process for each):
 
     torchrun --nproc-per-node 4 scripts/train.py
-    torchrun --nproc-per-node 4 scripts/train.py --optimizer dion              # the control: synchronized every step
-    torchrun --nproc-per-node 4 scripts/train.py --tau 0.2 --consensus average --local-update gradient --text ~/books
+    torchrun --nproc-per-node 4 scripts/train.py --optimizer dion       # a control: synchronized every step
+    torchrun --nproc-per-node 4 scripts/train.py --tau 0.2 --consensus average --local-update gradient
+    torchrun --nproc-per-node 4 scripts/train.py --text ~/books
 
 Two machines, one replica on each; the same on both, HOST being the name of either:
 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id run1 \
         scripts/train.py
 
-Writes to --out: steps.jsonl (a line per step), summary.json, report/index.html. Compare runs with `curvadion report RUN RUN ...`.
+Writes to --out: steps.jsonl (a line per step), summary.json, report/index.html. Compare runs with
+`curvadion report RUN RUN ...`.
 """
 
 import argparse
@@ -34,30 +38,59 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from curvadion import LOW_COMMUNICATION, CurvaDion, param_groups_for
+from curvadion.consensus import CODECS, CONSENSUS
+from curvadion.options import OPTIMIZER_OPTIONS
 from curvadion.report.display import Display, hardware
 from curvadion.report.page import write_report
+from curvadion.rules import RULES
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument_group("optimizer").add_argument
     optimizer_help = "dion and adamw are the controls: CurvaDion's own code, synchronized every step"
     add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
-    add("--tau", type=float, default=float("inf"), help="synchronize when the momentum's relative change exceeds this")
+    add(
+        "--tau",
+        type=float,
+        default=float("inf"),
+        help="synchronize when the momentum's relative change exceeds this",
+    )
     add("--target-sync-rate", type=float, help="steer tau so that this share of the steps is synchronized")
     local_help = "what a matrix does on a local step; gradient, the paper's text, is CurvaDion's own default"
-    add("--local-update", choices=("gradient", "dion", "muon"), default="muon", help=local_help)
-    add("--consensus", choices=("average", "outer", "none"), default="outer", help="how replicas become equal again")
+    add("--local-update", choices=tuple(RULES), default="muon", help=local_help)
+    add("--consensus", choices=tuple(CONSENSUS), default="outer", help="how replicas become equal again")
     add("--outer-lr", type=float, help="learning rate of --consensus outer; none: 1.4 with it")
     add("--outer-momentum", type=float, help="Nesterov momentum of --consensus outer; none: 0")
-    add("--outer-bits", type=int, choices=(1, 2, 4, 8, 16, 32), help="bits per parameter of --consensus outer; none: 1 with it")
-    add("--outer-delay", type=int, help="steps for which a synchronization of --consensus outer is under way; none: 0, which waits for it")
-    add("--local-lr-scale", type=float, default=1.0, help="learning rate of matrices on local steps, relative to --lr")
-    add("--rank-fraction", type=float, default=0.25, help="rank of the update relative to the matrix's shorter side")
+    bits_help = "bits per parameter of --consensus outer; none: 1 with it"
+    add("--outer-bits", type=int, choices=tuple(CODECS), help=bits_help)
+    delay_help = (
+        "steps for which a synchronization of --consensus outer is under way; none: 0, which waits for it"
+    )
+    add("--outer-delay", type=int, help=delay_help)
+    add(
+        "--local-lr-scale",
+        type=float,
+        default=1.0,
+        help="learning rate of matrices on local steps, relative to --lr",
+    )
+    add(
+        "--rank-fraction",
+        type=float,
+        default=0.25,
+        help="rank of the update relative to the matrix's shorter side",
+    )
     add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
-    add("--max-local-steps", type=int, help="synchronize after this many local steps in a row; none: 7 with --tau inf, else no bound")
-    add("--gate-every", type=int, help="steps from one exchange of the gate to the next; none: only when due with --tau inf, else 1")
-    add("--gate-lag", type=int, default=0, choices=(0, 1), help="1: local steps do not wait for the gate's answer, the next one reads it")
+    most_help = "synchronize after this many local steps in a row; none: 7 with --tau inf, else no bound"
+    add("--max-local-steps", type=int, help=most_help)
+    every_help = (
+        "ask the gate on every n-th step; none: with --tau inf where --max-local-steps says so, else 1"
+    )
+    add("--gate-every", type=int, help=every_help)
+    lag_help = "1: local steps do not wait for the gate's answer, the next one reads it"
+    add("--gate-lag", type=int, default=0, choices=OPTIMIZER_OPTIONS["gate_lag"].choices, help=lag_help)
     add("--lr", type=float, default=0.02, help="peak learning rate of matrices")
     add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
     add("--momentum", type=float, default=0.8, help="mu")
@@ -67,7 +100,9 @@ def parse_args() -> argparse.Namespace:
     add("--dim", type=int, default=160, help="width of the model")
     add("--layers", type=int, default=4, help="number of blocks")
     add("--heads", type=int, default=5, help="attention heads")
-    add("--text", type=Path, help="file or folder to train on; none: the Python standard library's own source")
+    add(
+        "--text", type=Path, help="file or folder to train on; none: the Python standard library's own source"
+    )
     add("--max-text", type=int, default=8_000_000, help="bytes of it that are read at most, evenly spread")
     add("--seq", type=int, default=128, help="bytes in a sequence")
     add("--batch", type=int, default=8, help="sequences on each rank in each step")
@@ -75,11 +110,23 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=int, default=300, help="length of the run and of its learning rate schedule")
     add("--seed", type=int, default=0, help="fixes initial weights and batches")
-    replicas_help = "copies of the model; none: one a machine, on a single one 2, or a process each if these are odd"
+    replicas_help = (
+        "copies of the model; none: one a machine, on a single one 2, or a process each if these are odd"
+    )
     add("--replicas", type=int, help=replicas_help)
-    add("--eval-every", type=int, default=100, help="steps between evaluations on held-out text; 0: first and last only")
+    add(
+        "--eval-every",
+        type=int,
+        default=100,
+        help="steps between evaluations on held-out text; 0: first and last only",
+    )
     add("--eval-bytes", type=int, default=32768, help="held-out bytes in an evaluation")
-    add("--layers-every", type=int, default=10, help="steps between lines with the RMMC of every matrix; 0: none")
+    add(
+        "--layers-every",
+        type=int,
+        default=10,
+        help="steps between lines with the RMMC of every matrix; 0: none",
+    )
     add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
     add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
     add("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
@@ -94,7 +141,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def start(replicas: int | None) -> tuple[torch.device, DeviceMesh]:
-    """Set up this process's device and the mesh: replicas, between which CurvaDion talks, times shards, FSDP2's own."""
+    """Set up this process's device and the mesh: replicas, CurvaDion's axis, times shards, FSDP2's own."""
     if "RANK" not in os.environ:
         raise SystemExit(f"start this with torchrun, for example: torchrun --nproc-per-node 4 {__file__}")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -103,23 +150,27 @@ def start(replicas: int | None) -> tuple[torch.device, DeviceMesh]:
         device = torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.accelerator.device_count():
             raise SystemExit(
-                f"each process needs its own device; this machine has {torch.accelerator.device_count()}, so start "
-                f"torchrun with --nproc-per-node {torch.accelerator.device_count()}"
+                f"each process needs its own device; this machine has {torch.accelerator.device_count()}, so "
+                f"start torchrun with --nproc-per-node {torch.accelerator.device_count()}"
             )
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(dist.get_default_backend_for_device(device), device_id=None if device.type == "cpu" else device)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device), device_id=None if device.type == "cpu" else device
+    )
     world = dist.get_world_size()
     machines = world // int(os.environ["LOCAL_WORLD_SIZE"])
     replicas = replicas or (machines if machines > 1 else 2 if world % 2 == 0 else world)
     if world % replicas:
         raise SystemExit(f"--replicas must divide the number of processes, got {replicas} and {world}")
     # Neighbouring ranks share a replica, so that shards stay within a machine.
-    return device, init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    return device, init_device_mesh(
+        device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def build_model(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> GPT:
-    # All ranks draw the same weights before sharding: replicas must start equal, and shards of a CPU mesh that are
-    # initialized afterwards would all get the same rows.
+    # All ranks draw the same weights before sharding: replicas must start equal, and shards of a CPU mesh
+    # that are initialized afterwards would all get the same rows.
     torch.manual_seed(args.seed)
     model = GPT(dim=args.dim, layers=args.layers, heads=args.heads, max_seq=args.seq).to(device)
     policy = MixedPrecisionPolicy()
@@ -136,11 +187,12 @@ def between_replicas(args: argparse.Namespace) -> dict[str, Any]:
     """Return when replicas synchronize, and how."""
     if args.optimizer != "curvadion":
         return {"max_local_steps": 0}
-    scheduled = args.tau == float("inf")
-    options: dict[str, Any] = {"max_local_steps": args.max_local_steps, "gate_every": args.gate_every or 1, "consensus": args.consensus}
-    if scheduled:
-        options["max_local_steps"] = LOW_COMMUNICATION["max_local_steps"] if args.max_local_steps is None else args.max_local_steps
-        options["gate_every"] = args.gate_every or options["max_local_steps"] + 1
+    most, every = args.max_local_steps, args.gate_every
+    if args.tau == float("inf"):  # a fixed interval; nobody asks in between
+        most = LOW_COMMUNICATION["max_local_steps"] if most is None else most
+    else:
+        every = every or 1
+    options: dict[str, Any] = {"max_local_steps": most, "gate_every": every, "consensus": args.consensus}
     outer = {
         "outer_lr": args.outer_lr,
         "outer_momentum": args.outer_momentum,
@@ -183,7 +235,9 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.dev
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, opt: CurvaDion, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def evaluate(
+    model: nn.Module, opt: CurvaDion, batches: list[tuple[Tensor, Tensor]], device: torch.device
+) -> float:
     """Return the held-out loss, in nats a byte, of the one model that all replicas average to."""
     with opt.consensus():
         loss = torch.stack([loss_of(model, x, y, device) for x, y in batches]).mean()
@@ -194,13 +248,24 @@ def evaluate(model: nn.Module, opt: CurvaDion, batches: list[tuple[Tensor, Tenso
 def sum_over_shards(
     loss: Tensor, metrics: dict[str, float], drift: tuple[float, float] | None, mesh: DeviceMesh
 ) -> tuple[float, dict[str, float], float | None]:
-    """Return this replica's loss, the metrics with byte counts summed over its ranks, and its drift. Crosses no replica axis."""
+    """Return this replica's loss, the metrics with byte counts summed over its ranks, and its drift.
+
+    Crosses no replica axis.
+    """
     counts = [key for key in metrics if "bytes" in key or "wire" in key]
-    values = torch.tensor([0.0, *(drift or (0.0, 0.0)), *(metrics[key] for key in counts)], dtype=torch.float64, device=loss.device)
+    values = torch.tensor(
+        [0.0, *(drift or (0.0, 0.0)), *(metrics[key] for key in counts)],
+        dtype=torch.float64,
+        device=loss.device,
+    )
     values[0] = loss / mesh["shard"].size()
     dist.all_reduce(values, group=mesh["shard"].get_group())
     mean_loss, own, common, *sums = values.tolist()
-    return mean_loss, metrics | dict(zip(counts, sums, strict=True)), (own / common) ** 0.5 if common else None
+    return (
+        mean_loss,
+        metrics | dict(zip(counts, sums, strict=True)),
+        (own / common) ** 0.5 if common else None,
+    )
 
 
 def save(folder: Path, step: int, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> None:
@@ -234,14 +299,18 @@ def main() -> None:
 def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     text = ByteText(args.text, max_bytes=args.max_text)
-    held_out = text.held_out_batches(tokens=args.eval_bytes, batch=args.batch, seq=args.seq, rank=rank, ranks=ranks)
+    held_out = text.held_out_batches(
+        tokens=args.eval_bytes, batch=args.batch, seq=args.seq, rank=rank, ranks=ranks
+    )
     model = build_model(args, device, mesh)
     opt = build_optimizer(args, model, mesh)
     schedule = LambdaLR(opt, lambda step: learning_rate(step, args.steps))
     first = load_newest(args.checkpoint, model, opt, schedule) if args.resume else 0
 
     summary = {
-        "arguments": {k: str(v) if isinstance(v, Path) or v == float("inf") else v for k, v in vars(args).items()},
+        "arguments": {
+            k: str(v) if isinstance(v, Path) or v == float("inf") else v for k, v in vars(args).items()
+        },
         "replicas": mesh["replicate"].size(),
         "shards": mesh["shard"].size(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -250,7 +319,9 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "held_out": [],
     }
-    display = Display(args.out, steps=args.steps, tau=args.tau, start=first, summary=summary) if rank == 0 else None
+    display = (
+        Display(args.out, steps=args.steps, tau=args.tau, start=first, summary=summary) if rank == 0 else None
+    )
 
     def held_out_loss(step: int) -> None:
         loss = evaluate(model, opt, held_out, device)
@@ -277,11 +348,20 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
             matrix = opt.matrix_names[index] if index >= 0 else None
             tokens = args.batch * args.seq * ranks
             rmmc = opt.named_rmmc() if args.layers_every and step % args.layers_every == 0 else None
-            seen = {"lr": lr, "tokens": tokens, "seconds": seconds, "matrix": matrix, "rmmc": rmmc, "drift": drift}
+            seen = {
+                "lr": lr,
+                "tokens": tokens,
+                "seconds": seconds,
+                "matrix": matrix,
+                "rmmc": rmmc,
+                "drift": drift,
+            }
             display.step(step, loss=replica_loss, metrics=metrics, **seen)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             held_out_loss(step)
-        if args.checkpoint and (step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)):
+        if args.checkpoint and (
+            step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)
+        ):
             save(args.checkpoint, step, model, opt, schedule)
 
     if display is not None:
