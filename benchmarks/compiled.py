@@ -4,8 +4,9 @@
     python benchmarks/compiled.py --json          # one JSON object per kernel and target
     python benchmarks/compiled.py --quick         # what the tests compile: a third of the time
 
-Per kernel and target: registers, stack and spills (both must be 0), the widest loads and stores of global memory with their number, and the
-matrix instructions. Needs triton, no GPU; NVIDIA's disassembler comes inside the triton package.
+Per kernel and target: registers, stack and spills (both must be 0), the widest loads and stores of global
+memory with their number, and the matrix instructions. Needs triton, no GPU; NVIDIA's disassembler comes
+inside the triton package.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ NAMES = {tl.float32: "fp32", tl.float64: "fp64", tl.bfloat16: "bf16"}
 
 
 def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Yield (name, kernel, argument types, constants, launch options) of everything that a training run launches."""
+    """Yield (name, kernel, argument types, constants, launch options) of everything that a training run
+    launches."""
     addresses = dict.fromkeys(("addresses", "m_addresses", "x_addresses", "g_addresses"), "*i64")
     chunked = {**addresses, "owner": "*i32", "sizes": "*i64", "count": "i32"}
     cut = {"CHUNK": T.CHUNK, "BLOCK": T.BLOCK}
@@ -94,7 +96,11 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
         for feedback, other in ((True, ""), (True, "right"), (True, "left"), (False, "right")):
             for precision in ("tf32", "tf32x3") if target.backend == "cuda" else ("ieee",):
                 tile = T.apply_tile(precision)
-                what = {"": "Q = R scale", "right": "Q and R", "left": "Q and R, transposed"}[other] if feedback else "X only"
+                what = (
+                    {"": "Q = R scale", "right": "Q and R", "left": "Q and R, transposed"}[other]
+                    if feedback
+                    else "X only"
+                )
                 yield (
                     f"low_rank_apply ({NAMES[kind]}, {what}, {precision})",
                     T.low_rank_apply_kernel,
@@ -127,7 +133,9 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
     )
 
 
-def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: dict[str, int]) -> Any:
+def build(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: dict[str, int]
+) -> Any:
     """Compile as the launcher would for aligned pointers and sizes divisible by 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -139,13 +147,22 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], target:
 
 
 def in_quick(name: str, label: str) -> bool:
-    """Say whether the quick report has it: each kernel once; all low-rank modes and mixed dtypes on sm_90; bfloat16 on gfx942."""
+    """Say whether the quick report has it: each kernel once; all low-rank modes and mixed dtypes on sm_90;
+    bfloat16 on gfx942."""
     if "norms only" in name:
         return False
     if name.startswith("low_rank_apply"):
         scaled = "Q = R scale" in name
-        return "bf16" not in name and (", tf32)" not in name or (scaled and label == "sm_90")) and (scaled or label == "sm_90")
-    return "bf16" not in name or (label == "gfx942" and "(bf16" in name) or (label == "sm_90" and "(fp32, bf16" in name)
+        return (
+            "bf16" not in name
+            and (", tf32)" not in name or (scaled and label == "sm_90"))
+            and (scaled or label == "sm_90")
+        )
+    return (
+        "bf16" not in name
+        or (label == "gfx942" and "(bf16" in name)
+        or (label == "sm_90" and "(fp32, bf16" in name)
+    )
 
 
 def inspect_cuda(compiled: Any, disassemble: bool = True) -> dict[str, Any]:
@@ -154,19 +171,32 @@ def inspect_cuda(compiled: Any, disassemble: bool = True) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True
+        )
         code = ""
         if disassemble:
-            code = subprocess.run([tools / "nvdisasm", "-ndf", "-c", binary], capture_output=True, text=True, check=True).stdout
+            code = subprocess.run(
+                [tools / "nvdisasm", "-ndf", "-c", binary], capture_output=True, text=True, check=True
+            ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
     assert found is not None, usage.stdout + usage.stderr
     registers, stack, local = map(int, found.groups())
     count: Counter[str] = Counter()
-    for operation, modifiers in re.findall(r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA)((?:\.[A-Za-z0-9_]+)*)", code):
+    for operation, modifiers in re.findall(
+        r"\b(LDGSTS|LDG|STG|LDL|STL|HMMA|HGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA)((?:\.[A-Za-z0-9_]+)*)", code
+    ):
         bits = re.search(r"\.(128|64)\b", modifiers)
-        name = {"LDGSTS": "load", "LDG": "load", "STG": "store", "LDL": "local", "STL": "local"}.get(operation, operation)
+        name = {"LDGSTS": "load", "LDG": "load", "STG": "store", "LDL": "local", "STL": "local"}.get(
+            operation, operation
+        )
         count[f"{name}{int(bits[1]) // 8 if bits else 4}" if name in ("load", "store") else name] += 1
-    return {"registers": registers, "stack": stack, "spills": local + count.pop("local", 0), "instructions": dict(sorted(count.items()))}
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": local + count.pop("local", 0),
+        "instructions": dict(sorted(count.items())),
+    }
 
 
 def inspect_hip(compiled: Any) -> dict[str, Any]:
@@ -179,7 +209,9 @@ def inspect_hip(compiled: Any) -> dict[str, Any]:
         return int(found[1])
 
     count: Counter[str] = Counter()
-    for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(?:dword|b|u?short|ubyte)(x?\d*)", code):
+    for kind, width in re.findall(
+        r"\b(?:global|buffer|flat)_(load|store)_(?:dword|b|u?short|ubyte)(x?\d*)", code
+    ):
         count[f"{kind}{ {'x4': 16, '128': 16, 'x3': 12, 'x2': 8, '64': 8}.get(width, 4) }"] += 1
     count["MFMA"] = len(re.findall(r"\bv_mfma_", code))
     return {
@@ -192,11 +224,19 @@ def inspect_hip(compiled: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Compile, inspect, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
-    parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="only this one; may be given several times")
+    parser.add_argument(
+        "--target", choices=sorted(TARGETS), action="append", help="only this one; may be given several times"
+    )
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="leave out variants, and the instructions of kernels that move few bytes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out variants, and the instructions of kernels that move few bytes",
+    )
     arguments = parser.parse_args()
     for label in arguments.target or TARGETS:
         target = TARGETS[label]
@@ -204,9 +244,17 @@ def main() -> None:
             if arguments.kernel not in name or (arguments.quick and not in_quick(name, label)):
                 continue
             compiled = build(kernel, types, constants, target, options)
-            disassemble = not arguments.quick or name.startswith(("momentum_norm", "local_step", "low_rank_apply"))
+            disassemble = not arguments.quick or name.startswith(
+                ("momentum_norm", "local_step", "low_rank_apply")
+            )
             found = inspect_cuda(compiled, disassemble) if target.backend == "cuda" else inspect_hip(compiled)
-            row = {"kernel": name, "target": label, **found, "shared": compiled.metadata.shared, "triton": triton.__version__}
+            row = {
+                "kernel": name,
+                "target": label,
+                **found,
+                "shared": compiled.metadata.shared,
+                "triton": triton.__version__,
+            }
             if arguments.json:
                 print(json.dumps(row), flush=True)
             else:

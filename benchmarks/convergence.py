@@ -1,16 +1,20 @@
-r"""Loss against bytes: K replicas of a small GPT under a list of settings, at equal tokens, with the controls that keep it honest.
+r"""Loss against bytes: K replicas of a small GPT under a list of settings, at equal tokens, with the controls
+that keep it honest.
 
     python benchmarks/convergence.py --tables headline --seeds 0 1 2 --text FOLDER
     python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # the same through scripts/train.py, gloo or NCCL
     python benchmarks/convergence.py --check benchmarks/results/convergence.jsonl    # the same losses today?
     curvadion report benchmarks/results/convergence.jsonl
 
-One JSON line per finished run goes to --out; what is there already is not run again. "simulation" is one optimizer for each replica, all in
-one process, on a CPU core or a GPU (benchmarks/simulation.py); "processes" is torchrun and one process per replica.
+One JSON line per finished run goes to --out; what is there already is not run again. "simulation" is one
+optimizer for each replica, all in one process, on a CPU core or a GPU (benchmarks/simulation.py); "processes"
+is torchrun and one process per replica.
 
-Loss is in nats per byte, of the mean of all replicas, on held-out text. Bytes are those that leave one replica. Controls are part of each
-run: synchronous training, AdamW, no synchronization at all, and for each gate that is steered to a rate the fixed interval of that
-rate. If no synchronization is as good as synchronous training, gradients leak between replicas: all runs become invalid.
+Loss is in nats per byte, of the mean of all replicas, on held-out text. Bytes are those that leave one
+replica. Controls are part of each
+run: synchronous training, AdamW, no synchronization at all, and for each gate that is steered to a rate the
+fixed interval of that rate. If no synchronization is as good as synchronous training, gradients leak between
+replicas: all runs become invalid.
 """
 
 import argparse
@@ -149,9 +153,12 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """A text that is equal for equal runs; what has its default value is left out, so that a new option changes no old run."""
+        """A text that is equal for equal runs; what has its default value is left out, so that a new option
+        changes no old run."""
         plain = asdict(Setting(""))
-        values = asdict(self) | {"setting": {k: v for k, v in asdict(self.setting).items() if v != plain[k] and k != "name"}}
+        values = asdict(self) | {
+            "setting": {k: v for k, v in asdict(self.setting).items() if v != plain[k] and k != "name"}
+        }
         return json.dumps(values, sort_keys=True)
 
 
@@ -167,7 +174,9 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
     @torch.no_grad()
     def held_out_loss() -> float:
         mean = replicas.consensus()
-        losses = [F.cross_entropy(mean(x.to(device)).flatten(0, 1), y.to(device).flatten()) for x, y in held_out]
+        losses = [
+            F.cross_entropy(mean(x.to(device)).flatten(0, 1), y.to(device).flatten()) for x, y in held_out
+        ]
         return float(torch.stack(losses).mean())
 
     began, drift, signals = time.perf_counter(), [], []
@@ -177,7 +186,9 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
             g.zero_()
         for k, replica in enumerate(replicas.models):
             part = (k, run.replicas) if run.parts else (0, 1)
-            inputs, targets = text.batch(batch=run.batch, seq=run.seq, seed=run.seed, rank=k, step=step, part=part)
+            inputs, targets = text.batch(
+                batch=run.batch, seq=run.seq, seed=run.seed, rank=k, step=step, part=part
+            )
             F.cross_entropy(replica(inputs.to(device)).flatten(0, 1), targets.to(device).flatten()).backward()
         last = step == run.steps and not math.isinf(run.setting.interval)
         try:
@@ -210,19 +221,33 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
 
 # The attributes of a setting that scripts/train.py has flags for.
 SHARED = (
-    *("rule", "rank_fraction", "lr", "adamw_lr", "momentum", "weight_decay", "consensus", "interval", "bits", "outer_lr"),
+    *(
+        "rule",
+        "rank_fraction",
+        "lr",
+        "adamw_lr",
+        "momentum",
+        "weight_decay",
+        "consensus",
+        "interval",
+        "bits",
+        "outer_lr",
+    ),
     *("outer_momentum", "gate", "tau", "warmup", "delay"),
 )
 
 
 def train_flags(setting: Setting) -> list[str]:
-    """Return the setting as flags of scripts/train.py. Raises ValueError for one that the optimizer does not have."""
+    """Return the setting as flags of scripts/train.py. Raises ValueError for one that the optimizer does not
+    have."""
     own = replace(Setting("", baseline=setting.baseline), **{name: getattr(setting, name) for name in SHARED})
     odd = [name for name, value in asdict(setting).items() if name != "name" and value != getattr(own, name)]
     odd += ["gate"] if setting.gate not in ("interval", "rmmc") else []
     odd += ["rule"] if setting.baseline and setting.rule not in ("dion", "adamw") else []
     if odd:
-        raise ValueError(f"processes take what the optimizer has; got {', '.join(odd)} in {setting.name!r}; use --backend simulation")
+        raise ValueError(
+            f"processes take what the optimizer has; got {', '.join(odd)} in {setting.name!r}; use --backend simulation"
+        )
     flags: dict[str, Any] = {
         "--lr": setting.lr,
         "--adamw-lr": setting.adamw_lr,
@@ -232,13 +257,23 @@ def train_flags(setting: Setting) -> list[str]:
     }
     if setting.baseline:
         return words(flags | {"--optimizer": setting.rule})
-    flags |= {"--local-update": setting.rule, "--consensus": setting.consensus, "--warmup-steps": setting.warmup}
+    flags |= {
+        "--local-update": setting.rule,
+        "--consensus": setting.consensus,
+        "--warmup-steps": setting.warmup,
+    }
     if setting.consensus == "outer":
-        flags |= {"--outer-bits": setting.bits, "--outer-lr": setting.outer_lr, "--outer-momentum": setting.outer_momentum}
+        flags |= {
+            "--outer-bits": setting.bits,
+            "--outer-lr": setting.outer_lr,
+            "--outer-momentum": setting.outer_momentum,
+        }
         flags["--outer-delay"] = setting.delay
     if setting.gate == "interval":
         never = 10**9
-        flags |= {"--max-local-steps": int(setting.interval) - 1 if math.isfinite(setting.interval) else never}
+        flags |= {
+            "--max-local-steps": int(setting.interval) - 1 if math.isfinite(setting.interval) else never
+        }
     elif setting.tau is None:
         flags |= {"--tau": 0.1, "--target-sync-rate": 1 / setting.interval}
     else:
@@ -269,11 +304,22 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
             "--out": folder,
         }
         flags |= {"--text": run.text} if run.text else {}
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", run.replicas]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            run.replicas,
+        ]
         command = [*torchrun, ROOT / "scripts" / "train.py", *words(flags), *train_flags(run.setting)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [str(word) for word in command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         output = []
         for line in process.stdout or ():
@@ -281,7 +327,9 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
             if count is not None and line.startswith("step "):
                 count.value = int(line.split()[1].split("/")[0])
         if process.wait():
-            raise RuntimeError(f"{run.setting.name}: {' '.join(map(str, command))} failed:\n{''.join(output[-30:])}")
+            raise RuntimeError(
+                f"{run.setting.name}: {' '.join(map(str, command))} failed:\n{''.join(output[-30:])}"
+            )
         summary = json.loads((Path(folder) / "summary.json").read_text())
         steps = [json.loads(line) for line in (Path(folder) / "steps.jsonl").read_text().splitlines()]
     totals = {key.rsplit("/", 1)[1]: 0.0 for key in steps[0] if key.startswith("curvadion/bytes/replicate/")}
@@ -296,7 +344,9 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
         "seconds": sum(step["seconds"] for step in steps),
         "curve": summary["held_out"],
         "drift": [[step["step"], step["drift"]] for step in steps if step.get("drift") is not None],
-        "signal": [[step["step"], step["curvadion/rmmc_max"], bool(step["curvadion/synchronized"])] for step in steps],
+        "signal": [
+            [step["step"], step["curvadion/rmmc_max"], bool(step["curvadion/synchronized"])] for step in steps
+        ],
     }
 
 
@@ -331,24 +381,35 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
 
 
 def with_controls(settings: Iterable[Setting]) -> list[Setting]:
-    """Return the settings, the controls, and for each gate that is steered to a rate the fixed interval of that rate; each once."""
+    """Return the settings, the controls, and for each gate that is steered to a rate the fixed interval of
+    that rate; each once."""
     wanted: dict[str, Setting] = {}
     for setting in [*CONTROLS, *settings]:
         steered = setting.gate in ("rmmc", "directional", "drift") and setting.tau is None
-        fixed = [replace(setting, gate="interval", threshold_power=0, name=f"{setting.name}: fixed interval")] if steered else []
+        fixed = (
+            [replace(setting, gate="interval", threshold_power=0, name=f"{setting.name}: fixed interval")]
+            if steered
+            else []
+        )
         for s in [setting, *fixed]:
             wanted.setdefault(json.dumps({k: v for k, v in asdict(s).items() if k != "name"}), s)
     return list(wanted.values())
 
 
 def validate(lines: Sequence[dict[str, Any]]) -> None:
-    """Set "valid" in all lines: whether, all else equal, no synchronization is clearly worse than synchronous training."""
+    """Set "valid" in all lines: whether, all else equal, no synchronization is clearly worse than synchronous
+    training."""
     alike: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         identity = json.loads(line["identity"])
-        alike.setdefault(json.dumps({k: v for k, v in identity.items() if k not in ("setting", "seed")}), []).append(line)
+        alike.setdefault(
+            json.dumps({k: v for k, v in identity.items() if k not in ("setting", "seed")}), []
+        ).append(line)
     for group in alike.values():
-        best = {s: min((x["loss"] for x in group if x["baseline"] and x["seed"] == s), default=None) for s in {x["seed"] for x in group}}
+        best = {
+            s: min((x["loss"] for x in group if x["baseline"] and x["seed"] == s), default=None)
+            for s in {x["seed"] for x in group}
+        }
         never = {x["seed"]: x["loss"] for x in group if x["setting"] == NEVER.name}
         known = [loss for loss in best.values() if loss is not None]
         noise = 3 * statistics.stdev(known) if len(known) > 1 else 0.0
@@ -363,25 +424,64 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
-    add("--tables", nargs="+", default=["headline"], choices=sorted(TABLES), metavar="TABLE", help=f"of settings: {', '.join(TABLES)}")
+    add(
+        "--tables",
+        nargs="+",
+        default=["headline"],
+        choices=sorted(TABLES),
+        metavar="TABLE",
+        help=f"of settings: {', '.join(TABLES)}",
+    )
     add("--settings", nargs="+", metavar="NAME", help="only these of the tables; controls come along")
-    add("--backend", choices=("simulation", "processes"), default="simulation", help="one process for all replicas, or one each")
+    add(
+        "--backend",
+        choices=("simulation", "processes"),
+        default="simulation",
+        help="one process for all replicas, or one each",
+    )
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each setting for each")
     add("--replicas", nargs="+", type=int, default=[4], help="K")
     add("--batch", nargs="+", type=int, default=[16], help="sequences in each replica's step")
-    add("--steps", nargs="+", type=int, default=[600], help="length of a run and of its learning rate schedule")
+    add(
+        "--steps",
+        nargs="+",
+        type=int,
+        default=[600],
+        help="length of a run and of its learning rate schedule",
+    )
     add("--seq", type=int, default=64, help="bytes in a sequence")
     add("--dim", type=int, default=64, help="width of the model")
     add("--layers", type=int, default=2, help="blocks")
     add("--heads", type=int, default=2, help="attention heads")
-    add("--text", default="", help="file or folder to train on; none: the Python standard library's own source")
+    add(
+        "--text",
+        default="",
+        help="file or folder to train on; none: the Python standard library's own source",
+    )
     add("--parts", action="store_true", help="each replica reads a part of the text of its own")
-    add("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, with --backend simulation on a CPU")
+    add(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 1)),
+        help="runs at a time, with --backend simulation on a CPU",
+    )
     add("--device", default="cpu", help="of --backend simulation: cpu or cuda")
-    add("--check", type=Path, metavar="FILE", help="take this file's runs at these seeds and conditions again, and compare")
-    add("--out", type=Path, default=Path("runs/convergence.jsonl"), help="file that finished runs are appended to")
+    add(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="take this file's runs at these seeds and conditions again, and compare",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/convergence.jsonl"),
+        help="file that finished runs are appended to",
+    )
     return parser.parse_args()
 
 
@@ -392,7 +492,9 @@ def main() -> None:
     args = parse_args()
     if args.check is not None:
         return check(args)
-    settings = [s for table in args.tables for s in TABLES[table] if not args.settings or s.name in args.settings]
+    settings = [
+        s for table in args.tables for s in TABLES[table] if not args.settings or s.name in args.settings
+    ]
     data = {"text": args.text, "backend": args.backend, "parts": args.parts}
     shape = {"seq": args.seq, "dim": args.dim, "layers": args.layers, "heads": args.heads}
     runs = [
@@ -410,7 +512,12 @@ def main() -> None:
     console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them in {args.out} already")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/convergence.py " + " ".join(sys.argv[1:])
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+    )
     jobs = args.jobs if args.backend == "simulation" and args.device == "cpu" else 1
     with (
         multiprocessing.Manager() as manager,
@@ -424,7 +531,9 @@ def main() -> None:
             while waiting and len(futures) < jobs:
                 run = waiting.pop(0)
                 count = manager.Value("i", 0)
-                task = progress.add_task(f"{run.setting.name}, K={run.replicas}, seed {run.seed}", total=run.steps)
+                task = progress.add_task(
+                    f"{run.setting.name}, K={run.replicas}, seed {run.seed}", total=run.steps
+                )
                 futures[pool.submit(execute, run, args.device, count)] = run, count, task
             time.sleep(0.3)
             for future, (run, count, task) in list(futures.items()):
@@ -442,8 +551,9 @@ def main() -> None:
                         print(json.dumps(line), file=file)
                     share = line["wire"] / line["dense_wire"] if line["dense_wire"] else 0.0
                     console.print(
-                        f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed {run.seed}: "
-                        f"loss {line['loss']:.4f}, {share:.2%} of dense bytes, {line['seconds']:.0f} s"
+                        f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed "
+                        f"{run.seed}: loss {line['loss']:.4f}, {share:.2%} of dense bytes, "
+                        f"{line['seconds']:.0f} s"
                     )
     lines = read(args.out)
     validate(lines)
@@ -452,7 +562,9 @@ def main() -> None:
     Path(file.name).replace(args.out)
     invalid = sum(line["valid"] is False for line in lines)
     if invalid:
-        raise SystemExit(f"{invalid} runs are invalid: no synchronization is as good as synchronous training, so something leaks")
+        raise SystemExit(
+            f"{invalid} runs are invalid: no synchronization is as good as synchronous training, so something leaks"
+        )
 
 
 def run_of(line: dict[str, Any]) -> Run:
@@ -462,7 +574,8 @@ def run_of(line: dict[str, Any]) -> Run:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Take a file's simulated runs at these seeds and conditions again, and print what came out then and now."""
+    """Take a file's simulated runs at these seeds and conditions again, and print what came out then and
+    now."""
     runs = []
     for line in read(args.check):
         run = run_of(line)
@@ -477,10 +590,11 @@ def check(args: argparse.Namespace) -> None:
             now = future.result()
             share = [f"{line['wire'] / max(line['dense_wire'], 1):.2%}" for line in (then, now)]
             print(
-                f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed {run.seed}: "
-                f"loss {then['loss']:.4f} then, {now['loss']:.4f} now ({now['loss'] - then['loss']:+.4f}); "
-                f"{then['synchronized']}, {now['synchronized']} synchronized; {', '.join(share)} of dense bytes; "
-                f"{then['seconds']:.0f}, {now['seconds']:.0f} s",
+                f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed "
+                f"{run.seed}: loss {then['loss']:.4f} then, {now['loss']:.4f} now "
+                f"({now['loss'] - then['loss']:+.4f}); {then['synchronized']}, {now['synchronized']} "
+                f"synchronized; {', '.join(share)} of dense bytes; {then['seconds']:.0f}, "
+                f"{now['seconds']:.0f} s",
                 flush=True,
             )
 

@@ -5,16 +5,17 @@
     python benchmarks/kernels.py --device cpu               # torch's variants on a small model
     python benchmarks/kernels.py --device cpu --interpret   # the kernels too, in Triton's interpreter: a test, not a measurement
 
-Operations, and the bytes per element in float32 that each must move at least; every variant is divided by the same number:
+Operations, and the bytes per element in float32 that each must move at least; every variant is divided by the
+same number:
 
     momentum_norm_    m <- c m + g and the norms of all m           12
     local_step_       X <- a X - b G                                12
     local_update      both and the gate between them                24   (peers: SGD with momentum moves 20, AdamW 28)
     low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q = R diag(scale) not read
 
-A shard of 1/8 is the first of 8 ranks' rows of every matrix. Products run at two precisions: tf32, against the kernel with one TF32
-product, and highest, against the kernel with three (tf32x3). The crossover is the rank up to which the kernel is faster than `products`,
-the two cuBLAS products per matrix that take its place.
+A shard of 1/8 is the first of 8 ranks' rows of every matrix. Products run at two precisions: tf32, against
+the kernel with one TF32 product, and highest, against the kernel with three (tf32x3). The crossover is the
+rank up to which the kernel is faster than `products`, the two cuBLAS products per matrix that take its place.
 """
 
 import argparse
@@ -48,7 +49,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 OPERATIONS = ("momentum_norm", "local_step", "local_update", "low_rank_apply")
-PRECISIONS = {"tf32": "high", "highest": "highest"}  # of this program: torch.set_float32_matmul_precision's word for it
+PRECISIONS = {
+    "tf32": "high",
+    "highest": "highest",
+}  # of this program: torch.set_float32_matmul_precision's word for it
 KERNEL_PRECISION = {"tf32": "tf32", "highest": "tf32x3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MU, DECAY, STEP = 0.95, 0.999, 1e-3
@@ -110,7 +114,11 @@ def import_kernels(device: torch.device, interpret: bool) -> Any:
     except ImportError as error:
         print(f"no Triton here ({error}): its kernels are left out")
         return None
-    reason = triton_ops.why_not(device) if device.type == "cuda" or interpret else "there is no GPU; --interpret tests them"
+    reason = (
+        triton_ops.why_not(device)
+        if device.type == "cuda" or interpret
+        else "there is no GPU; --interpret tests them"
+    )
     if reason:
         print(f"the Triton kernels are left out: {reason}")
         return None
@@ -172,7 +180,10 @@ def elementwise_variants(
     states = []
     for _ in range(copies or copies_needed(2 * numel * size, device)):
         x, m, g = (random_tensors(shapes, device, dtype) for _ in range(3))
-        last, tau = torch.ones(len(shapes), device=device), torch.full((len(shapes),), torch.inf, device=device)
+        last, tau = (
+            torch.ones(len(shapes), device=device),
+            torch.full((len(shapes),), torch.inf, device=device),
+        )
         states.append(Elementwise(x, m, g, last, tau))
     three = 3 * numel * size
     variants: list[Variant] = []
@@ -188,7 +199,12 @@ def elementwise_variants(
             norms = three if name == "triton" else 2 * three  # mul_: 2, add_: 3, norm: 1
             step = three if name == "triton" else 5 * numel * size
             add("momentum_norm_", name, lambda s, f=ops.momentum_norm_: f(s.m, s.g, decay=MU), norms)
-            add("local_step_", name, lambda s, f=ops.local_step_: f(s.x, s.g, decay=DECAY, step_size=STEP), step)
+            add(
+                "local_step_",
+                name,
+                lambda s, f=ops.local_step_: f(s.x, s.g, decay=DECAY, step_size=STEP),
+                step,
+            )
             add("local_update", name, partial(whole_update, ops), norms + step)
     add("momentum_norm_", "foreach", lambda s: foreach_momentum(s.m, s.g), 2 * three)
     add("local_step_", "foreach", lambda s: foreach_step(s.x, s.g), 5 * numel * size)
@@ -218,11 +234,15 @@ def check_elementwise(variant: Variant) -> None:
         reference.local_step_(expected.x, expected.g, decay=DECAY, step_size=STEP)
     result = variant.run(got)
     # torch's variants round bfloat16 twice.
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if got.x[0].dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if got.x[0].dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    )
     assert_close(got.m, expected.m, **tolerance)
     assert_close(got.x, expected.x, **tolerance)
     if sums is not None:
-        squares = result[:-2] if isinstance(result, Tensor) else torch.stack([n.float() for n in result]).square()
+        squares = (
+            result[:-2] if isinstance(result, Tensor) else torch.stack([n.float() for n in result]).square()
+        )
         loose = 1e-4 if got.m[0].dtype == torch.float32 else 2e-2
         assert_close(squares, sums[:-2], rtol=loose, atol=loose)
 
@@ -254,7 +274,14 @@ def stacked(s: LowRank) -> None:
 
 
 def low_rank_variants(
-    shape: tuple[int, int], batch: int, shard: int, rank: int, precision: str, device: torch.device, triton_ops: Any, copies: int | None
+    shape: tuple[int, int],
+    batch: int,
+    shard: int,
+    rank: int,
+    precision: str,
+    device: torch.device,
+    triton_ops: Any,
+    copies: int | None,
 ) -> list[Variant]:
     """Return all ways to apply an update of some rank to a batch of matrices."""
     from curvadion_kernels import reference
@@ -278,14 +305,20 @@ def low_rank_variants(
     factors = 4 * batch * rank * (long + short + 1)
     floats = 4 * numel * rank
     ways: dict[str, tuple[Callable[[LowRank], Any], int]] = {
-        "products": (lambda s: reference.low_rank_apply_(s.params, s.momentum, s.P, None, s.R, **s.arguments), 16 * numel),
+        "products": (
+            lambda s: reference.low_rank_apply_(s.params, s.momentum, s.P, None, s.R, **s.arguments),
+            16 * numel,
+        ),
         "addmm": (products, 16 * numel),
         "baddbmm_stacked": (stacked, 32 * numel),
     }
     if triton_ops is not None:
         kind = KERNEL_PRECISION[precision]
         fused = triton_ops.fused_low_rank_apply_
-        ways["triton"] = (lambda s: fused(s.params, s.momentum, s.P, None, s.R, precision=kind, **s.arguments), 16 * numel)
+        ways["triton"] = (
+            lambda s: fused(s.params, s.momentum, s.P, None, s.R, precision=kind, **s.arguments),
+            16 * numel,
+        )
     notes = {"shape": f"{batch}x{rows}x{cols}", "rank": rank, "precision": precision}
     return [
         Variant("low_rank_apply_", name, run, states, 16 * numel + factors, moved + factors, floats, notes)
@@ -300,10 +333,13 @@ def check_low_rank(variant: Variant) -> None:
     expected, got = variant.states[0].clone(), variant.states[0].clone()
     current = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    reference.low_rank_apply_(expected.params, expected.momentum, expected.P, None, expected.R, **expected.arguments)
+    reference.low_rank_apply_(
+        expected.params, expected.momentum, expected.P, None, expected.R, **expected.arguments
+    )
     torch.set_float32_matmul_precision(current)
     variant.run(got)
-    # An element of the update is a sum of size 1; TF32 keeps 10 bits of each factor, and the largest of 1e9 errors counts.
+    # An element of the update is a sum of size 1; TF32 keeps 10 bits of each factor, and the largest of 1e9
+    # errors counts.
     atol = 2e-2 if variant.notes["precision"] == "tf32" else 2e-4
     assert_close(got.params, expected.params, rtol=0, atol=atol)
     assert_close(got.momentum, expected.momentum, rtol=0, atol=atol)
@@ -317,7 +353,9 @@ def ranks(dim: int) -> list[int]:
 # ---- all
 
 
-def make_cases(arguments: argparse.Namespace, device: torch.device, operations: list[str], triton_ops: Any) -> list[Case]:
+def make_cases(
+    arguments: argparse.Namespace, device: torch.device, operations: list[str], triton_ops: Any
+) -> list[Case]:
     """Return what there is to measure, the most telling first."""
     dtype, chosen = DTYPES[arguments.dtype], arguments.chosen_models
     compiled: dict[str, Callable[..., Any]] = {}
@@ -326,57 +364,96 @@ def make_cases(arguments: argparse.Namespace, device: torch.device, operations: 
         for name in ("recompile_limit", "cache_size_limit"):  # the older name
             if hasattr(options, name):
                 setattr(options, name, 64)
-        compiled = {"momentum": torch.compile(foreach_momentum, fullgraph=True), "step": torch.compile(foreach_step, fullgraph=True)}
+        compiled = {
+            "momentum": torch.compile(foreach_momentum, fullgraph=True),
+            "step": torch.compile(foreach_step, fullgraph=True),
+        }
     elementwise: list[Case] = []
     low_rank: list[Case] = []
     first_compiled = next((name for name in chosen if name in MODELS), None)
     for shard in arguments.chosen_shards:
         for model in chosen:
             if model == "tiny":
-                shapes: list[tuple[int, ...]] = [TINY[k % len(TINY)] for k in range(8 if arguments.interpret else 300)]
+                shapes: list[tuple[int, ...]] = [
+                    TINY[k % len(TINY)] for k in range(8 if arguments.interpret else 300)
+                ]
                 if shard != arguments.chosen_shards[0]:
                     continue
             else:
-                shapes = [(math.ceil(m / shard), n) for (m, n), count in MODELS[model].matrices().items() for _ in range(count)]
+                shapes = [
+                    (math.ceil(m / shard), n)
+                    for (m, n), count in MODELS[model].matrices().items()
+                    for _ in range(count)
+                ]
             some = [o for o in operations if o != "low_rank_apply"]
             if some:
                 # Compiling hundreds of tensors takes a while: once for a model, once for the tiny tensors.
-                wanted = compiled if model == "tiny" or (model == first_compiled and shard == arguments.chosen_shards[0]) else {}
+                wanted = (
+                    compiled
+                    if model == "tiny" or (model == first_compiled and shard == arguments.chosen_shards[0])
+                    else {}
+                )
                 build = partial(elementwise_variants, shapes, device, dtype, some, triton_ops, wanted)
                 count = sum(map(math.prod, shapes))
                 notes = {"tensors": len(shapes)}
-                elementwise.append(Case(model, 1 if model == "tiny" else shard, dtype, count, build, check_elementwise, notes=notes))
+                elementwise.append(
+                    Case(
+                        model,
+                        1 if model == "tiny" else shard,
+                        dtype,
+                        count,
+                        build,
+                        check_elementwise,
+                        notes=notes,
+                    )
+                )
             if "low_rank_apply" in operations and model != "tiny":
                 for (m, n), batch in MODELS[model].matrices().items():
                     batch = 2 if arguments.interpret else batch
                     for precision in PRECISIONS if device.type == "cuda" else ["highest"]:
                         for rank in (16,) if arguments.interpret else ranks(min(m, n)):
-                            build = partial(low_rank_variants, (m, n), batch, shard, rank, precision, device, triton_ops)
+                            build = partial(
+                                low_rank_variants, (m, n), batch, shard, rank, precision, device, triton_ops
+                            )
                             count = batch * math.ceil(m / shard) * n
-                            low_rank.append(Case(model, shard, torch.float32, count, build, check_low_rank, precision))
+                            low_rank.append(
+                                Case(model, shard, torch.float32, count, build, check_low_rank, precision)
+                            )
     return elementwise + low_rank
 
 
 def print_crossovers(rows: list[dict[str, Any]], constant: int | None) -> None:
-    """Print up to which rank the fused kernel is faster than the products, beside the constant that the library uses."""
+    """Print up to which rank the fused kernel is faster than the products, beside the constant that the
+    library uses."""
     sweeps: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
     for row in rows:
         if row["operation"] == "low_rank_apply_":
             key = (row["precision"], row["model"], row["shard"], row["shape"])
-            sweeps.setdefault(key, {}).setdefault(row["rank"], {})[row["variant"]] = row["device_ms"]["median"]
-    shown = {key: sweep for key, sweep in sweeps.items() if all("triton" in times for times in sweep.values())}
+            sweeps.setdefault(key, {}).setdefault(row["rank"], {})[row["variant"]] = row["device_ms"][
+                "median"
+            ]
+    shown = {
+        key: sweep for key, sweep in sweeps.items() if all("triton" in times for times in sweep.values())
+    }
     if not shown:
         return
-    print(f"\ncrossover: the rank up to which the fused kernel is faster than two products per matrix; FUSED_RANK_TF32 = {constant}")
+    print(
+        f"\ncrossover: the rank up to which the fused kernel is faster than two products per matrix; FUSED_RANK_TF32 = {constant}"
+    )
     for key in sorted(shown, key=lambda k: (k[0] != "tf32", k[1], k[2])):
         precision, model, shard, shape = key
         found = crossover({rank: times["products"] / times["triton"] for rank, times in shown[key].items()})
-        beside = f"   FUSED_RANK_TF32 = {constant}" if precision == "tf32" else "   the library always takes the fused kernel"
+        beside = (
+            f"   FUSED_RANK_TF32 = {constant}"
+            if precision == "tf32"
+            else "   the library always takes the fused kernel"
+        )
         print(f"{precision:8} {model:5} 1/{shard:<3} {shape:16} {found:28}{beside}")
 
 
 def crossover(speedup: dict[int, float]) -> str:
-    """Say where the speed-up falls through 1, between two measured ranks by a straight line on logarithmic axes."""
+    """Say where the speed-up falls through 1, between two measured ranks by a straight line on logarithmic
+    axes."""
     ordered = sorted(speedup)
     if speedup[ordered[0]] < 1:
         return f"below {ordered[0]}"
@@ -389,17 +466,28 @@ def crossover(speedup: dict[int, float]) -> str:
 
 def main() -> None:
     """Measure, write, print the crossovers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_common_arguments(parser, models=(*MODELS, "tiny"), seconds=400, out="kernels.jsonl")
     parser.add_argument("--only", help=f"comma-separated operations of {', '.join(OPERATIONS)}; none: all")
-    parser.add_argument("--shards", help="comma-separated, 1/N of the rows each; none: 1,8,64 on a GPU, 1,8 on a CPU")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the elementwise operations")
+    parser.add_argument(
+        "--shards", help="comma-separated, 1/N of the rows each; none: 1,8,64 on a GPU, 1,8 on a CPU"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="float32", help="of the elementwise operations"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile's variants")
     arguments = parser.parse_args()
     begin = time.perf_counter()
     device = start(arguments)
     on_gpu = device.type == "cuda"
-    operations = names(",".join(p.strip().rstrip("_") for p in (arguments.only or "").split(",")), OPERATIONS, OPERATIONS, "--only")
+    operations = names(
+        ",".join(p.strip().rstrip("_") for p in (arguments.only or "").split(",")),
+        OPERATIONS,
+        OPERATIONS,
+        "--only",
+    )
     defaults = ("160m", "1b3", "tiny") if on_gpu else ("small", "tiny")
     arguments.chosen_models = names(arguments.models, defaults, (*MODELS, "tiny"), "--models")
     if arguments.interpret and not set(arguments.chosen_models) <= {"small", "tiny"}:
@@ -432,7 +520,9 @@ def main() -> None:
         for number, case in enumerate(cases):
             left = deadline - time.perf_counter()
             if left <= 0:
-                print(f"{len(cases) - number} of {len(cases)} cases are left out, the time is used up; give more --seconds")
+                print(
+                    f"{len(cases) - number} of {len(cases)} cases are left out, the time is used up; give more --seconds"
+                )
                 break
             # What building and checking take comes on top.
             seconds = min(2.0 if on_gpu else 0.2, max(0.05, 0.5 * left / (len(cases) - number)))
@@ -443,16 +533,27 @@ def main() -> None:
                     case.check(variant)
                     variants.append(variant)
                 except Exception as error:  # the others are still worth measuring
-                    wrong.append(f"{variant.operation} {variant.name} {case.model} 1/{case.shard} {variant.notes or ''}: {error}")
+                    wrong.append(
+                        f"{variant.operation} {variant.name} {case.model} 1/{case.shard} {variant.notes or ''}: {error}"
+                    )
                     print(f"LEFT OUT: {wrong[-1]}", flush=True)
-            *timings, ceiling = measure([*variants, copy], device, seconds=seconds, least=1 if arguments.interpret else 3)
+            *timings, ceiling = measure(
+                [*variants, copy], device, seconds=seconds, least=1 if arguments.interpret else 3
+            )
             best = spread(ceiling.device_ms)
             assert best is not None
             gbps = copy.bytes / best["median"] / 1e6
             rows = []
             for variant, timing in zip(variants, timings, strict=True):
-                fields = {"model": case.model, "shard": case.shard, "dtype": str(case.dtype).removeprefix("torch."), "params": case.params}
-                rows.append(results.add(variant, timing, copy_gbps=gbps, copy_GBps=gbps, **fields, **case.notes))
+                fields = {
+                    "model": case.model,
+                    "shard": case.shard,
+                    "dtype": str(case.dtype).removeprefix("torch."),
+                    "params": case.params,
+                }
+                rows.append(
+                    results.add(variant, timing, copy_gbps=gbps, copy_GBps=gbps, **fields, **case.notes)
+                )
             done.append((case, rows))
             del variants, variant
         if on_gpu:

@@ -1,9 +1,11 @@
 """Emulate 2 to 4 sites joined by slow links on one Linux machine, and count what crosses them.
 
-    sudo python benchmarks/netlab.py run --sites 2 --mbit 200 --delay-ms 20 -- python scripts/train.py --steps 50
+    sudo python benchmarks/netlab.py run --sites 2 --mbit 200 --delay-ms 20 -- python scripts/train.py --steps
+    50
     sudo python benchmarks/netlab.py clean      # namespaces that a killed run left behind
 
-`run` starts the command once in each site with what torch.distributed and gloo want to find in the environment. From Python:
+`run` starts the command once in each site with what torch.distributed and gloo want to find in the
+environment. From Python:
 
     with Lab(2, mbit=200, delay_ms=20) as lab:
         processes = [lab.start(site, command) for site in range(2)]
@@ -11,14 +13,17 @@
         lab.wire.mbit = 1000                    # while it runs
         print(lab.wire.counts().payload)        # bytes[from][to]
 
-A site is a network namespace whose only way out is a TUN device; the wire between them is a thread of this process. Each site has one
-uplink: packets leave it one after the other at `mbit`, wait in a buffer of `buffer_ms` (what does not fit is dropped) and arrive `delay_ms`
-later, give or take `jitter_ms`, in order. Downlinks are not limited, which a ring does not notice. No tc qdisc is needed.
+A site is a network namespace whose only way out is a TUN device; the wire between them is a thread of this
+process. Each site has one
+uplink: packets leave it one after the other at `mbit`, wait in a buffer of `buffer_ms` (what does not fit is
+dropped) and arrive `delay_ms` later, give or take `jitter_ms`, in order. Downlinks are not limited, which a
+ring does not notice. No tc qdisc is needed.
 
-TCP segments cross in the large pieces in which the kernel hands them to a device that segments by itself, so that a thread of Python
-carries 1 Gbit/s and more; rate and counts are those of the packets of `mtu` bytes that a real device would cut them into. With `loss`
-the kernel cuts them itself, for packets to be lost one by one. TCP is the machine's own, with its congestion control and its limits
-on buffers; a connection remembers the link it has known, so after changing one make new connections.
+TCP segments cross in the large pieces in which the kernel hands them to a device that segments by itself, so
+that a thread of Python carries 1 Gbit/s and more; rate and counts are those of the packets of `mtu` bytes
+that a real device would cut them into. With `loss` the kernel cuts them itself, for packets to be lost one by
+one. TCP is the machine's own, with its congestion control and its limits on buffers; a connection remembers
+the link it has known, so after changing one make new connections.
 """
 
 import argparse
@@ -49,7 +54,9 @@ PORT = 29511
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4 = 0x01, 0x02
-VIRTIO = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset: before each frame
+VIRTIO = struct.Struct(
+    "=BBHHHH"
+)  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset: before each frame
 TCP = 6
 
 
@@ -77,7 +84,11 @@ def parse(frame: bytes, sites: int) -> Frame | None:
     """Read the headers of a frame; None for what goes to no site (IPv6's own traffic, broadcasts)."""
     _, gso_type, _, gso_size, _, _ = VIRTIO.unpack_from(frame)
     ip = len(VIRTIO.pack(0, 0, 0, 0, 0, 0))
-    if len(frame) < ip + 20 or frame[ip] >> 4 != 4 or frame[ip + 16 : ip + 19] != bytes(map(int, NETWORK.split("."))):
+    if (
+        len(frame) < ip + 20
+        or frame[ip] >> 4 != 4
+        or frame[ip + 16 : ip + 19] != bytes(map(int, NETWORK.split(".")))
+    ):
         return None
     target = frame[ip + 19] - 1
     if not 0 <= target < sites:
@@ -96,7 +107,8 @@ Matrix = list[list[int]]
 
 @dataclass(frozen=True)
 class Counts:
-    """What arrived, as [from site][to site], and how many packets were dropped. Subtract an earlier one to count from there."""
+    """What arrived, as [from site][to site], and how many packets were dropped. Subtract an earlier one to
+    count from there."""
 
     packets: Matrix
     bytes: Matrix
@@ -105,7 +117,9 @@ class Counts:
 
     def __sub__(self, before: "Counts") -> "Counts":
         def difference(new: Matrix, old: Matrix) -> Matrix:
-            return [[a - b for a, b in zip(row, other, strict=True)] for row, other in zip(new, old, strict=True)]
+            return [
+                [a - b for a, b in zip(row, other, strict=True)] for row, other in zip(new, old, strict=True)
+            ]
 
         pairs = ((self.packets, before.packets), (self.bytes, before.bytes), (self.payload, before.payload))
         return Counts(*(difference(new, old) for new, old in pairs), self.dropped - before.dropped)
@@ -117,7 +131,8 @@ class Wire:
     Args:
         mbit: rate of a site's uplink in 10^6 bit/s; None: unlimited.
         delay_ms: from the uplink's end to any other site.
-        jitter_ms: the delay is uniform in delay_ms +- jitter_ms, never negative; order between two sites is kept.
+        jitter_ms: the delay is uniform in delay_ms +- jitter_ms, never negative; order between two sites is
+            kept.
         loss: share of packets that vanish.
         buffer_ms: how long a packet may wait for its uplink.
     """
@@ -144,7 +159,14 @@ class Wire:
         for name, holds, rule, got in rules:
             if not holds:
                 raise ValueError(f"{name} must be {rule}; got {got}")
-        self.sites, self.mbit, self.delay_ms, self.jitter_ms, self.loss, self.buffer_ms = sites, mbit, delay_ms, jitter_ms, loss, buffer_ms
+        self.sites, self.mbit, self.delay_ms, self.jitter_ms, self.loss, self.buffer_ms = (
+            sites,
+            mbit,
+            delay_ms,
+            jitter_ms,
+            loss,
+            buffer_ms,
+        )
         self._random = random.Random(seed)
         self._queue: list[tuple[float, int, int, Frame, bytes]] = []
         self._number = 0
@@ -164,7 +186,9 @@ class Wire:
             return
         sent = start + (frame.bytes * 8 / (self.mbit * 1e6) if self.mbit else 0.0)
         self._free[source] = sent
-        delay = self.delay_ms + (self._random.uniform(-self.jitter_ms, self.jitter_ms) if self.jitter_ms else 0.0)
+        delay = self.delay_ms + (
+            self._random.uniform(-self.jitter_ms, self.jitter_ms) if self.jitter_ms else 0.0
+        )
         arrives = max(sent + max(0.0, delay) / 1e3, self._last[source][frame.target])
         self._last[source][frame.target] = arrives
         self._number += 1
@@ -187,7 +211,10 @@ class Wire:
 
     def counts(self) -> Counts:
         """Return what has arrived so far."""
-        return Counts(*([list(row) for row in matrix] for matrix in (self._packets, self._bytes, self._payload)), self._dropped)
+        return Counts(
+            *([list(row) for row in matrix] for matrix in (self._packets, self._bytes, self._payload)),
+            self._dropped,
+        )
 
 
 # ---- the sites
@@ -210,7 +237,11 @@ def ip(*arguments: object) -> str:
     """Run `ip` and return what it prints."""
     done = subprocess.run(["ip", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        hint = "; a container needs --cap-add NET_ADMIN --cap-add SYS_ADMIN" if "permitted" in done.stderr else ""
+        hint = (
+            "; a container needs --cap-add NET_ADMIN --cap-add SYS_ADMIN"
+            if "permitted" in done.stderr
+            else ""
+        )
         raise RuntimeError(f"ip {' '.join(map(str, arguments))}: {done.stderr.strip()}{hint}")
     return done.stdout
 
@@ -226,7 +257,8 @@ def namespaces(pid: int | None = None) -> list[str]:
 
 
 class Lab:
-    """Sites and the wire between them, for the time of a `with`. One at a time in a process. All gone after, with what runs in them.
+    """Sites and the wire between them, for the time of a `with`. One at a time in a process. All gone after,
+    with what runs in them.
 
     Args:
         mtu: of the sites' devices.
@@ -285,7 +317,9 @@ class Lab:
             "GLOO_SOCKET_IFNAME": "eth0",
             **options.pop("env", {}),
         }
-        process = subprocess.Popen(["ip", "netns", "exec", self._names[site], *command], env=environment, **options)
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self._names[site], *command], env=environment, **options
+        )
         self._processes.append(process)
         return process
 
@@ -298,7 +332,11 @@ class Lab:
         name, device = self._names[site], f"cvd{os.getpid()}-{site}"
         ip("netns", "add", name)
         self._devices.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
-        fcntl.ioctl(self._devices[-1], TUNSETIFF, struct.pack("16sH22s", device.encode(), IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, b""))
+        fcntl.ioctl(
+            self._devices[-1],
+            TUNSETIFF,
+            struct.pack("16sH22s", device.encode(), IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, b""),
+        )
         if not self.wire.loss:
             fcntl.ioctl(self._devices[-1], TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4)
         ip("link", "set", device, "netns", name)
@@ -355,11 +393,24 @@ class Lab:
 
 def add_link_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what makes links more or less like real ones."""
-    parser.add_argument("--jitter-ms", type=float, default=0.0, help="the delay is uniform within so much of --delay-ms")
+    parser.add_argument(
+        "--jitter-ms", type=float, default=0.0, help="the delay is uniform within so much of --delay-ms"
+    )
     parser.add_argument("--loss", type=float, default=0.0, help="share of packets that vanish")
-    parser.add_argument("--buffer-ms", type=float, default=250.0, help="how long a packet may wait for its uplink before it is dropped")
+    parser.add_argument(
+        "--buffer-ms",
+        type=float,
+        default=250.0,
+        help="how long a packet may wait for its uplink before it is dropped",
+    )
     parser.add_argument("--mtu", type=int, default=1500, help="bytes in a packet")
-    parser.add_argument("--sysctl", action="append", default=[], metavar="KEY=VALUE", help="set in every site; may be repeated")
+    parser.add_argument(
+        "--sysctl",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set in every site; may be repeated",
+    )
 
 
 def link_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -367,7 +418,9 @@ def link_options(arguments: argparse.Namespace) -> dict[str, Any]:
     pairs = [setting.partition("=") for setting in arguments.sysctl]
     for key, equals, _ in pairs:
         if not equals:
-            raise SystemExit(f"--sysctl must be KEY=VALUE; got {key!r}; try net.ipv4.tcp_slow_start_after_idle=0")
+            raise SystemExit(
+                f"--sysctl must be KEY=VALUE; got {key!r}; try net.ipv4.tcp_slow_start_after_idle=0"
+            )
     options = {name: getattr(arguments, name) for name in ("jitter_ms", "loss", "buffer_ms", "mtu")}
     return {**options, "sysctls": {key: value for key, _, value in pairs}}
 
@@ -390,7 +443,9 @@ def wait_for_all(processes: Sequence[subprocess.Popen], lab: Lab) -> int:
 
 def main() -> int:
     """Run a command in every site, or clean up."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("clean", help="remove the namespaces of runs that were killed")
     run = actions.add_parser("run", help="run a command once in each site")
@@ -413,7 +468,9 @@ def main() -> int:
         parser.error("run needs a command; put it after --")
     leave_on_sigterm()
     try:
-        lab = Lab(arguments.sites, mbit=arguments.mbit, delay_ms=arguments.delay_ms, **link_options(arguments))
+        lab = Lab(
+            arguments.sites, mbit=arguments.mbit, delay_ms=arguments.delay_ms, **link_options(arguments)
+        )
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -422,7 +479,9 @@ def main() -> int:
             counts = lab.wire.counts()
     except (KeyboardInterrupt, RuntimeError) as error:
         raise SystemExit(str(error) or 130) from None
-    print(f"payload bytes [from][to]: {counts.payload}; with headers: {counts.bytes}; packets dropped: {counts.dropped}")
+    print(
+        f"payload bytes [from][to]: {counts.payload}; with headers: {counts.bytes}; packets dropped: {counts.dropped}"
+    )
     return status
 
 

@@ -1,10 +1,11 @@
 """Show what the benchmarks measured: tables, and a picture with the roofline.
 
-    python benchmarks/report.py benchmarks/results/kernels.jsonl benchmarks/results/step.jsonl --picture kernels.png
+    python benchmarks/report.py benchmarks/results/kernels.jsonl benchmarks/results/step.jsonl --picture
+    kernels.png
 
-Files of `kernels.py` and `step.py`, in any order. Of several results for the same thing the last one counts, and only those on the
-hardware of the last run. Effective GB/s: the bytes that the operation must move at least, whatever the variant moves, divided by the median
-device time.
+Files of `kernels.py` and `step.py`, in any order. Of several results for the same thing the last one counts,
+and only those on the hardware of the last run. Effective GB/s: the bytes that the operation must move at
+least, whatever the variant moves, divided by the median device time.
 """
 
 import argparse
@@ -21,7 +22,9 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
+    raise SystemExit(
+        f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'"
+    ) from None
 
 Row = dict[str, Any]
 COLORS = {
@@ -44,7 +47,9 @@ def read(files: Sequence[Path]) -> list[Row]:
         try:
             rows += [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
         except FileNotFoundError:
-            raise SystemExit(f"{file} must be a file of JSON lines that kernels.py or step.py wrote; it is not there") from None
+            raise SystemExit(
+                f"{file} must be a file of JSON lines that kernels.py or step.py wrote; it is not there"
+            ) from None
         except json.JSONDecodeError as error:
             raise SystemExit(f"{file} must hold JSON lines; {error}") from None
     if not rows:
@@ -55,7 +60,18 @@ def read(files: Sequence[Path]) -> list[Row]:
     for row in rows:
         if row["run"]["hardware"] != hardware:
             continue
-        keys = ("benchmark", "operation", "variant", "model", "shard", "shape", "rank", "rank_fraction", "precision", "dtype")
+        keys = (
+            "benchmark",
+            "operation",
+            "variant",
+            "model",
+            "shard",
+            "shape",
+            "rank",
+            "rank_fraction",
+            "precision",
+            "dtype",
+        )
         key = tuple(row.get(k) for k in keys)
         newest.pop(key, None)  # the order of the last run
         newest[key] = row
@@ -77,8 +93,9 @@ def caption(rows: list[Row]) -> str:
     runs = {tuple(r["run"].get(key) for key in keys): r["run"] for r in rows}
     copies = [r["GBps"] for r in rows if r["operation"] == "copy"]
     lines = [
-        f"{run['hardware']}, commit {run['commit']}, torch {run['torch']}, triton {run['triton']}, Python {run['python']}, "
-        f"CUDA {run['cuda']}, {run['date'][:16]}{', INTERPRETED: not a measurement' if run.get('interpreted') else ''}"
+        f"{run['hardware']}, commit {run['commit']}, torch {run['torch']}, triton {run['triton']}, Python "
+        f"{run['python']}, CUDA {run['cuda']}, "
+        f"{run['date'][:16]}{', INTERPRETED: not a measurement' if run.get('interpreted') else ''}"
         for run in list(runs.values())[-3:]
     ]
     return "\n".join([*lines, f"copy: {max(copies):,.0f} GB/s" if copies else ""]).strip()
@@ -93,7 +110,9 @@ def show(title: str, rows: list[Row], what: tuple[str, ...], notes: str) -> None
         table.add_column(key.replace("_", " "), no_wrap=True)
     with_flops = any(row["operation"] == "matmul" for row in rows)
     for label in ("device ms", "p10 to p90", "GB/s", "of copy", "launches", "host us", "wall ms", "MB more"):
-        table.add_column("TFLOP/s" if with_flops and label == "of copy" else label, justify="right", no_wrap=True)
+        table.add_column(
+            "TFLOP/s" if with_flops and label == "of copy" else label, justify="right", no_wrap=True
+        )
     before = None
     for row in rows:
         section = tuple(row.get(key) for key in what if key != "variant")
@@ -103,7 +122,10 @@ def show(title: str, rows: list[Row], what: tuple[str, ...], notes: str) -> None
         ms = row["device_ms"]
         teraflops = row["flops"] / ms["median"] / 1e9 if row.get("flops") else None
         table.add_row(
-            *("" if row.get(key) is None else f"1/{row[key]}" if key == "shard" else str(row[key]) for key in what),
+            *(
+                "" if row.get(key) is None else f"1/{row[key]}" if key == "shard" else str(row[key])
+                for key in what
+            ),
             f"{ms['median']:.3f}",
             f"{ms['p10']:.3f} to {ms['p90']:.3f}",
             number(row["GBps"], ",.0f" if (row["GBps"] or 0) >= 100 else ".1f"),
@@ -123,13 +145,19 @@ def show_low_rank(rows: list[Row], notes: str) -> None:
     table = Table(title="low_rank_apply_: median device ms (launches)", caption=notes, caption_justify="left")
     for label in ("model", "shard", "shape", "precision", "rank"):
         table.add_column(label, no_wrap=True)
-    names = [name for name in ("triton", "products", "addmm", "baddbmm_stacked") if any(r["variant"] == name for r in rows)]
+    names = [
+        name
+        for name in ("triton", "products", "addmm", "baddbmm_stacked")
+        if any(r["variant"] == name for r in rows)
+    ]
     first = names[0]
     for label in (*names, f"products / {first}", f"{first} GB/s", "of copy", "TFLOP/s"):
         table.add_column(label, justify="right", no_wrap=True)
     lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for r in rows:
-        lines.setdefault((r["model"], r["shard"], r["shape"], r["precision"], r["rank"]), {})[r["variant"]] = r
+        lines.setdefault((r["model"], r["shard"], r["shape"], r["precision"], r["rank"]), {})[
+            r["variant"]
+        ] = r
     before = None
     for (model, shard, shape, precision, rank), found in lines.items():
         if before not in (None, (model, shard, shape, precision)):
@@ -155,9 +183,18 @@ def out(table: Table) -> None:
 
 
 def roofline(axis: Any, rows: list[Row]) -> None:
-    """Draw operations between the measured ceilings of memory and of products, at the intensity of their definition."""
-    points = [r for r in rows if r.get("flops") and r["operation"] != "matmul" and r["shard"] == 1 and r["model"] != "tiny"]
-    ceilings = {r["precision"]: r["flops"] / r["device_ms"]["median"] / 1e9 for r in rows if r["operation"] == "matmul"}
+    """Draw operations between the measured ceilings of memory and of products, at the intensity of their
+    definition."""
+    points = [
+        r
+        for r in rows
+        if r.get("flops") and r["operation"] != "matmul" and r["shard"] == 1 and r["model"] != "tiny"
+    ]
+    ceilings = {
+        r["precision"]: r["flops"] / r["device_ms"]["median"] / 1e9
+        for r in rows
+        if r["operation"] == "matmul"
+    }
     copy = max(r["GBps"] for r in rows if r["operation"] == "copy") / 1e3  # TB/s: TFLOP/s at one flop a byte
     x = [r["flops"] / r["bytes"] for r in points]
     low, high = min(x) / 2, max(max(x), *(c / copy for c in ceilings.values())) * 12
@@ -166,20 +203,41 @@ def roofline(axis: Any, rows: list[Row]) -> None:
     axis.plot([low, corner], [low * copy, top], color=GREY, linewidth=1.5)
     axis.text(1.3, 1.3 * copy * 0.6, f"copy, {1e3 * copy:,.0f} GB/s", color=GREY, fontsize=9, va="top")
     for precision, value in ceilings.items():
-        axis.plot([value / copy, high], [value, value], color=GREY, linewidth=1.5, linestyle="-" if precision == "tf32" else "--")
-        axis.text(high, value * 1.08, f"product, {precision}, {value:,.3g} TFLOP/s", color=GREY, fontsize=9, ha="right")
+        axis.plot(
+            [value / copy, high],
+            [value, value],
+            color=GREY,
+            linewidth=1.5,
+            linestyle="-" if precision == "tf32" else "--",
+        )
+        axis.text(
+            high,
+            value * 1.08,
+            f"product, {precision}, {value:,.3g} TFLOP/s",
+            color=GREY,
+            fontsize=9,
+            ha="right",
+        )
     seen = set()
     # The largest model says most; its most frequent shape stands for the others.
     largest = max(points, key=lambda r: r["params"])["model"]
     shape = next((r["shape"] for r in points if r["model"] == largest and r.get("shape")), None)
     for row in points:
         name = row["variant"]
-        if row["model"] != largest or row.get("shape") not in (None, shape) or name in ("sgd_fused", "adamw_fused", "addmm"):
+        if (
+            row["model"] != largest
+            or row.get("shape") not in (None, shape)
+            or name in ("sgd_fused", "adamw_fused", "addmm")
+        ):
             continue
         operation = row["operation"]
         hollow = row.get("precision") == "highest" and operation == "low_rank_apply_"
-        label = f"{operation.rstrip('_')}, {name}{'' if operation in ELEMENTWISE else ', ' + row['precision']}"
-        marker = {"momentum_norm_": "P", "local_step_": "X", "local_update": "D"}.get(operation) or MARKERS.get(name, "o")
+        label = (
+            f"{operation.rstrip('_')}, {name}{'' if operation in ELEMENTWISE else ', ' + row['precision']}"
+        )
+        marker = {"momentum_norm_": "P", "local_step_": "X", "local_update": "D"}.get(
+            operation
+        ) or MARKERS.get(name, "o")
         axis.scatter(
             row["flops"] / row["bytes"],
             row["flops"] / row["device_ms"]["median"] / 1e9,
@@ -194,7 +252,9 @@ def roofline(axis: Any, rows: list[Row]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(low, high * 1.1)
-    axis.set_xlabel("arithmetic intensity of the definition (flop a byte); low_rank_apply: from left to right by rank")
+    axis.set_xlabel(
+        "arithmetic intensity of the definition (flop a byte); low_rank_apply: from left to right by rank"
+    )
     axis.set_ylabel("TFLOP/s")
     axis.set_title(f"Roofline, {largest} model{f', low_rank_apply on {shape}' if shape else ''}", loc="left")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -206,12 +266,21 @@ def bandwidth(axis: Any, rows: list[Row]) -> None:
     rows.sort(key=lambda r: ELEMENTWISE.index(r["operation"]))
     cases = list(dict.fromkeys((r["operation"], r["model"], r["shard"]) for r in rows))
     words = [operation.strip("_").split("_") for operation, _, _ in cases]
-    labels = ["\n".join([*w, f"{model}{'' if shard == 1 else f' 1/{shard}'}"]) for w, (_, model, shard) in zip(words, cases, strict=True)]
-    cells = {(cases.index((r["operation"], r["model"], r["shard"])), r["variant"]): r["fraction_of_copy"] for r in rows}
+    labels = [
+        "\n".join([*w, f"{model}{'' if shard == 1 else f' 1/{shard}'}"])
+        for w, (_, model, shard) in zip(words, cases, strict=True)
+    ]
+    cells = {
+        (cases.index((r["operation"], r["model"], r["shard"])), r["variant"]): r["fraction_of_copy"]
+        for r in rows
+    }
     bars(axis, labels, cells)
     axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
     axis.set_ylabel("effective bandwidth / copy")
-    axis.set_title("Elementwise operations: least bytes of the operation by time, as a share of copy bandwidth", loc="left")
+    axis.set_title(
+        "Elementwise operations: least bytes of the operation by time, as a share of copy bandwidth",
+        loc="left",
+    )
 
 
 def bars(axis: Any, labels: list[str], cells: dict[tuple[int, str], float]) -> None:
@@ -221,7 +290,12 @@ def bars(axis: Any, labels: list[str], cells: dict[tuple[int, str], float]) -> N
         here = [name for name in order if (place, name) in cells]
         for k, name in enumerate(here):
             width = 0.8 / len(here)
-            axis.bar(place - 0.4 + width * (k + 0.5), cells[place, name], width * 0.92, color=COLORS.get(name, GREY))
+            axis.bar(
+                place - 0.4 + width * (k + 0.5),
+                cells[place, name],
+                width * 0.92,
+                color=COLORS.get(name, GREY),
+            )
     handles = [Patch(color=COLORS.get(name, GREY), label=name) for name in order]
     wide = len(labels) * max(len(line) for label in labels for line in label.split("\n"))
     axis.set_xticks(range(len(labels)), labels, fontsize=7.5, rotation=90 if wide > 135 else 0)
@@ -249,29 +323,49 @@ def crossover(axis: Any, rows: list[Row]) -> None:
         precision, model, _, shape = key
         color = palette[precision][models.index(model) % 2]
         style = dashes[shapes[model].index(shape) % len(dashes)]
-        axis.plot(*lines[key], linestyle=style, color=color, marker=".", label=f"{precision}, {model}, {shape}")
+        axis.plot(
+            *lines[key], linestyle=style, color=color, marker=".", label=f"{precision}, {model}, {shape}"
+        )
     axis.axhline(1, color=GREY, linewidth=1)
     try:
         from curvadion_kernels.triton_ops import FUSED_RANK_TF32
 
-        axis.axvline(FUSED_RANK_TF32, color=GREY, linestyle="--", linewidth=1, label=f"FUSED_RANK_TF32 = {FUSED_RANK_TF32}")
+        axis.axvline(
+            FUSED_RANK_TF32,
+            color=GREY,
+            linestyle="--",
+            linewidth=1,
+            label=f"FUSED_RANK_TF32 = {FUSED_RANK_TF32}",
+        )
     except ImportError:
         pass
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_xlabel("rank r")
     axis.set_ylabel("time of products / of the kernel")
-    axis.set_title("low_rank_apply_: the fused kernel against two products per matrix (above 1 it is faster), whole models", loc="left")
+    axis.set_title(
+        "low_rank_apply_: the fused kernel against two products per matrix (above 1 it is faster), whole models",
+        loc="left",
+    )
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def steps(axis: Any, rows: list[Row], model: str) -> None:
-    """Draw the wall time of steps where there is one, the device time otherwise, with the host's as a line in the bar."""
+    """Draw the wall time of steps where there is one, the device time otherwise, with the host's as a line in
+    the bar."""
     order = ["local_branch", "local", "peer", "local_dion", "synchronized"]
-    rows = sorted((r for r in rows if r["model"] == model and r["operation"] in order), key=lambda r: order.index(r["operation"]))
+    rows = sorted(
+        (r for r in rows if r["model"] == model and r["operation"] in order),
+        key=lambda r: order.index(r["operation"]),
+    )
     cases = list(dict.fromkeys((r["operation"], r.get("rank_fraction")) for r in rows))
-    labels = [operation if fraction is None else f"{operation}\nrank {fraction}" for operation, fraction in cases]
-    cells = {(cases.index((r["operation"], r.get("rank_fraction"))), r["variant"]): r["device_ms"]["median"] for r in rows}
+    labels = [
+        operation if fraction is None else f"{operation}\nrank {fraction}" for operation, fraction in cases
+    ]
+    cells = {
+        (cases.index((r["operation"], r.get("rank_fraction"))), r["variant"]): r["device_ms"]["median"]
+        for r in rows
+    }
     bars(axis, labels, cells)
     axis.set_yscale("log")
     axis.set_ylabel("device ms")
@@ -283,7 +377,9 @@ def draw(rows: list[Row], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    pyplot.rcParams.update(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    )
     kernels = [r for r in rows if r["benchmark"] == "kernels"]
     step = [r for r in rows if r["benchmark"] == "step"]
     panels: list[tuple[float, Any]] = []
@@ -292,7 +388,9 @@ def draw(rows: list[Row], file: Path) -> None:
         panels.append((4.2, lambda axis: roofline(axis, kernels)))
     if operations & set(ELEMENTWISE):
         panels.append((3.4, lambda axis: bandwidth(axis, kernels)))
-    if any(r["variant"] == "triton" and r["operation"] == "low_rank_apply_" and r["shard"] == 1 for r in kernels):
+    if any(
+        r["variant"] == "triton" and r["operation"] == "low_rank_apply_" and r["shard"] == 1 for r in kernels
+    ):
         panels.append((3.4, lambda axis: crossover(axis, kernels)))
     for model in dict.fromkeys(r["model"] for r in step if r["model"]):
         panels.append((3.0, lambda axis, m=model: steps(axis, step, m)))
@@ -300,7 +398,11 @@ def draw(rows: list[Row], file: Path) -> None:
         raise SystemExit("there is nothing to draw in these results")
     heights = [height for height, _ in panels]
     figure, axes = pyplot.subplots(
-        len(panels), figsize=(13, sum(heights) + 0.9), height_ratios=heights, layout="constrained", squeeze=False
+        len(panels),
+        figsize=(13, sum(heights) + 0.9),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
     )
     for axis, (_, panel) in zip(axes[:, 0], panels, strict=True):
         panel(axis)
@@ -313,10 +415,20 @@ def draw(rows: list[Row], file: Path) -> None:
 
 def main() -> None:
     """Print the tables, draw the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="JSON lines of kernels.py or step.py")
-    parser.add_argument("--picture", type=Path, help="PNG file to draw; none: the first file's name with .png")
-    parser.add_argument("--all", action="store_true", help="the table of low_rank_apply_ with all shards; none: whole models only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="FILE", help="JSON lines of kernels.py or step.py"
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="PNG file to draw; none: the first file's name with .png"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the table of low_rank_apply_ with all shards; none: whole models only",
+    )
     arguments = parser.parse_args()
     rows = read(arguments.results)
     picture = arguments.picture or arguments.results[0].with_suffix(".png")
@@ -326,10 +438,17 @@ def main() -> None:
     elementwise = [r for r in kernels if r["operation"] in ELEMENTWISE]
     elementwise.sort(key=lambda r: (r["model"], r["shard"], ELEMENTWISE.index(r["operation"])))
     show("Elementwise kernels", elementwise, ("model", "shard", "operation", "variant"), caption(kernels))
-    low_rank = [r for r in kernels if r["operation"] == "low_rank_apply_" and (arguments.all or r["shard"] == 1)]
+    low_rank = [
+        r for r in kernels if r["operation"] == "low_rank_apply_" and (arguments.all or r["shard"] == 1)
+    ]
     show_low_rank(low_rank, caption(kernels))
     step = [r for r in rows if r["benchmark"] == "step" and r["operation"] != "copy"]
-    show("Steps", step, ("model", "operation", "rank_fraction", "variant"), caption([r for r in rows if r["benchmark"] == "step"]))
+    show(
+        "Steps",
+        step,
+        ("model", "operation", "rank_fraction", "variant"),
+        caption([r for r in rows if r["benchmark"] == "step"]),
+    )
     draw(rows, picture)
     print(f"picture: {picture}")
 

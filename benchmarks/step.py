@@ -1,11 +1,13 @@
-"""Measure whole optimizer steps: CurvaDion's branches with each set of kernels, against AdamW, Muon and microsoft/dion.
+"""Measure whole optimizer steps: CurvaDion's branches with each set of kernels, against AdamW, Muon and
+microsoft/dion.
 
     python benchmarks/step.py                            # 160M and 1.3B, under 8 minutes on one GPU
     python benchmarks/step.py --models 160m --seconds 120
     python benchmarks/step.py --device cpu               # a small model, without the Triton kernels
     python benchmarks/step.py --device cpu --interpret   # with them, in Triton's interpreter: a test, not a measurement
 
-One replica, one shard, float32 parameters and gradients of a Llama-style model, embedding, head and norms included. Nothing is
+One replica, one shard, float32 parameters and gradients of a Llama-style model, embedding, head and norms
+included. Nothing is
 communicated: what is measured is the arithmetic and the host. Operations:
 
     local           the gate stays closed: local_update="gradient", tau=inf
@@ -14,8 +16,8 @@ communicated: what is measured is the arithmetic and the host. Operations:
     peer            fused AdamW; torch.optim.Muon and microsoft/dion's Dion, each with AdamW for what is not a hidden matrix
     local_branch    the kernels of `local` alone (momentum_norm_, gate_key, local_step_), matrices only, eager and as a CUDA graph
 
-The step waits for the gate's value once, so its host time includes the kernels before it. Peak memory is what a step allocates on top of
-parameters, gradients and state.
+The step waits for the gate's value once, so its host time includes the kernels before it. Peak memory is what
+a step allocates on top of parameters, gradients and state.
 """
 
 import argparse
@@ -72,7 +74,11 @@ class Weights:
         named = []
         for kind, group in (("layers.weight", matrix_shapes), ("others.weight", model.others())):
             parameters = []
-            tensors = zip(random_tensors(group, device, torch.float32), random_tensors(group, device, torch.float32), strict=True)
+            tensors = zip(
+                random_tensors(group, device, torch.float32),
+                random_tensors(group, device, torch.float32),
+                strict=True,
+            )
             for number, (x, g) in enumerate(tensors):
                 p = torch.nn.Parameter(x.mul_(0.02))
                 p.grad = g.mul_(1e-3)
@@ -141,11 +147,14 @@ def step(optimizers: list[torch.optim.Optimizer]) -> None:
 
 
 def adamw(parameters: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for _, p in parameters], lr=SCALAR_LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
+    return torch.optim.AdamW(
+        [p for _, p in parameters], lr=SCALAR_LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=True
+    )
 
 
 def microsoft_dion(weights: Weights, fraction: float) -> torch.optim.Optimizer | None:
-    """Return the Dion of the package `dion` after a first step, None where it is not installed or does not run."""
+    """Return the Dion of the package `dion` after a first step, None where it is not installed or does not
+    run."""
     try:
         from dion import Dion
     except ImportError:
@@ -164,12 +173,18 @@ def microsoft_dion(weights: Weights, fraction: float) -> torch.optim.Optimizer |
 
 
 def optimizer_variants(
-    weights: Weights, operations: list[str], kernels: list[str], fraction: str, peers: bool, device: torch.device
+    weights: Weights,
+    operations: list[str],
+    kernels: list[str],
+    fraction: str,
+    peers: bool,
+    device: torch.device,
 ) -> list[Variant]:
     """Return the wanted kinds of steps, each with its own optimizer on the shared parameters."""
     from curvadion.algebra import power_iteration as dion
 
-    # The first Q of a matrix is drawn on the CPU, which takes longer than many steps; the optimizers compared here share the draws.
+    # The first Q of a matrix is drawn on the CPU, which takes longer than many steps; the optimizers compared
+    # here share the draws.
     original = dion.initial_right_factor
     dion.initial_right_factor = functools.cache(original)
     matrices, others = weights.count()
@@ -182,7 +197,9 @@ def optimizer_variants(
                 if operation != "local":
                     notes["rank_fraction"] = fraction
                 least = 24 * matrices + 28 * others if operation == "local" else 0
-                variants.append(Variant(operation, f"curvadion_{name}", step, [[optimizer]], least, notes=notes))
+                variants.append(
+                    Variant(operation, f"curvadion_{name}", step, [[optimizer]], least, notes=notes)
+                )
     finally:
         dion.initial_right_factor = original
     if peers and "local" in operations:
@@ -203,7 +220,9 @@ def optimizer_variants(
 
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
     """Return the size of all state tensors."""
-    values = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    values = [
+        value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
+    ]
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
@@ -228,7 +247,10 @@ def branch_variants(weights: Weights, kernels: list[str], device: torch.device) 
         last, tau = torch.ones(count, device=device), torch.full((count,), torch.inf, device=device)
         return Branch(X, G, M, last, tau, scalar(MU), scalar(1 - LR * DECAY), scalar(LR))
 
-    variants = [Variant("local_branch", f"kernels_{name}", functools.partial(run, name), [branch()], 24 * numel) for name in kernels]
+    variants = [
+        Variant("local_branch", f"kernels_{name}", functools.partial(run, name), [branch()], 24 * numel)
+        for name in kernels
+    ]
     if "triton" in kernels and device.type == "cuda":
         s = branch()
         run("triton", s)  # compiles, and uploads the tables
@@ -245,12 +267,15 @@ def branch_variants(weights: Weights, kernels: list[str], device: torch.device) 
         torch.cuda.synchronize(device)
         assert_close(s.X, expected[0], rtol=0, atol=0)
         assert_close(s.M, expected[1], rtol=0, atol=0)
-        variants.append(Variant("local_branch", "kernels_triton_graph", lambda s: s.graph.replay(), [s], 24 * numel))
+        variants.append(
+            Variant("local_branch", "kernels_triton_graph", lambda s: s.graph.replay(), [s], 24 * numel)
+        )
     return variants
 
 
 def check(variants: list[Variant], weights: Weights) -> None:
-    """Compare two steps of CurvaDion with either set of kernels from the same start. Needs all optimizers to be fresh."""
+    """Compare two steps of CurvaDion with either set of kernels from the same start. Needs all optimizers to
+    be fresh."""
     pairs: dict[str, dict[str, Variant]] = {}
     for variant in variants:
         if variant.name.startswith("curvadion_"):
@@ -268,12 +293,14 @@ def check(variants: list[Variant], weights: Weights) -> None:
             results.append(torch._foreach_sub(X, before))
         torch._foreach_copy_(X, before)
         update, difference = (
-            torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (results[0], torch._foreach_sub(results[0], results[1]))
+            torch.stack(torch._foreach_norm(tensors)).norm()
+            for tensors in (results[0], torch._foreach_sub(results[0], results[1]))
         )
         # Orthogonalization multiplies rounding errors by the condition number of a random matrix.
         if not difference < 1e-2 * update:
             raise RuntimeError(
-                f"{' and '.join(pair)} must agree to 1e-2 of the update in {operation}; got {float(difference / update):.2g}"
+                f"{' and '.join(pair)} must agree to 1e-2 of the update in {operation}; got "
+                f"{float(difference / update):.2g}"
             )
 
 
@@ -283,7 +310,9 @@ def check_branches(variants: list[Variant]) -> None:
         if variant.name.startswith("curvadion_"):
             synchronized = variant.states[0][0].metrics()["curvadion/synchronized"]
             if synchronized != float(variant.operation == "synchronized"):
-                raise RuntimeError(f"steps of {variant.operation} ({variant.name}) took the wrong branch: synchronized = {synchronized}")
+                raise RuntimeError(
+                    f"steps of {variant.operation} ({variant.name}) took the wrong branch: synchronized = {synchronized}"
+                )
 
 
 def run_model(arguments: argparse.Namespace, model: str, device: torch.device, begin: float) -> None:
@@ -327,7 +356,9 @@ def run_model(arguments: argparse.Namespace, model: str, device: torch.device, b
         for number, group in enumerate(groups):
             left = deadline - time.perf_counter()
             if left <= 0:
-                print(f"left out, the time is used up: {', '.join(g.title for g in groups[number:])}; give more --seconds")
+                print(
+                    f"left out, the time is used up: {', '.join(g.title for g in groups[number:])}; give more --seconds"
+                )
                 break
             try:
                 variants = group.build()
@@ -375,8 +406,11 @@ def free(device: torch.device) -> None:
 
 
 def main() -> None:
-    """Measure each model in a process of its own, so that counting the launches of one does not slow the next."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure each model in a process of its own, so that counting the launches of one does not slow the
+    next."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_common_arguments(parser, models=tuple(MODELS), seconds=400, out="step.jsonl")
     parser.add_argument("--only", help=f"comma-separated operations of {', '.join(OPERATIONS)}; none: all")
     parser.add_argument("--rank-fractions", help=f"comma-separated, of {', '.join(FRACTIONS)}; none: all")
@@ -396,9 +430,16 @@ def main() -> None:
     failed = False
     for model, part in zip(models, weight, strict=True):
         seconds = arguments.seconds * part / sum(weight)
-        options = [f"--{key}={value}" for key in ("only", "commit") if (value := getattr(arguments, key)) is not None]
+        options = [
+            f"--{key}={value}" for key in ("only", "commit") if (value := getattr(arguments, key)) is not None
+        ]
         options += [f"--rank-fractions={arguments.rank_fractions}"] if arguments.rank_fractions else []
-        fixed = [f"--device={device.type}", f"--seconds={seconds:g}", f"--out={arguments.out}", f"--seed={arguments.seed}"]
+        fixed = [
+            f"--device={device.type}",
+            f"--seconds={seconds:g}",
+            f"--out={arguments.out}",
+            f"--seed={arguments.seed}",
+        ]
         program = [sys.executable, str(Path(__file__).resolve()), f"--models={model}", *fixed, *options]
         with subprocess.Popen(program) as child:
             try:

@@ -1,4 +1,5 @@
-"""The command `curvadion`, also `python -m curvadion`: one module for each subcommand, imported when it is called."""
+"""The command `curvadion`, also `python -m curvadion`: one module for each subcommand, imported when it is
+called."""
 
 import argparse
 import sys

@@ -23,12 +23,12 @@ def collect(
     """Return what the last step did and the totals since construction, as floats.
 
     Keys, all under ``curvadion/``: ``step``, ``synchronized`` (0 or 1), ``sync_rate`` (share of steps),
-    ``steps_since_sync``, ``tau`` (the smallest of all groups), ``rmmc_max`` (NaN if undefined), ``rmmc_argmax`` (index
-    into `matrix_names`, -1 if none), ``skipped_steps``; ``bytes/<axis>`` and ``bytes/<axis>/<purpose>`` of the last step
-    and ``bytes_total/...``, this rank's buffers; ``wire/<axis>`` and ``wire_total/<axis>``, the bytes that leave this
-    rank for them (`curvadion.sharding.ledger.WIRE`); ``dense_bf16_bytes`` and ``..._total``, the buffer of this rank's
-    share of a bfloat16 all-reduce of all gradients, ``dense_bf16_wire`` and ``..._total``, what leaves this rank for
-    that.
+    ``steps_since_sync``, ``tau`` (the smallest of all groups), ``rmmc_max`` (NaN if undefined),
+    ``rmmc_argmax`` (index into `matrix_names`, -1 if none), ``skipped_steps``; ``bytes/<axis>`` and
+    ``bytes/<axis>/<purpose>`` of the last step and ``bytes_total/...``, this rank's buffers; ``wire/<axis>``
+    and ``wire_total/<axis>``, the bytes that leave this rank for them (`curvadion.sharding.ledger.WIRE`);
+    ``dense_bf16_bytes`` and ``..._total``, the buffer of this rank's share of a bfloat16 all-reduce of all
+    gradients, ``dense_bf16_wire`` and ``..._total``, what leaves this rank for that.
 
     Args:
         dense_bytes: of this rank's share of a bfloat16 all-reduce of all gradients.

@@ -1,7 +1,7 @@
 """The options of CurvaDion: which belong to a parameter group, and what each may be.
 
-Defaults stand in the constructor's signature and nowhere else, prose in its docstring; docs/options.md and the fields
-of the torchtitan plug-in are generated from the three (scripts/options.py).
+Defaults stand in the constructor's signature and nowhere else, prose in its docstring; docs/options.md and
+the fields of the torchtitan plug-in are generated from the three (scripts/options.py).
 """
 
 import difflib
@@ -144,8 +144,8 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
     "kernels": _one_of(KERNELS),
 }
 
-# Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its updates are
-# always batched.
+# Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its
+# updates are always batched.
 FOREIGN_KEYS = {
     *("params", "param_names", "name", "foreach", "fused", "capturable", "differentiable", "maximize"),
     *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
@@ -171,9 +171,9 @@ class Preset(dict[str, Any]):
         return Preset({**self, **changes})
 
 
-# The settings that docs/results.md arrives at, for 0.9 % of the bytes of bf16 dense gradients: Muon steps on each
-# replica, and in every eighth step one bit per parameter. RMMC is reported and opens nothing, because a gate did no
-# better than a fixed interval, so nobody asks in between.
+# The settings that docs/results.md arrives at, for 0.9 % of the bytes of bf16 dense gradients: Muon steps on
+# each replica, and in every eighth step one bit per parameter. RMMC is reported and opens nothing, because a
+# gate did no better than a fixed interval, so nobody asks in between.
 LOW_COMMUNICATION = Preset(
     local_update="muon",
     momentum=0.8,
@@ -188,7 +188,8 @@ LOW_COMMUNICATION = Preset(
 
 @dataclass(frozen=True)
 class Options:
-    """What is common to all groups, as the rooms of the optimizer want it; the names are the constructor's."""
+    """What is common to all groups, as the rooms of the optimizer want it; the names are the
+    constructor's."""
 
     gate: str
     schedule: ScheduleOptions
@@ -202,7 +203,8 @@ class Options:
 
     @staticmethod
     def of(given: Mapping[str, Any], constructor: Callable[..., Any]) -> "Options":
-        """Check options by their names, and sort them. Raises ValueError or TypeError for one that breaks a rule.
+        """Check options by their names, and sort them. Raises ValueError or TypeError for one that breaks a
+        rule.
 
         Args:
             constructor: whose defaults are the options'.
@@ -215,7 +217,8 @@ class Options:
 
 
 def sort_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the constructor's arguments that are a group's defaults, and those that are common to all groups."""
+    """Return the constructor's arguments that are a group's defaults, and those that are common to all
+    groups."""
     defaults = {name: value for name, value in arguments.items() if name in GROUP_OPTIONS}
     return {"algorithm": "dion", **defaults}, {k: v for k, v in arguments.items() if k in OPTIMIZER_OPTIONS}
 
@@ -268,27 +271,28 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
     low, high = options["min_local_steps"], options["max_local_steps"]
     if every is None and high is None:
         raise ValueError(
-            "gate_every=None asks only where max_local_steps synchronizes, which must be set; got None for both; try "
-            "max_local_steps=7, or gate_every=1"
+            "gate_every=None asks only where max_local_steps synchronizes, which must be set; got None for "
+            "both; try max_local_steps=7, or gate_every=1"
         )
     if every is None and (rate is not None or lag):
         what = "target_sync_rate" if rate is not None else "gate_lag"
         raise ValueError(
-            f"{what} needs a gate that is asked between the bounds; got {what}={rate if rate is not None else lag} "
-            "with gate_every=None; try gate_every=1"
+            f"{what} needs a gate that is asked between the bounds; got "
+            f"{what}={rate if rate is not None else lag} with gate_every=None; try gate_every=1"
         )
     if rate is not None:
         least = 0.0 if high is None else 1 / (high + 1)
         if not least <= rate <= 1 / max(every, low + 1, 1 + lag):
             raise ValueError(
-                "target_sync_rate must lie between 1 / (max_local_steps + 1) and the smallest of 1 / gate_every, "
-                "1 / (min_local_steps + 1) and 1 / (1 + gate_lag), or no tau could meet it; got "
-                f"{rate} with max_local_steps={high}, gate_every={every}, min_local_steps={low}, gate_lag={lag}; "
-                "widen them"
+                "target_sync_rate must lie between 1 / (max_local_steps + 1) and the smallest of 1 / "
+                "gate_every, 1 / (min_local_steps + 1) and 1 / (1 + gate_lag), or no tau could meet it; "
+                f"got {rate} with max_local_steps={high}, gate_every={every}, min_local_steps={low}, "
+                f"gate_lag={lag}; widen them"
             )
     if high is not None and low > high:
         raise ValueError(
-            f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try min_local_steps={high}"
+            f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try "
+            f"min_local_steps={high}"
         )
 
 
@@ -297,17 +301,20 @@ def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
     taus = [group["tau"] for group in groups if group["algorithm"] == "dion"]
     if options.schedule.target_sync_rate is not None and not any(0 < tau < math.inf for tau in taus):
         raise ValueError(
-            "target_sync_rate steers tau, which must be finite and above 0 in some group of matrices to start from; "
-            f"got {taus}; try tau=0.1, or for a fixed interval leave target_sync_rate out and set max_local_steps"
+            "target_sync_rate steers tau, which must be finite and above 0 in some group of matrices to "
+            f"start from; got {taus}; try tau=0.1, or for a fixed interval leave target_sync_rate out and "
+            "set max_local_steps"
         )
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's to set."""
+    """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's
+    to set."""
     for key in group:
         if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
             raise ValueError(
-                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion instead"
+                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion "
+                "instead"
             )
         if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
             raise ValueError(f"a parameter group may hold known options only; got {key!r}; {_meant(key)}")
@@ -333,9 +340,11 @@ def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
-            f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or bfloat16"
+            f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
+            "bfloat16"
         )
     if p.is_meta:
         raise ValueError(
-            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; to_empty() it"
+            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; "
+            "to_empty() it"
         )

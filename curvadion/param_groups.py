@@ -1,7 +1,9 @@
-"""Parameter groups for a whole model: which parameters CurvaDion takes as matrices, and which go to AdamW or Lion.
+"""Parameter groups for a whole model: which parameters CurvaDion takes as matrices, and which go to AdamW or
+Lion.
 
-What a parameter is depends on the modules that own it and on its number of dimensions, hardly ever on its sizes: in a
-byte-level model the vocabulary can be as large as the width, and then every matrix has the head's shape.
+What a parameter is depends on the modules that own it and on its number of dimensions, hardly ever on its
+sizes: in a byte-level model the vocabulary can be as large as the width, and then every matrix has the head's
+shape.
 """
 
 from __future__ import annotations
@@ -16,13 +18,20 @@ from torch.nn.parameter import is_lazy
 
 from curvadion.sharding.layout import canonical_name
 
-# The last word of the path of a module that turns hidden states into logits, in the model zoos people start from.
+# The last word of the path of a module that turns hidden states into logits, in the model zoos people start
+# from.
 HEAD_NAMES = frozenset(
     "head heads lm_head lm_heads output output_layer output_projection embed_out unembed unembedding "
     "to_logits logits classifier score".split()
 )
 
-MATRICES, EMBEDDINGS, HEAD, CONVOLUTIONS, VECTORS = "matrices", "embeddings", "head", "convolutions", "norms_and_biases"
+MATRICES, EMBEDDINGS, HEAD, CONVOLUTIONS, VECTORS = (
+    "matrices",
+    "embeddings",
+    "head",
+    "convolutions",
+    "norms_and_biases",
+)
 UNPLACED = "unplaced"
 KINDS = (MATRICES, EMBEDDINGS, HEAD, CONVOLUTIONS, VECTORS, UNPLACED)
 UNDECAYED = (EMBEDDINGS, VECTORS)
@@ -47,42 +56,52 @@ def param_groups_for(
     norms_and_biases    0- and 1-D parameters, whatever their module                ``"adamw"``, no weight decay
     ==================  ==========================================================  =================================
 
-    The head is what ``get_output_embeddings()`` returns where a model has it, and any 2-D weight of a module called
-    ``lm_head``, ``output``, ``classifier`` or the like, outside the numbered blocks. A model with neither, and without
-    a linear layer that shares its weight with an embedding, is searched for linear layers with as many outputs as an
-    embedding has entries: the head is the last of them beside or above the embedding in the module tree; if none
-    stands there, the only one, or of several the last one outside the numbered blocks.
+    The head is what ``get_output_embeddings()`` returns where a model has it, and any 2-D weight of a module
+    called ``lm_head``, ``output``, ``classifier`` or the like, outside the numbered blocks. A model with
+    neither, and without a linear layer that shares its weight with an embedding, is searched for linear
+    layers with as many outputs as an embedding has entries: the head is the last of them beside or above the
+    embedding in the module tree; if none stands there, the only one, or of several the last one outside the
+    numbered blocks.
 
-    Sharded parameters (``DTensor``), wrapped modules (``torch.compile``, activation checkpointing, DDP) and a list of
-    model parts (pipeline stages) are understood. Frozen parameters are left out, and so are empty groups. Call it after
-    ``fully_shard``, ``parallelize_module`` and the like, which replace parameters.
+    Sharded parameters (``DTensor``), wrapped modules (``torch.compile``, activation checkpointing, DDP) and a
+    list of model parts (pipeline stages) are understood. Frozen parameters are left out, and so are empty
+    groups. Call it after ``fully_shard``, ``parallelize_module`` and the like, which replace parameters.
 
-    ``transformers.pytorch_utils.Conv1D`` stores its weight as in x out. Such a weight is a matrix like any other, but
-    the scale sqrt(rows / columns) of its update is then that of the transposed layer.
+    ``transformers.pytorch_utils.Conv1D`` stores its weight as in x out. Such a weight is a matrix like any
+    other, but the scale sqrt(rows / columns) of its update is then that of the transposed layer.
 
     Args:
         model: a module, or the parts of one.
-        adamw_lr: learning rate of every group that is not ``"dion"``. Lion wants it 3 to 10 times smaller than AdamW.
+        adamw_lr: learning rate of every group that is not ``"dion"``. Lion wants it 3 to 10 times smaller
+            than AdamW.
         scalar_algorithm: ``"adamw"`` or ``"lion"``, for all that is not a matrix.
-        overrides: from a pattern to an algorithm or to a mapping of group options, which replace those that the
-            parameters would have had. The pattern is searched for in the names with ``re.search``; wrapper prefixes are
-            stripped, a tied parameter answers to all its names, the first pattern that matches wins. For example
-            ``{r"\.router\.": "adamw", r"^lm_head": {"lr": 3e-4, "weight_decay": 0.1}}``.
+        overrides: from a pattern to an algorithm or to a mapping of group options, which replace those that
+            the parameters would have had. The pattern is searched for in the names with ``re.search``;
+            wrapper prefixes are stripped, a tied parameter answers to all its names, the first pattern that
+            matches wins. For example ``{r"\.router\.": "adamw", r"^lm_head": {"lr": 3e-4, "weight_decay":
+            0.1}}``.
 
     Returns:
-        Groups of named parameters, ``{"name": ..., "params": [(name, parameter), ...], "algorithm": ..., ...}``.
+        Groups of named parameters, ``{"name": ..., "params": [(name, parameter), ...], "algorithm": ...,
+        ...}``.
 
     Raises:
-        ValueError: parameters that none of this places, all of them at once, with the overrides to write; a pattern
-            that decides nothing; parameters that are flattened or not yet initialized; nothing to train.
+        ValueError: parameters that none of this places, all of them at once, with the overrides to write; a
+            pattern that decides nothing; parameters that are flattened or not yet initialized; nothing to
+            train.
         TypeError: the model is not a module, or an override neither a string nor a mapping.
     """
     if scalar_algorithm not in ("adamw", "lion"):
         raise ValueError(f'scalar_algorithm must be "adamw" or "lion", got {scalar_algorithm!r}.')
     # The last rule takes what no pattern claims, as it is.
-    rules = [*(_override(pattern, value) for pattern, value in (overrides or {}).items()), (re.compile(""), {})]
+    rules = [
+        *(_override(pattern, value) for pattern, value in (overrides or {}).items()),
+        (re.compile(""), {}),
+    ]
     # Frozen ones are placed too: a frozen embedding still tells which layer is the head.
-    parameters = [parameter for parameter in _placed_parameters(_parts(model)) if parameter.tensor.requires_grad]
+    parameters = [
+        parameter for parameter in _placed_parameters(_parts(model)) if parameter.tensor.requires_grad
+    ]
     if not parameters:
         raise ValueError("A model must have a trainable parameter; this one has none. Is all of it frozen?")
 
@@ -98,9 +117,9 @@ def param_groups_for(
     used = {rule for _, rule in members}
     if idle := [repr(pattern.pattern) for i, (pattern, _) in enumerate(rules[:-1]) if i not in used]:
         raise ValueError(
-            f"Every pattern in overrides must decide at least one trainable parameter; {', '.join(idle)} decided none: "
-            "no name matches, or only frozen parameters do, or an earlier pattern took all that do. "
-            "The names are those of model.named_parameters() without wrapper prefixes, here "
+            f"Every pattern in overrides must decide at least one trainable parameter; {', '.join(idle)} "
+            "decided none: no name matches, or only frozen parameters do, or an earlier pattern took all "
+            "that do. The names are those of model.named_parameters() without wrapper prefixes, here "
             f"{', '.join(repr(parameter.names[0]) for parameter in parameters[:3])} and so on."
         )
 
@@ -134,17 +153,21 @@ def _override(pattern: str, value: str | Mapping[str, Any]) -> tuple[re.Pattern[
         return compiled, {"algorithm": value}
     if not isinstance(value, Mapping):
         raise TypeError(
-            f"A value of overrides must be an algorithm or a mapping of group options; {pattern!r} has {value!r}. "
+            f"A value of overrides must be an algorithm or a mapping of group options; {pattern!r} has "
+            f"{value!r}. "
             'Write "adamw", or {"algorithm": "adamw", "lr": 3e-4}.'
         )
     if "params" in value:
-        raise ValueError(f"An override chooses its parameters by the pattern; drop 'params' from that of {pattern!r}.")
+        raise ValueError(
+            f"An override chooses its parameters by the pattern; drop 'params' from that of {pattern!r}."
+        )
     return compiled, dict(value)
 
 
 @dataclass
 class _Parameter:
-    """One trainable parameter, with every place of the module tree where it stands (more than one when it is tied)."""
+    """One trainable parameter, with every place of the module tree where it stands (more than one when it is
+    tied)."""
 
     tensor: nn.Parameter
     given_name: str  # as model.named_parameters() gives it, so that checkpoints agree
@@ -161,11 +184,15 @@ class _Parameter:
         return [path[:-1] for path in self.paths()]
 
     def owned_by(self, *types: type, named: str = "(?!)") -> bool:
-        """Whether an owner is of one of the types, or of a class (or a subclass of one) whose name holds the pattern.
+        """Whether an owner is of one of the types, or of a class (or a subclass of one) whose name holds the
+        pattern.
 
         Names, because a library's own linear layer or embedding need not derive from torch's.
         """
-        return any(isinstance(owner, types) or any(re.search(named, cls.__name__) for cls in type(owner).__mro__) for owner in self.owners)
+        return any(
+            isinstance(owner, types) or any(re.search(named, cls.__name__) for cls in type(owner).__mro__)
+            for owner in self.owners
+        )
 
 
 def _parts(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
@@ -180,7 +207,8 @@ def _parts(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _placed_parameters(parts: list[nn.Module]) -> list[_Parameter]:
-    """List the parameters with their kinds, in the order of `named_parameters()`, which is the same on every rank."""
+    """List the parameters with their kinds, in the order of `named_parameters()`, which is the same on every
+    rank."""
     found: dict[int, _Parameter] = {}
     for path, module in (named for part in parts for named in part.named_modules(remove_duplicate=False)):
         if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
@@ -247,14 +275,17 @@ def _heads(parameters: list[_Parameter], output_embeddings: set[int]) -> list[_P
     sizes = {p.tensor.shape[0] for p in embeddings}
     fitting = [p for p in wide if p.kind == MATRICES and p.tensor.shape[0] in sizes]
     homes = [home for p in embeddings for home in p.parents()]
-    beside = [p for p in fitting if any(home[: len(parent)] == parent for parent in p.parents() for home in homes)]
+    beside = [
+        p for p in fitting if any(home[: len(parent)] == parent for parent in p.parents() for home in homes)
+    ]
     if not beside and len(fitting) > 1:
         fitting = [p for p in fitting if not any(map(_is_numbered, p.paths()))]
     return (beside or fitting)[-1:]
 
 
 def _is_head(path: list[str]) -> bool:
-    """Whether a path ends in a head's name outside the numbered blocks; `head.1`, in a Sequential, does too."""
+    """Whether a path ends in a head's name outside the numbered blocks; `head.1`, in a Sequential, does
+    too."""
     while path and path[-1].isdigit():
         path = path[:-1]
     return bool(path) and path[-1] in HEAD_NAMES and not _is_numbered(path)
@@ -266,17 +297,23 @@ def _is_numbered(path: list[str]) -> bool:
 
 def _unplaced_message(unplaced: list[_Parameter], total: int) -> str:
     width = max(len(parameter.names[0]) for parameter in unplaced)
-    rows = [f"    {p.names[0]:<{width}}  {tuple(p.tensor.shape)} owned by {type(p.owners[0]).__name__}" for p in unplaced]
+    rows = [
+        f"    {p.names[0]:<{width}}  {tuple(p.tensor.shape)} owned by {type(p.owners[0]).__name__}"
+        for p in unplaced
+    ]
     # One pattern for the same parameter of all blocks.
     patterns = dict.fromkeys(
-        r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in parameter.names[0].split(".")) for parameter in unplaced
+        r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in parameter.names[0].split("."))
+        for parameter in unplaced
     )
     overrides = ", ".join(f'r"^{pattern}$": "adamw"' for pattern in patterns)
     return "\n".join(
         (
-            f"Every trainable parameter needs an algorithm, and {len(unplaced)} of {total} could not be placed:",
+            f"Every trainable parameter needs an algorithm, and {len(unplaced)} of {total} could not be "
+            "placed:",
             *rows,
-            "Placed are 0- and 1-D parameters, embeddings, convolutions, 2-D weights of linear and attention layers.",
+            "Placed are 0- and 1-D parameters, embeddings, convolutions, 2-D weights of linear and "
+            "attention layers.",
             'Say what the others are ("adamw", "lion", or "dion" if 2-D), for example:',
             f"    param_groups_for(model, overrides={{{overrides}}})",
         )

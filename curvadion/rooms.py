@@ -73,8 +73,8 @@ class Rooms:
         most = options.schedule.max_local_steps
         if not table.matrices and table.params and exchange.replicas > 1 and most is None:
             raise ValueError(
-                "with several replicas and no matrix, whose RMMC opens the gate, max_local_steps must be set; got "
-                "None; try 0, which synchronizes every step"
+                "with several replicas and no matrix, whose RMMC opens the gate, max_local_steps must be "
+                "set; got None; try 0, which synchronizes every step"
             )
         store = Store(
             table,

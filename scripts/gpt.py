@@ -1,6 +1,8 @@
-"""A Llama-style decoder in plain torch: RMSNorm before each block, rotary positions, SwiGLU, untied head, no biases.
+"""A Llama-style decoder in plain torch: RMSNorm before each block, rotary positions, SwiGLU, untied head, no
+biases.
 
-`GPT(dim=160, layers=4, heads=5)` has one layer list, `model.layers`, so that a caller can wrap block by block:
+`GPT(dim=160, layers=4, heads=5)` has one layer list, `model.layers`, so that a caller can wrap block by
+block:
 
     for block in model.layers:
         fully_shard(block, mesh=mesh["shard"])
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: turn each pair (x1, x2) of [batch, heads, seq, head_dim] by cos, sin of [seq, head_dim / 2]."""
+    """Rotary positions: turn each pair (x1, x2) of [batch, heads, seq, head_dim] by cos, sin of [seq,
+    head_dim / 2]."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -62,10 +65,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Bytes (or tokens) [batch, seq] in, logits [batch, seq, vocabulary] out."""
 
-    def __init__(self, *, vocabulary: int = 256, dim: int = 160, layers: int = 4, heads: int = 5, max_seq: int = 2048):
+    def __init__(
+        self, *, vocabulary: int = 256, dim: int = 160, layers: int = 4, heads: int = 5, max_seq: int = 2048
+    ):
         super().__init__()
         if dim % heads or (dim // heads) % 2:
-            raise ValueError(f"dim must split into heads of even width, got dim={dim}, heads={heads}; try dim={heads * 32}")
+            raise ValueError(
+                f"dim must split into heads of even width, got dim={dim}, heads={heads}; try dim={heads * 32}"
+            )
         hidden = 16 * math.ceil(dim * 8 / 3 / 16)
         self.embedding = nn.Embedding(vocabulary, dim)
         self.layers = nn.ModuleList(Block(dim, heads, hidden) for _ in range(layers))
@@ -88,7 +95,9 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         seq = tokens.shape[1]
         if seq > len(self.cos):
-            raise ValueError(f"sequences must fit max_seq={len(self.cos)}, got {seq}; build GPT(max_seq={seq})")
+            raise ValueError(
+                f"sequences must fit max_seq={len(self.cos)}, got {seq}; build GPT(max_seq={seq})"
+            )
         x = self.embedding(tokens)
         cos, sin = self.cos[:seq].to(x.dtype), self.sin[:seq].to(x.dtype)
         for block in self.layers:

@@ -3,8 +3,8 @@
     python scripts/prepare_assets.py                        # the Python standard library's own source, 512 tokens: the debug configs
     python scripts/prepare_assets.py --text ~/books --vocabulary 50257 --out assets/books
 
-The real ones, where there is a network (GPT-2's tokenizer has the 50257 tokens that the gpt_* configs are made for; C4 and FineWeb are
-streamed by torchtitan's data loader):
+The real ones, where there is a network (GPT-2's tokenizer has the 50257 tokens that the gpt_* configs are
+made for; C4 and FineWeb are streamed by torchtitan's data loader):
 
     hf download openai-community/gpt2 tokenizer.json tokenizer_config.json --local-dir assets/gpt2
 """
@@ -22,7 +22,11 @@ SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 
 def documents(source: Path, limit: int) -> Iterator[str]:
     """Yield the text files of a folder, or one file, in a fixed order, up to so many characters in all."""
-    paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md", ".rst", ".py"))
+    paths = (
+        [source]
+        if source.is_file()
+        else sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md", ".rst", ".py"))
+    )
     for path in paths:
         if "site-packages" in path.parts or limit <= 0:
             continue
@@ -34,8 +38,15 @@ def documents(source: Path, limit: int) -> Iterator[str]:
 
 def main() -> None:
     """Write OUT/text/data.jsonl, OUT/tokenizer/tokenizer.json and tokenizer_config.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_path("stdlib")), help="file, or folder of .txt, .md, .rst, .py")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=Path(sysconfig.get_path("stdlib")),
+        help="file, or folder of .txt, .md, .rst, .py",
+    )
     parser.add_argument("--characters", type=int, default=4_000_000, help="how much of it")
     parser.add_argument("--vocabulary", type=int, default=512, help="tokens, special ones included")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="folder to write to")
@@ -64,7 +75,9 @@ def main() -> None:
     config = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "add_bos_token": True, "add_eos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     size = tokenizer.get_vocab_size()
-    print(f"{args.out}/text: {len(texts)} documents, {sum(map(len, texts)):,} characters; {folder}: {size:,} tokens")
+    print(
+        f"{args.out}/text: {len(texts)} documents, {sum(map(len, texts)):,} characters; {folder}: {size:,} tokens"
+    )
 
 
 if __name__ == "__main__":

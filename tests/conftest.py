@@ -1,9 +1,11 @@
 """Settings shared by all tests.
 
-The tests fork their ranks (see ranks.py). A fork copies memory but only one thread, so a parent that has started
-torch's intra-op thread pool may leave a lock held for ever in the child: the parent keeps to one thread, always.
+The tests fork their ranks (see ranks.py). A fork copies memory but only one thread, so a parent that has
+started torch's intra-op thread pool may leave a lock held for ever in the child: the parent keeps to one
+thread, always.
 
-Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels triton` runs every optimizer of every test on them.
+Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels triton` runs every optimizer
+of every test on them.
 """
 
 import pytest
@@ -18,8 +20,17 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the suite run once more on the other kernels."""
     choices = ("auto", "triton", "reference")
-    parser.addoption("--kernels", choices=choices, default="auto", help="what CurvaDion(kernels=...) is where a test does not say")
-    parser.addoption("--each-once", action="store_true", help="every test with the first of its parameter sets only, long ones cut short")
+    parser.addoption(
+        "--kernels",
+        choices=choices,
+        default="auto",
+        help="what CurvaDion(kernels=...) is where a test does not say",
+    )
+    parser.addoption(
+        "--each-once",
+        action="store_true",
+        help="every test with the first of its parameter sets only, long ones cut short",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     assert defaults is not None
     defaults["kernels"] = config.getoption("--kernels")
     if defaults["kernels"] == "triton":
-        from support import ranks  # not before the interpreter is on: it imports much of torch, and that triton
+        from support import (
+            ranks,
+        )  # not before the interpreter is on: it imports much of torch, and that triton
 
         ranks.DEADLINE *= 5
 

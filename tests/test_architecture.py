@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Top to bottom: a module imports from the rows below its own and from its own package, never from above. A package
-# that is named has one row for all its modules; within it, imports must not go round in a circle.
+# Top to bottom: a module imports from the rows below its own and from its own package, never from above. A
+# package that is named has one row for all its modules; within it, imports must not go round in a circle.
 ROWS = [
     {"curvadion.__main__", "curvadion.titan.__main__"},
     {"curvadion.cli"},
@@ -48,11 +48,12 @@ def row_of(module: str) -> str | None:
 
 # Names under which torch.distributed and its submodules issue collectives or point-to-point messages.
 COMMUNICATION = frozenset(
-    "all_reduce all_reduce_coalesced all_gather all_gather_coalesced all_gather_into_tensor all_gather_object "
-    "all_gather_single all_to_all all_to_all_single barrier batch_isend_irecv broadcast broadcast_object_list gather "
-    "gather_object irecv isend monitored_barrier recv recv_object_list reduce reduce_scatter reduce_scatter_tensor "
-    "scatter scatter_object_list send send_object_list "
-    "all_gather_tensor all_reduce_coalesced_ all_gather_into_tensor_coalesced reduce_scatter_tensor_coalesced "
+    "all_reduce all_reduce_coalesced all_gather all_gather_coalesced all_gather_into_tensor "
+    "all_gather_object all_gather_single all_to_all all_to_all_single barrier batch_isend_irecv broadcast "
+    "broadcast_object_list gather gather_object irecv isend monitored_barrier recv recv_object_list reduce "
+    "reduce_scatter reduce_scatter_tensor scatter scatter_object_list send send_object_list "
+    "all_gather_tensor all_reduce_coalesced_ all_gather_into_tensor_coalesced "
+    "reduce_scatter_tensor_coalesced "
     "distribute_tensor distribute_module".split()
 )
 # The same as methods: of a ProcessGroup, which spells them without underscores, and of a DTensor.
@@ -99,7 +100,8 @@ def own_modules(module: str, source: str) -> set[str]:
     found, modules = set(), set(sources())
     for _, name in imports(module, source):
         if name.partition(".")[0] in ("curvadion", "curvadion_kernels"):
-            # `from curvadion.options import Options` is of curvadion.options, `from curvadion import options` too.
+            # `from curvadion.options import Options` is of curvadion.options, `from curvadion import options`
+            # too.
             known = [name, name.rpartition(".")[0]]
             found.add(next((candidate for candidate in known if candidate in modules), name))
     return found
@@ -166,15 +168,25 @@ def test_only_titan_imports_torchtitan() -> None:
 
 
 def test_mathematics_knows_no_ranks() -> None:
-    pure = ("curvadion.algebra", "curvadion.gate.key", "curvadion.gate.schedule", "curvadion.gate.trouble", "curvadion_kernels")
+    pure = (
+        "curvadion.algebra",
+        "curvadion.gate.key",
+        "curvadion.gate.schedule",
+        "curvadion.gate.trouble",
+        "curvadion_kernels",
+    )
     below = [m for m in sources() if m.startswith(pure)]
     assert len(below) > 8
-    assert {module: imports_from(module, sources()[module], "torch.distributed") for module in below} == {module: [] for module in below}
+    assert {module: imports_from(module, sources()[module], "torch.distributed") for module in below} == {
+        module: [] for module in below
+    }
 
 
 def test_one_package_issues_every_collective() -> None:
     issued = {module: messages(module, source) for module, source in sources().items()}
-    assert issued.pop("curvadion.sharding.group"), "the search finds nothing even where collectives are issued"
+    assert issued.pop("curvadion.sharding.group"), (
+        "the search finds nothing even where collectives are issued"
+    )
     assert not any(issued.values()), {module: lines for module, lines in issued.items() if lines}
 
 
@@ -212,7 +224,9 @@ def test_files_and_classes_stay_small() -> None:
                     for t in [n]
                     if isinstance(t.value, ast.Name) and t.value.id == "self"
                 }
-                assert len(own) <= 16, f"{module}.{node.name} writes {len(own)} attributes of its own: {sorted(own)}"
+                assert len(own) <= 16, (
+                    f"{module}.{node.name} writes {len(own)} attributes of its own: {sorted(own)}"
+                )
 
 
 def test_nothing_imports_what_stands_outside_the_packages() -> None:
@@ -229,7 +243,8 @@ def test_nothing_imports_what_stands_outside_the_packages() -> None:
         "import torch\nwork = torch.distributed.all_gather_into_tensor",
         "from torch import distributed\ndistributed.barrier()",
         "from torch.distributed import reduce_scatter_tensor as rs\nrs(x, y)",
-        "def f():\n    from torch.distributed import _functional_collectives as c\n    c.all_reduce(x, 'sum', g)",
+        "def f():\n    from torch.distributed import _functional_collectives as c\n    c.all_reduce(x, "
+        "'sum', g)",
         "import torch\ntorch.ops._c10d_functional.all_reduce(x, 'sum', 'g')",
         "group.allreduce(x)",
         "p.full_tensor()",

@@ -1,8 +1,9 @@
 """What crosses which axis, byte for byte, and what it makes equal.
 
-The witness is torch's Flight Recorder, which notes every collective where the process group runs it, in C++ below all
-Python: nothing the optimizer could do in Python escapes it. A reduce-scatter appears there as gloo carries it out, with
-its whole input. `expected` is computed from shapes alone.
+The witness is torch's Flight Recorder, which notes every collective where the process group runs it, in C++
+below all
+Python: nothing the optimizer could do in Python escapes it. A reduce-scatter appears there as gloo carries it
+out, with its whole input. `expected` is computed from shapes alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.models import DENSE, MATRICES, Shapes, TinyGPT, Toy, digest, gathered, grid, local, outcome, state_digest, whole
+from support.models import (
+    DENSE,
+    MATRICES,
+    Shapes,
+    TinyGPT,
+    Toy,
+    digest,
+    gathered,
+    grid,
+    local,
+    outcome,
+    state_digest,
+    whole,
+)
 from support.ranks import run_ranks
 from support.wire import Sent, Wire, run_recorded
 from torch import Tensor, nn
@@ -67,7 +81,9 @@ LAYOUTS = {
     "fsdp-2x2": Layout(2, (2,), MATRICES, {}),
     "fsdp-1x4": Layout(1, (4,), MATRICES, {}),
     "fsdp-2x2-uneven-and-empty": Layout(2, (2,), UNEVEN, {}),
-    "rowwise-2x2": Layout(2, (2,), MATRICES, dict.fromkeys(MATRICES, ROWWISE) | {n: (Replicate(),) for n in DENSE}),
+    "rowwise-2x2": Layout(
+        2, (2,), MATRICES, dict.fromkeys(MATRICES, ROWWISE) | {n: (Replicate(),) for n in DENSE}
+    ),
     "fsdp-tp-2x2x2": Layout(
         2,
         (2, 2),
@@ -109,7 +125,9 @@ def steps(
     replicate, mesh = layout.meshes()
     replica = replicate.get_local_rank()
     toy = layout.toy(mesh, dtype=options.pop("dtype", torch.float32))
-    opt = CurvaDion(toy.groups(options.pop("dense_algorithm", "adamw")), replicate_mesh=replicate, **RANDOM | options)
+    opt = CurvaDion(
+        toy.groups(options.pop("dense_algorithm", "adamw")), replicate_mesh=replicate, **RANDOM | options
+    )
     wire = Wire(layout.shard_ranks)
     trace = []
     for step in range(count):
@@ -200,14 +218,25 @@ def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name:
             assert total.pop("factors") == item * p_and_r_elements(layout.matrices), (
                 f"{name}, step {step}: each element of P and R crosses the replicate axis once per replica"
             )
-            assert total.pop("gradients") == item * elements(DENSE), "AdamW gradients: dense, once per replica"
-            assert not total, f"no local step happened, so nothing else crosses the replicate axis: {dict(total)}"
+            assert total.pop("gradients") == item * elements(DENSE), (
+                "AdamW gradients: dense, once per replica"
+            )
+            assert not total, (
+                f"no local step happened, so nothing else crosses the replicate axis: {dict(total)}"
+            )
 
 
 @pytest.mark.parametrize(("name", "local_update", "dense_algorithm"), CASES)
-def test_an_open_gate_after_local_steps_sends_consensus_too(name: str, local_update: str, dense_algorithm: str) -> None:
+def test_an_open_gate_after_local_steps_sends_consensus_too(
+    name: str, local_update: str, dense_algorithm: str
+) -> None:
     layout = LAYOUTS[name]
-    options = {"local_update": local_update, "dense_algorithm": dense_algorithm, "max_local_steps": 2, **NEVER}
+    options = {
+        "local_update": local_update,
+        "dense_algorithm": dense_algorithm,
+        "max_local_steps": 2,
+        **NEVER,
+    }
     traces = run_recorded(layout.world_size, lambda: steps(layout, 5, **options))  # S L L S L
     assert [entry[0] for entry in traces[0]] == [True, False, False, True, False]
     moments = 2 if dense_algorithm == "adamw" else 1
@@ -216,7 +245,9 @@ def test_an_open_gate_after_local_steps_sends_consensus_too(name: str, local_upd
         assert total.pop("gate") == 8 * layout.shard_ranks
         assert total.pop("factors") == 4 * p_and_r_elements(layout.matrices)
         assert total.pop("gradients") == 4 * elements(DENSE)
-        assert total.pop("parameters") == 4 * (elements(layout.matrices) + elements(DENSE)), "each parameter once"
+        assert total.pop("parameters") == 4 * (elements(layout.matrices) + elements(DENSE)), (
+            "each parameter once"
+        )
         assert total.pop("moments") == 4 * moments * elements(DENSE), "each moment once"
         if local_update == "dion":
             assert total.pop("right_factor") == 4 * q_elements(layout.matrices), "each element of Q once"
@@ -235,7 +266,9 @@ def test_consensus_none_sends_no_parameters() -> None:
     [(torch.bfloat16, torch.float32, 2), (torch.float64, None, 8)],
     ids=["bf16-parameters", "fp64"],
 )
-def test_parameters_travel_in_their_own_dtype(param_dtype: torch.dtype, momentum_dtype: Any, item: int) -> None:
+def test_parameters_travel_in_their_own_dtype(
+    param_dtype: torch.dtype, momentum_dtype: Any, item: int
+) -> None:
     layout = LAYOUTS["fsdp-2x2"]
     options = {"dtype": param_dtype, "momentum_dtype": momentum_dtype, "max_local_steps": 1, **NEVER}
     traces = run_recorded(4, lambda: steps(layout, 3, **options))  # S L S
@@ -267,7 +300,9 @@ def test_the_ledger_agrees_with_the_flight_recorder(name: str, local_update: str
                     ledger_bytes[axis] += sizes[axis, purpose]
             where = f"{name}, rank {rank}, step {step}"
             assert ledger == rest, f"{where}: number of collectives, ledger {dict(ledger)}, wire {dict(rest)}"
-            assert ledger_bytes == rest_bytes, f"{where}: bytes, ledger {dict(ledger_bytes)}, wire {dict(rest_bytes)}"
+            assert ledger_bytes == rest_bytes, (
+                f"{where}: bytes, ledger {dict(ledger_bytes)}, wire {dict(rest_bytes)}"
+            )
 
 
 @pytest.mark.parametrize("name", ["plain-4x1", "fsdp-2x2", "fsdp-tp-2x2x2"])
@@ -281,7 +316,9 @@ def test_the_check_has_a_row_of_its_own_and_comes_first(name: str) -> None:
         )
         for step in (0, 3, 6):
             expected = {("replicate", "check"): 48, ("shard", "check"): 48 * len(layout.shards)}
-            assert checked[step] == {key: size for key, size in expected.items() if size}, "six int64 along each axis"
+            assert checked[step] == {key: size for key, size in expected.items() if size}, (
+                "six int64 along each axis"
+            )
             assert trace[step][1][0].bytes == 48, "the check is the first collective of its step"
             assert sum(size for (axis, _), size in checked[step].items() if axis == "replicate") == 48
 
@@ -305,7 +342,9 @@ def test_the_ledger_agrees_with_comm_debug_mode(name: str) -> None:
 
     for counts in run_ranks(layout.world_size, worker):
         for step, (dispatched, booked) in enumerate(counts):
-            assert dispatched == booked > 0, f"step {step}: torch dispatched {dispatched} collectives, ledger {booked}"
+            assert dispatched == booked > 0, (
+                f"step {step}: torch dispatched {dispatched} collectives, ledger {booked}"
+            )
 
 
 def test_metrics_report_the_ledger_and_the_dense_baseline() -> None:
@@ -378,15 +417,19 @@ def test_one_process_sends_nothing() -> None:
 
 
 def test_factors_are_not_padded_on_the_shard_axis() -> None:
-    """A partial sum goes in whole once (reduce-scatter) and comes back in pieces (all-gather), in flat buffers."""
+    """A partial sum goes in whole once (reduce-scatter) and comes back in pieces (all-gather), in flat
+    buffers."""
     layout = LAYOUTS["fsdp-2x2-uneven-and-empty"]
     traces = run_recorded(4, lambda: steps(layout, 2, **ALWAYS))
-    # Rows are split: R (n x r) of a tall matrix is partial, and P of a wide one, where the equations hold for X^T.
+    # Rows are split: R (n x r) of a tall matrix is partial, and P of a wide one, where the equations hold for
+    # X^T.
     partial_p = sum(cols * rank_of((rows, cols)) for rows, cols in layout.matrices.values() if rows < cols)
     partial_r = sum(cols * rank_of((rows, cols)) for rows, cols in layout.matrices.values() if rows >= cols)
     # P: whole in, half back. R: whole in, half of this replica's R_i and half of the mean back.
     elements_sent = 1.5 * partial_p + 2.0 * partial_r
-    slack = 2 * layout.shard_ranks * len(("P", "R"))  # each buffer rounded up to the number of shards, in and out
+    slack = (
+        2 * layout.shard_ranks * len(("P", "R"))
+    )  # each buffer rounded up to the number of shards, in and out
     for rank, trace in enumerate(traces):
         sent = trace[1][3]["shard", "factors"]
         assert 4 * elements_sent <= sent <= 4 * (elements_sent + slack), f"rank {rank}: {sent} bytes"
@@ -399,7 +442,9 @@ def replica_hashes(params: Any, shards: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("name", "local_update", "dense_algorithm"), CASES)
-def test_replicas_drift_in_local_steps_and_are_equal_after_a_synchronized_one(name: str, local_update: str, dense_algorithm: str) -> None:
+def test_replicas_drift_in_local_steps_and_are_equal_after_a_synchronized_one(
+    name: str, local_update: str, dense_algorithm: str
+) -> None:
     layout = LAYOUTS[name]
 
     def worker() -> list[tuple[bool, dict[str, bool]]]:
@@ -443,7 +488,9 @@ def test_consensus_none_drifts() -> None:
     def worker() -> list[bool]:
         replicate, mesh = grid(2, 2)
         toy = Toy(mesh)
-        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, consensus="none", max_local_steps=1, **RANDOM, **NEVER)
+        opt = CurvaDion(
+            toy.groups(), replicate_mesh=replicate, consensus="none", max_local_steps=1, **RANDOM, **NEVER
+        )
         equal = []
         for step in range(5):
             toy.set_gradients(step, replicate.get_local_rank())
@@ -529,13 +576,19 @@ def test_synchronize_makes_everything_equal(name: str, local_update: str) -> Non
             toy.set_gradients(step, replicate.get_local_rank())
             opt.step()
         parameters = {name: replica_mean(param, layout) for name, param in toy.params.items()}
-        momenta = {name: replica_mean(opt.state[toy.params[name]]["momentum"], layout) for name in toy.matrices}
+        momenta = {
+            name: replica_mean(opt.state[toy.params[name]]["momentum"], layout) for name in toy.matrices
+        }
         diverged_before = opt.diverged, gathered(state_digest(opt))
         opt.synchronize()
         for param_name, mean in parameters.items():
-            torch.testing.assert_close(local(toy.params[param_name]).detach(), mean, msg=f"{param_name} is the average")
+            torch.testing.assert_close(
+                local(toy.params[param_name]).detach(), mean, msg=f"{param_name} is the average"
+            )
         for matrix, mean in momenta.items():
-            torch.testing.assert_close(local(opt.state[toy.params[matrix]]["momentum"]), mean, msg=f"M of {matrix}")
+            torch.testing.assert_close(
+                local(opt.state[toy.params[matrix]]["momentum"]), mean, msg=f"M of {matrix}"
+            )
         counters = {float(opt.state[param]["local_steps"]) for param in toy.params.values()}
         after = gathered(state_digest(opt))
         before_again = after
@@ -548,20 +601,27 @@ def test_synchronize_makes_everything_equal(name: str, local_update: str) -> Non
         shards = layout.shard_ranks
         assert hashes[0] != hashes[shards], "the replicas must have differed, otherwise this shows nothing"
         for replica in range(1, layout.replicas):
-            assert after[replica * shards : (replica + 1) * shards] == after[:shards], "all state is bitwise equal"
+            assert after[replica * shards : (replica + 1) * shards] == after[:shards], (
+                "all state is bitwise equal"
+            )
         assert counters == {0.0}, "the local-step counter starts again"
         assert idempotent, "a second synchronize() changes nothing"
 
 
 def replica_mean(tensor: Tensor, layout: Layout) -> Tensor:
     values = gathered(local(tensor).detach().clone())
-    mine = [v for rank, v in enumerate(values) if rank % layout.shard_ranks == dist.get_rank() % layout.shard_ranks]
+    mine = [
+        v
+        for rank, v in enumerate(values)
+        if rank % layout.shard_ranks == dist.get_rank() % layout.shard_ranks
+    ]
     return torch.stack(mine).mean(0)
 
 
 @pytest.mark.parametrize(("replicas", "shards", "tau"), [(4, 1, 0.25), (2, 2, 0.15)])
 def test_synchronize_does_not_fire_the_gate(replicas: int, shards: int, tau: float) -> None:
-    """Averaging shrinks the momenta; the previous norms shrink with them, or every checkpoint would fire the gate."""
+    """Averaging shrinks the momenta; the previous norms shrink with them, or every checkpoint would fire the
+    gate."""
 
     def worker() -> Any:
         replicate, mesh = grid(replicas, shards)
@@ -578,11 +638,18 @@ def test_synchronize_does_not_fire_the_gate(replicas: int, shards: int, tau: flo
         shrunk = float(torch.linalg.matrix_norm(whole(opt.state[param]["momentum"]))) / before
         toy.set_gradients(60, replicate.get_local_rank())
         opt.step()
-        return branches[40:], shrunk, opt.metrics()["curvadion/synchronized"], opt.metrics()["curvadion/rmmc_max"]
+        return (
+            branches[40:],
+            shrunk,
+            opt.metrics()["curvadion/synchronized"],
+            opt.metrics()["curvadion/rmmc_max"],
+        )
 
     for settled, shrunk, synchronized, rmmc in run_ranks(replicas * shards, worker):
         assert not any(settled), "the gate must have been quiet before, otherwise this shows nothing"
-        assert 1.0 - shrunk > 1.5 * tau, f"the momenta shrank to {shrunk:.2f}: without rescaling this would fire"
+        assert 1.0 - shrunk > 1.5 * tau, (
+            f"the momenta shrank to {shrunk:.2f}: without rescaling this would fire"
+        )
         assert synchronized == 0.0, f"synchronize() must not fire the gate, RMMC was {rmmc}"
 
 
@@ -628,7 +695,9 @@ def test_consensus_shows_the_average_and_leaves_the_run_as_it_was(shards: int) -
         assert with_evaluation[1] == without[1], f"rank {rank}: evaluation must not change the losses"
         assert with_evaluation[0] == without[0], f"rank {rank}: evaluation must not change the run, bitwise"
         inside = with_evaluation[2]
-        assert any(differed for _, _, differed in inside[0]), "some evaluation must have met diverged replicas"
+        assert any(differed for _, _, differed in inside[0]), (
+            "some evaluation must have met diverged replicas"
+        )
         for step, entries in enumerate(zip(*inside, strict=True)):
             assert len({entry[0] for entry in entries}) == 1, f"step {step}: one averaged model on every rank"
             assert len({entry[1] for entry in entries}) == 1, f"step {step}: one loss of the averaged model"
@@ -667,7 +736,8 @@ def test_consensus_restores_after_an_exception() -> None:
 
 
 def test_consensus_is_for_evaluation_only() -> None:
-    """What is done to the average would be lost on leaving, or leave replicas unequal that call themselves equal."""
+    """What is done to the average would be lost on leaving, or leave replicas unequal that call themselves
+    equal."""
 
     def worker() -> list[tuple[str, str]]:
         replicate, mesh = grid(2, 2)
@@ -679,7 +749,12 @@ def test_consensus_is_for_evaluation_only() -> None:
             opt.step()
         before = state_digest(opt)
         with opt.consensus():
-            actions = [opt.step, opt.synchronize, opt.broadcast_parameters, lambda: opt.load_state_dict(saved)]
+            actions = [
+                opt.step,
+                opt.synchronize,
+                opt.broadcast_parameters,
+                lambda: opt.load_state_dict(saved),
+            ]
             found = [outcome(action) for action in actions]
         assert state_digest(opt) == before, "a refused call must change nothing"
         assert opt.diverged

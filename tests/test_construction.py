@@ -51,15 +51,27 @@ NUMBERS: dict[str, list[Any]] = {
     "check_every": [-1],
 }
 PER_GROUP = {"lr", "momentum", "weight_decay", "rank_fraction", "rank_multiple_of", "tau", "local_lr_scale"}
-PER_GROUP |= {"eps", "betas", "local_update", "error_feedback", "right_factor", "orthogonalization", "algorithm"}
+PER_GROUP |= {
+    "eps",
+    "betas",
+    "local_update",
+    "error_feedback",
+    "right_factor",
+    "orthogonalization",
+    "algorithm",
+}
 
 
-@pytest.mark.parametrize(("option", "value"), [(option, value) for option in NUMBERS for value in NUMBERS[option]])
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, value) for option in NUMBERS for value in NUMBERS[option]]
+)
 def test_a_number_out_of_range(option: str, value: Any) -> None:
     fails(ValueError, option, repr(value), **{option: value})
 
 
-@pytest.mark.parametrize(("option", "value"), [(option, values[0]) for option, values in NUMBERS.items() if option in PER_GROUP])
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, values[0]) for option, values in NUMBERS.items() if option in PER_GROUP]
+)
 def test_a_number_out_of_range_in_a_group(option: str, value: Any) -> None:
     fails(ValueError, option, repr(value), params=[{"params": [matrix()], option: value}])
     opt = CurvaDion([matrix()])
@@ -80,25 +92,42 @@ CHOICES = {
 def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
     fails(ValueError, option, "'bogus'", *CHOICES[option], **{option: "bogus"})
     if option in PER_GROUP:
-        fails(ValueError, option, "'bogus'", *CHOICES[option], params=[{"params": [matrix()], option: "bogus"}])
+        fails(
+            ValueError, option, "'bogus'", *CHOICES[option], params=[{"params": [matrix()], option: "bogus"}]
+        )
     for choice in CHOICES[option]:
         CurvaDion([matrix()], **{option: choice})
 
 
 def test_an_unknown_algorithm() -> None:
-    fails(ValueError, "algorithm", "'sgd'", "dion", "adamw", "lion", params=[{"params": [matrix()], "algorithm": "sgd"}])
+    fails(
+        ValueError,
+        "algorithm",
+        "'sgd'",
+        "dion",
+        "adamw",
+        "lion",
+        params=[{"params": [matrix()], "algorithm": "sgd"}],
+    )
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
 def test_a_dion_group_takes_matrices_only(shape: tuple[int, ...]) -> None:
     named = [("blocks.3.norm.weight", nn.Parameter(torch.ones(shape)))]
     message = fails(ValueError, "blocks.3.norm.weight", "adamw", params=[{"params": named}])
-    assert str(shape) in message or str(list(shape)) in message, f"the message should give the shape: {message}"
+    assert str(shape) in message or str(list(shape)) in message, (
+        f"the message should give the shape: {message}"
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "meant"),
-    [("momentun", "momentum"), ("rank_fractoin", "rank_fraction"), ("weigth_decay", "weight_decay"), ("algo", None)],
+    [
+        ("momentun", "momentum"),
+        ("rank_fractoin", "rank_fraction"),
+        ("weigth_decay", "weight_decay"),
+        ("algo", None),
+    ],
 )
 def test_an_unknown_group_key(key: str, meant: str | None) -> None:
     words = [key, meant] if meant else [key]
@@ -227,7 +256,9 @@ def test_meshes_that_cannot_work() -> None:
         sharded = nn.Linear(6, 8, bias=False)
         fully_shard(sharded, mesh=mesh["shard"])
         # As under tensor parallelism: some matrices split by it, norms and others copied.
-        tensor_parallel = Toy(mesh["shard"], placements={"layers.1.weight": (Replicate(),), "norm.weight": (Replicate(),)})
+        tensor_parallel = Toy(
+            mesh["shard"], placements={"layers.1.weight": (Replicate(),), "norm.weight": (Replicate(),)}
+        )
         everyone = nn.Linear(6, 8, bias=False)
         flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
         fully_shard(everyone, mesh=flat)
@@ -256,7 +287,17 @@ def test_meshes_that_cannot_work() -> None:
             said(found[case][1], "replicate_mesh", "shard", "overlap")
 
 
-DIFFERENCES = ["tau", "lr", "max_local_steps", "group lr", "local_update", "extra parameter", "shape", "order", "name"]
+DIFFERENCES = [
+    "tau",
+    "lr",
+    "max_local_steps",
+    "group lr",
+    "local_update",
+    "extra parameter",
+    "shape",
+    "order",
+    "name",
+]
 DIFFERENCES += ["algorithm", "dtype"]
 
 
@@ -288,7 +329,10 @@ def test_replicas_built_differently_all_raise_at_the_first_step(what: str) -> No
             toy.set_gradients(0, 0)
             before = [local(param).detach().clone() for param in toy.params.values()]
             result = outcome(opt.step)
-            untouched = all(torch.equal(local(param), value) for param, value in zip(toy.params.values(), before, strict=True))
+            untouched = all(
+                torch.equal(local(param), value)
+                for param, value in zip(toy.params.values(), before, strict=True)
+            )
             found.append((result, untouched))
         return gathered(found)
 
@@ -362,7 +406,9 @@ def test_a_preset_takes_changes() -> None:
         optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 3)
         optimizer.step()
         synchronized.append(bool(optimizer.metrics()["curvadion/synchronized"]))
-    assert [step for step, s in enumerate(synchronized) if s] == [0, 3, 6], "nothing else has to be kept in step with it"
+    assert [step for step, s in enumerate(synchronized) if s] == [0, 3, 6], (
+        "nothing else has to be kept in step with it"
+    )
 
 
 def test_a_preset_refuses_what_is_no_option() -> None:
@@ -374,7 +420,10 @@ def test_a_preset_refuses_what_is_no_option() -> None:
     ("options", "says"),
     [
         ({"gate_every": None}, "gate_every=None asks only where max_local_steps synchronizes"),
-        ({"gate_every": None, "max_local_steps": 3, "target_sync_rate": 0.5}, "target_sync_rate needs a gate that is asked"),
+        (
+            {"gate_every": None, "max_local_steps": 3, "target_sync_rate": 0.5},
+            "target_sync_rate needs a gate that is asked",
+        ),
         ({"gate_every": None, "max_local_steps": 3, "gate_lag": 1}, "gate_lag needs a gate that is asked"),
         ({"gate_every": 0}, "gate_every must be None or an integer >= 1"),
         ({"gate": "rmcc"}, "gate must be one of 'rmmc', 'drift'; got 'rmcc'"),

@@ -1,4 +1,5 @@
-"""The study's instrument: its controls, its leak test, what it asks of the training script, and that it goes on where it stopped."""
+"""The study's instrument: its controls, its leak test, what it asks of the training script, and that it goes
+on where it stopped."""
 
 from __future__ import annotations
 
@@ -15,7 +16,18 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("rich", reason="the benchmark shows its progress with rich: install the [report] extra")
 
 import convergence  # noqa: E402
-from convergence import MUON, NEVER, OURS, TABLES, Run, execute, runs_in_processes, train_flags, validate, with_controls  # noqa: E402
+from convergence import (
+    MUON,
+    NEVER,
+    OURS,
+    TABLES,
+    Run,
+    execute,
+    runs_in_processes,
+    train_flags,
+    validate,
+    with_controls,
+)  # noqa: E402
 
 from curvadion.report.studies import STUDY_KEYS  # noqa: E402
 
@@ -28,7 +40,14 @@ def run_of(setting: convergence.Setting, **changes: object) -> Run:
 
 def line_of(setting: convergence.Setting, loss: float, seed: int = 0) -> dict:
     run = replace(run_of(setting), seed=seed)
-    values = {"setting": setting.name, "baseline": setting.baseline, "seed": seed, "replicas": 2, "loss": loss, "valid": None}
+    values = {
+        "setting": setting.name,
+        "baseline": setting.baseline,
+        "seed": seed,
+        "replicas": 2,
+        "loss": loss,
+        "valid": None,
+    }
     return {**values, "identity": run.identity}
 
 
@@ -43,7 +62,9 @@ def test_a_leak_is_judged_against_the_noise_of_seeds() -> None:
     lines = [line_of(MUON, loss, seed) for seed, loss in enumerate((1.5, 1.6, 1.4))]
     lines += [line_of(NEVER, loss + 0.1, seed) for seed, loss in enumerate((1.5, 1.6, 1.4))]
     validate(lines)
-    assert not any(line["valid"] for line in lines), "0.1 nats is less than three standard deviations of the baseline"
+    assert not any(line["valid"] for line in lines), (
+        "0.1 nats is less than three standard deviations of the baseline"
+    )
 
 
 def test_without_its_controls_nothing_is_said_to_be_valid() -> None:
@@ -55,8 +76,16 @@ def test_without_its_controls_nothing_is_said_to_be_valid() -> None:
 def test_controls_come_along_once() -> None:
     gated = replace(OURS, name="gated", gate="rmmc")
     names = [setting.name for setting in with_controls([MUON, gated, OURS, OURS])]
-    assert names == ["Muon every step", "AdamW every step", "no synchronization", "gated", "gated: fixed interval"]
-    assert with_controls([gated])[-1] == replace(OURS, name="gated: fixed interval"), "as many synchronizations, at a fixed interval"
+    assert names == [
+        "Muon every step",
+        "AdamW every step",
+        "no synchronization",
+        "gated",
+        "gated: fixed interval",
+    ]
+    assert with_controls([gated])[-1] == replace(OURS, name="gated: fixed interval"), (
+        "as many synchronizations, at a fixed interval"
+    )
 
 
 @pytest.mark.parametrize("table", sorted(TABLES))
@@ -70,7 +99,9 @@ def test_what_the_optimizer_lacks_is_refused_by_name() -> None:
         train_flags(replace(OURS, nesterov=True, fragments=2))
     assert runs_in_processes(OURS) and not runs_in_processes(MUON)
     flags = train_flags(OURS)
-    assert flags[flags.index("--max-local-steps") + 1] == "7" and flags[flags.index("--outer-bits") + 1] == "1"
+    assert (
+        flags[flags.index("--max-local-steps") + 1] == "7" and flags[flags.index("--outer-bits") + 1] == "1"
+    )
 
 
 def test_a_line_says_what_the_report_needs() -> None:
@@ -105,7 +136,16 @@ def test_a_file_of_runs_can_be_checked(tmp_path: Path) -> None:
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     shape = [word for key, value in SHAPE.items() for word in (f"--{key}", str(value))]
     out = tmp_path / "runs.jsonl"
-    command = [sys.executable, ROOT / "benchmarks" / "convergence.py", "--tables", "controls", "--text", ROOT / "scripts", "--out", out]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "convergence.py",
+        "--tables",
+        "controls",
+        "--text",
+        ROOT / "scripts",
+        "--out",
+        out,
+    ]
     done = [line_of(MUON, 1.5), line_of(NEVER, 2.0)]
     for line in done:
         line["wire"] = line["dense_wire"] = 1.0
@@ -114,5 +154,9 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "3 runs, 2 of them" in finished.stdout
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["setting"] for line in lines] == ["Muon every step", "no synchronization", "AdamW every step"]
+    assert [line["setting"] for line in lines] == [
+        "Muon every step",
+        "no synchronization",
+        "AdamW every step",
+    ]
     assert all(line["valid"] for line in lines)

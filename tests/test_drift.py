@@ -1,4 +1,5 @@
-"""gate="drift": what it sees is FDA's linear estimate, computed here from whole parameters of all replicas."""
+"""gate="drift": what it sees is FDA's linear estimate, computed here from whole parameters of all
+replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ from curvadion import CurvaDion, NonFiniteError
 
 # The estimate is a difference of float32 sums.
 RTOL = 1e-4
-SOME = [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp4_empty_shards", "tp2_replicated", "fsdp2_tp2")]
+SOME = [
+    layout
+    for layout in LAYOUTS
+    if layout.name in ("plain_group", "fsdp4_empty_shards", "tp2_replicated", "fsdp2_tp2")
+]
 AVERAGE: dict[str, Any] = {"gate": "drift", "tau": 0.02, "local_update": "dion"}
 OUTER: dict[str, Any] = {**AVERAGE, "local_update": "muon", "consensus": "outer", "outer_lr": 0.8}
 
@@ -28,7 +33,9 @@ def everything(placed: Any) -> torch.Tensor:
     return torch.cat([whole(p).flatten() for p in placed.bag.parameters()])
 
 
-def run_estimates(layout: Layout, replicas: int, options: dict[str, Any]) -> list[tuple[bool, float, float, bool]]:
+def run_estimates(
+    layout: Layout, replicas: int, options: dict[str, Any]
+) -> list[tuple[bool, float, float, bool]]:
     """By step: synchronized, what the gate saw, what it should have seen, and whether it had no choice."""
     placed = layout.build(initial_values(), replicas)
     optimizer = make_optimizer(placed, Case("drift", options))
@@ -55,9 +62,13 @@ def run_estimates(layout: Layout, replicas: int, options: dict[str, Any]) -> lis
 
 @pytest.mark.parametrize("options", [AVERAGE, OUTER], ids=["average", "outer"])
 @pytest.mark.parametrize(("layout", "replicas"), [*((layout, 2) for layout in SOME), (SOME[0], 3)], ids=str)
-def test_the_gate_opens_when_replicas_are_apart(layout: Layout, options: dict[str, Any], replicas: int) -> None:
+def test_the_gate_opens_when_replicas_are_apart(
+    layout: Layout, options: dict[str, Any], replicas: int
+) -> None:
     runs = run_ranks(layout.world_size(replicas), run_estimates, layout, replicas, options)
-    assert len({tuple(synchronized for synchronized, *_ in run) for run in runs}) == 1, "all ranks decide alike"
+    assert len({tuple(synchronized for synchronized, *_ in run) for run in runs}) == 1, (
+        "all ranks decide alike"
+    )
     for _, seen, expected, _ in runs[0]:
         assert seen == pytest.approx(expected, rel=RTOL, abs=1e-5)
     free = [(s, v) for s, v, _, no_choice in runs[0][1:] if not no_choice]
@@ -103,8 +114,16 @@ def test_a_parameter_that_is_not_finite_is_seen_on_every_replica() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"consensus": "none"}, {"consensus": "outer", "outer_delay": 2}, {"consensus": "outer", "outer_fragments": 2}], ids=str
+    "options",
+    [
+        {"consensus": "none"},
+        {"consensus": "outer", "outer_delay": 2},
+        {"consensus": "outer", "outer_fragments": 2},
+    ],
+    ids=str,
 )
 def test_it_needs_replicas_that_are_equal_after_a_synchronized_step(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="gate='drift' needs replicas that are equal after a synchronized step"):
+    with pytest.raises(
+        ValueError, match="gate='drift' needs replicas that are equal after a synchronized step"
+    ):
         CurvaDion(Toy().groups(), gate="drift", **options)

@@ -1,6 +1,8 @@
-"""The equations, on one process: formulas written out by hand, theorems that must hold, and exact small cases.
+"""The equations, on one process: formulas written out by hand, theorems that must hold, and exact small
+cases.
 
-Whatever involves layouts and replicas is in test_mesh_parity.py, against the reference in support/reference.py.
+Whatever involves layouts and replicas is in test_mesh_parity.py, against the reference in
+support/reference.py.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def gram_schmidt(A: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def dion_by_hand(m: Tensor, Q: Tensor, mu: float, error_feedback: bool, right_factor: str) -> tuple[Tensor, Tensor]:
+def dion_by_hand(
+    m: Tensor, Q: Tensor, mu: float, error_feedback: bool, right_factor: str
+) -> tuple[Tensor, Tensor]:
     """P Q^T and M for one replica, in the orientation of m."""
     if m.shape[0] < m.shape[1]:
         update, M = dion_by_hand(m.T, Q, mu, error_feedback, right_factor)
@@ -92,7 +96,11 @@ def test_second_step_is_the_written_formula(
     W = parameters["W"]
     step(optimizer, parameters, W=draw(*shape, seed=1))
 
-    X, M, Q, G = W.detach().clone(), *(optimizer.state[W][k].clone() for k in ("momentum", "Q")), draw(*shape, seed=2)
+    X, M, Q, G = (
+        W.detach().clone(),
+        *(optimizer.state[W][k].clone() for k in ("momentum", "Q")),
+        draw(*shape, seed=2),
+    )
     synchronized = step(optimizer, parameters, W=G)
 
     assert synchronized == (branch == "synchronized"), "the other branch was taken"
@@ -112,7 +120,9 @@ def test_second_step_is_the_written_formula(
 def test_a_local_dion_step_of_one_replica_is_the_synchronized_step(error_feedback: bool) -> None:
     runs = []
     for branch in (ALWAYS_OPEN, ALWAYS_CLOSED | {"local_update": "dion"}):
-        optimizer, parameters = build({"W": draw(7, 4), "V": draw(4, 8)}, error_feedback=error_feedback, **branch)
+        optimizer, parameters = build(
+            {"W": draw(7, 4), "V": draw(4, 8)}, error_feedback=error_feedback, **branch
+        )
         for t in range(5):
             step(optimizer, parameters, W=draw(7, 4, seed=t), V=draw(4, 8, seed=t))
         runs.append(parameters)
@@ -121,18 +131,28 @@ def test_a_local_dion_step_of_one_replica_is_the_synchronized_step(error_feedbac
 
 
 def test_dion2_of_all_slices_is_muon_and_normuon_is_as_large() -> None:
-    gradients = [{"W": draw(7, 4, seed=t), "V": draw(4, 8, seed=t), "S": draw(5, 5, seed=t)} for t in range(3)]
+    gradients = [
+        {"W": draw(7, 4, seed=t), "V": draw(4, 8, seed=t), "S": draw(5, 5, seed=t)} for t in range(3)
+    ]
     moved: dict[str, dict[str, Tensor]] = {}
     for rule in ("muon", "dion2", "normuon"):
         values = {name: draw(*G.shape) for name, G in gradients[0].items()}
-        options = {"weight_decay": 0.0, "rank_fraction": 1.0, "local_update": rule, "error_feedback": False, **ALWAYS_CLOSED}
+        options = {
+            "weight_decay": 0.0,
+            "rank_fraction": 1.0,
+            "local_update": rule,
+            "error_feedback": False,
+            **ALWAYS_CLOSED,
+        }
         optimizer, parameters = build(values, **options)
         for G in gradients:
             before = {name: p.detach().clone() for name, p in parameters.items()}
             step(optimizer, parameters, **G)
         moved[rule] = {name: before[name] - p.detach() for name, p in parameters.items()}
     for name in values:
-        torch.testing.assert_close(moved["dion2"][name], moved["muon"][name], **FP64, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            moved["dion2"][name], moved["muon"][name], **FP64, msg=lambda m, n=name: f"{n}: {m}"
+        )
         torch.testing.assert_close(moved["normuon"][name].norm(), moved["muon"][name].norm(), **FP64)
         rows = moved["normuon"][name].norm(dim=1) / moved["muon"][name].norm(dim=1)
         assert float(rows.max() / rows.min()) > 1.05, f"{name}: rows are not treated differently"
@@ -140,10 +160,19 @@ def test_dion2_of_all_slices_is_muon_and_normuon_is_as_large() -> None:
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_dion2_takes_the_first_of_equal_slices_and_leaves_the_momentum_of_the_others(tall: bool) -> None:
-    """Integers, so that norms are exact: of 3, 7, 5, 7, 5, 5 it takes three, the second, the third and the fourth."""
-    m = torch.diag(torch.tensor([3.0, 7, 5, 7, 5, 5], dtype=torch.float64)) @ torch.eye(6, 8, dtype=torch.float64)
+    """Integers, so that norms are exact: of 3, 7, 5, 7, 5, 5 it takes three, the second, the third and the
+    fourth."""
+    m = torch.diag(torch.tensor([3.0, 7, 5, 7, 5, 5], dtype=torch.float64)) @ torch.eye(
+        6, 8, dtype=torch.float64
+    )
     m = m.T if tall else m
-    options = {"rank_fraction": 0.5, "momentum": 0.5, "weight_decay": 0.0, "local_update": "dion2", "error_feedback": False}
+    options = {
+        "rank_fraction": 0.5,
+        "momentum": 0.5,
+        "weight_decay": 0.0,
+        "local_update": "dion2",
+        "error_feedback": False,
+    }
     optimizer, parameters = build({"W": draw(*m.shape)}, **options, **ALWAYS_CLOSED)
     W = parameters["W"]
     assert step(optimizer, parameters, W=m), "M is m / 2 now"
@@ -174,7 +203,9 @@ def test_without_feedback_and_with_gradient_steps_the_momentum_is_the_plain_sum(
 @pytest.mark.parametrize("rank_fraction", [0.5, 1.0])
 def test_update_has_norm_lr_sqrt_out_over_in_sqrt_rank(shape: tuple[int, int], rank_fraction: float) -> None:
     """P is orthonormal and Q has unit columns, so ||P Q^T||_F = sqrt(r) exactly."""
-    optimizer, parameters = build({"W": draw(*shape)}, lr=0.1, weight_decay=0.0, rank_fraction=rank_fraction, **ALWAYS_OPEN)
+    optimizer, parameters = build(
+        {"W": draw(*shape)}, lr=0.1, weight_decay=0.0, rank_fraction=rank_fraction, **ALWAYS_OPEN
+    )
     before = parameters["W"].detach().clone()
     step(optimizer, parameters, W=draw(*shape, seed=1))
     r = math.ceil(rank_fraction * min(shape))
@@ -202,15 +233,21 @@ def test_right_factor_qr_at_full_rank_gives_an_orthogonal_update(orthogonalizati
     step(optimizer, parameters, W=G)
     update = (before * (1 - 0.01) - parameters["W"].detach()) / math.sqrt(6 / 4)
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-    torch.testing.assert_close(update, U @ Vh, rtol=0, atol=1e-6, msg=lambda m: f"not descending along U V^T: {m}")
+    torch.testing.assert_close(
+        update, U @ Vh, rtol=0, atol=1e-6, msg=lambda m: f"not descending along U V^T: {m}"
+    )
 
 
-@pytest.mark.parametrize("branch", [ALWAYS_OPEN, ALWAYS_CLOSED, ALWAYS_CLOSED | {"local_update": "dion"}], ids=str)
+@pytest.mark.parametrize(
+    "branch", [ALWAYS_OPEN, ALWAYS_CLOSED, ALWAYS_CLOSED | {"local_update": "dion"}], ids=str
+)
 @pytest.mark.parametrize("algorithm", ["dion", "adamw", "lion"])
 def test_weight_decay_is_decoupled_and_uses_lr_on_both_branches(branch: dict, algorithm: str) -> None:
     """Without a gradient only the decay is left, and local_lr_scale has no part in it."""
     W = torch.full((4, 2), 16.0)
-    optimizer, parameters = build({"W": W}, lr=0.5, weight_decay=0.5, local_lr_scale=0.1, algorithms={"W": algorithm}, **branch)
+    optimizer, parameters = build(
+        {"W": W}, lr=0.5, weight_decay=0.5, local_lr_scale=0.1, algorithms={"W": algorithm}, **branch
+    )
     for t in range(1, 4):
         step(optimizer, parameters)
         assert torch.equal(parameters["W"].detach(), W * 0.75**t), f"step {t}: not (1 - lr wd)^t X"
@@ -229,8 +266,12 @@ def test_weight_decay_is_decoupled_and_uses_lr_on_both_branches(branch: dict, al
         ((6, 6), 0.5, 8, 6),
     ],
 )
-def test_rank_is_rounded_up_and_clipped(shape: tuple[int, int], rank_fraction: float, rank_multiple_of: int, r: int) -> None:
-    optimizer, parameters = build({"W": draw(*shape)}, rank_fraction=rank_fraction, rank_multiple_of=rank_multiple_of)
+def test_rank_is_rounded_up_and_clipped(
+    shape: tuple[int, int], rank_fraction: float, rank_multiple_of: int, r: int
+) -> None:
+    optimizer, parameters = build(
+        {"W": draw(*shape)}, rank_fraction=rank_fraction, rank_multiple_of=rank_multiple_of
+    )
     assert tuple(optimizer.state[parameters["W"]]["Q"].shape) == (min(shape), r)
 
 
@@ -266,7 +307,9 @@ def test_adamw_is_torch_adamw(branch: dict) -> None:
             parameter.grad = torch.zeros_like(parameter) if gradients[name] is None else gradients[name]
         torch_adamw.step()
         for name in values:
-            torch.testing.assert_close(parameters[name], theirs[name], **FP64, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                parameters[name], theirs[name], **FP64, msg=lambda m, n=name: f"{n}: {m}"
+            )
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 mine, other = optimizer.state[parameters[name]][key], torch_adamw.state[theirs[name]][key]
                 torch.testing.assert_close(mine, other, **FP64, msg=lambda m, k=key: f"{k}: {m}")
@@ -355,7 +398,8 @@ def test_degenerate_columns_are_zero_and_the_rest_a_basis(name: str, dtype: torc
     gram = P.T @ P
     live = gram.diagonal() > 0.5
     count = int(live.sum())
-    # In float32 the rounding of A itself is a direction within the accuracy asked for (condition 1e7): more may live.
+    # In float32 the rounding of A itself is a direction within the accuracy asked for (condition 1e7): more
+    # may live.
     assert count == rank or (count > rank and dtype == torch.float32), f"{count} live columns for rank {rank}"
     tolerance = 2e-6 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(gram, torch.diag(live.double()), rtol=0, atol=tolerance)
@@ -366,7 +410,11 @@ def test_degenerate_columns_are_zero_and_the_rest_a_basis(name: str, dtype: torc
 
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_both_methods_span_the_same_space(name: str) -> None:
-    projectors = [P @ P.mT for m in ("cholesky_qr", "qr") for P in orthogonalize([DEGENERATE[name][None].double()], method=m)]
+    projectors = [
+        P @ P.mT
+        for m in ("cholesky_qr", "qr")
+        for P in orthogonalize([DEGENERATE[name][None].double()], method=m)
+    ]
     torch.testing.assert_close(projectors[0], projectors[1], rtol=0, atol=1e-9)
 
 
@@ -386,14 +434,19 @@ def test_q_stays_usable_whatever_the_spectrum(right_factor: str, condition: floa
         for t in range(3):
             step(optimizer, parameters, W=with_condition(24, 12, condition, seed=10 * seed + t).float())
             Q = optimizer.state[parameters["W"]]["Q"]
-            torch.testing.assert_close(Q.norm(dim=0), torch.ones(12), rtol=0, atol=1e-4, msg=lambda m: f"Q: {m}")
+            torch.testing.assert_close(
+                Q.norm(dim=0), torch.ones(12), rtol=0, atol=1e-4, msg=lambda m: f"Q: {m}"
+            )
             assert parameters["W"].isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_right_factor_qr_agrees_with_the_left_on_which_columns_are_dead(dtype: torch.dtype, method: str) -> None:
-    """Wherever the threshold lies: a column that is live in P and dead in R must not leave a zero column in Q."""
+def test_right_factor_qr_agrees_with_the_left_on_which_columns_are_dead(
+    dtype: torch.dtype, method: str
+) -> None:
+    """Wherever the threshold lies: a column that is live in P and dead in R must not leave a zero column in
+    Q."""
     pivots = torch.logspace(-17, -3, 1401, dtype=torch.float64)
     M = torch.zeros(len(pivots), 4, 2, dtype=torch.float64)
     M[:, 0, 0] = M[:, 0, 1] = 1
@@ -402,15 +455,20 @@ def test_right_factor_qr_agrees_with_the_left_on_which_columns_are_dead(dtype: t
     [factors] = power_iteration([M.to(dtype)], [Q], orthogonalization=method, right_factor="qr")
     P, new = factors.P, factors.Q
     zero = pivots[new.norm(dim=-2).amin(-1) < 0.5]
-    assert not len(zero), f"{len(zero)} of 1401 have a zero column in Q, such as the pivot {float(zero[0]):.3e}"
+    assert not len(zero), (
+        f"{len(zero)} of 1401 have a zero column in Q, such as the pivot {float(zero[0]):.3e}"
+    )
     assert P.isfinite().all() and new.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
 @pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (33, 33)], ids=str)
-def test_update_of_a_rank_deficient_fp32_momentum_has_its_rank(shape: tuple[int, int], right_factor: str, method: str) -> None:
-    """Rounding noise must not become part of the update: with unit columns of Q it would weigh as much as the signal."""
+def test_update_of_a_rank_deficient_fp32_momentum_has_its_rank(
+    shape: tuple[int, int], right_factor: str, method: str
+) -> None:
+    """Rounding noise must not become part of the update: with unit columns of Q it would weigh as much as the
+    signal."""
     options = {"rank_fraction": 0.5, "right_factor": right_factor, "orthogonalization": method, **ALWAYS_OPEN}
     optimizer, parameters = build({"W": torch.zeros(shape)}, lr=1.0, weight_decay=0.0, **options)
     U, V = draw(shape[0], 3), draw(3, shape[1], seed=1)
@@ -420,7 +478,9 @@ def test_update_of_a_rank_deficient_fp32_momentum_has_its_rank(shape: tuple[int,
         step(optimizer, parameters, W=(U @ draw(3, 3, seed=2 + t) @ V).float())
         update = (parameters["W"].detach() - before) / math.sqrt(shape[0] / shape[1])
         values = torch.linalg.svdvals(update)
-        assert int((values > 1e-3).sum()) == 3, f"step {t}: the update's singular values are {values[:6].tolist()}"
+        assert int((values > 1e-3).sum()) == 3, (
+            f"step {t}: the update's singular values are {values[:6].tolist()}"
+        )
         kept = (optimizer.state[parameters["W"]]["Q"] == Q).all(dim=0)
         assert int(kept.sum()) == r - 3, f"step {t}: {int(kept.sum())} of {r - 3} dead columns of Q were kept"
 
@@ -433,7 +493,9 @@ def test_a_zero_gradient_leaves_q_alive() -> None:
     Q = optimizer.state[parameters["W"]]["Q"].clone()
     for _ in range(3):
         step(optimizer, parameters, W=torch.zeros(6, 4, dtype=torch.float64))
-    assert torch.equal(optimizer.state[parameters["W"]]["Q"], Q), "zero columns of R must keep the old columns of Q"
+    assert torch.equal(optimizer.state[parameters["W"]]["Q"], Q), (
+        "zero columns of R must keep the old columns of Q"
+    )
     before = parameters["W"].detach().clone()
     step(optimizer, parameters, W=draw(6, 4, seed=1))
     assert torch.linalg.matrix_rank(parameters["W"].detach() - 0.9998 * before) == 4, "the update lost rank"
@@ -468,17 +530,23 @@ def test_a_missing_gradient_is_a_zero_gradient() -> None:
     algorithms = {"b": "adamw", "l": "lion"}
     runs = []
     for missing in (None, 0.0):
-        optimizer, parameters = build({"W": draw(6, 4), "b": draw(3), "l": draw(3)}, algorithms=algorithms, tau=0.3)
+        optimizer, parameters = build(
+            {"W": draw(6, 4), "b": draw(3), "l": draw(3)}, algorithms=algorithms, tau=0.3
+        )
         for t in range(5):
             gradients = {name: draw(*p.shape, seed=t) for name, p in parameters.items()}
             if t in (1, 3):
-                gradients = {n: None if missing is None else torch.zeros_like(g) for n, g in gradients.items()}
+                gradients = {
+                    n: None if missing is None else torch.zeros_like(g) for n, g in gradients.items()
+                }
             step(optimizer, parameters, **gradients)
         runs.append((optimizer, parameters))
     for name, parameter in runs[0][1].items():
         assert torch.equal(parameter, runs[1][1][name]), f"{name}: None differs from zeros"
         for key, value in runs[0][0].state[parameter].items():
-            assert torch.equal(value, runs[1][0].state[runs[1][1][name]][key]), f"{key} of {name}: None is not zeros"
+            assert torch.equal(value, runs[1][0].state[runs[1][1][name]][key]), (
+                f"{key} of {name}: None is not zeros"
+            )
 
 
 SHAPES = [(8, 3), (3, 8), (5, 5), (16, 2), (7, 6), (2, 9), (8, 3)]
@@ -491,12 +559,16 @@ def test_many_distinct_shapes_at_once_are_each_as_alone() -> None:
     def run(some: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         optimizer, parameters = build(some, **ALWAYS_OPEN)
         for t in range(3):
-            step(optimizer, parameters, **{n: draw(*v.shape, seed=10 * t + int(n[1])) for n, v in some.items()})
+            step(
+                optimizer, parameters, **{n: draw(*v.shape, seed=10 * t + int(n[1])) for n, v in some.items()}
+            )
         return parameters
 
     together = run(values)
     for name, value in values.items():
-        torch.testing.assert_close(together[name], run({name: value})[name], **FP64, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            together[name], run({name: value})[name], **FP64, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # ---- dtypes
@@ -514,7 +586,9 @@ def test_bf16_parameters_with_fp32_momentum(local_update: str) -> None:
     values = {name: value.bfloat16() for name, value in values.items()}
     algorithms = {"embedding": "adamw", "bias": "lion"}
     options = {"lr": 0.05, "momentum": 0.9, "tau": 0.4, "local_update": local_update}
-    optimizer, parameters = build(values, algorithms=algorithms, momentum_dtype=torch.float32, rank_fraction=0.5, **options)
+    optimizer, parameters = build(
+        values, algorithms=algorithms, momentum_dtype=torch.float32, rank_fraction=0.5, **options
+    )
     reference = ReferenceReplicas(
         {name: value.double() for name, value in values.items()},
         replicas=1,
@@ -547,7 +621,9 @@ def test_bf16_parameters_with_fp32_momentum(local_update: str) -> None:
 def test_lr_may_be_a_tensor_and_may_change() -> None:
     runs = []
     for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
-        optimizer, parameters = build({"W": draw(6, 4), "b": draw(3)}, lr=lr, algorithms={"b": "adamw"}, **ALWAYS_OPEN)
+        optimizer, parameters = build(
+            {"W": draw(6, 4), "b": draw(3)}, lr=lr, algorithms={"b": "adamw"}, **ALWAYS_OPEN
+        )
         for t in range(4):
             if t == 2:
                 for group in optimizer.param_groups:
@@ -569,7 +645,9 @@ def test_a_scheduler_governs_matrices_and_the_rest() -> None:
         step(optimizer, parameters, W=draw(6, 4, seed=t), b=draw(3, seed=t))
         scheduler.step()
         for name, parameter in parameters.items():
-            assert torch.equal(parameter.detach(), before[name]) == (t >= 2), f"step {t}: lr did not govern {name}"
+            assert torch.equal(parameter.detach(), before[name]) == (t >= 2), (
+                f"step {t}: lr did not govern {name}"
+            )
 
 
 def test_a_group_added_later_is_optimized_and_synchronizes() -> None:
@@ -578,7 +656,9 @@ def test_a_group_added_later_is_optimized_and_synchronizes() -> None:
         step(optimizer, parameters, W=draw(6, 4, seed=t))
     parameters["V"] = nn.Parameter(draw(4, 5))
     optimizer.add_param_group({"params": [("V", parameters["V"])]})
-    assert step(optimizer, parameters, W=draw(6, 4), V=draw(4, 5, seed=1)), "a new matrix has no previous norm"
+    assert step(optimizer, parameters, W=draw(6, 4), V=draw(4, 5, seed=1)), (
+        "a new matrix has no previous norm"
+    )
     assert not torch.equal(parameters["V"].detach(), draw(4, 5)), "the new matrix did not move"
     assert not step(optimizer, parameters, W=draw(6, 4), V=draw(4, 5, seed=1))
 
@@ -586,7 +666,9 @@ def test_a_group_added_later_is_optimized_and_synchronizes() -> None:
 # ---- the first Q
 
 
-def first_Q(name: str, *, before: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def first_Q(
+    name: str, *, before: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     optimizer, parameters = build({**(before or {}), name: draw(8, 6, dtype=dtype)}, rank_fraction=0.5)
     return optimizer.state[parameters[name]]["Q"]
 
@@ -598,7 +680,9 @@ def test_first_q_depends_on_the_canonical_name_alone() -> None:
     assert torch.equal(torch.get_rng_state(), random_state), "construction drew from the global generator"
     torch.manual_seed(2)
     assert torch.equal(first_Q("layers.0.weight"), Q), "Q depends on the global seed"
-    assert torch.equal(first_Q("layers.0.weight", before={"other": draw(4, 4)}), Q), "Q depends on other parameters"
+    assert torch.equal(first_Q("layers.0.weight", before={"other": draw(4, 4)}), Q), (
+        "Q depends on other parameters"
+    )
     torch.testing.assert_close(first_Q("layers.0.weight", dtype=torch.float64).float(), Q)
     assert not torch.allclose(first_Q("layers.1.weight"), Q), "two names share one Q"
     assert Q.abs().sum(dim=0).all() and torch.linalg.matrix_rank(Q) == 3
@@ -620,7 +704,8 @@ def test_wrappers_do_not_change_the_first_q(wrapped: str) -> None:
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
 @pytest.mark.parametrize("r", [4, 16, 48])
 def test_a_decaying_spectrum_with_dead_rows_gives_an_orthonormal_basis(r: int, method: str) -> None:
-    """Few live rows and singular values down to the rounding of float32: residuals fall into every window there is."""
+    """Few live rows and singular values down to the rounding of float32: residuals fall into every window
+    there is."""
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         P = torch.zeros(64, r)
@@ -629,7 +714,9 @@ def test_a_decaying_spectrum_with_dead_rows_gives_an_orthonormal_basis(r: int, m
         Z = Z[0].double()
         assert Z.isfinite().all(), "a dependent column must be zero, not NaN"
         live = (Z.norm(dim=0) > 0.5).double()
-        torch.testing.assert_close(Z.T @ Z, torch.diag(live), rtol=0, atol=1e-5, msg="live columns are orthonormal, others zero")
+        torch.testing.assert_close(
+            Z.T @ Z, torch.diag(live), rtol=0, atol=1e-5, msg="live columns are orthonormal, others zero"
+        )
 
 
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
@@ -640,7 +727,9 @@ def test_a_noise_column_does_not_disturb_the_columns_after_it(method: str) -> No
         U = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64, generator=generator))[0]
         V = torch.linalg.qr(torch.randn(48, 8, dtype=torch.float64, generator=generator))[0]
         M = torch.outer(U[:, 0], V[:, 0]) + 0.5 * torch.outer(U[:, 1], V[:, 1])
-        [factors] = power_iteration([M.float()[None]], [V[:, [0, 5, 1, 6]].float()[None]], orthogonalization=method)
+        [factors] = power_iteration(
+            [M.float()[None]], [V[:, [0, 5, 1, 6]].float()[None]], orthogonalization=method
+        )
         P, Q = factors.P, factors.Q
         expected = torch.outer(U[:, 0], V[:, 0]) + torch.outer(U[:, 1], V[:, 1])
         torch.testing.assert_close((P @ Q.mT)[0].double(), expected, rtol=0, atol=1e-5)

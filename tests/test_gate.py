@@ -1,7 +1,7 @@
 """When the gate opens, what it reports, and that every rank always takes the same branch.
 
-With momentum = 0 and error_feedback = False nothing is carried over, so m_t is the gradient itself: the tests below
-choose the gradient norms, and therefore the RMMC of every step, exactly.
+With momentum = 0 and error_feedback = False nothing is carried over, so m_t is the gradient itself: the tests
+below choose the gradient norms, and therefore the RMMC of every step, exactly.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def set_norms(toy: Toy, norms: Sequence[float]) -> None:
         param.grad = toy.place(name, value)
 
 
-def run(norms: Sequence[float | Sequence[float]], **options: Any) -> tuple[list[bool], list[float], CurvaDion]:
+def run(
+    norms: Sequence[float | Sequence[float]], **options: Any
+) -> tuple[list[bool], list[float], CurvaDion]:
     """Take one step per entry on one process; return the branches, the RMMCs and the optimizer."""
     first = norms[0]
     toy = Toy(matrices=TWO if isinstance(first, Sequence) else ONE, dense={})
@@ -60,8 +62,12 @@ S, L = True, False  # a synchronized step, a local step
         pytest.param({"max_local_steps": 3}, [S, L, L, L, S, L, L, L], id="max-3"),
         pytest.param({"warmup_steps": 1}, [S, L, L, L, L, L, L, L], id="warmup-1"),
         pytest.param({"warmup_steps": 4}, [S, S, S, S, L, L, L, L], id="warmup-4"),
-        pytest.param({"warmup_steps": 3, "max_local_steps": 2}, [S, S, S, L, L, S, L, L], id="warmup-3-max-2"),
-        pytest.param({"warmup_steps": 3, "min_local_steps": 5}, [S, S, S, L, L, L, L, L], id="warmup-beats-min"),
+        pytest.param(
+            {"warmup_steps": 3, "max_local_steps": 2}, [S, S, S, L, L, S, L, L], id="warmup-3-max-2"
+        ),
+        pytest.param(
+            {"warmup_steps": 3, "min_local_steps": 5}, [S, S, S, L, L, L, L, L], id="warmup-beats-min"
+        ),
     ],
 )
 def test_bounds_alone_decide_when_tau_is_inf(options: dict[str, Any], expected: list[bool]) -> None:
@@ -70,12 +76,16 @@ def test_bounds_alone_decide_when_tau_is_inf(options: dict[str, Any], expected: 
     assert branches == expected, "with tau = inf only the first step, warm-up and max_local_steps synchronize"
 
 
-@pytest.mark.parametrize(("minimum", "expected"), [(0, [S] * 8), (1, [S, L, S, L, S, L, S, L]), (3, [S, L, L, L, S, L, L, L])])
+@pytest.mark.parametrize(
+    ("minimum", "expected"), [(0, [S] * 8), (1, [S, L, S, L, S, L, S, L]), (3, [S, L, L, L, S, L, L, L])]
+)
 def test_min_local_steps_holds_the_gate_closed(minimum: int, expected: list[bool]) -> None:
     wild = [1.0, 100.0, 1.0, 100.0, 1.0, 100.0, 1.0, 100.0]
     branches, rmmcs, _ = run(wild, tau=0.5, min_local_steps=minimum)
     assert branches == expected, "after a synchronized step the gate stays closed for min_local_steps"
-    assert all(value > 0.5 for value in rmmcs[1:]), "the RMMC was above tau all the time: only the bound held it back"
+    assert all(value > 0.5 for value in rmmcs[1:]), (
+        "the RMMC was above tau all the time: only the bound held it back"
+    )
 
 
 def test_the_comparison_is_strict_and_the_value_exact() -> None:
@@ -83,7 +93,9 @@ def test_the_comparison_is_strict_and_the_value_exact() -> None:
     norms = [4.0, 5.0, 4.0, 4.0, 3.0, 3.0, 4.5]
     expected_rmmc = [math.nan, 0.25, 0.2, 0.0, 0.25, 0.0, 0.5]
     branches, rmmcs, _ = run(norms, tau=0.25)
-    assert branches == [S, L, L, L, L, L, S], "rho = tau stays local, rho > tau synchronizes, in both directions"
+    assert branches == [S, L, L, L, L, L, S], (
+        "rho = tau stays local, rho > tau synchronizes, in both directions"
+    )
     torch.testing.assert_close(torch.tensor(rmmcs), torch.tensor(expected_rmmc), equal_nan=True)
     just_below = float(torch.nextafter(torch.tensor(0.25), torch.tensor(0.0)))
     assert run(norms[:2], tau=just_below)[0] == [S, S], "one float below, 0.25 is above tau"
@@ -91,7 +103,9 @@ def test_the_comparison_is_strict_and_the_value_exact() -> None:
 
 def test_tau_zero_synchronizes_unless_nothing_changed() -> None:
     branches, _, _ = run([2.0, 2.0, 2.5, 2.5, 0.0, 0.0], tau=0.0)
-    assert branches == [S, L, S, L, S, L], "rho = 0 is not above tau = 0; two zero norms in a row have rho = 0"
+    assert branches == [S, L, S, L, S, L], (
+        "rho = 0 is not above tau = 0; two zero norms in a row have rho = 0"
+    )
 
 
 def test_zero_norms() -> None:
@@ -104,7 +118,9 @@ def test_zero_norms() -> None:
 def test_the_previous_norm_is_the_one_the_gate_saw_last() -> None:
     # 1 -> 1.2 -> 1.4 -> 1.6: every step is small against its predecessor, though the sum of them is not.
     branches, rmmcs, opt = run([1.0, 1.2, 1.4, 1.6], tau=0.3)
-    assert branches == [S, L, L, L], "the norm is compared with the previous step, not with the last synchronized one"
+    assert branches == [S, L, L, L], (
+        "the norm is compared with the previous step, not with the last synchronized one"
+    )
     assert rmmcs[3] == pytest.approx(0.2 / 1.4, rel=1e-6)
     [param] = opt.param_groups[0]["params"]
     assert float(opt.state[param]["last_norm"]) == pytest.approx(1.6, rel=1e-6)
@@ -148,7 +164,9 @@ def test_rmmc_argmax_and_names() -> None:
 def test_repeated_names_are_told_apart() -> None:
     """Groups made from two submodules may repeat a name; no matrix may vanish from the report."""
     params = [nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
-    opt = CurvaDion([{"params": [("weight", param)]} for param in params], lr=0.01, tau=math.inf, **MEMORYLESS)
+    opt = CurvaDion(
+        [{"params": [("weight", param)]} for param in params], lr=0.01, tau=math.inf, **MEMORYLESS
+    )
     for norms in ((1.0, 1.0), (1.5, 3.0)):
         for param, norm in zip(params, norms, strict=True):
             param.grad = torch.zeros(4, 3)
@@ -160,7 +178,9 @@ def test_repeated_names_are_told_apart() -> None:
 
 def test_one_undefined_matrix_synchronizes_and_hides_no_other() -> None:
     _, _, opt = run([[4.0, 0.0], [5.0, 0.0], [5.0, 1.0]], tau=math.inf)
-    assert opt.metrics()["curvadion/synchronized"] == 1.0, "from 0 to nonzero synchronizes even with tau = inf"
+    assert opt.metrics()["curvadion/synchronized"] == 1.0, (
+        "from 0 to nonzero synchronizes even with tau = inf"
+    )
     rmmc = opt.named_rmmc()
     assert rmmc["layers.0.weight"] == 0.0
     assert math.isnan(rmmc["layers.1.weight"])
@@ -170,14 +190,18 @@ def test_tau_of_the_group_decides_for_its_matrices() -> None:
     def branch(first: float, second: float) -> bool:
         toy = Toy(matrices=TWO, dense={})
         names = list(toy.params)
-        groups = [{"params": [(names[i], toy.params[names[i]])], "tau": tau} for i, tau in enumerate((0.1, 10.0))]
+        groups = [
+            {"params": [(names[i], toy.params[names[i]])], "tau": tau} for i, tau in enumerate((0.1, 10.0))
+        ]
         opt = CurvaDion(groups, lr=0.01, **MEMORYLESS)
         for norms in ([1.0, 1.0], [first, second]):
             set_norms(toy, norms)
             opt.step()
         return bool(opt.metrics()["curvadion/synchronized"])
 
-    assert not branch(1.05, 9.0), "rho = 8 is below the second group's tau = 10, and 0.05 below the first's 0.1"
+    assert not branch(1.05, 9.0), (
+        "rho = 8 is below the second group's tau = 10, and 0.05 below the first's 0.1"
+    )
     assert branch(1.2, 1.0), "rho = 0.2 is above the first group's tau = 0.1"
     assert branch(1.0, 12.0), "rho = 11 is above the second group's tau = 10"
 
@@ -208,7 +232,11 @@ def test_counters_and_rates_of_metrics() -> None:
     assert metrics["curvadion/steps_since_sync"] == 1.0
     assert metrics["curvadion/skipped_steps"] == 0.0
     state = opt.state[opt.param_groups[0]["params"][0]]
-    assert (float(state["step"]), float(state["local_steps"]), float(state["synchronized_steps"])) == (10.0, 1.0, 3.0)
+    assert (float(state["step"]), float(state["local_steps"]), float(state["synchronized_steps"])) == (
+        10.0,
+        1.0,
+        3.0,
+    )
 
 
 def test_the_maximum_and_its_index_come_from_any_replica() -> None:
@@ -252,7 +280,11 @@ def test_the_norm_is_of_the_whole_matrix_over_its_shards() -> None:
         opt = CurvaDion(toy.groups(), lr=0.01, replicate_mesh=replicate, tau=math.inf, **MEMORYLESS)
         [param] = toy.params.values()
         values = []
-        for upper, lower in ((3.0, 4.0), (6.0, 8.0), (12.0, 5.0)):  # 5, 10, 13: no shard alone has these norms
+        for upper, lower in (
+            (3.0, 4.0),
+            (6.0, 8.0),
+            (12.0, 5.0),
+        ):  # 5, 10, 13: no shard alone has these norms
             full = torch.zeros(4, 3)
             full[0, 0], full[3, 2] = upper, lower
             param.grad = toy.place("layers.0.weight", full)
@@ -261,7 +293,9 @@ def test_the_norm_is_of_the_whole_matrix_over_its_shards() -> None:
         return values
 
     for values in run_ranks(4, worker):
-        assert values[1:] == pytest.approx([1.0, 0.3], rel=1e-6), "||m|| must be summed over the shards of a matrix"
+        assert values[1:] == pytest.approx([1.0, 0.3], rel=1e-6), (
+            "||m|| must be summed over the shards of a matrix"
+        )
 
 
 @pytest.mark.parametrize("local_update", ["gradient", "dion"])
@@ -300,10 +334,15 @@ def test_the_branch_is_common_under_random_gradients(local_update: str, quick: b
     for rank, (same, finite, synchronized) in enumerate(run_ranks(4, worker)):
         assert same, f"rank {rank}: branch, RMMC, index or the number of collectives differ between ranks"
         assert finite, f"rank {rank}: parameters must stay finite"
-        assert steps // 10 <= synchronized <= steps - steps // 10, f"both branches must be frequent, {synchronized} of {steps} were not"
+        assert steps // 10 <= synchronized <= steps - steps // 10, (
+            f"both branches must be frequent, {synchronized} of {steps} were not"
+        )
 
 
-@pytest.mark.parametrize(("gate_every", "expected"), [(1, [S, S, S, S, S, S, S]), (2, [S, L, S, L, S, L, S]), (3, [S, L, L, S, L, L, S])])
+@pytest.mark.parametrize(
+    ("gate_every", "expected"),
+    [(1, [S, S, S, S, S, S, S]), (2, [S, L, S, L, S, L, S]), (3, [S, L, L, S, L, L, S])],
+)
 def test_rmmc_opens_only_where_the_gate_asks(gate_every: int, expected: list[bool]) -> None:
     branches, rmmcs, _ = run([1.0, 100.0, 1.0, 100.0, 1.0, 100.0, 1.0], tau=0.5, gate_every=gate_every)
     assert branches == expected
@@ -330,7 +369,9 @@ def test_the_counters_open_the_gate_on_any_step() -> None:
     ids=str,
 )
 def test_with_a_lag_the_next_step_synchronizes(options: dict[str, Any], expected: list[bool]) -> None:
-    branches, _, _ = run([1.0, 100.0, 1.0, 100.0, 1.0, 1.0, 100.0, 100.0], **{"tau": 0.5, "gate_lag": 1, **options})
+    branches, _, _ = run(
+        [1.0, 100.0, 1.0, 100.0, 1.0, 1.0, 100.0, 100.0], **{"tau": 0.5, "gate_lag": 1, **options}
+    )
     assert branches == expected
 
 
@@ -346,7 +387,9 @@ def test_a_lag_is_copied_along() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-@pytest.mark.parametrize(("tau", "gate_every", "gate_lag"), [(1e-3, 1, 0), (50.0, 1, 0), (1.0, 2, 0), (1.0, 1, 1), (1.0, 2, 1)])
+@pytest.mark.parametrize(
+    ("tau", "gate_every", "gate_lag"), [(1e-3, 1, 0), (50.0, 1, 0), (1.0, 2, 0), (1.0, 1, 1), (1.0, 2, 1)]
+)
 def test_the_target_rate_is_met_from_any_tau(tau: float, gate_every: int, gate_lag: int, rate: float) -> None:
     norms = (1 + torch.rand(400, generator=torch.Generator().manual_seed(3))).tolist()
     branches, _, opt = run(norms, tau=tau, target_sync_rate=rate, gate_every=gate_every, gate_lag=gate_lag)
@@ -361,7 +404,9 @@ def test_a_target_rate_needs_a_tau_to_start_from(tau: float) -> None:
         CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=tau, target_sync_rate=0.1)
 
 
-@pytest.mark.parametrize("bound", [{"gate_every": 8}, {"min_local_steps": 4}, {"max_local_steps": 0}, {"gate_lag": 1}], ids=str)
+@pytest.mark.parametrize(
+    "bound", [{"gate_every": 8}, {"min_local_steps": 4}, {"max_local_steps": 0}, {"gate_lag": 1}], ids=str
+)
 def test_a_target_rate_that_cannot_be_met_is_refused(bound: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="target_sync_rate must lie between"):
         CurvaDion([nn.Parameter(torch.ones(3, 2))], tau=0.1, target_sync_rate=0.6, **bound)

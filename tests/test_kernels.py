@@ -1,7 +1,8 @@
-"""Every fused kernel against its definition in plain torch and against the equations written out here in float64.
+"""Every fused kernel against its definition in plain torch and against the equations written out here in
+float64.
 
-On a GPU where there is one, otherwise in Triton's interpreter (see interpreter.py). Whatever a kernel writes lies between sentinels: an
-access out of bounds goes unseen in the interpreter, and on a GPU most of the time.
+On a GPU where there is one, otherwise in Triton's interpreter (see interpreter.py). Whatever a kernel writes
+lies between sentinels: an access out of bounds goes unseen in the interpreter, and on a GPU most of the time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from torch.testing import assert_close
 
 import curvadion_kernels
 from curvadion_kernels import OPS, reference
-from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NO_NORM, NONFINITE_BIT, SYNCHRONIZE_BIT
+from curvadion_kernels.reference import (
+    FAILED_KEY,
+    INDEX_BITS,
+    INDEX_MASK,
+    NO_NORM,
+    NONFINITE_BIT,
+    SYNCHRONIZE_BIT,
+)
 
 try:
     import triton
@@ -37,21 +45,27 @@ except ImportError:
 
 # What the interpreter says of values that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton cannot be imported; pip install -e '.[dev]', on Linux")
+needs_triton = pytest.mark.skipif(
+    triton is None, reason="Triton cannot be imported; pip install -e '.[dev]', on Linux"
+)
 BLOCK, CHUNK, SUM_BLOCK, GATE_BLOCK = (
-    (2048, 8192, 256, 1024) if triton is None else (triton_ops.BLOCK, triton_ops.CHUNK, triton_ops.SUM_BLOCK, triton_ops.GATE_BLOCK)
+    (2048, 8192, 256, 1024)
+    if triton is None
+    else (triton_ops.BLOCK, triton_ops.CHUNK, triton_ops.SUM_BLOCK, triton_ops.GATE_BLOCK)
 )
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# One rounding, to the nearest: the default tolerances for these two would let truncation pass. 2 % for the float32 arithmetic before it.
+# One rounding, to the nearest: the default tolerances for these two would let truncation pass. 2 % for the
+# float32 arithmetic before it.
 ROUNDED: dict[torch.dtype, dict[str, float]] = {
     F16: {"rtol": 1.02 * 2**-11, "atol": 1e-5},
     BF16: {"rtol": 1.02 * 2**-8, "atol": 1e-5},
     F32: {"rtol": 1.3e-6, "atol": 1e-5},
     F64: {"rtol": 1e-7, "atol": 1e-7},
 }
-# The reference adds up to 2e4 squares in float32 in another order, and squares a root; its own error is the larger one.
+# The reference adds up to 2e4 squares in float32 in another order, and squares a root; its own error is the
+# larger one.
 ORDER = {"rtol": 1e-5, "atol": 1e-6}
 
 KINDS = {  # of the tensor in place, of the gradient
@@ -65,7 +79,18 @@ KINDS = {  # of the tensor in place, of the gradient
 kinds = pytest.mark.parametrize("kind", KINDS)
 packed = pytest.mark.parametrize("packed", [False, True], ids=["aligned", "misaligned"])
 
-SHAPES: list[tuple[int, ...]] = [(1,), (), (3, 5), (0,), (BLOCK,), (0, 4), (BLOCK + 1,), (64, CHUNK // 64), (CHUNK + 1,), (2, CHUNK + 3)]
+SHAPES: list[tuple[int, ...]] = [
+    (1,),
+    (),
+    (3, 5),
+    (0,),
+    (BLOCK,),
+    (0, 4),
+    (BLOCK + 1,),
+    (64, CHUNK // 64),
+    (CHUNK + 1,),
+    (2, CHUNK + 3),
+]
 
 
 @pytest.fixture
@@ -78,7 +103,8 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F32, device: torch.dev
 
 
 class Guard(TorchFunctionMode):
-    """Puts tensors between sentinels; while it is active also whatever `torch.empty` and its like give out, filled with NaN."""
+    """Puts tensors between sentinels; while it is active also whatever `torch.empty` and its like give out,
+    filled with NaN."""
 
     PAD = 64  # elements; so that an offset of 0 is aligned
     SENTINEL = -77.0  # exact in every dtype
@@ -88,7 +114,8 @@ class Guard(TorchFunctionMode):
         self.buffers: list[tuple[Tensor, Tensor]] = []
 
     def put(self, *values: Tensor, packed: bool = False) -> list[Tensor]:
-        """Return equal tensors: aligned, or one behind the other at whatever address, as FSDP2 hands out its shards."""
+        """Return equal tensors: aligned, or one behind the other at whatever address, as FSDP2 hands out its
+        shards."""
         if not packed:
             return [view for value in values for view in self._put([value], 0)]
         views: dict[int, Tensor] = {}
@@ -109,9 +136,14 @@ class Guard(TorchFunctionMode):
         self.buffers.append((buffer, outside))
         return views
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in ("empty", "empty_like", "new_empty") or not out.is_contiguous():
+        if (
+            getattr(func, "__name__", "") not in ("empty", "empty_like", "new_empty")
+            or not out.is_contiguous()
+        ):
             return out
         return self.put(out.fill_(math.nan if out.is_floating_point() else self.SENTINEL))[0]
 
@@ -128,12 +160,18 @@ def guard() -> Iterator[Guard]:
     guard.check()
 
 
-def tensors(guard: Guard, device: torch.device, kind: str, packed: bool = False) -> tuple[list[Tensor], list[Tensor | None]]:
+def tensors(
+    guard: Guard, device: torch.device, kind: str, packed: bool = False
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Tensors in place and gradients, of all SHAPES; the third has no gradient."""
     wide, low = KINDS[kind]
-    states = guard.put(*[draw(*s, seed=i, dtype=wide, device=device) for i, s in enumerate(SHAPES)], packed=packed)
+    states = guard.put(
+        *[draw(*s, seed=i, dtype=wide, device=device) for i, s in enumerate(SHAPES)], packed=packed
+    )
     grads: list[Tensor | None] = [
-        *guard.put(*[draw(*s, seed=i + 50, dtype=low, device=device) for i, s in enumerate(SHAPES)], packed=packed)
+        *guard.put(
+            *[draw(*s, seed=i + 50, dtype=low, device=device) for i, s in enumerate(SHAPES)], packed=packed
+        )
     ]
     grads[2] = None
     return states, grads
@@ -208,7 +246,8 @@ if triton is not None:
 
 @needs_triton
 def test_the_interpreter_is_right_about_bfloat16_and_loaded_bounds(device: torch.device) -> None:
-    """Ties, overflow to infinity, subnormals and NaN among the values; wrong in triton 3.6 and 3.7 unless interpreter.py takes effect."""
+    """Ties, overflow to infinity, subnormals and NaN among the values; wrong in triton 3.6 and 3.7 unless
+    interpreter.py takes effect."""
     x = draw(16, 16, device=device)
     x[0, :8] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, -3.4e38, 1e-40, math.inf, -0.0])
     number = torch.tensor(5, dtype=torch.int32, device=device)
@@ -274,10 +313,18 @@ def test_momentum_norm_of_mixed_dtypes(guard: Guard, device: torch.device, packe
     pairs = [pair for _ in range(2) for pair in KINDS.values()]
     shapes = [(CHUNK + i,) if i == 5 else (2 + i, 3 + i % 4) for i in range(len(pairs))]
     momenta = guard.put(
-        *[draw(*s, seed=i, dtype=p[0], device=device) for i, (s, p) in enumerate(zip(shapes, pairs, strict=True))], packed=packed
+        *[
+            draw(*s, seed=i, dtype=p[0], device=device)
+            for i, (s, p) in enumerate(zip(shapes, pairs, strict=True))
+        ],
+        packed=packed,
     )
     grads = guard.put(
-        *[draw(*s, seed=99 - i, dtype=p[1], device=device) for i, (s, p) in enumerate(zip(shapes, pairs, strict=True))], packed=packed
+        *[
+            draw(*s, seed=99 - i, dtype=p[1], device=device)
+            for i, (s, p) in enumerate(zip(shapes, pairs, strict=True))
+        ],
+        packed=packed,
     )
     decay, values = factor_on("per tensor", len(momenta), device)
     expected = copies(momenta)
@@ -313,7 +360,11 @@ def test_norms_without_storing(guard: Guard, device: torch.device, kind: str) ->
 
 @needs_triton
 def test_momentum_norm_of_strided_gradients(guard: Guard, device: torch.device) -> None:
-    grads = [draw(7, 5, device=device).t(), draw(10, 14, seed=1, device=device)[::2, ::2], draw(5, 1, seed=2, device=device).expand(5, 7)]
+    grads = [
+        draw(7, 5, device=device).t(),
+        draw(10, 14, seed=1, device=device)[::2, ::2],
+        draw(5, 1, seed=2, device=device).expand(5, 7),
+    ]
     momenta = guard.put(*[draw(5, 7, seed=9, device=device)] * 3)
     exact = [accumulated(0.5, m, g) for m, g in zip(momenta, grads, strict=True)]
     check_norms(triton_ops.momentum_norm_(momenta, grads, decay=0.5), exact)
@@ -324,8 +375,12 @@ def test_momentum_norm_of_strided_gradients(guard: Guard, device: torch.device) 
 def test_three_hundred_small_tensors_in_one_call(guard: Guard, device: torch.device) -> None:
     """Whole numbers, so the norms are exact."""
     shapes = [(i % 7,) for i in range(300)]
-    momenta = guard.put(*[torch.full(s, float(i % 11), device=device) for i, s in enumerate(shapes)], packed=True)
-    grads: list[Tensor | None] = [None if i % 5 == 0 else torch.ones(s, device=device) for i, s in enumerate(shapes)]
+    momenta = guard.put(
+        *[torch.full(s, float(i % 11), device=device) for i, s in enumerate(shapes)], packed=True
+    )
+    grads: list[Tensor | None] = [
+        None if i % 5 == 0 else torch.ones(s, device=device) for i, s in enumerate(shapes)
+    ]
     sums = triton_ops.momentum_norm_(momenta, grads, decay=2.0)
     assert sums.tolist() == [(i % 7) * (2 * (i % 11) + (i % 5 > 0)) ** 2 for i in range(300)] + [0, 0]
 
@@ -333,11 +388,18 @@ def test_three_hundred_small_tensors_in_one_call(guard: Guard, device: torch.dev
 @needs_triton
 def test_the_chunks_of_a_large_tensor_are_summed(guard: Guard, device: torch.device) -> None:
     """The second stage alone: more chunks than it reads at a time, an empty tensor, and exact sums."""
-    bounds = [(0, 3 * SUM_BLOCK + 1), (3 * SUM_BLOCK + 1, 3 * SUM_BLOCK + 1), (3 * SUM_BLOCK + 1, 3 * SUM_BLOCK + 6), (10, 12)]
+    bounds = [
+        (0, 3 * SUM_BLOCK + 1),
+        (3 * SUM_BLOCK + 1, 3 * SUM_BLOCK + 1),
+        (3 * SUM_BLOCK + 1, 3 * SUM_BLOCK + 6),
+        (10, 12),
+    ]
     partials = guard.put(torch.arange(3 * SUM_BLOCK + 6, dtype=F32, device=device))[0]
     segments = torch.tensor([[b for b, _ in bounds], [e for _, e in bounds]], device=device)
     sums = torch.empty(len(bounds) + 1, device=device)
-    triton_ops.segment_sum_kernel[(len(bounds),)](partials, segments, sums, len(bounds) - 1, SUM_BLOCK, num_warps=4)
+    triton_ops.segment_sum_kernel[(len(bounds),)](
+        partials, segments, sums, len(bounds) - 1, SUM_BLOCK, num_warps=4
+    )
     assert sums.tolist() == [*[float(sum(range(*b))) for b in bounds[:-1]], 1.0, 0.0]
 
 
@@ -386,7 +448,9 @@ def test_watched_tensors_are_searched_for_nonfinite_values(
 
 @needs_triton
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e25])
-def test_a_momentum_that_is_not_finite_shows_in_its_norm(guard: Guard, device: torch.device, value: float) -> None:
+def test_a_momentum_that_is_not_finite_shows_in_its_norm(
+    guard: Guard, device: torch.device, value: float
+) -> None:
     """Also one whose square is not. The other norms and the flag of what is watched stay as they are."""
     momenta = guard.put(*[torch.ones(CHUNK + 5, device=device)] * 2)
     gradient = torch.zeros_like(momenta[0])
@@ -404,12 +468,21 @@ def decode(key: int) -> tuple[bool, bool, bool, float, int]:
         return True, False, False, math.nan, -1
     bits, index = key >> INDEX_BITS & (1 << 31) - 1, key & INDEX_MASK
     rmmc = struct.unpack("<f", struct.pack("<I", bits))[0]
-    return False, bool(key & NONFINITE_BIT), bool(key & SYNCHRONIZE_BIT), rmmc, INDEX_MASK - index if index else -1
+    return (
+        False,
+        bool(key & NONFINITE_BIT),
+        bool(key & SYNCHRONIZE_BIT),
+        rmmc,
+        INDEX_MASK - index if index else -1,
+    )
 
 
 NAN, INF = math.nan, math.inf
-GATE_CASES: dict[str, tuple[list[float], list[float], list[float], list[float], bool, tuple[bool, bool, bool, float, int]]] = {
-    # name: squared norms, flags, last norms, tau, hold_closed -> (failed, not finite, synchronize, RMMC, index)
+GATE_CASES: dict[
+    str, tuple[list[float], list[float], list[float], list[float], bool, tuple[bool, bool, bool, float, int]]
+] = {
+    # name: squared norms, flags, last norms, tau, hold_closed -> (failed, not finite, synchronize, RMMC,
+    # index)
     "first step": ([4.0], [0, 0], [NO_NORM], [0.5], False, (False, False, True, 0.0, -1)),
     "first step, held": ([4.0], [0, 0], [NO_NORM], [0.5], True, (False, False, True, 0.0, -1)),
     "first step of 0": ([0.0], [0, 0], [NO_NORM], [0.5], False, (False, False, True, 0.0, -1)),
@@ -447,7 +520,9 @@ GATE_CASES: dict[str, tuple[list[float], list[float], list[float], list[float], 
 def test_gate_key(guard: Guard, device: torch.device, case: str) -> None:
     """Worked out by hand, and bit for bit the reference."""
     squares, flags, last, tau, hold_closed, expected = GATE_CASES[case]
-    arguments = guard.put(*[torch.tensor(v, dtype=torch.float32, device=device) for v in (squares + flags, last, tau)])
+    arguments = guard.put(
+        *[torch.tensor(v, dtype=torch.float32, device=device) for v in (squares + flags, last, tau)]
+    )
     got = triton_ops.gate_key(*arguments, hold_closed=hold_closed)
     want = reference.gate_key(*arguments, hold_closed=hold_closed)
     for outcome in (got, want):
@@ -466,7 +541,8 @@ def check_same_gate(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
 @pytest.mark.parametrize("hold_closed", [False, True])
 @pytest.mark.parametrize("count", [1, GATE_BLOCK - 1, GATE_BLOCK, GATE_BLOCK + 1, 2 * GATE_BLOCK + 1])
 def test_gate_key_of_many_matrices(guard: Guard, device: torch.device, count: int, hold_closed: bool) -> None:
-    """Bit for bit the reference, and float64. The largest RMMC is the last matrix's, behind the blocks that the kernel reads at a time."""
+    """Bit for bit the reference, and float64. The largest RMMC is the last matrix's, behind the blocks that
+    the kernel reads at a time."""
     last = draw(count, seed=1, device=device).abs() + 0.5
     squares = draw(count, seed=2, device=device).square()
     squares[-1] = (3 * last[-1] + 20).square()
@@ -481,22 +557,35 @@ def test_gate_key_of_many_matrices(guard: Guard, device: torch.device, count: in
         assert_close(got[0], norm.float())
         assert_close(got[1], rmmc.float())
         failed, nonfinite, synchronize, largest, index = decode(int(got[2]))
-        assert (failed, nonfinite, synchronize, index) == (False, False, threshold == 1.0 and not hold_closed, count - 1)
+        assert (failed, nonfinite, synchronize, index) == (
+            False,
+            False,
+            threshold == 1.0 and not hold_closed,
+            count - 1,
+        )
         assert largest == float(got[1][-1])
 
 
 @needs_triton
 @pytest.mark.parametrize("place", [0, GATE_BLOCK - 1, GATE_BLOCK, GATE_BLOCK + 4])
 @pytest.mark.parametrize(
-    ("square", "before", "flags"), [(9.0, NO_NORM, (False, True)), (9.0, 0.0, (False, True)), (NAN, 3.0, (True, False))], ids=str
+    ("square", "before", "flags"),
+    [(9.0, NO_NORM, (False, True)), (9.0, 0.0, (False, True)), (NAN, 3.0, (True, False))],
+    ids=str,
 )
 def test_one_of_many_matrices_is_enough(
     guard: Guard, device: torch.device, place: int, square: float, before: float, flags: tuple[bool, bool]
 ) -> None:
     count = GATE_BLOCK + 5
-    sums, last, tau = guard.put(torch.full((count + 2,), 9.0, device=device), *[torch.full((count,), v, device=device) for v in (3.0, 0.1)])
+    sums, last, tau = guard.put(
+        torch.full((count + 2,), 9.0, device=device),
+        *[torch.full((count,), v, device=device) for v in (3.0, 0.1)],
+    )
     sums[-2:] = 0
-    for outcome in (reference.gate_key(sums, last, tau, hold_closed=False), triton_ops.gate_key(sums, last, tau, hold_closed=False)):
+    for outcome in (
+        reference.gate_key(sums, last, tau, hold_closed=False),
+        triton_ops.gate_key(sums, last, tau, hold_closed=False),
+    ):
         assert decode(int(outcome[2])) == (False, False, False, 0.0, 0)
     sums[place], last[place] = square, before
     got = triton_ops.gate_key(sums, last, tau, hold_closed=False)
@@ -522,9 +611,13 @@ def test_local_step(guard: Guard, device: torch.device, kind: str, packed: bool)
 @needs_triton
 @factors
 def test_local_step_factors(guard: Guard, device: torch.device, factor: str) -> None:
-    """Both factors, in every form, and together with parameters that are not contiguous, which take another way."""
+    """Both factors, in every form, and together with parameters that are not contiguous, which take another
+    way."""
     params, grads = tensors(guard, device, "fp32")
-    params[1:1] = [guard.put(draw(9, 8, seed=7, device=device))[0].t(), guard.put(draw(6, 6, seed=8, device=device))[0][::2, 1::2]]
+    params[1:1] = [
+        guard.put(draw(9, 8, seed=7, device=device))[0].t(),
+        guard.put(draw(6, 6, seed=8, device=device))[0][::2, 1::2],
+    ]
     grads[1:1] = [draw(8, 9, seed=5, device=device), draw(3, 3, seed=6, device=device).t()]
     decay, a = factor_on(factor, len(params), device)
     step_size, b = factor_on(factor, len(params), device)
@@ -540,10 +633,18 @@ def test_local_step_factors(guard: Guard, device: torch.device, factor: str) -> 
 
 
 @needs_triton
-@pytest.mark.parametrize(("decay", "step_size"), [("number", "per tensor"), ("per tensor", "number"), ("0-d", "number"), ("number", "0-d")])
-def test_local_step_factors_of_two_forms(guard: Guard, device: torch.device, decay: str, step_size: str) -> None:
+@pytest.mark.parametrize(
+    ("decay", "step_size"),
+    [("number", "per tensor"), ("per tensor", "number"), ("0-d", "number"), ("number", "0-d")],
+)
+def test_local_step_factors_of_two_forms(
+    guard: Guard, device: torch.device, decay: str, step_size: str
+) -> None:
     params, grads = tensors(guard, device, "fp32")
-    (a, a_values), (b, b_values) = factor_on(decay, len(params), device), factor_on(step_size, len(params), device)
+    (a, a_values), (b, b_values) = (
+        factor_on(decay, len(params), device),
+        factor_on(step_size, len(params), device),
+    )
     expected = copies(params)
     exact = [combined(u, x, -v, g) for u, v, x, g in zip(a_values, b_values, params, grads, strict=True)]
     triton_ops.local_step_(params, grads, decay=a, step_size=b)
@@ -555,9 +656,17 @@ def test_local_step_factors_of_two_forms(guard: Guard, device: torch.device, dec
 @needs_triton
 def test_local_step_of_mixed_dtypes_and_many_tensors(guard: Guard, device: torch.device) -> None:
     pairs = [list(KINDS.values())[i % len(KINDS)] for i in range(150)]
-    params = guard.put(*[torch.full((i % 5,), float(i % 7), dtype=p[0], device=device) for i, p in enumerate(pairs)], packed=True)
-    grads = guard.put(*[torch.full((i % 5,), float(i % 3), dtype=p[1], device=device) for i, p in enumerate(pairs)], packed=True)
-    triton_ops.local_step_(params, [None if i % 4 == 0 else g for i, g in enumerate(grads)], decay=0.5, step_size=2.0)
+    params = guard.put(
+        *[torch.full((i % 5,), float(i % 7), dtype=p[0], device=device) for i, p in enumerate(pairs)],
+        packed=True,
+    )
+    grads = guard.put(
+        *[torch.full((i % 5,), float(i % 3), dtype=p[1], device=device) for i, p in enumerate(pairs)],
+        packed=True,
+    )
+    triton_ops.local_step_(
+        params, [None if i % 4 == 0 else g for i, g in enumerate(grads)], decay=0.5, step_size=2.0
+    )
     for i, x in enumerate(params):
         assert x.tolist() == [(i % 7) / 2 - 2 * (i % 3) * (i % 4 > 0)] * (i % 5)
 
@@ -577,7 +686,9 @@ KEYS = {
 @needs_triton
 @packed
 @pytest.mark.parametrize("key", KEYS)
-def test_local_step_waits_for_a_closed_gate(guard: Guard, device: torch.device, key: str, packed: bool) -> None:
+def test_local_step_waits_for_a_closed_gate(
+    guard: Guard, device: torch.device, key: str, packed: bool
+) -> None:
     value, applied = KEYS[key]
     (on_device,) = guard.put(torch.tensor(value, device=device))
     for op in (triton_ops.local_step_, reference.local_step_):
@@ -586,7 +697,9 @@ def test_local_step_waits_for_a_closed_gate(guard: Guard, device: torch.device, 
         params, grads = [*params, strided], [*grads, torch.ones_like(strided)]
         before = copies(params)
         op(params, grads, decay=0.5, step_size=0.25, key=on_device)
-        exact = [combined(0.5, x, -0.25, g) if applied else x.double() for x, g in zip(before, grads, strict=True)]
+        exact = [
+            combined(0.5, x, -0.25, g) if applied else x.double() for x, g in zip(before, grads, strict=True)
+        ]
         check_rounded(params, exact)
         assert applied or all(torch.equal(x, b) for x, b in zip(params, before, strict=True))
 
@@ -595,23 +708,44 @@ def test_local_step_waits_for_a_closed_gate(guard: Guard, device: torch.device, 
 def test_local_step_of_nothing(device: torch.device) -> None:
     for op in (triton_ops.local_step_, reference.local_step_):
         op([], [], decay=0.5, step_size=1.0)
-        op([torch.zeros(0, device=device)], [None], decay=0.5, step_size=1.0, key=torch.tensor(0, device=device))
+        op(
+            [torch.zeros(0, device=device)],
+            [None],
+            decay=0.5,
+            step_size=1.0,
+            key=torch.tensor(0, device=device),
+        )
 
 
 # ---- low_rank_apply_
 
 
-APPLY_KINDS = {"fp32": (F32, F32, F32), "bf16 X": (BF16, F32, F32), "bf16 X and M": (BF16, BF16, F32), "fp64": (F64, F64, F64)}
+APPLY_KINDS = {
+    "fp32": (F32, F32, F32),
+    "bf16 X": (BF16, F32, F32),
+    "bf16 X and M": (BF16, BF16, F32),
+    "fp64": (F64, F64, F64),
+}
 
 
 def low_rank(
-    guard: Guard, device: torch.device, B: int, rows: int, cols: int, r: int, kind: str, transposed: bool, packed: bool = False
+    guard: Guard,
+    device: torch.device,
+    B: int,
+    rows: int,
+    cols: int,
+    r: int,
+    kind: str,
+    transposed: bool,
+    packed: bool = False,
 ) -> SimpleNamespace:
     """X, M, P, Q, R and scale; the scales spread over powers of 2 that keep products near 1."""
     x_type, m_type, f_type = APPLY_KINDS[kind]
     m, n = (cols, rows) if transposed else (rows, cols)
     return SimpleNamespace(
-        params=guard.put(*[draw(rows, cols, seed=i, dtype=x_type, device=device) for i in range(B)], packed=packed),
+        params=guard.put(
+            *[draw(rows, cols, seed=i, dtype=x_type, device=device) for i in range(B)], packed=packed
+        ),
         momentum=guard.put(draw(B, rows, cols, seed=20, dtype=m_type, device=device))[0],
         P=draw(B, m, r, seed=21, dtype=f_type, device=device),
         Q=draw(B, n, r, seed=22, dtype=f_type, device=device),
@@ -621,7 +755,13 @@ def low_rank(
 
 
 def check_low_rank(
-    function: Callable[..., None], given: SimpleNamespace, *, transposed: bool, momentum: bool, scaled: bool, with_R: bool = True
+    function: Callable[..., None],
+    given: SimpleNamespace,
+    *,
+    transposed: bool,
+    momentum: bool,
+    scaled: bool,
+    with_R: bool = True,
 ) -> None:
     a, b, c = 0.875, 0.3, 0.6
     P, Q, R = given.P, None if scaled else given.Q, given.R if with_R or scaled else None
@@ -633,7 +773,13 @@ def check_low_rank(
     exact = [a * x.double() - b * u for x, u in zip(given.params, update, strict=True)]
     exact_M = given.momentum.double() - c * taken if momentum else given.momentum.double()
     expected, expected_M = copies(given.params), None if M is None else M.clone()
-    options = {"transposed": transposed, "decay": a, "step_size": b, "feedback": c, "scale": given.scale if scaled else None}
+    options = {
+        "transposed": transposed,
+        "decay": a,
+        "step_size": b,
+        "feedback": c,
+        "scale": given.scale if scaled else None,
+    }
     function(given.params, M, P, Q, R, **options)
     reference.low_rank_apply_(expected, expected_M, P, Q, R, **options)
     check_rounded([*given.params, given.momentum], [*exact, exact_M])
@@ -644,29 +790,55 @@ def check_low_rank(
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("kind", "r", "B"), [("fp32", 1, 1), ("fp32", 33, 1), ("bf16 X", 7, 2), ("bf16 X and M", 33, 1), ("fp64", 7, 1)], ids=str
+    ("kind", "r", "B"),
+    [("fp32", 1, 1), ("fp32", 33, 1), ("bf16 X", 7, 2), ("bf16 X and M", 33, 1), ("fp64", 7, 1)],
+    ids=str,
 )
 @pytest.mark.parametrize("momentum", [True, False], ids=["X and M", "X only"])
 @pytest.mark.parametrize("scaled", [True, False], ids=["scale", "Q"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["tall", "wide"])
 def test_low_rank_apply(
-    guard: Guard, device: torch.device, transposed: bool, scaled: bool, momentum: bool, kind: str, r: int, B: int
+    guard: Guard,
+    device: torch.device,
+    transposed: bool,
+    scaled: bool,
+    momentum: bool,
+    kind: str,
+    r: int,
+    B: int,
 ) -> None:
     """Rows, columns and ranks beside the tiles' edges; X misaligned at rank 7."""
     rows, cols = (69, 131) if transposed else (131, 69)
     given = low_rank(guard, device, B, rows, cols, r, kind, transposed, packed=r == 7)
-    check_low_rank(triton_ops.low_rank_apply_, given, transposed=transposed, momentum=momentum, scaled=scaled, with_R=momentum)
+    check_low_rank(
+        triton_ops.low_rank_apply_,
+        given,
+        transposed=transposed,
+        momentum=momentum,
+        scaled=scaled,
+        with_R=momentum,
+    )
 
 
 @needs_triton
 @pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
 @pytest.mark.parametrize(
     ("B", "rows", "cols", "r"),
-    [(1, 1, 1, 1), (3, 128, 64, 16), (1, 9 * 128 + 5, 65, 3), (2, 5, 300, 5), (1, 64, 64, 128), (1, 20, 10, 0)],
+    [
+        (1, 1, 1, 1),
+        (3, 128, 64, 16),
+        (1, 9 * 128 + 5, 65, 3),
+        (2, 5, 300, 5),
+        (1, 64, 64, 128),
+        (1, 20, 10, 0),
+    ],
     ids=["one element", "one tile", "several groups of tiles", "flat", "many ranks", "rank 0"],
 )
-def test_low_rank_apply_tiles(guard: Guard, device: torch.device, B: int, rows: int, cols: int, r: int, precision: str) -> None:
-    """Every tile once: the order of the tiles within groups leaves out none and repeats none. The tile depends on the precision."""
+def test_low_rank_apply_tiles(
+    guard: Guard, device: torch.device, B: int, rows: int, cols: int, r: int, precision: str
+) -> None:
+    """Every tile once: the order of the tiles within groups leaves out none and repeats none. The tile
+    depends on the precision."""
 
     def function(*args: Any, **kwargs: Any) -> None:
         triton_ops.fused_low_rank_apply_(*args, **kwargs, precision=precision)
@@ -677,7 +849,9 @@ def test_low_rank_apply_tiles(guard: Guard, device: torch.device, B: int, rows: 
 
 @needs_triton
 @pytest.mark.parametrize("which", ["X", "M", "X and M"])
-def test_low_rank_apply_where_x_or_m_is_not_contiguous(guard: Guard, device: torch.device, which: str) -> None:
+def test_low_rank_apply_where_x_or_m_is_not_contiguous(
+    guard: Guard, device: torch.device, which: str
+) -> None:
     given = low_rank(guard, device, 2, 20, 10, 3, "fp32", False)
     if "X" in which:
         given.params = [guard.put(x.t())[0].t() for x in given.params]
@@ -698,9 +872,15 @@ def test_low_rank_apply_of_strided_factors_and_factors_as_tensors(guard: Guard, 
         params, momentum = copies(given.params), given.momentum.clone()
         on_device = {name: torch.tensor(value, dtype=dtype, device=device) for name, value in numbers.items()}
         triton_ops.low_rank_apply_(params, momentum, *strided, transposed=False, **on_device)
-        assert all(torch.equal(x, e) for x, e in zip([*params, momentum], [*expected, expected_M], strict=True))
+        assert all(
+            torch.equal(x, e) for x, e in zip([*params, momentum], [*expected, expected_M], strict=True)
+        )
         reference.low_rank_apply_(
-            params := copies(given.params), momentum := given.momentum.clone(), *strided, transposed=False, **on_device
+            params := copies(given.params),
+            momentum := given.momentum.clone(),
+            *strided,
+            transposed=False,
+            **on_device,
         )
         assert_close([*params, momentum], [*expected, expected_M])
 
@@ -710,18 +890,39 @@ def test_low_rank_apply_of_nothing(device: torch.device) -> None:
     for op in (triton_ops.low_rank_apply_, reference.low_rank_apply_):
         factor = torch.ones(1, 4, 2, device=device)
         op([], None, factor[:0], factor[:0], None, transposed=False, decay=1.0, step_size=1.0)
-        op([torch.ones(0, 4, device=device)], None, factor[:, :0], factor, None, transposed=False, decay=1.0, step_size=1.0)
+        op(
+            [torch.ones(0, 4, device=device)],
+            None,
+            factor[:, :0],
+            factor,
+            None,
+            transposed=False,
+            decay=1.0,
+            step_size=1.0,
+        )
 
 
 @needs_triton
 @pytest.mark.parametrize(("contiguous", "calls"), [(True, 1), (False, 0)])
-def test_which_products_are_fused(device: torch.device, monkeypatch: pytest.MonkeyPatch, contiguous: bool, calls: int) -> None:
-    """The reference takes the place of the kernel where X is strided, and only there: the tests above would not notice."""
+def test_which_products_are_fused(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, contiguous: bool, calls: int
+) -> None:
+    """The reference takes the place of the kernel where X is strided, and only there: the tests above would
+    not notice."""
     fused: list[int] = []
     monkeypatch.setattr(triton_ops, "fused_low_rank_apply_", lambda *args, **kwargs: fused.append(1))
     x = torch.ones(6, 4, device=device)
     P, Q = torch.ones(1, 6, 2, device=device), torch.ones(1, 4, 2, device=device)
-    triton_ops.low_rank_apply_([x if contiguous else x.t().contiguous().t()], None, P, Q, None, transposed=False, decay=1.0, step_size=1.0)
+    triton_ops.low_rank_apply_(
+        [x if contiguous else x.t().contiguous().t()],
+        None,
+        P,
+        Q,
+        None,
+        transposed=False,
+        decay=1.0,
+        step_size=1.0,
+    )
     assert len(fused) == calls
 
 
@@ -730,7 +931,9 @@ def test_which_products_are_fused(device: torch.device, monkeypatch: pytest.Monk
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 7), (2, 512, 64), (1, 1030, 65), (1, 0, 5), (2, 5, 0), (0, 5, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 33, 7), (2, 512, 64), (1, 1030, 65), (1, 0, 5), (2, 5, 0), (0, 5, 3)], ids=str
+)
 def test_column_sumsq(guard: Guard, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Beside the tiles' edges, several blocks of rows, and nothing."""
     R = draw(*shape, dtype=dtype, device=device)
@@ -739,7 +942,9 @@ def test_column_sumsq(guard: Guard, device: torch.device, shape: tuple[int, ...]
     assert_close(sums, R.double().square().sum(dim=1).to(dtype))
     assert_close(sums, reference.column_sumsq(R))
     if dtype == F32:
-        assert torch.equal(sums, triton_ops.column_sumsq(R.mT.contiguous().mT)), "from run to run, and of a column-major R"
+        assert torch.equal(sums, triton_ops.column_sumsq(R.mT.contiguous().mT)), (
+            "from run to run, and of a column-major R"
+        )
 
 
 # ---- tables on the host
@@ -756,7 +961,13 @@ def test_the_chunks_of_a_tensor_beyond_2_to_the_31(device: torch.device) -> None
     owner, sizes = launch.owner.get(), launch.sizes.get()
     assert sizes.dtype == torch.int64 and sizes.tolist() == [7, numel, numel, 0, 1, 1 + number]
     assert owner.bincount().tolist() == [1, number, number]
-    for chunk in (0, 1, number, number + 1, 2 * number):  # each tensor's first and last; the last ones begin beyond int32
+    for chunk in (
+        0,
+        1,
+        number,
+        number + 1,
+        2 * number,
+    ):  # each tensor's first and last; the last ones begin beyond int32
         t = int(owner[chunk])
         expected = (chunk - chunks.begins[t]) * CHUNK
         moved = sizes.clone()
@@ -824,8 +1035,11 @@ def test_fixed_lists_are_looked_at_once_and_mean_the_same(device: torch.device) 
 
 @needs_triton
 @pytest.mark.parametrize("name", ["momentum_norm_kernel", "local_step_kernel", "low_rank_apply_kernel"])
-def test_a_schedule_compiles_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Triton compiles anew when a number, a dtype or an alignment changes; a schedule may change none of them."""
+def test_a_schedule_compiles_nothing(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Triton compiles anew when a number, a dtype or an alignment changes; a schedule may change none of
+    them."""
     launches: list[list[Any]] = []
 
     def record(*args: Any, **kwargs: Any) -> None:
@@ -841,7 +1055,9 @@ def test_a_schedule_compiles_nothing(device: torch.device, monkeypatch: pytest.M
         elif name == "local_step_kernel":
             triton_ops.local_step_(x, g, decay=1 - lr, step_size=lr, key=torch.tensor(0, device=device))
         else:
-            triton_ops.low_rank_apply_(x, torch.ones(2, 5, 3), P, Q, Q, transposed=False, decay=1 - lr, step_size=lr, feedback=lr)
+            triton_ops.low_rank_apply_(
+                x, torch.ones(2, 5, 3), P, Q, Q, transposed=False, decay=1 - lr, step_size=lr, feedback=lr
+            )
     assert len(launches) == 4 and all(launch == launches[0] for launch in launches)
 
 
@@ -906,7 +1122,9 @@ curvadion_kernels.choose("triton", "cpu")
 def test_without_triton() -> None:
     """In a process of its own: the package works, and an explicit choice names what to install."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=environment
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: ") and "pip install 'curvadion[kernels]'" in last, done.stderr
 
@@ -917,7 +1135,11 @@ def test_without_triton() -> None:
 def library_arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
     """One call of every custom op."""
     matrices = [[draw(6, 4, seed=10 * i + j, device=device) for j in range(2)] for i in range(3)]
-    P, Q, R = draw(2, 6, 3, seed=50, device=device), draw(2, 4, 3, seed=51, device=device), draw(2, 4, 3, seed=52, device=device)
+    P, Q, R = (
+        draw(2, 6, 3, seed=50, device=device),
+        draw(2, 4, 3, seed=51, device=device),
+        draw(2, 4, 3, seed=52, device=device),
+    )
     a, b, c = (torch.tensor(v, dtype=F64, device=device) for v in (0.5, 0.25, 0.75))
     sums = torch.tensor([4.0, 9.0, 0, 0], device=device)
     last, tau = torch.full((2,), 2.0, device=device), torch.full((2,), 1.0, device=device)
@@ -931,7 +1153,9 @@ def library_arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
-def library_kernels(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+def library_kernels(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Which implementation the custom ops run; on the CPU they would always take the reference."""
     import curvadion_kernels.library as library
 
@@ -941,7 +1165,8 @@ def library_kernels(request: pytest.FixtureRequest, device: torch.device, monkey
 
 @pytest.mark.parametrize("name", OPS)
 def test_custom_ops(device: torch.device, library_kernels: str, name: str) -> None:
-    """What torch checks: that the schema tells which arguments change, that no result aliases another, and that shapes are known."""
+    """What torch checks: that the schema tells which arguments change, that no result aliases another, and
+    that shapes are known."""
     torch.library.opcheck(getattr(torch.ops.curvadion, name).default, library_arguments(device)[name])
 
 
@@ -955,8 +1180,8 @@ def all_custom_ops(given: dict[str, tuple[Any, ...]]) -> tuple[Tensor, ...]:
 
 
 def test_custom_ops_compile_without_copies(device: torch.device, library_kernels: str) -> None:
-    """One graph, the same numbers as without compilation, the operations called on the arguments themselves, and no new graph for new
-    values."""
+    """One graph, the same numbers as without compilation, the operations called on the arguments themselves,
+    and no new graph for new values."""
     from torch._inductor.utils import run_and_get_code
 
     def leaves(given: dict[str, tuple[Any, ...]]) -> list[Tensor]:
@@ -1027,13 +1252,20 @@ def test_the_low_rank_apply_refuses_what_does_not_fit(device: torch.device, wron
     if wrong == "dtype":
         R = R.double()
     with pytest.raises(ValueError, match="must be"):
-        triton_ops.fused_low_rank_apply_(X, M, P, Q, R, transposed=False, decay=1.0, step_size=0.1, feedback=0.1)
+        triton_ops.fused_low_rank_apply_(
+            X, M, P, Q, R, transposed=False, decay=1.0, step_size=0.1, feedback=0.1
+        )
 
 
 @needs_triton
 def test_the_gate_key_refuses_what_does_not_fit(device: torch.device) -> None:
     with pytest.raises(ValueError, match="tau must be 3 contiguous float32"):
-        triton_ops.gate_key(torch.zeros(5, device=device), torch.zeros(3, device=device), torch.zeros(2, device=device), hold_closed=False)
+        triton_ops.gate_key(
+            torch.zeros(5, device=device),
+            torch.zeros(3, device=device),
+            torch.zeros(2, device=device),
+            hold_closed=False,
+        )
 
 
 def test_float64_parameters_with_a_float32_momentum() -> None:

@@ -1,7 +1,7 @@
 """Construct, save, reshard, resume, fail: the optimizer in the hands of torch's own tools.
 
-A resumed run is compared bitwise with the uninterrupted one; only a changed mesh, where sums are taken in another
-order, gets a tolerance.
+A resumed run is compared bitwise with the uninterrupted one; only a changed mesh, where sums are taken in
+another order, gets a tolerance.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def test_the_state_is_made_at_construction_with_frozen_keys() -> None:
                 assert float(state["Q"].norm()) > 0, "Q has its first value at construction"
         before = {name: set(opt.state[param]) for name, param in toy.params.items()}
         train(toy, opt, range(3))
-        assert before == {name: set(opt.state[param]) for name, param in toy.params.items()}, "no key appears later"
+        assert before == {name: set(opt.state[param]) for name, param in toy.params.items()}, (
+            "no key appears later"
+        )
     opt = CurvaDion(toy.groups(), local_update="normuon", **OPTIONS)
     for name in toy.matrices:
         state = opt.state[toy.params[name]]
@@ -88,7 +90,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(how: str, local_update: str, at:
     with torch.no_grad():
         for name, param in other.params.items():
             param.copy_(toy.params[name])
-    resumed = CurvaDion(other.groups(), **options | {"lr": 0.5})  # the checkpoint's learning rate wins, as in torch
+    resumed = CurvaDion(
+        other.groups(), **options | {"lr": 0.5}
+    )  # the checkpoint's learning rate wins, as in torch
     state: Any = opt.state_dict()
     if how == "torch.save":
         buffer = io.BytesIO()
@@ -105,7 +109,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(how: str, local_update: str, at:
     for step in range(at, at + 5):
         train(toy, opt, range(step, step + 1))
         train(other, resumed, range(step, step + 1))
-        assert opt.metrics()["curvadion/synchronized"] == resumed.metrics()["curvadion/synchronized"], f"step {step}"
+        assert opt.metrics()["curvadion/synchronized"] == resumed.metrics()["curvadion/synchronized"], (
+            f"step {step}"
+        )
         assert state_digest(resumed) == state_digest(opt), f"step {step}: the resumed run must go on bitwise"
 
 
@@ -121,16 +127,25 @@ def test_loading_does_not_alias_what_was_loaded() -> None:
 
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32])
 def test_dtypes_survive(param_dtype: torch.dtype) -> None:
-    """Torch casts state to the parameter's dtype on load; fp32 momentum over bf16 parameters must stay fp32."""
+    """Torch casts state to the parameter's dtype on load; fp32 momentum over bf16 parameters must stay
+    fp32."""
     toy = Toy(dtype=param_dtype)
     opt = CurvaDion(toy.groups(), momentum_dtype=torch.float32, **OPTIONS)
     train(toy, opt, range(3))
-    before = {(name, key): value.dtype for name, param in toy.params.items() for key, value in opt.state[param].items()}
+    before = {
+        (name, key): value.dtype
+        for name, param in toy.params.items()
+        for key, value in opt.state[param].items()
+    }
     assert {before[name, "momentum"] for name in toy.matrices} == {torch.float32}
     saved = copy.deepcopy(opt.state_dict())
     digest_before = state_digest(opt)
     opt.load_state_dict(saved)
-    after = {(name, key): value.dtype for name, param in toy.params.items() for key, value in opt.state[param].items()}
+    after = {
+        (name, key): value.dtype
+        for name, param in toy.params.items()
+        for key, value in opt.state[param].items()
+    }
     assert after == before
     assert state_digest(opt) == digest_before, "and so must every bit of the values"
 
@@ -204,7 +219,9 @@ def test_one_cycle_lr(tensor_lr: bool) -> None:
         scheduler.step() if step < 5 else None
     assert rates[0] == pytest.approx(0.004)
     assert max(rates) > 0.05
-    assert sizes[-1] < 1e-2 * max(sizes), "the last learning rate is almost zero, and so must the last update be"
+    assert sizes[-1] < 1e-2 * max(sizes), (
+        "the last learning rate is almost zero, and so must the last update be"
+    )
 
 
 def test_step_hooks_and_closure() -> None:
@@ -243,14 +260,17 @@ def test_profiler_spans() -> None:
 @pytest.mark.parametrize("unscale_first", [False, True])
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
 def test_grad_scaler_overflow_on_one_rank_skips_on_every_rank(on_nonfinite: str, unscale_first: bool) -> None:
-    """An overflow is normal under AMP: no error, and no rank may go on alone. The other steps equal a plain run."""
+    """An overflow is normal under AMP: no error, and no rank may go on alone. The other steps equal a plain
+    run."""
 
     def worker() -> Any:
         rank = dist.get_rank()
 
         def run(scaled: bool) -> tuple[str, list[bool]]:
             toy = Toy()
-            opt = CurvaDion(toy.groups(), replicate_mesh=dist.group.WORLD, on_nonfinite=on_nonfinite, **OPTIONS)
+            opt = CurvaDion(
+                toy.groups(), replicate_mesh=dist.group.WORLD, on_nonfinite=on_nonfinite, **OPTIONS
+            )
             scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0, growth_interval=1000)
             unchanged = []
             for step in range(6):
@@ -264,7 +284,9 @@ def test_grad_scaler_overflow_on_one_rank_skips_on_every_rank(on_nonfinite: str,
                         param.grad.mul_(scaler.get_scale())
                     if step == 3 and rank == 1:
                         toy.params["layers.1.weight"].grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
-                    if unscale_first:  # and clip, which hides the infinity: found_inf is then all that is left of it
+                    if (
+                        unscale_first
+                    ):  # and clip, which hides the infinity: found_inf is then all that is left of it
                         scaler.unscale_(opt)
                         nn.utils.clip_grad_value_(toy.params.values(), 100.0)
                 before = state_digest(opt)
@@ -279,7 +301,9 @@ def test_grad_scaler_overflow_on_one_rank_skips_on_every_rank(on_nonfinite: str,
 
     for rank, ((scaled, unchanged), (plain, _)) in enumerate(run_ranks(4, worker)):
         assert unchanged == [True, True], f"rank {rank}: nothing may change, and the skipped step is counted"
-        assert scaled == plain, f"rank {rank}: unscaled by a power of two, the other steps equal a plain run bitwise"
+        assert scaled == plain, (
+            f"rank {rank}: unscaled by a power of two, the other steps equal a plain run bitwise"
+        )
 
 
 def test_grad_scaler_with_sharded_parameters() -> None:
@@ -434,20 +458,28 @@ def gradient_steps(model: nn.Module, opt: CurvaDion, steps: range) -> None:
             generator = torch.Generator().manual_seed(1_009 * step + index)
             full = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
             assert isinstance(param, DTensor)
-            param.grad = torch.distributed.tensor.distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+            param.grad = torch.distributed.tensor.distribute_tensor(
+                full, param.device_mesh, param.placements, src_data_rank=None
+            )
         opt.step()
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
-def test_dcp_round_trip_on_the_same_mesh_is_bitwise(tmp_path: Path, param_dtype: torch.dtype, flatten: bool) -> None:
+def test_dcp_round_trip_on_the_same_mesh_is_bitwise(
+    tmp_path: Path, param_dtype: torch.dtype, flatten: bool
+) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
 
     def build(seed: int) -> tuple[TinyGPT, CurvaDion, int]:
         replicate, mesh = grid(2, 2)
         model = sharded_model(mesh, param_dtype, seed)
         settings = OPTIONS | {"momentum_dtype": torch.float32, "lr": 0.02 if seed == 0 else 0.7}
-        return model, CurvaDion(model.groups(), replicate_mesh=replicate, **settings), replicate.get_local_rank()
+        return (
+            model,
+            CurvaDion(model.groups(), replicate_mesh=replicate, **settings),
+            replicate.get_local_rank(),
+        )
 
     def worker() -> Any:
         model, opt, replica = build(0)
@@ -476,7 +508,14 @@ def test_dcp_round_trip_on_the_same_mesh_is_bitwise(tmp_path: Path, param_dtype:
         rate = resumed.param_groups[0]["lr"]
         model_steps(model, opt, range(5, 10), replica)
         model_steps(other, resumed, range(5, 10), replica)
-        return saved == loaded, state_digest(opt) == state_digest(resumed), momentum, refused, rate, resumed.metrics()
+        return (
+            saved == loaded,
+            state_digest(opt) == state_digest(resumed),
+            momentum,
+            refused,
+            rate,
+            resumed.metrics(),
+        )
 
     for rank, (restored, same, momentum, refused, rate, metrics) in enumerate(run_ranks(4, worker)):
         assert refused[0] == "RuntimeError", f"rank {rank}: a diverged run must not be saved, got {refused}"
@@ -489,17 +528,24 @@ def test_dcp_round_trip_on_the_same_mesh_is_bitwise(tmp_path: Path, param_dtype:
 
 
 @pytest.mark.parametrize("local_update", ["gradient", "normuon"])
-@pytest.mark.parametrize(("replicas", "shards"), [(1, 4), (1, 2), (2, 1), (4, 1)], ids=["1x4", "1x2", "2x1", "4x1"])
+@pytest.mark.parametrize(
+    ("replicas", "shards"), [(1, 4), (1, 2), (2, 1), (4, 1)], ids=["1x4", "1x2", "2x1", "4x1"]
+)
 def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
     tmp_path: Path, replicas: int, shards: int, local_update: str
 ) -> None:
-    """DCP reshards; momentum, Q, what a rule keeps, and counters arrive whole, and the run goes on as on the first mesh."""
+    """DCP reshards; momentum, Q, what a rule keeps, and counters arrive whole, and the run goes on as on the
+    first mesh."""
     options = OPTIONS | {"local_update": local_update}
 
     def build(replicas: int, shards: int) -> tuple[TinyGPT, CurvaDion, int]:
         replicate, mesh = grid(replicas, shards)
         model = sharded_model(mesh, torch.float64, seed=replicas)
-        return model, CurvaDion(model.groups(), replicate_mesh=replicate, **options), replicate.get_local_rank()
+        return (
+            model,
+            CurvaDion(model.groups(), replicate_mesh=replicate, **options),
+            replicate.get_local_rank(),
+        )
 
     def everything(model: nn.Module, opt: CurvaDion) -> dict[str, Any]:
         return {
@@ -529,7 +575,9 @@ def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
         return loaded, everything(model, opt)
 
     saved, continued = run_ranks(4, save)[0]
-    assert any(key.endswith(".second_moment") and value.all() for key, value in saved.items()) == (local_update == "normuon")
+    assert any(key.endswith(".second_moment") and value.all() for key, value in saved.items()) == (
+        local_update == "normuon"
+    )
     for rank, (loaded, went_on) in enumerate(run_ranks(replicas * shards, load)):
         assert saved.keys() == loaded.keys()
         for key, value in saved.items():
@@ -584,7 +632,9 @@ def test_q_depends_on_the_canonical_name_alone() -> None:
     assert not torch.allclose(a, b), "each matrix has a Q of its own"
     assert torch.equal(first_q(["layers.1.weight", "layers.0.weight"])[1], a), "the order does not matter"
     for prefix in ("_orig_mod.", "module.", "_fsdp_wrapped_module."):
-        assert torch.equal(first_q([f"{prefix}layers.0.weight"])[0], a), f"the wrapper prefix {prefix} does not matter"
+        assert torch.equal(first_q([f"{prefix}layers.0.weight"])[0], a), (
+            f"the wrapper prefix {prefix} does not matter"
+        )
     wrapped = first_q(["layers.0._checkpoint_wrapped_module.weight"])[0]
     assert torch.equal(wrapped, a), "nor does the name that activation checkpointing inserts"
     torch.manual_seed(123)
@@ -602,7 +652,8 @@ def test_q_depends_on_the_canonical_name_alone() -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_changed_requires_grad_is_refused(before: bool) -> None:
-    """Frozen later, a parameter would go on moving with its momentum; thawed later, it would never be trained."""
+    """Frozen later, a parameter would go on moving with its momentum; thawed later, it would never be
+    trained."""
     params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3), requires_grad=before)]
     opt = CurvaDion(params)
     for p in params:
@@ -613,7 +664,8 @@ def test_a_changed_requires_grad_is_refused(before: bool) -> None:
 
 
 def test_a_changed_shape_is_refused() -> None:
-    """Kernels work on addresses: a parameter that was swapped for one of another shape must not be written to."""
+    """Kernels work on addresses: a parameter that was swapped for one of another shape must not be written
+    to."""
     p = nn.Parameter(torch.ones(4, 3))
     opt = CurvaDion([p])
     p.grad = torch.ones_like(p)
@@ -628,7 +680,8 @@ def test_a_changed_shape_is_refused() -> None:
 @pytest.mark.parametrize("key", ["tau", "lr", "weight_decay", "rank_fraction", "local_update"])
 @pytest.mark.parametrize("change", ["none", "gone"])
 def test_options_spoiled_on_one_rank_fail_on_every_rank(key: str, change: str) -> None:
-    """Whatever a callback does to the groups of one rank, no other rank may be left waiting in a collective."""
+    """Whatever a callback does to the groups of one rank, no other rank may be left waiting in a
+    collective."""
 
     def worker() -> str:
         p = nn.Parameter(torch.ones(4, 3))

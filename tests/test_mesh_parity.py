@@ -1,8 +1,9 @@
-"""Mesh parity: at a fixed number of replicas K, every layout computes what one process simulating K replicas computes.
+"""Mesh parity: at a fixed number of replicas K, every layout computes what one process simulating K replicas
+computes.
 
-All in fp64. Each case runs long enough to take both branches of the gate several times, with replicas that drift apart,
-over matrices of many kinds at once (rank-deficient, zero, dead rows, missing gradients) next to AdamW and Lion
-parameters. X, M and the moments are compared, never P or Q: their column signs are free.
+All in fp64. Each case runs long enough to take both branches of the gate several times, with replicas that
+drift apart, over matrices of many kinds at once (rank-deficient, zero, dead rows, missing gradients) next to
+AdamW and Lion parameters. X, M and the moments are compared, never P or Q: their column signs are free.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def run_case(placed: Placed, parts: list[dict[str, Tensor | None]], case: Case, 
     for name, parameter in placed.bag.named_parameters():
         if "Q" in optimizer.state[parameter]:
             Q = optimizer.state[parameter]["Q"]
-            assert not difference(Q, first_right_factors(case)[name]), f"{name} starts from another Q than alone"
+            assert not difference(Q, first_right_factors(case)[name]), (
+                f"{name} starts from another Q than alone"
+            )
     for step, parts_of_step in enumerate(parts):
         placed.set_gradients(parts_of_step)
         optimizer.step()
@@ -66,12 +69,21 @@ def run_cases(layout: Layout, replicas: int, quick: bool) -> list[str]:
     placed = layout.build(initial_values(), replicas)
     parts = [placed.parts_of(G[placed.replica]) for G in gradients(replicas)]
     all_cases = replicas > 1 and dist.get_world_size() <= 4 and not quick
-    cases = [case for case in CASES if case.everywhere or (all_cases and (not case.gate_only or layout.name in ("plain_mesh", "fsdp2")))]
+    cases = [
+        case
+        for case in CASES
+        if case.everywhere or (all_cases and (not case.gate_only or layout.name in ("plain_mesh", "fsdp2")))
+    ]
     return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
-# Three, because a mean over two is exact in binary; one, where nothing crosses replicas, for every third layout.
-LAYOUTS_AND_REPLICAS = [*((layout, 1) for layout in LAYOUTS[::3]), *((layout, 2) for layout in LAYOUTS), (LAYOUTS[0], 3)]
+# Three, because a mean over two is exact in binary; one, where nothing crosses replicas, for every third
+# layout.
+LAYOUTS_AND_REPLICAS = [
+    *((layout, 1) for layout in LAYOUTS[::3]),
+    *((layout, 2) for layout in LAYOUTS),
+    (LAYOUTS[0], 3),
+]
 
 
 @pytest.mark.parametrize(("layout", "replicas"), LAYOUTS_AND_REPLICAS, ids=str)
@@ -91,15 +103,23 @@ def check_layout(layout: Layout) -> list[str]:
     for name, parameter in placed.bag.named_parameters():
         value = initial_values()[name]
         assert torch.equal(whole(parameter), value), f"{name} is not the value it was built from"
-        assert torch.equal(local(parameter), part_of(value, parameter)), f"{name} is cut otherwise than by hand"
-        assert parameter.grad is not None and torch.equal(whole(parameter.grad), value), f"the gradient of {name}"
-        placements.add(str(getattr(parameter, "placements", "plain")) + " empty" * (local(parameter).numel() == 0))
+        assert torch.equal(local(parameter), part_of(value, parameter)), (
+            f"{name} is cut otherwise than by hand"
+        )
+        assert parameter.grad is not None and torch.equal(whole(parameter.grad), value), (
+            f"the gradient of {name}"
+        )
+        placements.add(
+            str(getattr(parameter, "placements", "plain")) + " empty" * (local(parameter).numel() == 0)
+        )
     return sorted(placements)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_layouts_are_what_they_claim(layout: Layout) -> None:
-    placements = " ".join(p for of_rank in run_ranks(layout.world_size(1), check_layout, layout) for p in of_rank)
+    placements = " ".join(
+        p for of_rank in run_ranks(layout.world_size(1), check_layout, layout) for p in of_rank
+    )
     for claim, sign in {
         "plain": "plain",
         "fsdp2": "(Shard(dim=0),)",
@@ -129,7 +149,10 @@ def test_the_cases_are_what_they_claim(case: Case, replicas: int) -> None:
             left, right = (replica.X["tall.weight"] for replica in moment.replicas)
             if not synchronized and step != case.synchronize_after:
                 assert not torch.allclose(left, right), "replicas do not differ after a local step"
-            elif case.options.get("consensus") != "none" and not {"outer_delay", "outer_fragments"} & case.options.keys():
+            elif (
+                case.options.get("consensus") != "none"
+                and not {"outer_delay", "outer_fragments"} & case.options.keys()
+            ):
                 assert torch.equal(left, right), "replicas differ after a synchronized step"
     M = moments[-1].replicas[0].M
     for name in ("deficient.weight", "deficient_wide.weight"):
@@ -153,7 +176,9 @@ def run_backward() -> list[str]:
             if name not in matrices:
                 placed.bag.get_parameter(name).grad = part
         optimizer.step()
-        problems += [f"step {step}: {p}" for p in compare(optimizer, placed, trajectory(BACKWARD_CASE, 2)[step])]
+        problems += [
+            f"step {step}: {p}" for p in compare(optimizer, placed, trajectory(BACKWARD_CASE, 2)[step])
+        ]
         optimizer.zero_grad()
     return problems
 
@@ -179,13 +204,17 @@ def run_always_open(replicas: int) -> None:
     for step, G in enumerate(gradients(replicas)):
         placed.set_gradients(placed.parts_of(G[placed.replica]))
         optimizer.step()
-        assert optimizer.metrics()["curvadion/synchronized"] == 1, f"step {step} is local with max_local_steps=0"
+        assert optimizer.metrics()["curvadion/synchronized"] == 1, (
+            f"step {step} is local with max_local_steps=0"
+        )
         zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
         mean = {n: sum(zeros[n] if g[n] is None else g[n] for g in G) / replicas for n in SHAPES}
         central.step([mean])
         for name, parameter in placed.bag.named_parameters():
             error = difference(parameter.detach(), central.replicas[0].X[name])
-            assert error <= RTOL, f"step {step}: X of {name} is off by {error:.1e} from Dion on the mean gradient"
+            assert error <= RTOL, (
+                f"step {step}: X of {name} is off by {error:.1e} from Dion on the mean gradient"
+            )
             if name in central.matrices:
                 M = optimizer.state[parameter]["momentum"].clone()
                 dist.all_reduce(M)
@@ -215,7 +244,9 @@ def test_tau_inf_sends_no_factors_after_the_first_step() -> None:
     for calls in run_ranks(2, run_never_open):
         assert calls["gate"] == [1, 2, 3, 4, 5], f"not one gate a step: {calls}"
         assert calls["everything else"][0] > 0, "the first step is synchronized and sends factors"
-        assert len(set(calls["everything else"])) == 1, f"a local step sent something over the replicas: {calls}"
+        assert len(set(calls["everything else"])) == 1, (
+            f"a local step sent something over the replicas: {calls}"
+        )
 
 
 def run_and_fail(how: str) -> None:
@@ -234,7 +265,8 @@ def test_a_failing_rank_fails_the_call_with_its_traceback(how: str, says: str) -
 
 @pytest.mark.parametrize("reduce_op", ["sum", "avg"])
 def test_a_gradient_that_is_partial_only_sometimes(reduce_op: str) -> None:
-    """Once summed by the optimizer, always summed, so that all ranks do the same; a whole one must come out unchanged."""
+    """Once summed by the optimizer, always summed, so that all ranks do the same; a whole one must come out
+    unchanged."""
 
     def train(norm: nn.Parameter, weight: nn.Parameter, place: Callable[[float, bool], Tensor]) -> Tensor:
         opt = CurvaDion([{"params": [weight]}, {"params": [norm], "algorithm": "adamw", "lr": 0.1}])
@@ -249,13 +281,20 @@ def test_a_gradient_that_is_partial_only_sometimes(reduce_op: str) -> None:
         weight = nn.Parameter(distribute_tensor(torch.ones(4, 3, dtype=torch.float64), mesh, [Shard(0)]))
 
         def place(value: float, partial: bool) -> Tensor:
-            share = 2 * mesh.get_local_rank() / (1.0 if reduce_op == "avg" else 2.0)  # 0 and 2 (average 1), or 0 and 1 (sum 1)
+            share = (
+                2 * mesh.get_local_rank() / (1.0 if reduce_op == "avg" else 2.0)
+            )  # 0 and 2 (average 1), or 0 and 1 (sum 1)
             whole = torch.full((4,), value * share if partial else value, dtype=torch.float64)
-            return DTensor.from_local(whole, mesh, [Partial(reduce_op) if partial else Replicate()], run_check=False)
+            return DTensor.from_local(
+                whole, mesh, [Partial(reduce_op) if partial else Replicate()], run_check=False
+            )
 
         return train(norm, weight, place).tolist()
 
-    plain = nn.Parameter(torch.ones(4, dtype=torch.float64)), nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+    plain = (
+        nn.Parameter(torch.ones(4, dtype=torch.float64)),
+        nn.Parameter(torch.ones(4, 3, dtype=torch.float64)),
+    )
     expected = train(*plain, lambda value, _: torch.full((4,), value, dtype=torch.float64)).tolist()
     for got in run_ranks(2, worker):
         assert got == pytest.approx(expected, rel=1e-12)

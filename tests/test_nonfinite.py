@@ -1,6 +1,7 @@
 """Values that go wrong: NaN and Inf anywhere, zero and rank-deficient gradients, shapes that do not batch.
 
-The first half is a promise about all ranks at once, so every case returns what each rank saw and the parent compares.
+The first half is a promise about all ranks at once, so every case returns what each rank saw and the parent
+compares.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ BAD = {"nan": math.nan, "+inf": math.inf, "-inf": -math.inf}
 OPTIONS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "tau": math.inf, "max_local_steps": 2}
 # Three rows on two shards and one row on two shards: the second leaves rank 1 and rank 3 with an empty shard.
 SHAPES: Shapes = MATRICES | {"layers.3.weight": (3, 5), "layers.4.weight": (1, 4)}
-PLACES = [(name, branch) for name in ("layers.0.weight", "embedding.weight") for branch in ("synchronized", "local")]
+PLACES = [
+    (name, branch) for name in ("layers.0.weight", "embedding.weight") for branch in ("synchronized", "local")
+]
 PLACES += [("layers.3.weight", "local"), ("norm.weight", "synchronized")]
 
 
@@ -73,10 +76,14 @@ def test_raise_on_every_rank_in_the_same_step(place: str, branch: str, quick: bo
         for (where, name), (seen, untouched, again, healed) in zip(cases, results, strict=True):
             note = f"rank {rank}, {name} in {place} on rank {where}"
             assert [kind for kind, _ in seen[:-1]] == ["ok"] * bad_step, f"{note}: {seen}"
-            assert seen[-1][0] == "NonFiniteError", f"{note}: every rank must raise in this step, got {seen[-1]}"
+            assert seen[-1][0] == "NonFiniteError", (
+                f"{note}: every rank must raise in this step, got {seen[-1]}"
+            )
             assert untouched, f"{note}: the parameters must be untouched"
             for kind, message in again:
-                assert kind in ("NonFiniteError", "RuntimeError"), f"{note}: later steps must raise, got {kind}"
+                assert kind in ("NonFiniteError", "RuntimeError"), (
+                    f"{note}: later steps must raise, got {kind}"
+                )
                 assert "load_state_dict" in message, f"{note}: and say what to do: {message}"
             assert healed == ("ok", ""), f"{note}: after load_state_dict() the optimizer works again"
 
@@ -155,12 +162,15 @@ def test_the_first_step_may_be_the_bad_one(mode: str) -> None:
             assert second != "ok", "and every later step raises"
         else:
             assert (first, unchanged, second) == ("ok", True, "ok")
-            assert synchronized == 1.0, "a skipped first step leaves no previous norm: the next one synchronizes"
+            assert synchronized == 1.0, (
+                "a skipped first step leaves no previous norm: the next one synchronizes"
+            )
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
 def test_a_rank_that_cannot_do_its_part_stops_every_rank(on_nonfinite: str) -> None:
-    """A sparse gradient on one rank: raising there before the gate would leave the others waiting for ever."""
+    """A sparse gradient on one rank: raising there before the gate would leave the others waiting for
+    ever."""
 
     def worker() -> Any:
         replicate, shard = grid(2, 2)
@@ -235,7 +245,9 @@ DEFECTS = ["zero-shard", "dead-rows", "zero", "zero-at-first", "rank-one", "one-
 
 @pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(defect: str, right_factor: str) -> None:
+def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(
+    defect: str, right_factor: str
+) -> None:
     shapes: Shapes = {"a": (8, 6), "b": (6, 10), "c": (12, 4)}
 
     def train(mesh: Any) -> tuple[dict[str, Tensor], bool]:
@@ -260,13 +272,22 @@ def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(defec
         for rank, (actual, sharded_alive) in enumerate(run_ranks(shards, worker)):
             assert sharded_alive, f"rank {rank} of {shards}: no column of Q may die"
             for name, value in expected.items():
-                torch.testing.assert_close(actual[name], value, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{defect}, {n}: {text}")
+                torch.testing.assert_close(
+                    actual[name],
+                    value,
+                    rtol=RTOL,
+                    atol=1e-12,
+                    msg=lambda text, n=name: f"{defect}, {n}: {text}",
+                )
 
 
 def test_a_dead_projection_wakes_up() -> None:
-    """A zero gradient for some steps must not freeze the matrix: the update has full size once gradients arrive."""
+    """A zero gradient for some steps must not freeze the matrix: the update has full size once gradients
+    arrive."""
     toy = Toy(matrices={"a": (8, 6)}, dense={}, dtype=torch.float64)
-    opt = CurvaDion(toy.groups(), lr=1.0, momentum=0.9, weight_decay=0.0, rank_fraction=0.5, max_local_steps=0)
+    opt = CurvaDion(
+        toy.groups(), lr=1.0, momentum=0.9, weight_decay=0.0, rank_fraction=0.5, max_local_steps=0
+    )
     [param] = toy.params.values()
     for _ in range(3):
         before = param.detach().clone()
@@ -297,11 +318,14 @@ def test_an_update_is_orthonormal_in_every_direction_it_uses() -> None:
 
 
 def test_a_missing_gradient_counts_as_zero() -> None:
-    """Momentum, moments and weight decay still apply, on both branches, also for a parameter that never has one."""
+    """Momentum, moments and weight decay still apply, on both branches, also for a parameter that never has
+    one."""
 
     def train(missing: bool) -> list[dict[str, Tensor]]:
         toy = Toy(dtype=torch.float64)
-        opt = CurvaDion(toy.groups(), lr=0.02, momentum=0.9, weight_decay=0.1, max_local_steps=1, tau=math.inf)
+        opt = CurvaDion(
+            toy.groups(), lr=0.02, momentum=0.9, weight_decay=0.1, max_local_steps=1, tau=math.inf
+        )
         trace = []
         for step in range(6):
             toy.set_gradients(step, 0)
@@ -325,10 +349,26 @@ def test_a_missing_gradient_counts_as_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("local_update", ["muon", "normuon", "dion2"])
 def test_no_zero_makes_a_rule_divide_by_it(local_update: str, dtype: torch.dtype, eps: float) -> None:
-    """Matrices without a gradient, with zeros, with rows and columns of zeros, and long after the last gradient."""
-    shapes: Shapes = {"missing": (6, 4), "zero": (4, 6), "row": (6, 8), "column": (8, 6), "once": (5, 5), "tiny": (5, 3)}
+    """Matrices without a gradient, with zeros, with rows and columns of zeros, and long after the last
+    gradient."""
+    shapes: Shapes = {
+        "missing": (6, 4),
+        "zero": (4, 6),
+        "row": (6, 8),
+        "column": (8, 6),
+        "once": (5, 5),
+        "tiny": (5, 3),
+    }
     toy = Toy(matrices=shapes, dtype=dtype)
-    opt = CurvaDion(toy.groups(), lr=0.01, momentum=0.5, tau=math.inf, local_update=local_update, betas=(0.9, 0.5), eps=eps)
+    opt = CurvaDion(
+        toy.groups(),
+        lr=0.01,
+        momentum=0.5,
+        tau=math.inf,
+        local_update=local_update,
+        betas=(0.9, 0.5),
+        eps=eps,
+    )
     start = toy.whole()
     for step in range(200):  # 0.5^200 is no float32 any more, and its square long before
         toy.set_gradients(step, 0)
@@ -347,7 +387,9 @@ def test_no_zero_makes_a_rule_divide_by_it(local_update: str, dtype: torch.dtype
             assert value.isfinite().all(), f"{key} of {name}"
     for name in ("missing", "zero"):
         decayed = start[name].float() * (1 - 0.01 * 0.01) ** 200
-        torch.testing.assert_close(toy.params[name].detach().float(), decayed, rtol=0.03, atol=0.03, msg=f"{name} moved")
+        torch.testing.assert_close(
+            toy.params[name].detach().float(), decayed, rtol=0.03, atol=0.03, msg=f"{name} moved"
+        )
 
 
 def test_a_gradient_missing_on_one_replica_alone() -> None:
@@ -373,7 +415,8 @@ def test_a_gradient_missing_on_one_replica_alone() -> None:
 
 
 def test_many_shapes_and_groups() -> None:
-    """Seven distinct shapes, two of them twice, 1 x n and n x 1 among them: batching by shape must not mix them up."""
+    """Seven distinct shapes, two of them twice, 1 x n and n x 1 among them: batching by shape must not mix
+    them up."""
     shapes: Shapes = {
         "a": (8, 6),
         "b": (6, 8),
@@ -397,7 +440,9 @@ def test_many_shapes_and_groups() -> None:
             generator = torch.Generator().manual_seed(1_000_003 * step + index)
             alone.grad = torch.randn(alone.shape, generator=generator, dtype=torch.float64)
             single.step()
-        torch.testing.assert_close(together.params[name], alone, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            together.params[name], alone, rtol=RTOL, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_betas_and_learning_rates_of_a_group_are_used() -> None:
@@ -416,7 +461,9 @@ def test_betas_and_learning_rates_of_a_group_are_used() -> None:
         opt.step()
         reference.step()
     for setting, mine, expected in zip(settings, ours, theirs, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=RTOL, atol=1e-12, msg=lambda text, s=setting: f"{s}: {text}")
+        torch.testing.assert_close(
+            mine, expected, rtol=RTOL, atol=1e-12, msg=lambda text, s=setting: f"{s}: {text}"
+        )
 
 
 def test_matrix_options_of_a_group_are_used() -> None:
@@ -432,7 +479,9 @@ def test_matrix_options_of_a_group_are_used() -> None:
         [group | setting for toy, setting in zip(toys, settings, strict=True) for group in toy.groups()],
         max_local_steps=0,
     )
-    singles = [CurvaDion(toy.groups(), max_local_steps=0, **s) for toy, s in zip(alone, settings, strict=True)]
+    singles = [
+        CurvaDion(toy.groups(), max_local_steps=0, **s) for toy, s in zip(alone, settings, strict=True)
+    ]
     for step in range(4):
         for toy in (*toys, *alone):
             toy.set_gradients(step, 0)
@@ -441,10 +490,16 @@ def test_matrix_options_of_a_group_are_used() -> None:
     for setting, toy, single in zip(settings, toys, alone, strict=True):
         for name in toy.params:
             torch.testing.assert_close(
-                toy.params[name], single.params[name], rtol=RTOL, atol=1e-12, msg=lambda text, s=setting: f"{s}: {text}"
+                toy.params[name],
+                single.params[name],
+                rtol=RTOL,
+                atol=1e-12,
+                msg=lambda text, s=setting: f"{s}: {text}",
             )
     ranks = [opt.state[param]["Q"].shape[1] for toy in toys for param in toy.params.values()]
-    assert ranks == [6, 2, 3], "r = round_up(rank_fraction * min(m, n), rank_multiple_of), clipped to min(m, n)"
+    assert ranks == [6, 2, 3], (
+        "r = round_up(rank_fraction * min(m, n), rank_multiple_of), clipped to min(m, n)"
+    )
 
 
 def test_dense_shapes_are_any() -> None:
@@ -485,10 +540,14 @@ def test_what_happens_between_two_gates_is_told_at_the_next(place: str, on_nonfi
         here = rank >= 2
         if on_nonfinite == "raise":
             assert seen[4] == "NonFiniteError", f"rank {rank}: {seen}"
-            assert (digests[1] == digests[3]) == here, "the replica that saw it stands still, the other does not know"
+            assert (digests[1] == digests[3]) == here, (
+                "the replica that saw it stands still, the other does not know"
+            )
             assert digests[4] == digests[3]
         else:
-            assert seen[4] == "ok" and steps == 5 and skipped == here, "the others need not know of a step that one replica skips"
+            assert seen[4] == "ok" and steps == 5 and skipped == here, (
+                "the others need not know of a step that one replica skips"
+            )
             assert (digests[1] == digests[2]) == here
             assert digests[3] != digests[2]
 
@@ -519,7 +578,10 @@ def test_after_a_failure_between_two_gates_skipping_goes_on(replicas: int) -> No
         W, b = nn.Parameter(torch.ones(3, 2)), nn.Embedding(4, 2, sparse=True)
         nn.init.ones_(b.weight)
         opt = CurvaDion(
-            [{"params": [W]}, {"params": [b.weight], "algorithm": "adamw"}], replicate_mesh=replicate, on_nonfinite="skip", **SELDOM
+            [{"params": [W]}, {"params": [b.weight], "algorithm": "adamw"}],
+            replicate_mesh=replicate,
+            on_nonfinite="skip",
+            **SELDOM,
         )
         seen = []
         for step in range(6):
@@ -540,7 +602,9 @@ def test_a_failure_between_two_gates_stops_every_rank_at_the_next() -> None:
         embedding = nn.Embedding(6, 3, sparse=True)
         nn.init.ones_(embedding.weight)
         opt = CurvaDion(
-            [*toy.groups(), {"params": [("sparse.weight", embedding.weight)], "algorithm": "adamw"}], replicate_mesh=replicate, **SELDOM
+            [*toy.groups(), {"params": [("sparse.weight", embedding.weight)], "algorithm": "adamw"}],
+            replicate_mesh=replicate,
+            **SELDOM,
         )
         seen = []
         for step in range(5):
@@ -565,7 +629,13 @@ def test_a_replica_that_stands_still_lets_through_what_is_under_way(trouble: str
         replicate, shard = grid(2, 2)
         toy = Toy(shard)
         opt = CurvaDion(
-            toy.groups(), replicate_mesh=replicate, **SELDOM, local_update="muon", consensus="outer", outer_bits=1, outer_delay=3
+            toy.groups(),
+            replicate_mesh=replicate,
+            **SELDOM,
+            local_update="muon",
+            consensus="outer",
+            outer_bits=1,
+            outer_delay=3,
         )
         seen = []
         for step in range(5):
@@ -589,7 +659,14 @@ def test_with_a_lag_the_others_know_one_step_later(trouble: str, on_nonfinite: s
     def worker() -> Any:
         replicate, shard = grid(2, 2)
         toy = Toy(shard)
-        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, lr=0.01, tau=math.inf, gate_lag=1, on_nonfinite=on_nonfinite)
+        opt = CurvaDion(
+            toy.groups(),
+            replicate_mesh=replicate,
+            lr=0.01,
+            tau=math.inf,
+            gate_lag=1,
+            on_nonfinite=on_nonfinite,
+        )
         seen, digests = [], []
         for step in range(5):
             toy.set_gradients(step, replicate.get_local_rank())
@@ -612,15 +689,25 @@ def test_with_a_lag_the_others_know_one_step_later(trouble: str, on_nonfinite: s
         else:
             assert seen[:4] == ["ok", "ok", "ok", told], f"rank {rank}: {seen}"
             assert seen[4] == ("ok" if on_nonfinite == "skip" else "RuntimeError"), f"rank {rank}: {seen}"
-        assert (digests[2] == digests[1]) == there, "the replica that saw it stands still, the other does not know"
+        assert (digests[2] == digests[1]) == there, (
+            "the replica that saw it stands still, the other does not know"
+        )
 
 
 @pytest.mark.parametrize("seldom", [{"gate_every": 2}, {"gate_lag": 1}], ids=str)
-def test_a_replica_that_skipped_a_local_dion_step_takes_part_in_the_next_synchronization(seldom: dict[str, int]) -> None:
+def test_a_replica_that_skipped_a_local_dion_step_takes_part_in_the_next_synchronization(
+    seldom: dict[str, int],
+) -> None:
     def worker() -> Any:
         replicate, shard = grid(2, 2)
         toy = Toy(shard)
-        options = {"lr": 0.01, "tau": math.inf, "max_local_steps": 1, "local_update": "dion", "on_nonfinite": "skip"}
+        options = {
+            "lr": 0.01,
+            "tau": math.inf,
+            "max_local_steps": 1,
+            "local_update": "dion",
+            "on_nonfinite": "skip",
+        }
         opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **options, **seldom)
         for step in range(4):
             toy.set_gradients(step, replicate.get_local_rank())
@@ -662,7 +749,14 @@ def test_with_a_lag_a_skipped_step_changes_nothing_of_the_gate() -> None:
         return seen
 
     left, right = run_ranks(2, worker)
-    assert left == right and [synchronized for synchronized, _ in left] == [True, False, False, False, True, False]
+    assert left == right and [synchronized for synchronized, _ in left] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_all_that_is_under_way_goes_on_where_a_replica_has_failed() -> None:
@@ -670,7 +764,13 @@ def test_all_that_is_under_way_goes_on_where_a_replica_has_failed() -> None:
         replicate, _ = grid(2, 1)
         toy = Toy()
         options = {**SELDOM, "max_local_steps": 1, "gate_every": 2, "check_every": 0}
-        outer = {"local_update": "muon", "consensus": "outer", "outer_bits": 4, "outer_delay": 5, "outer_fragments": 3}
+        outer = {
+            "local_update": "muon",
+            "consensus": "outer",
+            "outer_bits": 4,
+            "outer_delay": 5,
+            "outer_fragments": 3,
+        }
         opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **options, **outer)
         for step in range(7):
             toy.set_gradients(step, replicate.get_local_rank())
@@ -705,7 +805,15 @@ def test_an_answer_outlives_a_skipped_step_and_nothing_else(interrupted: str) ->
     def worker() -> Any:
         replicate, _ = grid(2, 1)
         W = nn.Parameter(torch.ones(4, 3))
-        opt = CurvaDion([("W", W)], replicate_mesh=replicate, momentum=0.0, error_feedback=False, on_nonfinite="skip", tau=0.5, gate_lag=1)
+        opt = CurvaDion(
+            [("W", W)],
+            replicate_mesh=replicate,
+            momentum=0.0,
+            error_feedback=False,
+            on_nonfinite="skip",
+            tau=0.5,
+            gate_lag=1,
+        )
         seen = []
         opt.synchronize()
         saved = copy.deepcopy(opt.state_dict())
@@ -724,6 +832,10 @@ def test_an_answer_outlives_a_skipped_step_and_nothing_else(interrupted: str) ->
         return seen
 
     first = interrupted == "load"  # the first step after the beginning is always synchronized
-    expected = {"skip": [True, False, True], "synchronize": [True, False, False], "load": [True, False, first]}
+    expected = {
+        "skip": [True, False, True],
+        "synchronize": [True, False, False],
+        "load": [True, False, first],
+    }
     for seen in run_ranks(2, worker):
         assert seen == expected[interrupted]

@@ -1,4 +1,5 @@
-"""consensus="outer": what crosses replicas in few bits, what rounding keeps back, and that nothing gets lost on the way."""
+"""consensus="outer": what crosses replicas in few bits, what rounding keeps back, and that nothing gets lost
+on the way."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from support.cases import ALGORITHMS, BASE, RTOL, SCALES, Case, compare, first_right_factors, gradients, initial_values, make_optimizer
+from support.cases import (
+    ALGORITHMS,
+    BASE,
+    RTOL,
+    SCALES,
+    Case,
+    compare,
+    first_right_factors,
+    gradients,
+    initial_values,
+    make_optimizer,
+)
 from support.cases import Moment as Expected
 from support.layouts import LAYOUTS, Layout, local, whole
 from support.models import digest
@@ -31,7 +43,12 @@ from curvadion.state.table import Table
 BLOCK = Grid.block
 
 BITS = [1, 2, 4, 8, 16]
-OUTER: Mapping[str, object] = {"consensus": "outer", "local_update": "muon", "max_local_steps": 2, "tau": math.inf}
+OUTER: Mapping[str, object] = {
+    "consensus": "outer",
+    "local_update": "muon",
+    "max_local_steps": 2,
+    "tau": math.inf,
+}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -47,7 +64,12 @@ def test_a_payload_decodes_to_the_nearest_level(bits: int, dtype: torch.dtype) -
     x = (draw(7 * BLOCK) * torch.logspace(-20, 10, 7, dtype=torch.float64).repeat_interleave(BLOCK)).to(dtype)
     sent = CODECS[bits].encode(x)
     assert sent.dtype == torch.uint8 and sent.numel() == int(x.numel() * CODECS[bits].bits_per_value / 8)
-    torch.testing.assert_close(CODECS[bits].decode(sent, dtype), rounded(x, bits), rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+    torch.testing.assert_close(
+        CODECS[bits].decode(sent, dtype),
+        rounded(x, bits),
+        rtol=1e-6 if dtype == torch.float32 else 1e-12,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize(("bits", "per_value"), [(1, 1.125), (2, 2.125), (4, 4.125), (8, 8.125), (16, 16.0)])
@@ -62,12 +84,18 @@ def test_every_code_survives_the_packing(bits: int) -> None:
     codes = torch.cat([levels.roll(shift) for shift in range(8)]).repeat(BLOCK // 8 // min(2**bits, 16) + 1)
     x = codes[: len(codes) // BLOCK * BLOCK] if len(codes) >= BLOCK else codes.repeat(BLOCK)[:BLOCK]
     payload = CODECS[bits].encode(x)
-    step = 1.0 if bits > 2 else float(payload[:2].view(torch.bfloat16))  # 1 and 2 bits take theirs from the block's statistics
+    step = (
+        1.0 if bits > 2 else float(payload[:2].view(torch.bfloat16))
+    )  # 1 and 2 bits take theirs from the block's statistics
     if bits > 2:
-        payload.view(-1, int(BLOCK * CODECS[bits].bits_per_value / 8))[:, :2] = torch.tensor([1.0], dtype=torch.bfloat16).view(torch.uint8)
+        payload.view(-1, int(BLOCK * CODECS[bits].bits_per_value / 8))[:, :2] = torch.tensor(
+            [1.0], dtype=torch.bfloat16
+        ).view(torch.uint8)
         expected = x
         encoded_with = x.view(-1, BLOCK).abs().amax(-1, keepdim=True) * 2 / 2**bits
-        expected = (((x.view(-1, BLOCK) / encoded_with).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) + 0.5).view(-1)
+        expected = (
+            ((x.view(-1, BLOCK) / encoded_with).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) + 0.5
+        ).view(-1)
     else:
         expected = step * ((x / step).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5)
     assert torch.equal(CODECS[bits].decode(payload, torch.float64), expected)
@@ -97,7 +125,14 @@ def test_zeros_are_exact_and_what_is_not_finite_stays_so(bits: int) -> None:
 
 @pytest.mark.parametrize("shape", [(12, 5), (8, 8), (40, 3)])
 def test_newton_schulz_is_a_function_of_singular_values(shape: tuple[int, int]) -> None:
-    M = torch.stack([draw(*shape), draw(*shape, seed=1) * 1e-20, draw(shape[0], 2) @ draw(2, shape[1]), torch.zeros(shape)])
+    M = torch.stack(
+        [
+            draw(*shape),
+            draw(*shape, seed=1) * 1e-20,
+            draw(shape[0], 2) @ draw(2, shape[1]),
+            torch.zeros(shape),
+        ]
+    )
     [O] = newton_schulz([M])  # noqa: E741
     for got, m in zip(O, M, strict=True):
         torch.testing.assert_close(got, muon(m), rtol=1e-9, atol=1e-9)
@@ -117,7 +152,9 @@ def test_newton_schulz_forgets_size_at_every_size(shape: tuple[int, int], dtype:
         if exponent < -39:
             assert float(got.abs().max()) < 1e-30, "no direction left"
         elif exponent > -37:  # in between, float32 has fewer digits for the entries than for the norm
-            torch.testing.assert_close(got, expected, rtol=0, atol=2e-3, msg=lambda text, e=exponent: f"1e{e}: {text}")
+            torch.testing.assert_close(
+                got, expected, rtol=0, atol=2e-3, msg=lambda text, e=exponent: f"1e{e}: {text}"
+            )
 
 
 def test_a_matrix_without_gradients_never_becomes_nan() -> None:
@@ -133,7 +170,11 @@ def test_a_matrix_without_gradients_never_becomes_nan() -> None:
 
 
 def test_newton_schulz_in_float32_is_accurate_to_its_rounding() -> None:
-    M = torch.linalg.qr(draw(64, 48))[0] @ torch.diag(torch.logspace(0, -6, 48, dtype=torch.float64)) @ torch.linalg.qr(draw(48, 48))[0]
+    M = (
+        torch.linalg.qr(draw(64, 48))[0]
+        @ torch.diag(torch.logspace(0, -6, 48, dtype=torch.float64))
+        @ torch.linalg.qr(draw(48, 48))[0]
+    )
     [O] = newton_schulz([M.float().unsqueeze(0)])  # noqa: E741
     torch.testing.assert_close(O[0].double(), muon(M), rtol=0, atol=2e-3)
 
@@ -143,13 +184,17 @@ def test_newton_schulz_in_float32_is_accurate_to_its_rounding() -> None:
 
 def run_rounded(replicas: int, bits: int, delay: int) -> list[str]:
     placed = LAYOUTS[0].build(initial_values(), replicas)
-    case = Case("rounded", {**OUTER, "outer_bits": bits, "outer_lr": 0.8, "outer_momentum": 0.5, "outer_delay": delay})
+    case = Case(
+        "rounded", {**OUTER, "outer_bits": bits, "outer_lr": 0.8, "outer_momentum": 0.5, "outer_delay": delay}
+    )
     optimizer = make_optimizer(placed, case)
     order = [name for group in optimizer.param_groups for name in group["param_names"]]
     options = {key: value for key, value in (BASE | dict(case.options)).items() if key != "rank_fraction"}
     groups = {name: {"algorithm": ALGORITHMS.get(name, "dion")} for name in order}
     values = {name: initial_values()[name] for name in order}
-    reference = ReferenceReplicas(values, replicas=replicas, Q0=first_right_factors(case), groups=groups, **options)
+    reference = ReferenceReplicas(
+        values, replicas=replicas, Q0=first_right_factors(case), groups=groups, **options
+    )
     for step, G in enumerate(gradients(replicas)):
         placed.set_gradients(placed.parts_of(G[placed.replica]))
         optimizer.step()
@@ -167,12 +212,15 @@ def run_rounded(replicas: int, bits: int, delay: int) -> list[str]:
 @pytest.mark.parametrize(("bits", "delay"), [*((bits, 0) for bits in BITS), (1, 1), (1, 2), (4, 5)])
 def test_rounded_pseudo_gradients_are_those_of_the_reference(bits: int, delay: int, replicas: int) -> None:
     assert RTOL < 1e-8
-    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas, bits, delay) for line in of_rank]
+    problems = [
+        line for of_rank in run_ranks(replicas, run_rounded, replicas, bits, delay) for line in of_rank
+    ]
     assert not problems, "\n".join(problems[:20])
 
 
 def run_conserved(layout: Layout, bits: int, fragments: int, delay: int) -> None:
-    """Without weight decay the updates depend on prescribed gradients alone, so where replicas end shows what got lost."""
+    """Without weight decay the updates depend on prescribed gradients alone, so where replicas end shows what
+    got lost."""
     ends = {}
     for b in (32, bits):
         placed = layout.build(initial_values(), 2)
@@ -185,13 +233,19 @@ def run_conserved(layout: Layout, bits: int, fragments: int, delay: int) -> None
                 for name, parameter in placed.bag.named_parameters():
                     mine = local(parameter).clone()
                     torch.distributed.broadcast(mine, group=optimizer._peers.group, group_src=0)
-                    assert torch.equal(mine, local(parameter)), f"replicas differ in {name} after synchronized step {step}"
+                    assert torch.equal(mine, local(parameter)), (
+                        f"replicas differ in {name} after synchronized step {step}"
+                    )
         before = {name: whole(p).clone() for name, p in placed.bag.named_parameters()}
         optimizer.synchronize()
         ends[b] = before, {name: whole(p).clone() for name, p in placed.bag.named_parameters()}
     for name, exact in ends[32][1].items():
-        torch.testing.assert_close(ends[bits][1][name], exact, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
-    assert any(not torch.allclose(ends[bits][0][n], ends[32][0][n]) for n in ends[32][0]), "nothing was rounded"
+        torch.testing.assert_close(
+            ends[bits][1][name], exact, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert any(not torch.allclose(ends[bits][0][n], ends[32][0][n]) for n in ends[32][0]), (
+        "nothing was rounded"
+    )
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.world_size(2) <= 4], ids=str)
@@ -199,14 +253,17 @@ def test_what_rounding_keeps_back_is_sent_later(layout: Layout) -> None:
     run_ranks(layout.world_size(2), run_conserved, layout, 1, 1, 0)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.name in ("plain", "fsdp2")], ids=str)
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS if layout.name in ("plain", "fsdp2")], ids=str
+)
 @pytest.mark.parametrize(("fragments", "delay"), [(3, 0), (1, 2), (3, 4)])
 def test_fragments_and_delays_lose_nothing_either(layout: Layout, fragments: int, delay: int) -> None:
     run_ranks(layout.world_size(2), run_conserved, layout, 4, fragments, delay)
 
 
 def run_fragments(layout: Layout, count: int) -> list[tuple[float, int, int]]:
-    """By synchronized step: the share of elements that are equal in both replicas, the bytes, and this rank's elements."""
+    """By synchronized step: the share of elements that are equal in both replicas, the bytes, and this rank's
+    elements."""
     placed = layout.build(initial_values(), 2)
     options = {**OUTER, "max_local_steps": 0, "outer_fragments": count}
     optimizer = make_optimizer(placed, Case("fragments", options))
@@ -219,11 +276,17 @@ def run_fragments(layout: Layout, count: int) -> list[tuple[float, int, int]]:
         torch.distributed.broadcast(theirs, group=group, group_src=0)
         equal = torch.tensor(float((theirs == mine).double().mean()))
         torch.distributed.broadcast(equal, group=group, group_src=1)
-        trace.append((float(equal), optimizer.ledger.last_step["replicate", "pseudo_gradients"], mine.numel()))
+        trace.append(
+            (float(equal), optimizer.ledger.last_step["replicate", "pseudo_gradients"], mine.numel())
+        )
     return trace
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2", "tp2_rowwise")], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2", "tp2_rowwise")],
+    ids=str,
+)
 @pytest.mark.parametrize("count", [2, 4, 7])
 def test_fragments_take_turns_and_share_the_bytes(layout: Layout, count: int) -> None:
     parameters = len(initial_values())
@@ -232,7 +295,9 @@ def test_fragments_take_turns_and_share_the_bytes(layout: Layout, count: int) ->
         assert first[0] == 1.0 and first[1] >= 8 * numel / 2, "the first step makes all of them common"
         for equal, sent, _ in trace[1:]:
             share = 8 * numel / count
-            assert abs(sent - share) <= 8 * parameters or "tp2" in layout.name, f"each sends {share:.0f} bytes, not {sent}"
+            assert abs(sent - share) <= 8 * parameters or "tp2" in layout.name, (
+                f"each sends {share:.0f} bytes, not {sent}"
+            )
             assert 0 < sent < 1.5 * share
             assert equal < 1, "and makes its own elements common alone"
 
@@ -261,11 +326,16 @@ def run_parts(layout: Layout, fragments: int) -> bool:
             mine = part.take(shards[part.index]).flatten()
             assert fragments == 1 or bool((mine % fragments == k).all())
             share = shards[part.index].numel() / fragments
-            assert abs(len(mine) - share) <= max(1, shards[part.index].shape[0] if part.elements is not None else 1)
+            assert abs(len(mine) - share) <= max(
+                1, shards[part.index].shape[0] if part.elements is not None else 1
+            )
             seen.append(mine.clone())
             copy = torch.zeros_like(shards[part.index])
             part.put(copy, part.take(shards[part.index]))
-            assert torch.equal(copy[copy != 0], shards[part.index][(copy != 0)]) and int((copy != 0).sum()) >= len(mine) - 1
+            assert (
+                torch.equal(copy[copy != 0], shards[part.index][(copy != 0)])
+                and int((copy != 0).sum()) >= len(mine) - 1
+            )
     everything = torch.cat(seen).sort().values
     return torch.equal(everything, torch.cat([shard.flatten() for shard in shards]).sort().values)
 
@@ -282,8 +352,14 @@ def run_ledger(layout: Layout, bits: int, replicas: int) -> tuple[list[tuple[str
             break
     sent = [(entry.operation, entry.bytes) for entry in wire.since_last() if entry.axis == "replicate"]
     numel = sum(local(p).numel() for p in placed.bag.parameters())
-    last = {purpose: n for (axis, purpose), n in optimizer.ledger.last_step.items() if axis == "replicate" and n}
-    on_wire = {purpose: n for (axis, purpose), n in optimizer.ledger.last_step_wire.items() if axis == "replicate" and n}
+    last = {
+        purpose: n for (axis, purpose), n in optimizer.ledger.last_step.items() if axis == "replicate" and n
+    }
+    on_wire = {
+        purpose: n
+        for (axis, purpose), n in optimizer.ledger.last_step_wire.items()
+        if axis == "replicate" and n
+    }
     return sent, last, on_wire, numel
 
 
@@ -292,10 +368,15 @@ def test_a_rounded_synchronization_sends_its_bits_and_the_gate(replicas: int) ->
     layout = LAYOUTS[0]
     for sent, ledger, wire, numel in run_recorded(replicas, lambda: run_ledger(layout, 4, replicas)):
         length = math.ceil(numel / (BLOCK * replicas)) * BLOCK * replicas
-        whole_buffer, part = int(length * CODECS[4].bits_per_value / 8), int(length // replicas * CODECS[4].bits_per_value / 8)
+        whole_buffer, part = (
+            int(length * CODECS[4].bits_per_value / 8),
+            int(length // replicas * CODECS[4].bits_per_value / 8),
+        )
         assert sorted(n for _, n in sent) == sorted([8, whole_buffer, part]), f"{sent}"
         assert ledger == {"gate": 8, "pseudo_gradients": whole_buffer + part}
-        assert wire["pseudo_gradients"] == pytest.approx(WIRE["all_reduce"](replicas) * whole_buffer), "what an all-reduce would send"
+        assert wire["pseudo_gradients"] == pytest.approx(WIRE["all_reduce"](replicas) * whole_buffer), (
+            "what an all-reduce would send"
+        )
 
 
 def run_under_way(delay: int) -> list[list[tuple[str, int]]]:
@@ -308,7 +389,13 @@ def run_under_way(delay: int) -> list[list[tuple[str, int]]]:
         placed.set_gradients(placed.parts_of(G[placed.replica]))
         wire.since_last()
         optimizer.step()
-        sent.append([(entry.operation, entry.bytes) for entry in wire.since_last() if entry.axis == "replicate" and entry.bytes > 48])
+        sent.append(
+            [
+                (entry.operation, entry.bytes)
+                for entry in wire.since_last()
+                if entry.axis == "replicate" and entry.bytes > 48
+            ]
+        )
     return sent
 
 
@@ -316,9 +403,13 @@ def run_under_way(delay: int) -> list[list[tuple[str, int]]]:
 def test_a_delayed_synchronization_sends_in_two_steps(delay: int, second_leg: int) -> None:
     for sent in run_recorded(2, lambda: run_under_way(delay)):
         legs = {
-            operation: [k for k, entries in enumerate(sent) if operation in dict(entries)] for operation in ("all_to_all", "all_gather")
+            operation: [k for k, entries in enumerate(sent) if operation in dict(entries)]
+            for operation in ("all_to_all", "all_gather")
         }
-        assert legs == {"all_to_all": [0, 4], "all_gather": [k for k in (second_leg, 4 + second_leg) if k < 5]}, f"{sent}"
+        assert legs == {
+            "all_to_all": [0, 4],
+            "all_gather": [k for k in (second_leg, 4 + second_leg) if k < 5],
+        }, f"{sent}"
 
 
 def test_what_is_under_way_is_copied_along() -> None:
@@ -345,7 +436,9 @@ def run_resumed(bits: int, delay: int) -> None:
             placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
             optimizer.step()
 
-    case = Case("resumed", {**OUTER, "outer_bits": bits, "outer_lr": 0.7, "outer_momentum": 0.6, "outer_delay": delay})
+    case = Case(
+        "resumed", {**OUTER, "outer_bits": bits, "outer_lr": 0.7, "outer_momentum": 0.6, "outer_delay": delay}
+    )
     layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
     placed = layout.build(initial_values(), 2)
     optimizer = make_optimizer(placed, case)
@@ -422,7 +515,9 @@ def run_with_an_empty_rank(bits: int, delay: int) -> None:
     W = torch.nn.Parameter(distribute_tensor(torch.ones(1, 64), mesh["shard"], [Shard(0)]))
     b = torch.nn.Parameter(distribute_tensor(torch.ones(1), mesh["shard"], [Replicate()]))
     options = {**OUTER, "outer_bits": bits, "outer_delay": delay}
-    optimizer = CurvaDion([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], replicate_mesh=mesh["replicate"], **options)
+    optimizer = CurvaDion(
+        [{"params": [W]}, {"params": [b], "algorithm": "adamw"}], replicate_mesh=mesh["replicate"], **options
+    )
     for _ in range(5):
         for p in (W, b):
             p.grad = torch.ones_like(p) * (1 + mesh.get_local_rank("replicate"))
@@ -438,7 +533,9 @@ def test_a_rank_that_holds_nothing_takes_part_all_the_same(bits: int, delay: int
 def run_legs(bits: int) -> list[int]:
     """In which step a leg after the first is started, or the last one waited for."""
     placed = LAYOUTS[0].build(initial_values(), 2)
-    optimizer = make_optimizer(placed, Case("legs", {**OUTER, "max_local_steps": 9, "outer_bits": bits, "outer_delay": 4}))
+    optimizer = make_optimizer(
+        placed, Case("legs", {**OUTER, "max_local_steps": 9, "outer_bits": bits, "outer_delay": 4})
+    )
     started: list[int] = []
     start_next_leg = UnderWay.start_next_leg
 
@@ -459,9 +556,12 @@ def test_nobody_waits_for_a_leg_before_its_time(bits: int, steps: list[int]) -> 
 
 
 def run_looked_at() -> None:
-    """Between departure and arrival replicas differ right after a synchronized step, which everybody has to know."""
+    """Between departure and arrival replicas differ right after a synchronized step, which everybody has to
+    know."""
     placed = LAYOUTS[0].build(initial_values(), 2)
-    optimizer = make_optimizer(placed, Case("looked at", {**OUTER, "max_local_steps": 0, "outer_delay": 2, "check_every": 1}))
+    optimizer = make_optimizer(
+        placed, Case("looked at", {**OUTER, "max_local_steps": 0, "outer_delay": 2, "check_every": 1})
+    )
     for G in gradients(2)[:3]:
         placed.set_gradients(placed.parts_of(G[placed.replica]))
         optimizer.step()
@@ -498,7 +598,8 @@ def test_what_arrives_on_one_replica_is_what_its_model_computes_with() -> None:
 
 
 def run_restarted(count: int) -> None:
-    """Rank 0 loads into the running optimizer, rank 1 into a new one: the same fragment must be next in both."""
+    """Rank 0 loads into the running optimizer, rank 1 into a new one: the same fragment must be next in
+    both."""
     placed = LAYOUTS[0].build(initial_values(), 2)
     case = Case("restarted", {**OUTER, "max_local_steps": 0, "outer_fragments": 3, "outer_bits": 4})
     optimizer = make_optimizer(placed, case)
@@ -528,7 +629,11 @@ def test_muon_keeps_its_accuracy_under_autocast() -> None:
 
 def test_muon_forgives_coarse_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in bfloat16 or TF32 on a GPU: rounding the iterate must not make singular values run away."""
-    M = torch.linalg.qr(draw(64, 48))[0] @ torch.diag(1 / torch.arange(1, 49, dtype=torch.float64)) @ torch.linalg.qr(draw(48, 48))[0]
+    M = (
+        torch.linalg.qr(draw(64, 48))[0]
+        @ torch.diag(1 / torch.arange(1, 49, dtype=torch.float64))
+        @ torch.linalg.qr(draw(48, 48))[0]
+    )
     [exact] = newton_schulz([M.unsqueeze(0)])
     [coarse] = newton_schulz([M.to(torch.bfloat16).unsqueeze(0)])
     assert float(torch.linalg.svdvals(coarse[0].double()).max()) < 1.4
@@ -562,10 +667,14 @@ def run_in_buckets(layout: Layout, options: dict, nbytes: int) -> tuple[str, int
         placed.set_gradients(placed.parts_of(G[placed.replica]))
         optimizer.step()
     optimizer.synchronize()
-    return digest(placed.bag.parameters()), sum(n for (axis, _), n in optimizer.ledger.calls.items() if axis == "replicate")
+    return digest(placed.bag.parameters()), sum(
+        n for (axis, _), n in optimizer.ledger.calls.items() if axis == "replicate"
+    )
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2")], ids=str)
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2")], ids=str
+)
 @pytest.mark.parametrize(
     "options",
     [{"local_update": "dion"}, {**OUTER, "outer_delay": 1}, {**OUTER, "outer_fragments": 2}],

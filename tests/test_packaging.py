@@ -21,7 +21,9 @@ pytestmark = pytest.mark.xdist_group("packaging")  # one fixture for all
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    result = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
     return result.stdout
 
@@ -30,10 +32,14 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     missing = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"building the wheel needs {' and '.join(missing)}: python -m pip install '.[dev]' brings them")
+        pytest.skip(
+            f"building the wheel needs {' and '.join(missing)}: python -m pip install '.[dev]' brings them"
+        )
     # A copy, because setuptools writes build/ and *.egg-info beside the sources.
     copy = tmp_path_factory.mktemp("source") / "curvadion"
-    junk = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    junk = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
+    )
     shutil.copytree(ROOT, copy, ignore=junk)
     out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
@@ -52,9 +58,12 @@ def test_contents(wheel: Path) -> None:
         "curvadion_kernels",
         f"curvadion-{curvadion.__version__}.dist-info",
     }
-    assert {"curvadion/py.typed", "curvadion_kernels/py.typed", "curvadion_kernels/reference.py", "curvadion_configs/models.py"} <= set(
-        names
-    )
+    assert {
+        "curvadion/py.typed",
+        "curvadion_kernels/py.typed",
+        "curvadion_kernels/reference.py",
+        "curvadion_configs/models.py",
+    } <= set(names)
     assert any(name.endswith("/LICENSE") for name in names)
     assert "curvadion/report/page.py" in names
 
@@ -85,7 +94,9 @@ model(torch.ones(2, 6)).sum().backward()
 optimizer.step()
 print(bool(torch.equal(before, model.weight)))
 """
-    lines = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1").splitlines()
+    lines = run(
+        sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1"
+    ).splitlines()
     assert lines == [
         str(site / "curvadion" / "__init__.py"),
         str(site / "curvadion_kernels" / "__init__.py"),
@@ -110,7 +121,11 @@ main(sys.argv[1:])
     environment = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     assert "report" in run(sys.executable, "-c", program, "--help", cwd=tmp_path, **environment)
     refused = subprocess.run(
-        [sys.executable, "-c", program, "report", "run"], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", program, "report", "run"],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert refused.returncode == 1
     assert "pip install 'curvadion[report]'" in refused.stderr

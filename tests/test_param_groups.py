@@ -1,4 +1,5 @@
-"""param_groups_for on the models that people bring: where every parameter goes, what overrides it, what is refused."""
+"""param_groups_for on the models that people bring: where every parameter goes, what overrides it, what is
+refused."""
 
 from __future__ import annotations
 
@@ -78,7 +79,9 @@ def placed(groups: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def options(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Group names with everything but their parameters."""
-    return {group["name"]: {k: v for k, v in group.items() if k not in ("name", "params")} for group in groups}
+    return {
+        group["name"]: {k: v for k, v in group.items() if k not in ("name", "params")} for group in groups
+    }
 
 
 def heads(model: nn.Module | list[nn.Module]) -> list[str]:
@@ -91,7 +94,10 @@ def test_llama_groups_and_options() -> None:
         "matrices": [f"layers.{i}.{name}.weight" for i in range(2) for name in ("wqkv", "wo", "w1", "w2")],
         "embeddings": ["tok_embeddings.weight"],
         "head": ["output.weight"],
-        "norms_and_biases": [f"layers.{i}.{name}_norm.weight" for i in range(2) for name in ("attention", "ffn")] + ["norm.weight"],
+        "norms_and_biases": [
+            f"layers.{i}.{name}_norm.weight" for i in range(2) for name in ("attention", "ffn")
+        ]
+        + ["norm.weight"],
     }
     assert options(groups) == {
         "matrices": {"algorithm": "dion"},
@@ -131,7 +137,10 @@ def test_head_registered_before_the_embedding_it_is_tied_to() -> None:
     model.decoder = nn.Linear(WIDTH, VOCABULARY)
     model.embed = nn.Embedding(VOCABULARY, WIDTH)
     model.embed.weight = model.decoder.weight
-    assert placed(param_groups_for(model)) == {"embeddings": ["decoder.weight"], "norms_and_biases": ["decoder.bias"]}
+    assert placed(param_groups_for(model)) == {
+        "embeddings": ["decoder.weight"],
+        "norms_and_biases": ["decoder.bias"],
+    }
 
 
 def test_untied_gpt2() -> None:
@@ -141,7 +150,9 @@ def test_untied_gpt2() -> None:
     assert len(groups["matrices"]) == 8
 
 
-@pytest.mark.parametrize("name", ["lm_head", "head", "output", "output_layer", "embed_out", "unembed", "score"])
+@pytest.mark.parametrize(
+    "name", ["lm_head", "head", "output", "output_layer", "embed_out", "unembed", "score"]
+)
 def test_head_by_name(name: str) -> None:
     assert heads(Llama(head=name)) == [f"{name}.weight"]
 
@@ -300,7 +311,9 @@ def test_multihead_attention() -> None:
         "norms_and_biases": ["in_proj_bias", "bias_k", "bias_v", "out_proj.bias"],
     }
     separate = nn.MultiheadAttention(WIDTH, 2, kdim=6, vdim=4, bias=False)
-    assert placed(param_groups_for(separate)) == {"matrices": ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]}
+    assert placed(param_groups_for(separate)) == {
+        "matrices": ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    }
 
 
 def test_torch_transformer_encoder() -> None:
@@ -344,7 +357,14 @@ def test_layers_of_other_libraries_by_class_name() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(VOCABULARY, 4))
 
-    model = nn.ModuleDict({"a": Conv1D(6, 4), "b": ColumnParallelLinear(), "c": QuantizedProjection(), "d": VocabParallelEmbedding()})
+    model = nn.ModuleDict(
+        {
+            "a": Conv1D(6, 4),
+            "b": ColumnParallelLinear(),
+            "c": QuantizedProjection(),
+            "d": VocabParallelEmbedding(),
+        }
+    )
     assert placed(param_groups_for(model)) == {
         "matrices": ["a.weight", "b.weight", "c.weight"],
         "embeddings": ["d.weight"],
@@ -548,13 +568,20 @@ def test_model_parts_of_a_pipeline() -> None:
     whole = Llama(head="to_vocabulary")
     first, last = nn.Module(), nn.Module()
     first.tok_embeddings, first.layers = whole.tok_embeddings, nn.ModuleDict({"0": whole.layers[0]})
-    last.layers, last.norm, last.to_vocabulary = nn.ModuleDict({"1": whole.layers[1]}), whole.norm, whole.to_vocabulary
+    last.layers, last.norm, last.to_vocabulary = (
+        nn.ModuleDict({"1": whole.layers[1]}),
+        whole.norm,
+        whole.to_vocabulary,
+    )
     parts, one = placed(param_groups_for([first, last])), placed(param_groups_for(whole))
-    assert {name: sorted(members) for name, members in parts.items()} == {n: sorted(m) for n, m in one.items()}
+    assert {name: sorted(members) for name, members in parts.items()} == {
+        n: sorted(m) for n, m in one.items()
+    }
 
 
 def test_wrapped_blocks_and_model() -> None:
-    """Activation checkpointing and torch.compile put words into the names; groups and patterns do not see them."""
+    """Activation checkpointing and torch.compile put words into the names; groups and patterns do not see
+    them."""
     model = Llama(head="output")
     for i, block in enumerate(model.layers):
         model.layers[i] = checkpoint_wrapper(block)
@@ -563,8 +590,12 @@ def test_wrapped_blocks_and_model() -> None:
     groups = param_groups_for(wrapped, overrides={r"^layers\.0\.w1\.weight$": "adamw"})
     members = placed(groups)
     assert members["head"] == ["_orig_mod.output._checkpoint_wrapped_module.weight"]
-    assert members[r"matrices: ^layers\.0\.w1\.weight$"] == ["_orig_mod.layers.0._checkpoint_wrapped_module.w1.weight"]
-    assert {name for names in members.values() for name in names} == {n for n, _ in wrapped.named_parameters()}
+    assert members[r"matrices: ^layers\.0\.w1\.weight$"] == [
+        "_orig_mod.layers.0._checkpoint_wrapped_module.w1.weight"
+    ]
+    assert {name for names in members.values() for name in names} == {
+        n for n, _ in wrapped.named_parameters()
+    }
 
 
 def _groups_of_ddp() -> dict[str, list[str]]:

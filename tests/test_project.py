@@ -112,12 +112,20 @@ def test_bytes_are_the_ledgers(replicas: int, shards: int) -> None:
                 toy.set_gradients(step, replicate.get_local_rank())
                 opt.step()
                 wire = opt.ledger.last_step_wire.items()
-                steps.append({purpose: sent for (axis, purpose), sent in wire if axis == "replicate" and purpose != "check" and sent})
+                steps.append(
+                    {
+                        purpose: sent
+                        for (axis, purpose), sent in wire
+                        if axis == "replicate" and purpose != "check" and sent
+                    }
+                )
             found.append(steps)
         return found
 
     ranks = run_ranks(replicas * shards, worker)
-    model = Model(tuple((m, n) for m, n in MATRICES.values()), sum(math.prod(shape) for shape in DENSE.values()))
+    model = Model(
+        tuple((m, n) for m, n in MATRICES.values()), sum(math.prod(shape) for shape in DENSE.values())
+    )
     gate = {"gate": Sent(GATE_BYTES * shards)}
     for i, (options, what, how) in enumerate(settings):
         dion = payload(model, "low-rank", rank_fraction=0.4, **how | {"moves_Q": False})
@@ -142,17 +150,23 @@ def test_bytes_of_pseudo_gradients_are_the_ledgers() -> None:
         for bits in BITS:
             toy = Toy(matrices=matrices, dense=dense)
             options: dict[str, Any] = {"consensus": "outer", "outer_bits": bits}
-            opt = CurvaDion(toy.groups(), replicate_mesh=replicate, tau=math.inf, max_local_steps=1, **options)
+            opt = CurvaDion(
+                toy.groups(), replicate_mesh=replicate, tau=math.inf, max_local_steps=1, **options
+            )
             for step in range(3):
                 toy.set_gradients(step, replicate.get_local_rank())
                 opt.step()
             found.append(opt.ledger.last_step_wire)
         return found
 
-    model = Model(tuple((m, n) for m, n in matrices.values()), sum(math.prod(shape) for shape in dense.values()))
+    model = Model(
+        tuple((m, n) for m, n in matrices.values()), sum(math.prod(shape) for shape in dense.values())
+    )
     for bits, counted in zip(BITS, run_ranks(2, worker)[0], strict=True):
         sent = {purpose: wire for (axis, purpose), wire in counted.items() if axis == "replicate" and wire}
-        assert sent == {"gate": GATE_BYTES} | {p: s.wire(2) for p, s in payload(model, f"outer-{bits}").items()}, bits
+        assert sent == {"gate": GATE_BYTES} | {
+            p: s.wire(2) for p, s in payload(model, f"outer-{bits}").items()
+        }, bits
 
 
 def test_times_by_hand() -> None:
@@ -163,10 +177,12 @@ def test_times_by_hand() -> None:
     assert at.gate == pytest.approx(1.5 * 16 / 1000 + 2 * 0.5)  # two ranks, and log2 K round trips
     assert at.dense(dense) == pytest.approx(2 + T_x)
     assert replace(at, overlap=0.5).dense(dense) == pytest.approx(2 + T_x / 2)
-    assert replace(at, compute=1.0, overlap=1.0).dense(dense) == pytest.approx(T_x), "no more is hidden than there is compute"
-    assert at.gated({"factors": Sent(1000, calls=2), "right_factor": Sent(1000, collective="broadcast")}, 10) == pytest.approx(
-        2 + at.gate + (1.5 + 0.75 + 3 * 1.5) / 10
+    assert replace(at, compute=1.0, overlap=1.0).dense(dense) == pytest.approx(T_x), (
+        "no more is hidden than there is compute"
     )
+    assert at.gated(
+        {"factors": Sent(1000, calls=2), "right_factor": Sent(1000, collective="broadcast")}, 10
+    ) == pytest.approx(2 + at.gate + (1.5 + 0.75 + 3 * 1.5) / 10)
 
 
 @pytest.mark.parametrize("what", PAYLOADS)
@@ -178,13 +194,17 @@ def test_slower_links_and_rarer_steps(what: str) -> None:
         assert slower.dense(dense) > at.dense(dense)
         assert slower.gated(sent, 100) > at.gated(sent, 100)
     assert at.gated(sent, 10) > at.gated(sent, 100) > at.compute + at.gate
-    speedups = [here.dense(dense) / here.gated(sent, 100) for here in (replace(at, gbit=g) for g in (0.1, 1, 10, 100))]
+    speedups = [
+        here.dense(dense) / here.gated(sent, 100) for here in (replace(at, gbit=g) for g in (0.1, 1, 10, 100))
+    ]
     assert speedups == sorted(speedups, reverse=True)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("speedup", [1.0, 1.1, 3.0])
-@pytest.mark.parametrize(("what", "delay"), [("average", 0), ("outer-4", 0), ("outer-4", 10), ("outer-32", 10)])
+@pytest.mark.parametrize(
+    ("what", "delay"), [("average", 0), ("outer-4", 0), ("outer-4", 10), ("outer-32", 10)]
+)
 def test_break_even_is_break_even(what: str, delay: int, speedup: float, overlap: float) -> None:
     model = SIZES["1b3"].model
     dense, sent = payload(model, "dense"), payload(model, what)
@@ -223,7 +243,9 @@ def test_the_published_range() -> None:
     T_x = 8 * 324_441_600 / 2e9 + 0.04  # 2 replicas, 2 Gbit/s, 40 ms
     assert found["cross-datacentre-2"][0] == pytest.approx(0.329 + T_x)
     assert found["cross-datacentre-2"][1] == pytest.approx((0.329 + T_x) / (0.329 + 0.04 + T_x / 100))
-    assert all(average <= speedup for _, speedup, average, _ in found.values()), "averaging sends more than the published count"
+    assert all(average <= speedup for _, speedup, average, _ in found.values()), (
+        "averaging sends more than the published count"
+    )
 
 
 def test_published_prints_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +273,11 @@ def test_nics_share_or_add_up(capsys: pytest.CaptureFixture[str]) -> None:
         lines = capsys.readouterr().out.splitlines()
         return next(line for line in lines if line.split()[:1] == ["dense"])
 
-    assert seconds("--link", "infiniband-per-gpu") == seconds("--nics", "8") == seconds("--link", "ethernet-10", "--nics", "8")
+    assert (
+        seconds("--link", "infiniband-per-gpu")
+        == seconds("--nics", "8")
+        == seconds("--link", "ethernet-10", "--nics", "8")
+    )
     assert seconds("--link", "infiniband") == seconds("--nics", "1") != seconds("--nics", "8")
 
 

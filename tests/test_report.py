@@ -30,13 +30,23 @@ def write_lines(file: Path, records: list[dict]) -> Path:
 
 
 def make_run(folder: Path, *, new: bool, optimizer: str = "curvadion", steps: int = 60) -> Path:
-    """Write a run as scripts/train.py does: today, or (not `new`) before it counted wire bytes and read every matrix."""
-    draw, matrices = random.Random(0), [f"layers.{i}.{name}.weight" for i in range(4) for name in ("wq", "wk", "wv", "wo", "w1", "w2")]
+    """Write a run as scripts/train.py does: today, or (not `new`) before it counted wire bytes and read every
+    matrix."""
+    draw, matrices = (
+        random.Random(0),
+        [f"layers.{i}.{name}.weight" for i in range(4) for name in ("wq", "wk", "wv", "wo", "w1", "w2")],
+    )
     records = []
     for step in range(1, steps + 1):
         synchronized = step <= 5 or step % 7 == 0
         sent, rmmc = (900_000.0 if synchronized else 8.0), draw.lognormvariate(-1.5, 0.6)
-        record = {"step": step, "loss": 1.5 + 4 * 0.93**step + draw.gauss(0, 0.08), "lr": 0.01, "tokens": 4096, "seconds": 0.2}
+        record = {
+            "step": step,
+            "loss": 1.5 + 4 * 0.93**step + draw.gauss(0, 0.08),
+            "lr": 0.01,
+            "tokens": 4096,
+            "seconds": 0.2,
+        }
         record |= {
             "rmmc_matrix": matrices[0],
             "curvadion/rmmc_max": rmmc if step > 1 else None,
@@ -48,11 +58,22 @@ def make_run(folder: Path, *, new: bool, optimizer: str = "curvadion", steps: in
             record |= {"curvadion/wire/replicate": 1.5 * sent, "curvadion/dense_bf16_wire": 1_200_000.0}
             record["drift"] = 0.01 * draw.random() if synchronized and step > 5 else None
             if step % 5 == 0:
-                record["rmmc"] = {name: draw.lognormvariate(-2.5, 0.8) for name in matrices} | {matrices[-1]: None}
+                record["rmmc"] = {name: draw.lognormvariate(-2.5, 0.8) for name in matrices} | {
+                    matrices[-1]: None
+                }
         records.append(record)
     write_lines(folder / "steps.jsonl", records)
-    summary = {"arguments": {"optimizer": optimizer, "local_update": "dion", "tau": 0.3, "seed": 0}, "replicas": 2, "shards": 2}
-    summary |= {"parameters": 400_000, "text": "text", "hardware": HARDWARE, "held_out": [[0, 5.55], [30, 1.9], [60, 1.61]]}
+    summary = {
+        "arguments": {"optimizer": optimizer, "local_update": "dion", "tau": 0.3, "seed": 0},
+        "replicas": 2,
+        "shards": 2,
+    }
+    summary |= {
+        "parameters": 400_000,
+        "text": "text",
+        "hardware": HARDWARE,
+        "held_out": [[0, 5.55], [30, 1.9], [60, 1.61]],
+    }
     (folder / "summary.json").write_text(json.dumps(summary | ({"date": "2026-11-22"} if new else {})))
     return folder
 
@@ -76,23 +97,43 @@ def study_run(setting: str, seed: int, loss: float | None, **other: object) -> d
         "dense_wire": 160e6,
         "bytes": {"gate": 9600, "factors": 7e6},
     }
-    run |= {"synchronized": 60, "seconds": 84.3, "valid": True, "command": "study.py --seed 0", "hardware": HARDWARE, "date": "2026-11-22"}
+    run |= {
+        "synchronized": 60,
+        "seconds": 84.3,
+        "valid": True,
+        "command": "study.py --seed 0",
+        "hardware": HARDWARE,
+        "date": "2026-11-22",
+    }
     return run | {"curve": [], "drift": [], "options": {}, "baseline": False} | other
 
 
 def make_study() -> list[dict]:
     """Return a study whose numbers are invented: for its layout alone."""
     draw, runs = random.Random(1), []
-    settings = [("AdamW, every step", 1.66, 1.0, True), ("Muon, every step", 1.58, 1.0, True), ("Dion, every step", 1.6, 0.8, True)]
+    settings = [
+        ("AdamW, every step", 1.66, 1.0, True),
+        ("Muon, every step", 1.58, 1.0, True),
+        ("Dion, every step", 1.6, 0.8, True),
+    ]
     settings += [(f"local Dion, interval {h}", 1.59 + 0.0018 * h, 1.1 / h, False) for h in (2, 5, 10, 20, 50)]
-    settings += [(f"RMMC gate, tau {tau}", 1.6 + 0.1 * tau, 0.12 / (10 * tau), False) for tau in (0.1, 0.2, 0.3)]
-    settings += [("8-bit outer step, interval 50", 1.62, 0.006, False), ("no synchronization", 1.85, 1e-6, False)]
+    settings += [
+        (f"RMMC gate, tau {tau}", 1.6 + 0.1 * tau, 0.12 / (10 * tau), False) for tau in (0.1, 0.2, 0.3)
+    ]
+    settings += [
+        ("8-bit outer step, interval 50", 1.62, 0.006, False),
+        ("no synchronization", 1.85, 1e-6, False),
+    ]
     for name, final, share, baseline in settings:
         for seed in range(3):
             loss = final + draw.gauss(0, 0.006)
-            curve = [[step, loss + 1.2 * math.exp(-step / 120) - 1.2 * math.exp(-5)] for step in range(0, 601, 50)]
+            curve = [
+                [step, loss + 1.2 * math.exp(-step / 120) - 1.2 * math.exp(-5)] for step in range(0, 601, 50)
+            ]
             drift = [] if baseline else [[step, 0.02 * draw.random() + 1e-4] for step in range(20, 600, 20)]
-            runs.append(study_run(name, seed, loss, wire=160e6 * share, baseline=baseline, curve=curve, drift=drift))
+            runs.append(
+                study_run(name, seed, loss, wire=160e6 * share, baseline=baseline, curve=curve, drift=drift)
+            )
     return runs
 
 
@@ -102,10 +143,30 @@ def make_links() -> list[dict]:
         for sites in (2, 4):
             for mbit in (10, 100, 1000, None):
                 for delay in (0, 50):
-                    for setting, interval, size in (("dense", 1, 2e6), ("dion", 1, 5e5), ("local dion", 50, 1e4)):
-                        seconds = 0.5 + delay / 1000 * (1 if interval == 1 else 0.02) + (8 * size * sites / 2 / mbit / 1e6 if mbit else 0)
-                        case = {"label": label, "sites": sites, "mbit": mbit, "delay_ms": delay, "setting": setting, "interval": interval}
-                        case |= {"seconds_per_step": None if (mbit, delay, setting) == (10, 50, "dion") else seconds, "parameters": 10**6}
+                    for setting, interval, size in (
+                        ("dense", 1, 2e6),
+                        ("dion", 1, 5e5),
+                        ("local dion", 50, 1e4),
+                    ):
+                        seconds = (
+                            0.5
+                            + delay / 1000 * (1 if interval == 1 else 0.02)
+                            + (8 * size * sites / 2 / mbit / 1e6 if mbit else 0)
+                        )
+                        case = {
+                            "label": label,
+                            "sites": sites,
+                            "mbit": mbit,
+                            "delay_ms": delay,
+                            "setting": setting,
+                            "interval": interval,
+                        }
+                        case |= {
+                            "seconds_per_step": None
+                            if (mbit, delay, setting) == (10, 50, "dion")
+                            else seconds,
+                            "parameters": 10**6,
+                        }
                         cases.append(case | {"hardware": HARDWARE, "date": "2026-11-22"})
     return cases
 
@@ -115,7 +176,11 @@ def page(tmp_path_factory) -> Path:
     """Return the folder of a page with everything on it."""
     folder = tmp_path_factory.mktemp("page")
     runs = [make_run(folder / "new", new=True), make_run(folder / "old", new=False)]
-    extra = [study_run("<b>bold</b> & $x_1$", 0, 1.7), study_run("diverged", 0, None), study_run("few", 0, 1.6, label="projected")]
+    extra = [
+        study_run("<b>bold</b> & $x_1$", 0, 1.7),
+        study_run("diverged", 0, None),
+        study_run("few", 0, 1.6, label="projected"),
+    ]
     study = write_lines(folder / "study.jsonl", make_study() + extra)
     links = write_lines(folder / "links.jsonl", make_links())
     main(["report", *map(str, [*runs, study, links]), "--out", str(folder / "out")])
@@ -134,7 +199,9 @@ class Loads(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.sources += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        self.sources += [
+            value or "" for name, value in attributes if name in ("src", "href", "srcset", "data", "action")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -145,19 +212,28 @@ def test_the_page_stands_alone(page):
     loads = Loads(html)
     assert len(loads.sources) == len(list(page.glob("*.png"))) == len(figures_expected())
     assert all(source.startswith("data:image/png;base64,") for source in loads.sources)
-    assert not loads.tags & {"script", "link", "iframe", "object"} and "@import" not in html and "url(" not in html
+    assert (
+        not loads.tags & {"script", "link", "iframe", "object"}
+        and "@import" not in html
+        and "url(" not in html
+    )
 
 
 def figures_expected() -> list[str]:
     of_runs = "loss_against_tokens loss_against_bytes loss_against_time bytes_so_far rmmc_timeline rmmc_heat_maps drift".split()
-    return [*of_runs, *"study_scatter study_gaps study_curves study_drift study_scatter-2 link_speed link_speed-2".split()]
+    return [
+        *of_runs,
+        *"study_scatter study_gaps study_curves study_drift study_scatter-2 link_speed link_speed-2".split(),
+    ]
 
 
 def test_every_figure_is_beside_the_page(page):
     assert {path.stem for path in page.glob("*.png")} == set(figures_expected())
     for path in page.glob("*.png"):
         picture = path.read_bytes()
-        assert picture.startswith(b"\x89PNG") and b"commit abc1234" in picture, "a picture says how it came about"
+        assert picture.startswith(b"\x89PNG") and b"commit abc1234" in picture, (
+            "a picture says how it came about"
+        )
 
 
 def test_names_are_text(page):
@@ -189,26 +265,54 @@ def test_old_runs_are_counted_in_buffers_and_new_ones_on_the_wire(tmp_path):
 def test_a_resumed_run_counts_every_step_once(tmp_path):
     folder = make_run(tmp_path, new=True, steps=8)
     lines = (folder / "steps.jsonl").read_text().splitlines(keepends=True)
-    (folder / "steps.jsonl").write_text("".join([*lines[:5], *lines[3:], '{"step": 9, "lo']))  # and it still goes on
+    (folder / "steps.jsonl").write_text(
+        "".join([*lines[:5], *lines[3:], '{"step": 9, "lo'])
+    )  # and it still goes on
     assert Run(folder).column("step") == list(range(1, 9))
 
 
 def test_a_run_that_sent_nothing_has_no_figures_of_it(tmp_path):
     folder = make_run(tmp_path, new=True, steps=4)
-    nothing = {"curvadion/wire/replicate": 0.0, "curvadion/dense_bf16_wire": 0.0, "curvadion/rmmc_max": None, "loss": None}
+    nothing = {
+        "curvadion/wire/replicate": 0.0,
+        "curvadion/dense_bf16_wire": 0.0,
+        "curvadion/rmmc_max": None,
+        "loss": None,
+    }
     write_lines(folder / "steps.jsonl", [record | nothing for record in read_lines(folder / "steps.jsonl")])
     run = Run(folder)
     assert run.cells(wire=True)["against dense"] == "none"
-    assert figures.bytes_so_far([run]) is figures.loss_against_bytes([run]) is figures.rmmc_timeline([run]) is None
+    assert (
+        figures.bytes_so_far([run])
+        is figures.loss_against_bytes([run])
+        is figures.rmmc_timeline([run])
+        is None
+    )
     assert figures.loss_against_tokens([run]) is not None, "losses that are missing are gaps"
 
 
 def test_what_is_not_finite_is_a_gap(tmp_path):
     folder = make_run(tmp_path, new=True, steps=10)
     rmmc = {"rmmc": {"a": math.nan, "b": None, "c": 0.0, "d": 0.1}}
-    write_lines(folder / "steps.jsonl", [record | rmmc | {"loss": math.nan} for record in read_lines(folder / "steps.jsonl")])
-    pictures = [figures.draw(draw, [Run(folder)], "") for draw in (figures.rmmc_heat_maps, figures.loss_against_tokens)]
-    (cell,) = aggregate([study_run("a", 0, 1.5, curve=[[0, None], [300, math.nan], [500, 1.6], [600, 1.5]], drift=[[9, None], [20, 0.1]])])
+    write_lines(
+        folder / "steps.jsonl",
+        [record | rmmc | {"loss": math.nan} for record in read_lines(folder / "steps.jsonl")],
+    )
+    pictures = [
+        figures.draw(draw, [Run(folder)], "")
+        for draw in (figures.rmmc_heat_maps, figures.loss_against_tokens)
+    ]
+    (cell,) = aggregate(
+        [
+            study_run(
+                "a",
+                0,
+                1.5,
+                curve=[[0, None], [300, math.nan], [500, 1.6], [600, 1.5]],
+                drift=[[9, None], [20, 0.1]],
+            )
+        ]
+    )
     pictures += [figures.draw(draw, cell, "") for draw in (figures.study_curves, figures.study_drift)]
     assert all(pictures)
     assert figures.study_gaps(cell) is None, "there is no baseline"
@@ -217,8 +321,12 @@ def test_what_is_not_finite_is_a_gap(tmp_path):
 def test_spread():
     two, three = Spread((1.5, 1.25)), Spread((1.0, 2.0, 4.5))
     assert (two.mean, two.deviation, two.bar) == (1.375, None, (1.25, 1.5))
-    assert three.deviation == pytest.approx(math.sqrt(((1 - 2.5) ** 2 + (2 - 2.5) ** 2 + (4.5 - 2.5) ** 2) / 2))
-    assert three.bar == pytest.approx((2.5 - statistics.stdev(three.values), 2.5 + statistics.stdev(three.values)))
+    assert three.deviation == pytest.approx(
+        math.sqrt(((1 - 2.5) ** 2 + (2 - 2.5) ** 2 + (4.5 - 2.5) ** 2) / 2)
+    )
+    assert three.bar == pytest.approx(
+        (2.5 - statistics.stdev(three.values), 2.5 + statistics.stdev(three.values))
+    )
     assert three.text(".1f") == "2.5 ± 1.8 (1.0 to 4.5)"
     assert Spread((0.5,)).text("+.2f") == "+0.50"
 
@@ -231,7 +339,9 @@ def test_gaps_are_paired_by_seed():
         for seed, loss in enumerate(values)
     ]
     (cell,) = aggregate(records)
-    assert cell.best is not None and cell.best.name == "good", "the lowest mean among baselines with the most seeds"
+    assert cell.best is not None and cell.best.name == "good", (
+        "the lowest mean among baselines with the most seeds"
+    )
     local = next(setting for setting in cell.settings if setting.name == "local")
     gap, gaps = local.gap(cell.best), [0.03, 0.02, 0.08]
     assert gap is not None
@@ -239,7 +349,12 @@ def test_gaps_are_paired_by_seed():
     assert (gap.mean, gap.deviation) == pytest.approx((statistics.fmean(gaps), statistics.stdev(gaps)))
     assert local.share is not None and local.share.mean == pytest.approx(0.2)
     row = next(row for row in study_table([cell]).rows if row[0] == "local")
-    assert row[1:5] == ["3", "1.7100 ± 0.2381 (1.5300 to 1.9800)", "+0.0433 ± 0.0321 (+0.0200 to +0.0800)", "20%"]
+    assert row[1:5] == [
+        "3",
+        "1.7100 ± 0.2381 (1.5300 to 1.9800)",
+        "+0.0433 ± 0.0321 (+0.0200 to +0.0800)",
+        "20%",
+    ]
 
 
 def test_what_changes_alone_is_compared_over_common_seeds() -> None:
@@ -249,8 +364,14 @@ def test_what_changes_alone_is_compared_over_common_seeds() -> None:
     ours = {"lr": 0.1, "bits": 1, "gate": "interval"}
     records = [study_run("best", seed, 1.0, baseline=True) for seed in (0, 1)]
     records += [run("ours", 0, 1.25, ours), run("ours", 1, 1.75, ours)]
-    records += [run("larger lr", 0, 1.5, ours | {"lr": 0.2}), run("both", 0, 1.1, ours | {"lr": 0.3, "bits": 2})]
-    records += [run("another gate", 0, 1.1, ours | {"gate": "rmmc"}), run("never", 0, 1.1, ours | {"bits": math.inf})]
+    records += [
+        run("larger lr", 0, 1.5, ours | {"lr": 0.2}),
+        run("both", 0, 1.1, ours | {"lr": 0.3, "bits": 2}),
+    ]
+    records += [
+        run("another gate", 0, 1.1, ours | {"gate": "rmmc"}),
+        run("never", 0, 1.1, ours | {"bits": math.inf}),
+    ]
     for other in ({"replicas": 8}, {"replicas": 8, "batch": 16}, {"replicas": 2, "parts": True}):
         records += [study_run("best", 1, 1.0, baseline=True, **other), run("ours", 1, 2.0, ours, **other)]
     setting, found = sensitivity(aggregate(records))
@@ -272,21 +393,41 @@ def test_cells_are_compared_with_a_baseline_that_all_of_them_have() -> None:
 
 
 def test_runs_on_parts_of_the_text_are_not_mixed_with_others() -> None:
-    cells = aggregate([study_run("a", 0, 1.5), study_run("a", 0, 2.5, parts=True), study_run("a", 0, 3.5, backend="processes")])
+    cells = aggregate(
+        [
+            study_run("a", 0, 1.5),
+            study_run("a", 0, 2.5, parts=True),
+            study_run("a", 0, 3.5, backend="processes"),
+        ]
+    )
     assert [cell.runs[0]["loss"] for cell in cells] == [1.5, 2.5, 3.5]
     assert "a part of the text each" in cells[1].name and "by processes" in cells[2].name
     assert [row[0] for row in study_table(cells).rows] == ["a", "a (in parts)", "a (processes)"]
 
 
 def test_only_like_is_compared_with_like():
-    other = [{"replicas": 2}, {"batch": 4}, {"steps": 300}, {"study": "other"}, {"label": "projected"}, {"parameters": 10**6}]
-    cells = aggregate([study_run("dense", 0, 1.5, baseline=True), *(study_run("local", 0, 1.6, **o) for o in other)])
+    other = [
+        {"replicas": 2},
+        {"batch": 4},
+        {"steps": 300},
+        {"study": "other"},
+        {"label": "projected"},
+        {"parameters": 10**6},
+    ]
+    cells = aggregate(
+        [study_run("dense", 0, 1.5, baseline=True), *(study_run("local", 0, 1.6, **o) for o in other)]
+    )
     assert len(cells) == 1 + len(other)
     assert [cell.best is not None for cell in cells] == [True] + [False] * len(other)
 
 
 def test_invalid_runs_are_counted_and_a_repeated_one_replaces_the_first():
-    records = [study_run("a", 0, 1.0), study_run("a", 1, 9.0, valid=False), study_run("a", 2, math.nan), study_run("a", 0, 1.25)]
+    records = [
+        study_run("a", 0, 1.0),
+        study_run("a", 1, 9.0, valid=False),
+        study_run("a", 2, math.nan),
+        study_run("a", 0, 1.25),
+    ]
     (cell,) = aggregate(records)
     assert cell.settings[0].loss.values == (1.25,) and cell.settings[0].left_out == 2
     assert study_table([cell]).rows[0][1] == "1, 2 left out"
@@ -300,12 +441,21 @@ def test_links_compare_with_dense_on_the_same_link(tmp_path):
     assert math.isnan(seconds["dion"][10]), "null is a gap"
     faster = emulated.speed_up("local dion, every 50 steps", sites=2, delay=50)
     assert faster[100] == pytest.approx(seconds["dense"][100] / seconds["local dion, every 50 steps"][100])
-    assert case_name({"setting": "dion", "interval": None}) == case_name({"setting": "dion", "interval": 1}) == "dion"
+    assert (
+        case_name({"setting": "dion", "interval": None})
+        == case_name({"setting": "dion", "interval": 1})
+        == "dion"
+    )
 
 
 def test_provenance_names_what_differs():
-    runs = [{"seed": 1, "hardware": HARDWARE, "date": "2026-11-23"}, {"seed": 0, "hardware": HARDWARE | {"commit": "def"}}]
-    words = "Measured; seeds 0, 1; cpu, 2 cores; torch 2.13.0; python 3.11.7; commit abc1234 / def; 2026-11-23."
+    runs = [
+        {"seed": 1, "hardware": HARDWARE, "date": "2026-11-23"},
+        {"seed": 0, "hardware": HARDWARE | {"commit": "def"}},
+    ]
+    words = (
+        "Measured; seeds 0, 1; cpu, 2 cores; torch 2.13.0; python 3.11.7; commit abc1234 / def; 2026-11-23."
+    )
     assert provenance("measured", runs) == words
     assert provenance("cost model", [{}]) == "Cost model."
 
@@ -315,10 +465,16 @@ def test_provenance_names_what_differs():
     [
         (None, r"x.jsonl .* is not there; check the path"),
         ("", r"x.jsonl must hold lines of a study .* it is empty"),
-        ('{"a": 1}\n', r"x.jsonl must hold lines of a study .* has a, \.\.\.; for a single training run give its folder"),
+        (
+            '{"a": 1}\n',
+            r"x.jsonl must hold lines of a study .* has a, \.\.\.; for a single training run give its folder",
+        ),
         ('{"a": 1}\nno\n', r"x.jsonl, line 2, must be a JSON object"),
         ("[1]\n", r"x.jsonl, line 1, must be a JSON object"),
-        ('{"study": "s"}\n', r"x.jsonl, record 1, must have setting, label, .*, and does not; a study file has a line"),
+        (
+            '{"study": "s"}\n',
+            r"x.jsonl, record 1, must have setting, label, .*, and does not; a study file has a line",
+        ),
         ('{"sites": 2, "delay_ms": 1}\n', r"x.jsonl, record 1, must have label, mbit, setting"),
     ],
 )
@@ -331,7 +487,10 @@ def test_errors_name_the_file_and_what_to_try(tmp_path, content, message):
 
 
 def test_errors_name_the_folder_and_what_to_try(tmp_path):
-    with pytest.raises(SystemExit, match=r"must be the folder of a training run, and has no summary.json; give the --out folder"):
+    with pytest.raises(
+        SystemExit,
+        match=r"must be the folder of a training run, and has no summary.json; give the --out folder",
+    ):
         main(["report", str(tmp_path)])
     folder = make_run(tmp_path / "run", new=True, steps=2)
     (folder / "report").write_text("in the way")
@@ -343,7 +502,12 @@ def test_errors_name_the_folder_and_what_to_try(tmp_path):
 
 
 def test_the_command_says_what_it_can_do(capsys):
-    for arguments, words in ((["--help"], "report"), (["report", "--help"], "--out FOLDER"), ([], "COMMAND"), (["nothing"], "nothing")):
+    for arguments, words in (
+        (["--help"], "report"),
+        (["report", "--help"], "--out FOLDER"),
+        ([], "COMMAND"),
+        (["nothing"], "nothing"),
+    ):
         with pytest.raises(SystemExit):
             main(arguments)
         output = capsys.readouterr()

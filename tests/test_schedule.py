@@ -1,4 +1,5 @@
-"""The schedule alone: host values, no tensors, all bounds enumerated, against the rules as the docstring states them."""
+"""The schedule alone: host values, no tensors, all bounds enumerated, against the rules as the docstring
+states them."""
 
 from __future__ import annotations
 
@@ -16,13 +17,16 @@ OPEN = Decision(synchronize=True, nonfinite=False, failed=False, rmmc=1.0, argma
 STEPS = 24
 BOUNDS = [
     ScheduleOptions(warmup, low, high, None, every, lag)
-    for warmup, low, high, every, lag in itertools.product((0, 3), (0, 1, 2), (None, 0, 2, 5), (1, 2, 3, None), (0, 1))
+    for warmup, low, high, every, lag in itertools.product(
+        (0, 3), (0, 1, 2), (None, 0, 2, 5), (1, 2, 3, None), (0, 1)
+    )
     if (high is None or low <= high) and not (every is None and (high is None or lag))
 ]
 
 
 def drive(options: ScheduleOptions, opens: list[bool]) -> list[tuple[bool, bool]]:
-    """By step: asked in this step (now or for the next one), and synchronized. `opens`: what the signal says."""
+    """By step: asked in this step (now or for the next one), and synchronized. `opens`: what the signal
+    says."""
     schedule, told, trace = Schedule(options), NOTHING, []
     for signal in opens:
         plan = schedule.plan(told)
@@ -65,7 +69,9 @@ def test_every_combination_of_bounds(options: ScheduleOptions) -> None:
 @pytest.mark.parametrize("options", [o for o in BOUNDS if o.max_local_steps is not None], ids=str)
 def test_never_more_local_steps_in_a_row_than_allowed(options: ScheduleOptions) -> None:
     in_a_row = [
-        len(list(run)) for synchronized, run in itertools.groupby(s for _, s in drive(options, [False] * STEPS)) if not synchronized
+        len(list(run))
+        for synchronized, run in itertools.groupby(s for _, s in drive(options, [False] * STEPS))
+        if not synchronized
     ]
     assert max(in_a_row, default=0) == options.max_local_steps
 
@@ -105,5 +111,8 @@ def test_steering_moves_by_its_gain_and_stops_at_its_bounds() -> None:
     schedule.took(True)
     assert schedule.steer(1.0, True, True) == pytest.approx(math.exp(GAIN * 0.75))
     assert schedule.steer(1.0, False, True) == pytest.approx(math.exp(-GAIN * 0.25))
-    assert (schedule.steer(LEAST_TAU, False, True), schedule.steer(MOST_TAU, True, True)) == (LEAST_TAU, MOST_TAU)
+    assert (schedule.steer(LEAST_TAU, False, True), schedule.steer(MOST_TAU, True, True)) == (
+        LEAST_TAU,
+        MOST_TAU,
+    )
     assert (schedule.steer(0.0, True, True), schedule.steer(math.inf, True, True)) == (0.0, math.inf)

@@ -33,16 +33,34 @@ SAME: list[tuple[Setting, dict[str, Any]]] = [
         Setting("under way", interval=3, bits=1, outer_lr=1.4, delay=2),
         {"local_update": "muon", "outer_bits": 1, "outer_lr": 1.4, "outer_delay": 2, **EVERY_THIRD},
     ),
-    (Setting("dion", rule="dion", rank_fraction=0.5, interval=3), {"local_update": "dion", "rank_fraction": 0.5, **EVERY_THIRD}),
+    (
+        Setting("dion", rule="dion", rank_fraction=0.5, interval=3),
+        {"local_update": "dion", "rank_fraction": 0.5, **EVERY_THIRD},
+    ),
     (Setting("gradient", rule="gradient", interval=3), {"local_update": "gradient", **EVERY_THIRD}),
     (Setting("adamw", rule="adamw", interval=3, bits=2), {"outer_bits": 2, **EVERY_THIRD}),
     (
-        Setting("the paper's text", rule="gradient", rank_fraction=0.5, consensus="average", gate="rmmc", tau=0.2),
+        Setting(
+            "the paper's text", rule="gradient", rank_fraction=0.5, consensus="average", gate="rmmc", tau=0.2
+        ),
         {"local_update": "gradient", "rank_fraction": 0.5, "tau": 0.2},
     ),
     (
-        Setting("the released code's rule", rule="dion", rank_fraction=0.5, consensus="average", interval=3, warmup=2),
-        {"local_update": "dion", "rank_fraction": 0.5, "warmup_steps": 2, "tau": math.inf, "max_local_steps": 2},
+        Setting(
+            "the released code's rule",
+            rule="dion",
+            rank_fraction=0.5,
+            consensus="average",
+            interval=3,
+            warmup=2,
+        ),
+        {
+            "local_update": "dion",
+            "rank_fraction": 0.5,
+            "warmup_steps": 2,
+            "tau": math.inf,
+            "max_local_steps": 2,
+        },
     ),
     (
         Setting("fragments", interval=9, bits=1, fragments=3, warmup=2),
@@ -56,7 +74,11 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.norm = nn.Embedding(16, 12), nn.RMSNorm(12)
-        self.up, self.down, self.head = nn.Linear(12, 20, bias=False), nn.Linear(20, 12, bias=False), nn.Linear(12, 16, bias=False)
+        self.up, self.down, self.head = (
+            nn.Linear(12, 20, bias=False),
+            nn.Linear(20, 12, bias=False),
+            nn.Linear(12, 16, bias=False),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -93,8 +115,12 @@ def distributed(options: dict[str, Any], adamw: bool) -> list[dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize(("setting", "options"), SAME, ids=lambda value: value.name if isinstance(value, Setting) else "")
-def test_a_setting_means_these_options_in_real_processes(setting: Setting, options: dict[str, Any], count: int) -> None:
+@pytest.mark.parametrize(
+    ("setting", "options"), SAME, ids=lambda value: value.name if isinstance(value, Setting) else ""
+)
+def test_a_setting_means_these_options_in_real_processes(
+    setting: Setting, options: dict[str, Any], count: int
+) -> None:
     traces = run_ranks(count, distributed, options, setting.rule == "adamw")
     with closing(Replicas(tiny(), setting, count)) as replicas:
         for step in range(STEPS):
@@ -104,7 +130,9 @@ def test_a_setting_means_these_options_in_real_processes(setting: Setting, optio
     if setting.consensus == "outer" and not setting.baseline:
         assert replicas.synchronized == 2 + setting.warmup
     else:
-        assert 3 <= replicas.synchronized < STEPS or setting.baseline, f"{replicas.synchronized} synchronized steps take one branch only"
+        assert 3 <= replicas.synchronized < STEPS or setting.baseline, (
+            f"{replicas.synchronized} synchronized steps take one branch only"
+        )
     if not setting.baseline:
         ends = {name: model.get_parameter(name) for model in [replicas.consensus()] for name in replicas.X}
         torch.testing.assert_close(ends["up.weight"].detach(), replicas.X["up.weight"].mean(0))
@@ -133,7 +161,8 @@ def gentle(step: int) -> tuple[float, bool]:
 
 
 def in_processes(settings: list[Setting]) -> list[tuple[list[dict[str, Tensor]], dict[str, float]]]:
-    """Train this rank's replica with each setting; return its parameters after each step, and what it sent."""
+    """Train this rank's replica with each setting; return its parameters after each step, and what it
+    sent."""
     results = []
     for setting in settings:
         model = tiny()

@@ -23,7 +23,9 @@ HEADERS = 20 + 32  # IP, and TCP with timestamps
 PACKET = 1500
 
 
-def frame(target: int, payload: int, *, gso: int = 0, version: int = 4, network: bytes = b"\x0a\x4d\x00") -> bytes:
+def frame(
+    target: int, payload: int, *, gso: int = 0, version: int = 4, network: bytes = b"\x0a\x4d\x00"
+) -> bytes:
     """A TCP segment as the kernel hands it to a TUN device."""
     ip = bytes([version << 4 | 5]) + bytes(8) + bytes([netlab.TCP]) + bytes(6) + network + bytes([target + 1])
     tcp = bytes(12) + bytes([8 << 4]) + bytes(19)
@@ -91,10 +93,14 @@ def test_loss_and_jitter():
     assert wire.counts().dropped + len(found) == 2000
     assert wire.counts().dropped / 2000 == pytest.approx(0.25, abs=0.03)  # three standard deviations
     sizes = iter(expected)
-    assert all(any(len(data) == len(frame(1, size)) for size in sizes) for _, data in found), "order was not kept"
+    assert all(any(len(data) == len(frame(1, size)) for size in sizes) for _, data in found), (
+        "order was not kept"
+    )
 
 
-@pytest.mark.parametrize("data", [frame(1, 9, version=6), frame(5, 9), frame(0, 9, network=b"\xe0\x00\x00"), frame(1, 0)[:15]])
+@pytest.mark.parametrize(
+    "data", [frame(1, 9, version=6), frame(5, 9), frame(0, 9, network=b"\xe0\x00\x00"), frame(1, 0)[:15]]
+)
 def test_what_goes_to_no_site_is_ignored(data):
     wire = netlab.Wire(2)
     wire.put(0.0, 0, data)
@@ -194,7 +200,9 @@ def test_cost_model():
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """A function that runs the benchmark on a few links and returns its rows and what it printed."""
-    pytest.importorskip("rich", reason="the benchmark shows its results with rich: install the [report] extra")
+    pytest.importorskip(
+        "rich", reason="the benchmark shows its results with rich: install the [report] extra"
+    )
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*options: object) -> tuple[list[dict], str]:
@@ -215,7 +223,11 @@ def take_turns(arguments) -> list:
         for _ in range(1 + sum(slow_link.turn_of(name))):
             trainings[name].step()
     parameters = trainings["dense"].parameters
-    turns = {(name, count): [trainings[name].step() for _ in range(count)] for name in trainings for count in slow_link.turn_of(name)}
+    turns = {
+        (name, count): [trainings[name].step() for _ in range(count)]
+        for name in trainings
+        for count in slow_link.turn_of(name)
+    }
     return [parameters, turns]
 
 
@@ -233,7 +245,9 @@ class Recorded:
 
 
 def test_modelled_links_say_that_they_are(run, monkeypatch):
-    monkeypatch.setattr(slow_link, "ranks_of", lambda sites, arguments, lab: nullcontext(Recorded(sites, arguments)))
+    monkeypatch.setattr(
+        slow_link, "ranks_of", lambda sites, arguments, lab: nullcontext(Recorded(sites, arguments))
+    )
     monkeypatch.syspath_prepend(ROOT / "scripts")
     options = (
         "--model",
@@ -254,7 +268,9 @@ def test_modelled_links_say_that_they_are(run, monkeypatch):
     assert {row["label"] for row in rows} == {"cost model"}
     assert "cost model" in output
     assert "emulated" not in output
-    assert [(row["mbit"], row["setting"]) for row in rows] == [(m, s) for m in (1, None) for s in ("dense", "average")]
+    assert [(row["mbit"], row["setting"]) for row in rows] == [
+        (m, s) for m in (1, None) for s in ("dense", "average")
+    ]
     dense, gated = rows[2:]
     assert gated["interval"] == 30
     assert gated["wire_bytes_per_step"] is None
@@ -262,7 +278,9 @@ def test_modelled_links_say_that_they_are(run, monkeypatch):
     assert 2 < gated["seconds_local"]["median"] < 4
     assert 6 < dense["seconds_per_step"] < 8
     assert dense["ledger_bytes_per_step"] == 2 * dense["parameters"] + 8  # bfloat16, and the gate
-    assert rows[0]["seconds_per_step"] - dense["seconds_per_step"] == pytest.approx(8e-6 * dense["ledger_bytes_per_step"])
+    assert rows[0]["seconds_per_step"] - dense["seconds_per_step"] == pytest.approx(
+        8e-6 * dense["ledger_bytes_per_step"]
+    )
 
 
 @pytest.mark.skipif(netlab.why_not() is not None, reason=f"no emulated links here: {netlab.why_not()}")

@@ -1,6 +1,7 @@
 """The torchtitan plug-in, through torchtitan's real trainer: gloo, CPU, the debug config on local text.
 
-Trainers run in forked ranks (see ranks.py), so that torchtitan is imported once; one test goes through torchrun and the command line.
+Trainers run in forked ranks (see ranks.py), so that torchtitan is imported once; one test goes through
+torchrun and the command line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from curvadion import CurvaDion, param_groups_for
 pytest.importorskip("torchtitan", reason="the plug-in is for torchtitan: install the [torchtitan] extra")
 pytest.importorskip("triton", reason="torchtitan imports triton: install the [torchtitan] extra")
 
-from curvadion.titan import compat, parallelize_replicas  # before torchtitan, which it makes ready for this machine
+from curvadion.titan import (
+    compat,
+    parallelize_replicas,
+)  # before torchtitan, which it makes ready for this machine
 
 # isort: split
 import datasets
@@ -48,7 +52,14 @@ pytestmark = pytest.mark.xdist_group("titan")  # torchtitan is imported once
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text and a tokenizer, made by the script that users run."""
     folder = tmp_path_factory.mktemp("assets")
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_assets.py"), "--characters", "400000", "--out", str(folder)]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "prepare_assets.py"),
+        "--characters",
+        "400000",
+        "--out",
+        str(folder),
+    ]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"RAYON_NUM_THREADS": "1"})
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     datasets.config.HF_HUB_OFFLINE = True
@@ -59,22 +70,39 @@ def flags(assets: Path, out: Path) -> list[str]:
     text = str(assets / "text")
     return [
         *("--hf_assets_path", str(assets / "tokenizer"), "--dataloader.dataset_path", text),
-        *("--validator.dataloader.dataset_path", text, "--dump_folder", str(out), "--debug.no-enable_structured_logging"),
+        *(
+            "--validator.dataloader.dataset_path",
+            text,
+            "--dump_folder",
+            str(out),
+            "--debug.no-enable_structured_logging",
+        ),
         *("--metrics.log_freq", "1"),
     ]
 
 
 def parse(config: str, *options: object) -> Any:
-    return ConfigManager().parse_args(["--module", "curvadion_configs", "--config", config, *map(str, options)])
+    return ConfigManager().parse_args(
+        ["--module", "curvadion_configs", "--config", config, *map(str, options)]
+    )
 
 
 def layout(replicas: int, shards: int) -> tuple[object, ...]:
-    return "--parallelism.data_parallel_replicate_degree", replicas, "--parallelism.data_parallel_shard_degree", shards
+    return (
+        "--parallelism.data_parallel_replicate_degree",
+        replicas,
+        "--parallelism.data_parallel_shard_degree",
+        shards,
+    )
 
 
 def trainer_for(config: str, *options: object) -> Any:
     """Build torchtitan's trainer on a rank of run_ranks()."""
-    os.environ |= {"LOCAL_RANK": "0", "RANK": str(torch.distributed.get_rank()), "WORLD_SIZE": str(torch.distributed.get_world_size())}
+    os.environ |= {
+        "LOCAL_RANK": "0",
+        "RANK": str(torch.distributed.get_rank()),
+        "WORLD_SIZE": str(torch.distributed.get_world_size()),
+    }
     return parse(config, "--debug.seed", 3, *options).build()
 
 
@@ -84,7 +112,8 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def run(config: str, options: Sequence[object], stop_after: int | None = None) -> dict[str, Any]:
-    """Train on this rank; `stop_after` ends it there as if it were killed. Return losses, validation losses and the final weights."""
+    """Train on this rank; `stop_after` ends it there as if it were killed. Return losses, validation losses
+    and the final weights."""
     trainer = trainer_for(config, *options)
     processor, losses, validation = trainer.metrics_processor, {}, {}
     log, log_validation = processor.log, processor.log_validation
@@ -104,7 +133,11 @@ def run(config: str, options: Sequence[object], stop_after: int | None = None) -
     optimizer = next(iter(trainer.optimizers))
     result = {"losses": losses, "validation": validation, "weights": weights(trainer)}
     if isinstance(optimizer, CurvaDion):
-        result |= {"metrics": optimizer.metrics(), "diverged": optimizer.diverged, "tau": optimizer.param_groups[0]["tau"]}
+        result |= {
+            "metrics": optimizer.metrics(),
+            "diverged": optimizer.diverged,
+            "tau": optimizer.param_groups[0]["tau"],
+        }
     trainer.close()
     return result
 
@@ -124,7 +157,11 @@ def test_every_config_parses_and_builds_on_meta(name: str) -> None:
 
 
 def test_every_size_has_every_method() -> None:
-    assert set(CONFIGS) == {f"{size}{method}" for size in ("debug", *(f"gpt_{s}" for s in SHAPES if s != "debug")) for method in METHODS}
+    assert set(CONFIGS) == {
+        f"{size}{method}"
+        for size in ("debug", *(f"gpt_{s}" for s in SHAPES if s != "debug"))
+        for method in METHODS
+    }
 
 
 METHODS = ("", "_paper", "_dion", "_adamw")
@@ -140,7 +177,15 @@ def test_typed_fields_are_the_optimizers_options() -> None:
 
 
 def test_tau_from_the_command_line_reaches_the_gate() -> None:
-    config = parse("gpt_160m", "--optimizer.tau", "inf", "--optimizer.max_local_steps", "5", "--optimizer.momentum_dtype", "bfloat16")
+    config = parse(
+        "gpt_160m",
+        "--optimizer.tau",
+        "inf",
+        "--optimizer.max_local_steps",
+        "5",
+        "--optimizer.momentum_dtype",
+        "bfloat16",
+    )
     container = config.optimizer.build(model_parts=[parse("debug").model_spec.model.build()])
     with pytest.raises(RuntimeError, match="which ranks are replicas"):
         len(container)
@@ -164,13 +209,26 @@ def test_names_survive_activation_checkpointing_and_compile() -> None:
 
     plain = groups(wrap=False)
     assert groups(wrap=True) == plain
-    assert [(algorithm, len(names)) for algorithm, names in plain] == [("dion", 14), ("adamw", 1), ("adamw", 1), ("adamw", 5)]
+    assert [(algorithm, len(names)) for algorithm, names in plain] == [
+        ("dion", 14),
+        ("adamw", 1),
+        ("adamw", 1),
+        ("adamw", 5),
+    ]
 
 
 def test_groups_by_torchtitans_own_patterns() -> None:
     config = parse("debug").optimizer
-    matrices = {"pattern": r"(attention\..*|feed_forward\.)w.*weight$", "optimizer_name": "CurvaDion", "optimizer_kwargs": {"tau": 0.5}}
-    rest = {"pattern": ".*", "optimizer_name": "CurvaDion", "optimizer_kwargs": {"algorithm": "adamw", "lr": 1e-3}}
+    matrices = {
+        "pattern": r"(attention\..*|feed_forward\.)w.*weight$",
+        "optimizer_name": "CurvaDion",
+        "optimizer_kwargs": {"tau": 0.5},
+    }
+    rest = {
+        "pattern": ".*",
+        "optimizer_name": "CurvaDion",
+        "optimizer_kwargs": {"algorithm": "adamw", "lr": 1e-3},
+    }
     config.param_groups = [ParamGroupConfig(**matrices), ParamGroupConfig(**rest)]
     container = config.build(model_parts=[parse("debug").model_spec.model.build()])
     container.bind(None)
@@ -187,7 +245,9 @@ def test_groups_by_torchtitans_own_patterns() -> None:
 def test_other_parallelisms_are_refused(axis: str) -> None:
     config = parse("debug")
     dims = SimpleNamespace(**{"pp": 1, "cp": 1, "ep": 1, axis: 2})
-    with pytest.raises(NotImplementedError, match=r"does not support .* parallelism: .* got degree 2; set --parallelism\."):
+    with pytest.raises(
+        NotImplementedError, match=r"does not support .* parallelism: .* got degree 2; set --parallelism\."
+    ):
         parallelize_replicas(
             None,
             parallel_dims=dims,
@@ -210,7 +270,9 @@ def first_gradients(config: str, options: Sequence[object]) -> dict[str, Any]:
     start, seen = weights(trainer), {}
 
     def look() -> None:
-        seen.update({name: local_tensor(p.grad).clone() for name, p in trainer.model_parts[0].named_parameters()})
+        seen.update(
+            {name: local_tensor(p.grad).clone() for name, p in trainer.model_parts[0].named_parameters()}
+        )
 
     trainer.optimizers.step = look
     trainer.step = 1
@@ -300,9 +362,20 @@ CHECKPOINTED = [
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def uninterrupted(
+    assets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("uninterrupted")
-    options = [*flags(assets, out), *layout(2, 2), *CHECKPOINTED, "--validator.enable", "--validator.freq", 4, "--validator.steps", 1]
+    options = [
+        *flags(assets, out),
+        *layout(2, 2),
+        *CHECKPOINTED,
+        "--validator.enable",
+        "--validator.freq",
+        4,
+        "--validator.steps",
+        1,
+    ]
     return out, run_ranks(4, run, "debug", options)
 
 
@@ -318,7 +391,9 @@ def test_a_run_learns(uninterrupted: tuple[Path, list[dict[str, Any]]]) -> None:
     assert 0 < metrics["curvadion/sync_rate"] < 1, "the test is of both branches"
 
 
-def test_validation_does_not_change_the_run(uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path) -> None:
+def test_validation_does_not_change_the_run(
+    uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path
+) -> None:
     with_validation = uninterrupted[1]
     assert set(with_validation[0]["validation"]) == {1, 4, 8}
     assert len({rank["validation"][8] for rank in with_validation}) == 1
@@ -328,8 +403,11 @@ def test_validation_does_not_change_the_run(uninterrupted: tuple[Path, list[dict
         assert_same(left["weights"], right["weights"])
 
 
-def test_kill_and_resume(uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path) -> None:
-    """The same losses, and bit for bit the same weights, as the run that saved at the same steps and was not killed."""
+def test_kill_and_resume(
+    uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path
+) -> None:
+    """The same losses, and bit for bit the same weights, as the run that saved at the same steps and was not
+    killed."""
     options = [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED]
     run_ranks(4, run, "debug", options, 5)
     resumed = run_ranks(4, run, "debug", options)
@@ -344,7 +422,8 @@ def test_kill_and_resume(uninterrupted: tuple[Path, list[dict[str, Any]]], asset
 def test_resume_on_another_mesh(
     uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path, replicas: int, shards: int
 ) -> None:
-    """The loss of the step after the load is the same: it is that of the loaded weights, on the same tokens."""
+    """The loss of the step after the load is the same: it is that of the loaded weights, on the same
+    tokens."""
     out, whole = uninterrupted
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "step-3").symlink_to(out / "checkpoint" / "step-3")
@@ -356,7 +435,8 @@ def test_resume_on_another_mesh(
 
 
 def test_tensor_parallel(assets: Path, tmp_path: Path) -> None:
-    """2 shards x 2 tensor-parallel ranks train as 2 ranks without tensor parallelism, but for the order of sums."""
+    """2 shards x 2 tensor-parallel ranks train as 2 ranks without tensor parallelism, but for the order of
+    sums."""
     common = [*flags(assets, tmp_path), "--training.steps", 4, "--optimizer.max_local_steps", 0]
     plain = run_ranks(2, run, "debug", [*common, *layout(1, 2)])
     split = run_ranks(4, run, "debug", [*common, *layout(1, 2), "--parallelism.tensor_parallel_degree", 2])
@@ -375,9 +455,15 @@ def test_local_gradients_need_curvadion(assets: Path, tmp_path: Path) -> None:
 
 
 def traffic(options: Sequence[object]) -> list[dict[str, Any]]:
-    """Return for each of five steps what the Flight Recorder saw, what the ledger says, and what was logged."""
+    """Return for each of five steps what the Flight Recorder saw, what the ledger says, and what was
+    logged."""
     trainer = trainer_for("debug", *options)
-    optimizer, batches, logged, trace = trainer.optimizers.curvadion, trainer.batch_generator(trainer.dataloader), {}, []
+    optimizer, batches, logged, trace = (
+        trainer.optimizers.curvadion,
+        trainer.batch_generator(trainer.dataloader),
+        {},
+        [],
+    )
     trainer.metrics_processor.logger.log = lambda metrics, step: logged.update(metrics)
     wire = Wire(shards=2)
     for trainer.step in range(1, 6):
@@ -388,7 +474,11 @@ def traffic(options: Sequence[object]) -> list[dict[str, Any]]:
             {
                 "replicate": sum(entry.bytes for entry in sent if entry.axis == "replicate"),
                 "everybody": [entry.bytes for entry in sent if entry.axis == "both"],
-                "ledger": {purpose: size for (axis, purpose), size in optimizer.ledger.last_step.items() if axis == "replicate" and size},
+                "ledger": {
+                    purpose: size
+                    for (axis, purpose), size in optimizer.ledger.last_step.items()
+                    if axis == "replicate" and size
+                },
                 "logged": dict(logged),
             }
         )
@@ -397,8 +487,18 @@ def traffic(options: Sequence[object]) -> list[dict[str, Any]]:
 
 
 def test_bytes_between_replicas_are_the_ledgers(assets: Path, tmp_path: Path) -> None:
-    """torchtitan's own are sums over all ranks: tokens before each step, losses and tokens in each logged one, here every second."""
-    options = [*flags(assets, tmp_path), *layout(2, 2), "--metrics.log_freq", 2, "--optimizer.tau", "inf", "--optimizer.max_local_steps", 1]
+    """torchtitan's own are sums over all ranks: tokens before each step, losses and tokens in each logged
+    one, here every second."""
+    options = [
+        *flags(assets, tmp_path),
+        *layout(2, 2),
+        "--metrics.log_freq",
+        2,
+        "--optimizer.tau",
+        "inf",
+        "--optimizer.max_local_steps",
+        1,
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
         ranks = run_ranks(4, traffic, options)
@@ -408,7 +508,9 @@ def test_bytes_between_replicas_are_the_ledgers(assets: Path, tmp_path: Path) ->
             assert entry["replicate"] == sum(entry["ledger"].values())
             assert sorted(entry["everybody"]) == ([4, 4, 8, 8] if step in (1, 2, 4) else [8])
             if step in (3, 5):
-                assert entry["ledger"].keys() >= {"gate", "factors", "gradients", "parameters"}, "a synchronized step after a local one"
+                assert entry["ledger"].keys() >= {"gate", "factors", "gradients", "parameters"}, (
+                    "a synchronized step after a local one"
+                )
             elif step in (2, 4):
                 assert entry["ledger"] == {"gate": 8}
                 assert entry["logged"]["curvadion/since_log/synchronized"] == (0 if step == 2 else 1)
@@ -416,14 +518,24 @@ def test_bytes_between_replicas_are_the_ledgers(assets: Path, tmp_path: Path) ->
             if step in (1, 2, 4):
                 assert entry["logged"]["torchtitan/bytes_total/replicate"] == own
     logged = ranks[0][3]["logged"]
-    assert logged["curvadion/since_log/bytes/replicate"] == sum(sum(entry["ledger"].values()) for entry in ranks[0][2:4])
+    assert logged["curvadion/since_log/bytes/replicate"] == sum(
+        sum(entry["ledger"].values()) for entry in ranks[0][2:4]
+    )
 
 
 def launch(*command: object, **environment: str) -> str:
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "configs"), os.environ.get("PYTHONPATH", "")]
-    usual = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    usual = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)], env=os.environ | usual | environment, capture_output=True, text=True, timeout=170
+        [sys.executable, "-m", *map(str, command)],
+        env=os.environ | usual | environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -432,8 +544,23 @@ def launch(*command: object, **environment: str) -> str:
 def test_from_the_command_line(assets: Path, tmp_path: Path) -> None:
     """FSDP2 on two processes, as a user starts it; TensorBoard holds our keys beside torchtitan's."""
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "curvadion.titan")
-    run_flags = [*flags(assets, tmp_path), "--training.steps", 3, "--optimizer.tau", 0.2, "--metrics.enable_tensorboard"]
-    output = launch(*torchrun, "--module", "curvadion_configs", "--config", "debug", *run_flags, HF_DATASETS_CACHE=str(assets / "cache"))
+    run_flags = [
+        *flags(assets, tmp_path),
+        "--training.steps",
+        3,
+        "--optimizer.tau",
+        0.2,
+        "--metrics.enable_tensorboard",
+    ]
+    output = launch(
+        *torchrun,
+        "--module",
+        "curvadion_configs",
+        "--config",
+        "debug",
+        *run_flags,
+        HF_DATASETS_CACHE=str(assets / "cache"),
+    )
     assert "1 replicas of 2 shards" in output
     assert "Training completed" in output
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -443,7 +570,11 @@ def test_from_the_command_line(assets: Path, tmp_path: Path) -> None:
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {"loss_metrics/global_avg_loss", "curvadion/rmmc_max", "curvadion/since_log/sync_rate"} <= tags
-    assert {"curvadion/bytes_total/replicate", "curvadion/bytes_total/shard", "torchtitan/bytes_total/replicate"} <= tags
+    assert {
+        "curvadion/bytes_total/replicate",
+        "curvadion/bytes_total/shard",
+        "torchtitan/bytes_total/replicate",
+    } <= tags
     assert [event.value for event in events.Scalars("curvadion/step")] == [1, 2, 3]
 
 

@@ -1,4 +1,5 @@
-"""The training script from end to end: torchrun, 2 replicas x 2 shards, a tiny model, and what a run leaves behind."""
+"""The training script from end to end: torchrun, 2 replicas x 2 shards, a tiny model, and what a run leaves
+behind."""
 
 import json
 import math
@@ -17,16 +18,28 @@ SCRIPTS = ROOT / "scripts"
 STEPS, CHECKPOINT_EVERY = 16, 8
 # With this lr and tau a model so small takes both branches of the gate within a few steps.
 SMALL = (
-    f"--dim 32 --layers 2 --heads 2 --seq 32 --batch 4 --steps {STEPS} --warmup-steps 2 --eval-bytes 1024 --lr 0.05 --tau 0.25"
+    f"--dim 32 --layers 2 --heads 2 --seq 32 --batch 4 --steps {STEPS} --warmup-steps 2 --eval-bytes 1024 "
+    "--lr 0.05 --tau 0.25"
 ).split()
 
-pytest.importorskip("rich", reason="the training script shows its results with rich: install the [report] extra")
-pytest.importorskip("matplotlib", reason="the training script draws with matplotlib: install the [report] extra")
+pytest.importorskip(
+    "rich", reason="the training script shows its results with rich: install the [report] extra"
+)
+pytest.importorskip(
+    "matplotlib", reason="the training script draws with matplotlib: install the [report] extra"
+)
 
 
 def train(out: Path, *options: object, processes: int = 4) -> str:
     """Train through torchrun, on this tree, and return the output."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     arguments = ["--text", SCRIPTS, "--out", out, *options]
@@ -40,13 +53,24 @@ def lines(folder: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse) for line in (folder / "steps.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run")
-    options = ("--checkpoint", folder / "checkpoints", "--checkpoint-every", CHECKPOINT_EVERY, "--eval-every", 8, "--layers-every", 4)
+    options = (
+        "--checkpoint",
+        folder / "checkpoints",
+        "--checkpoint-every",
+        CHECKPOINT_EVERY,
+        "--eval-every",
+        8,
+        "--layers-every",
+        4,
+    )
     return folder, train(folder, *options)
 
 
@@ -89,7 +113,9 @@ def test_every_fourth_line_has_the_rmmc_of_every_matrix(finished):
 def test_synchronized_steps_tell_how_far_replicas_were_apart(finished):
     for record in lines(finished[0]):
         assert ("drift" in record) == bool(record["curvadion/synchronized"])
-        assert 0 < record.get("drift", 1.0) < 10, "two replicas on different text: about as far apart as they have come together"
+        assert 0 < record.get("drift", 1.0) < 10, (
+            "two replicas on different text: about as far apart as they have come together"
+        )
 
 
 def test_bytes_are_those_of_a_whole_replica(finished):
@@ -101,7 +127,8 @@ def test_bytes_are_those_of_a_whole_replica(finished):
 
 
 def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
-    """Bitwise, and although it evaluates on other steps: a look at the consensus model changes nothing either."""
+    """Bitwise, and although it evaluates on other steps: a look at the consensus model changes nothing
+    either."""
     folder, _ = finished
     checkpoint = tmp_path / "checkpoints"
     checkpoint.mkdir()

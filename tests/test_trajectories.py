@@ -1,4 +1,5 @@
-"""Whole runs of the optimizer on the Triton kernels and on the reference: the same trajectory, the same branches, the same state."""
+"""Whole runs of the optimizer on the Triton kernels and on the reference: the same trajectory, the same
+branches, the same state."""
 
 from __future__ import annotations
 
@@ -11,23 +12,30 @@ from torch import Tensor, nn
 
 from curvadion import CurvaDion
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install -e '.[dev]'")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton: pip install -e '.[dev]'"
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(24, 16), (24, 16), (7, 33), (5, 5), (1, 9)]
 STEPS = 9
 
-# One rounding of the stored dtype a step, and what orthogonalization makes of it: it divides by the smallest singular value.
+# One rounding of the stored dtype a step, and what orthogonalization makes of it: it divides by the smallest
+# singular value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 3e-2}
 
 
 def model(dtype: torch.dtype) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in (*SHAPES, (11,), (6, 3))]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype))
+        for shape in (*SHAPES, (11,), (6, 3))
+    ]
 
 
 def gradients(params: list[nn.Parameter], step: int) -> None:
-    """A little of something new, so that RMMC is small, except in every fourth step; one gradient is missing now and then."""
+    """A little of something new, so that RMMC is small, except in every fourth step; one gradient is missing
+    now and then."""
     generator = torch.Generator().manual_seed(1 + step // 4)
     for k, p in enumerate(params):
         p.grad = torch.randn(p.shape, generator=generator).to(p)
@@ -35,7 +43,9 @@ def gradients(params: list[nn.Parameter], step: int) -> None:
             p.grad = None
 
 
-def run(kernels: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[list[Tensor], list[float], CurvaDion]:
+def run(
+    kernels: str, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[list[Tensor], list[float], CurvaDion]:
     """Return the parameters after the run, the branch and RMMC of every step, and the optimizer."""
     params = model(dtype)
     groups = [
@@ -69,7 +79,9 @@ def run(kernels: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[list
 def test_same_trajectory(options: dict[str, Any], dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         options = {**options, "momentum_dtype": torch.float32}
-    (expected, trace, reference), (got, other_trace, triton) = (run(kernels, dtype, options) for kernels in ("reference", "triton"))
+    (expected, trace, reference), (got, other_trace, triton) = (
+        run(kernels, dtype, options) for kernels in ("reference", "triton")
+    )
     assert (reference.kernels, triton.kernels) == ("reference", "triton")
     synchronized = trace[::2]
     assert synchronized == other_trace[::2], "both take the same branches"
@@ -82,9 +94,15 @@ def test_same_trajectory(options: dict[str, Any], dtype: torch.dtype) -> None:
     for p, q in zip(reference.state, triton.state, strict=True):
         for key, value in reference.state[p].items():
             scale = float(value.abs().max()) if value.numel() else 0.0
-            own = max(tolerance, TOLERANCE[torch.float32] if value.dtype == torch.float32 else 0.0)  # norms and counters
+            own = max(
+                tolerance, TOLERANCE[torch.float32] if value.dtype == torch.float32 else 0.0
+            )  # norms and counters
             torch.testing.assert_close(
-                triton.state[q][key], value, rtol=own, atol=own * (1 + scale), msg=lambda text, key=key: f"{key}: {text}"
+                triton.state[q][key],
+                value,
+                rtol=own,
+                atol=own * (1 + scale),
+                msg=lambda text, key=key: f"{key}: {text}",
             )
 
 
@@ -107,7 +125,9 @@ def test_nobody_sees_a_postponed_decay(kernels: str, look: str) -> None:
             if look == "synchronize":
                 opt.synchronize()
             if look == "add_param_group":
-                opt.add_param_group({"params": [nn.Parameter(torch.zeros(2, device=DEVICE))], "algorithm": "adamw"})
+                opt.add_param_group(
+                    {"params": [nn.Parameter(torch.zeros(2, device=DEVICE))], "algorithm": "adamw"}
+                )
             seen = opt.state[p]["momentum"]
         torch.testing.assert_close(seen, total, rtol=0, atol=0)
 
@@ -134,12 +154,18 @@ def test_a_schedule_compiles_and_uploads_next_to_nothing() -> None:
     assert step(0.02) == 2, "a new lr is a new decay and a new step size"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on a CPU there is nothing to wait for")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: on a CPU there is nothing to wait for"
+)
 @pytest.mark.parametrize("kind", ["local", "synchronized", "dion"])
 def test_the_host_waits_for_nothing_but_the_gate(kind: str) -> None:
     """With torch's own alarm on: waiting for the gate's event is not flagged, any other wait is an error."""
     params = model(torch.float32)
-    groups = [{"params": params[:3]}, {"params": params[3:5], "lr": 0.01}, {"params": params[5:], "algorithm": "adamw", "lr": 1e-3}]
+    groups = [
+        {"params": params[:3]},
+        {"params": params[3:5], "lr": 0.01},
+        {"params": params[5:], "algorithm": "adamw", "lr": 1e-3},
+    ]
     options = {
         "local": {"tau": float("inf")},
         "synchronized": {"max_local_steps": 0},

@@ -1,4 +1,5 @@
-"""Named runs for torchtitan: `--module curvadion_configs --config gpt_160m`. A function for each, and flags for the rest.
+"""Named runs for torchtitan: `--module curvadion_configs --config gpt_160m`. A function for each, and flags
+for the rest.
 
     gpt_160m, gpt_350m, gpt_720m, gpt_1b3     CurvaDion, recommended settings
     ..._paper                                 CurvaDion, the paper's text: plain gradient steps between synchronizations
@@ -6,22 +7,25 @@
     ..._adamw                                 AdamW on gradients averaged over all ranks
     debug, debug_paper, debug_dion, debug_adamw     a toy of the same shape, on local text, for a CPU
 
-All runs of one size see the same tokens in the same batches. Layouts are flags: `--parallelism.data_parallel_replicate_degree` is the
-number of replicas (nodes, or groups of nodes), the rest of the ranks shard.
+All runs of one size see the same tokens in the same batches. Layouts are flags:
+`--parallelism.data_parallel_replicate_degree` is the number of replicas (nodes, or groups of nodes), the rest
+of the ranks shard.
 
 Where the values come from:
 
-- Tokens: 20 per parameter (Hoffmann et al., arXiv:2203.15556); at 160M the 3000 steps of microsoft/dion's `dion_160m.yaml`, which is
-  19.4. Sequence length and batch: the same file at 160M (1024 sequences of 1024); above, GPT-3's (Brown et al., arXiv:2005.14165,
-  table 2.1): 0.5M tokens for its 350M and 760M models, 1M for 1.3B, in sequences of 2048 tokens.
-- Dion: lr 0.02, momentum 0.95, weight decay 0.01, no warm-up, linear decay over the last 20 %: `dion_160m.yaml`. The paper recommends
-  the learning rate for all sizes, since an orthonormal update scaled by sqrt(m/n) transfers (Ahn et al., arXiv:2504.05295).
-- AdamW: peak learning rates of table 2.1, betas (0.9, 0.95), weight decay 0.1, clipping at 1.0, warm-up over 375M tokens, cosine to
-  10 %: appendix B of the same paper.
+- Tokens: 20 per parameter (Hoffmann et al., arXiv:2203.15556); at 160M the 3000 steps of microsoft/dion's
+  `dion_160m.yaml`, which is 19.4. Sequence length and batch: the same file at 160M (1024 sequences of 1024);
+  above, GPT-3's (Brown et al., arXiv:2005.14165, table 2.1): 0.5M tokens for its 350M and 760M models, 1M for
+  1.3B, in sequences of 2048 tokens.
+- Dion: lr 0.02, momentum 0.95, weight decay 0.01, no warm-up, linear decay over the last 20 %:
+  `dion_160m.yaml`. The paper recommends the learning rate for all sizes, since an orthonormal update scaled
+  by sqrt(m/n) transfers (Ahn et al., arXiv:2504.05295).
+- AdamW: peak learning rates of table 2.1, betas (0.9, 0.95), weight decay 0.1, clipping at 1.0, warm-up over
+  375M tokens, cosine to 10 %: appendix B of the same paper.
 - `adamw_lr` of embeddings, head and norms beside Dion: 3e-3, CurvaDion's default; not tuned.
-- CurvaDion's recommended settings: `curvadion.LOW_COMMUNICATION`, one bit per parameter on every eighth step, with 1.5 times the learning
-  rate of synchronous training. They were best for a byte-level model of 0.13M parameters (docs/results.md), and have not been tuned at
-  these sizes.
+- CurvaDion's recommended settings: `curvadion.LOW_COMMUNICATION`, one bit per parameter on every eighth step,
+  with 1.5 times the learning rate of synchronous training. They were best for a byte-level model of 0.13M
+  parameters (docs/results.md), and have not been tuned at these sizes.
 """
 
 from dataclasses import dataclass
@@ -29,7 +33,14 @@ from dataclasses import dataclass
 from curvadion import LOW_COMMUNICATION
 
 # Before torchtitan, which it makes ready for this machine.
-from curvadion.titan import CheckpointManager, CurvaDionOptimizer, MetricsProcessor, Validator, reduced, replicated
+from curvadion.titan import (
+    CheckpointManager,
+    CurvaDionOptimizer,
+    MetricsProcessor,
+    Validator,
+    reduced,
+    replicated,
+)
 
 # isort: split
 
@@ -97,10 +108,14 @@ def _gpt(size: str, optimizer: OptimizersContainer.Config) -> Trainer.Config:
     if ours:
         schedule = LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.2, decay_type="linear")
     else:
-        schedule = LRSchedulersContainer.Config(warmup_steps=budget.adamw_warmup, decay_type="cosine", min_lr_factor=0.1)
+        schedule = LRSchedulersContainer.Config(
+            warmup_steps=budget.adamw_warmup, decay_type="cosine", min_lr_factor=0.1
+        )
     return Trainer.Config(
         model_spec=replicated(spec) if ours else reduced(spec),
-        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))),
+        loss=ChunkedLossWrapper.Config(
+            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+        ),
         hf_assets_path="assets/gpt2",
         optimizer=optimizer,
         lr_scheduler=schedule,
@@ -113,7 +128,9 @@ def _gpt(size: str, optimizer: OptimizersContainer.Config) -> Trainer.Config:
         ),
         dataloader=HuggingFaceTextDataLoader.Config(dataset="c4"),
         validator=Validator.Config(
-            freq=250, steps=20, dataloader=HuggingFaceTextDataLoader.Config(dataset="c4_validation", infinite=False)
+            freq=250,
+            steps=20,
+            dataloader=HuggingFaceTextDataLoader.Config(dataset="c4_validation", infinite=False),
         ),
         metrics=MetricsProcessor.Config(log_freq=10, enable_tensorboard=True),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
@@ -130,11 +147,19 @@ def _debug(optimizer: OptimizersContainer.Config) -> Trainer.Config:
     local = HuggingFaceTextDataLoader.Config(dataset="local", dataset_path="assets/text")
     return Trainer.Config(
         model_spec=replicated(spec) if ours else reduced(spec),
-        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))),
+        loss=ChunkedLossWrapper.Config(
+            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+        ),
         hf_assets_path="assets/tokenizer",
         optimizer=optimizer,
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=5, decay_ratio=0.2),
-        training=TrainingConfig(local_batch_size=4, seq_len=128, steps=100, disable_cuda_graphs=True, mixed_precision_param="float32"),
+        training=TrainingConfig(
+            local_batch_size=4,
+            seq_len=128,
+            steps=100,
+            disable_cuda_graphs=True,
+            mixed_precision_param="float32",
+        ),
         dataloader=local,
         validator=Validator.Config(freq=20, steps=2, dataloader=local),
         metrics=MetricsProcessor.Config(log_freq=5),

@@ -20,6 +20,9 @@ def _local(path: str) -> Any:
 
 
 def register() -> None:
-    """Add ``fineweb`` (the 10-billion-token sample) and ``local``, a folder of .jsonl with a ``text`` in each line."""
-    DATASETS.setdefault("fineweb", DatasetConfig(path="HuggingFaceFW/fineweb", loader=_fineweb, sample_processor=_text))
+    """Add ``fineweb`` (the 10-billion-token sample) and ``local``, a folder of .jsonl with a ``text`` in each
+    line."""
+    DATASETS.setdefault(
+        "fineweb", DatasetConfig(path="HuggingFaceFW/fineweb", loader=_fineweb, sample_processor=_text)
+    )
     DATASETS.setdefault("local", DatasetConfig(path="assets/text", loader=_local, sample_processor=_text))

@@ -15,20 +15,22 @@ LEAST_SQUARE = (
 
 
 def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LOCAL) -> Tensors:
-    """Return U f(S) V^T for each M = U S V^T, all singular values f(s) near 1 (0.68 to 1.20 above 3e-3 of the norm); next to 0 for
+    """Return U f(S) V^T for each M = U S V^T, all singular values f(s) near 1 (0.68 to 1.20 above 3e-3 of the
+    norm); next to 0 for
     ||M||_F < 1.2e-38.
 
         Y <- M / ||M||_F,    5 times:  G = Y^T Y,   Y <- Y (a I + b G + c G^2)
 
-    G is n x n and summed over the shards of the long side in each round. In bfloat16 on a GPU, as is usual, in M's dtype elsewhere; the
-    iteration forgives rounding, because each round starts from Y.
+    G is n x n and summed over the shards of the long side in each round. In bfloat16 on a GPU, as is usual,
+    in M's dtype elsewhere; the iteration forgives rounding, because each round starts from Y.
 
     Args:
         M: batches (B, m, n) with m the longer side of the whole matrix; local shards.
         rows, columns: how m and n are spread over ranks.
 
     Returns: batches of the same shapes and dtypes.
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the iteration and a, b, c.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the iteration
+    and a, b, c.
     """
     if not M:
         return []

@@ -1,11 +1,12 @@
 """Dion's mathematics on local shards: power iteration, orthogonalization, the right factor. No ranks in here.
 
-Every function works on lists of batches, one batch (B, ., .) per shape, so that a reduction can serve all matrices in one call.
-What is summed over other ranks comes in as an argument: a `Side` tells how one side of the matrices is spread, and the default
-`Side()` is the identity, so that one process is no special case.
+Every function works on lists of batches, one batch (B, ., .) per shape, so that a reduction can serve all
+matrices in one call. What is summed over other ranks comes in as an argument: a `Side` tells how one side of
+the matrices is spread, and the default `Side()` is the identity, so that one process is no special case.
 
-Letters as in the paper (Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295): M (m x n) momentum with m >= n,
-Q (n x r) right factor of the last step, P (m x r) orthonormal left factor, R (n x r) right factor of this step.
+Letters as in the paper (Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295): M (m x n)
+momentum with m >= n, Q (n x r) right factor of the last step, P (m x r) orthonormal left factor, R (n x r)
+right factor of this step.
 """
 
 import hashlib
@@ -20,12 +21,15 @@ from torch.profiler import record_function
 from curvadion.algebra.side import LOCAL, Side, Tensors, same_twice
 from curvadion_kernels import reference
 
-# Shift of the Gram matrix relative to its trace: above the rounding of a float64 Gram matrix, below (1e-7)^2, so that
-# columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow it.
+# Shift of the Gram matrix relative to its trace: above the rounding of a float64 Gram matrix, below (1e-7)^2,
+# so that columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow
+# it.
 GRAM_SHIFT = 1e-15
-# A column counts as independent in the second pass if this much of its squared norm, 1 by then, is left after those before it.
+# A column counts as independent in the second pass if this much of its squared norm, 1 by then, is left after
+# those before it.
 INDEPENDENT = 1e-2
-# What is left of a column, relative to the largest one, below which it is rounding noise: in units of the product's rounding ...
+# What is left of a column, relative to the largest one, below which it is rounding noise: in units of the
+# product's rounding ...
 NOISE_ULPS = 64
 # ... and, where every entry was rounded to a coarser format than it was summed in, in units of that format's.
 COARSE_NOISE_ULPS = 2
@@ -56,7 +60,8 @@ def rank_of(short: int, rank_fraction: float, rank_multiple_of: int) -> int:
 
 
 def initial_right_factor(name: str, n: int, r: int) -> Tensor:
-    """Return the first Q (n x r, float32, unit columns): a function of the parameter's canonical name and the shape alone."""
+    """Return the first Q (n x r, float32, unit columns): a function of the parameter's canonical name and the
+    shape alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
     Q = torch.randn(
         n, r, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
@@ -83,15 +88,17 @@ def power_iteration(
         R_i = M_i^T P,    R = E_i[ R_i ]
         Q   = column_normalize(R)  or  orthogonalize(R)
 
-    Columns of P that depend on the ones before them, or whose column of R is numerically zero (or dependent, for "qr"), are zero in
-    the returned P (they contribute nothing) and keep their old column of Q (it stays usable).
+    Columns of P that depend on the ones before them, or whose column of R is numerically zero (or dependent,
+    for "qr"), are zero in the returned P (they contribute nothing) and keep their old column of Q (it stays
+    usable).
 
     Args:
         M: batches (B, m, n) of momenta, m on the longer side of the whole matrix; local shards.
         Q: batches (B, n, r).
         rows, columns: how m and n are spread over ranks.
         reduce_P: the sum over the ranks that split n (own), then the mean over replicas; returns (own, mean).
-        reduce_R: the sum over the ranks that split m (own, R_i), then the mean over replicas (R); returns (R_i, R).
+        reduce_R: the sum over the ranks that split m (own, R_i), then the mean over replicas (R); returns
+            (R_i, R).
         payload_dtype: what the reductions round P and R to, None if they do not.
         column_sumsq: the kernel.
     """
@@ -125,7 +132,8 @@ def power_iteration(
 def noise_floor(M: Tensor, payload_dtype: torch.dtype | None = None) -> float:
     """Return the relative size below which a column of a product with M is rounding noise.
 
-    Knows of TF32 and bfloat16 products on CUDA (`torch.set_float32_matmul_precision`) and of factors rounded to `payload_dtype`.
+    Knows of TF32 and bfloat16 products on CUDA (`torch.set_float32_matmul_precision`) and of factors rounded
+    to `payload_dtype`.
     """
     coarse = [payload_dtype] if payload_dtype is not None else []
     floor = max(
@@ -155,15 +163,18 @@ def _inverse_root(sumsq: Tensor) -> Tensor:
 def orthogonalize(
     P: Sequence[Tensor], *, side: Side = LOCAL, method: str = "cholesky_qr", floor: float = 0.0
 ) -> Tensors:
-    """Return orthonormal bases of the columns: P^T P = I, span(P_1..P_j) kept for every j, dependent columns set to zero.
+    """Return orthonormal bases of the columns: P^T P = I, span(P_1..P_j) kept for every j, dependent columns
+    set to zero.
 
     Args:
         P: batches (B, m, r), local rows, m >= r as a whole.
         side: how the rows are spread over ranks.
-        method: "cholesky_qr", shifted Cholesky QR in two passes, Gram matrices and factors in float64 (Fukaya et al., "Shifted
-            Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42, 2020), accurate up to
-            condition 1e7; only r x r matrices cross ranks. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the reference.
-        floor: a column is dependent if less than this, relative to the largest column, is left of it after those before it.
+        method: "cholesky_qr", shifted Cholesky QR in two passes, Gram matrices and factors in float64 (Fukaya
+            et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM
+            J. Sci. Comput. 42, 2020), accurate up to condition 1e7; only r x r matrices cross ranks. "qr":
+            Householder (`torch.linalg.qr`) on the gathered matrix, the reference.
+        floor: a column is dependent if less than this, relative to the largest column, is left of it after
+            those before it.
     """
     return _orthonormal_columns(P, side, method, [floor] * len(P))[0]
 
@@ -184,7 +195,8 @@ def _orthonormal_columns(
         L, _ = _shifted_cholesky(gram * above * above.mT)
         bases.append(_solve(w * above, L))
     for k, gram in enumerate(side.sum([w.mT @ w for w in bases], "gram")):
-        # Independent columns are nearly orthonormal by now. Others are noise over a pivot that the shift keeps away from zero.
+        # Independent columns are nearly orthonormal by now. Others are noise over a pivot that the shift
+        # keeps away from zero.
         independent = _shifted_cholesky(gram)[1] > INDEPENDENT
         gram = gram * independent * independent.mT + torch.diag_embed(
             (~independent).squeeze(-2).to(gram.dtype)
@@ -202,9 +214,11 @@ def _solve(P: Tensor, L: Tensor) -> Tensor:
 
 
 def _shifted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return L of G + sI = L L^T and its squared pivots, (B, 1, r): what is left of each column after those before it.
+    """Return L of G + sI = L L^T and its squared pivots, (B, 1, r): what is left of each column after those
+    before it.
 
-    Where G + sI is not positive definite in spite of the shift, L is the identity and the pivots are 0: no direction, no update.
+    Where G + sI is not positive definite in spite of the shift, L is the identity and the pivots are 0: no
+    direction, no update.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     shift = (GRAM_SHIFT * trace + torch.finfo(gram.dtype).tiny).unsqueeze(-1)
@@ -217,13 +231,16 @@ def _shifted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Return Q of P = QR, columns that depend on earlier ones set to zero and out of the way of later ones, and which do not."""
+    """Return Q of P = QR, columns that depend on earlier ones set to zero and out of the way of later ones,
+    and which do not."""
     Q, R = torch.linalg.qr(P)
     pivots = R.diagonal(dim1=-2, dim2=-1).abs()
     live = pivots > max(NOISE_ULPS * torch.finfo(P.dtype).eps, floor) * pivots.amax(-1, keepdim=True)
     if not bool(live.all()):
-        # The basis vector of a dependent column is arbitrary, and later columns lose their part along it: factor again, those last.
+        # The basis vector of a dependent column is arbitrary, and later columns lose their part along it:
+        # factor again, those last.
         order = torch.argsort(~live, dim=-1, stable=True).unsqueeze(-2).expand_as(P)
         Q = torch.empty_like(Q).scatter_(-1, order, torch.linalg.qr(P.gather(-1, order))[0])
-    # Householder's column signs are free; a right factor must point the way its column does, so: Gram-Schmidt's.
+    # Householder's column signs are free; a right factor must point the way its column does, so:
+    # Gram-Schmidt's.
     return Q * (torch.where((Q * P).sum(-2) < 0, -1.0, 1.0) * live).unsqueeze(-2), live.unsqueeze(-2)

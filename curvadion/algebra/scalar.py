@@ -1,4 +1,5 @@
-"""AdamW and Lion for what is not a hidden matrix: embeddings, the head, norms and biases. Local shards only, no ranks."""
+"""AdamW and Lion for what is not a hidden matrix: embeddings, the head, norms and biases. Local shards only,
+no ranks."""
 
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Take one AdamW step in place, with torch's own kernel, fused unless dtypes are mixed: decoupled weight decay, eps outside the root.
+    """Take one AdamW step in place, with torch's own kernel, fused unless dtypes are mixed: decoupled weight
+    decay, eps outside the root.
 
     Args:
         params, grads: local shards of equal shapes.

@@ -1,4 +1,5 @@
-"""What mathematics on local shards needs to know of other ranks: how one side of the matrices is spread, as functions."""
+"""What mathematics on local shards needs to know of other ranks: how one side of the matrices is spread, as
+functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Side:
     """How the rows of (B, rows, r) factors are spread over ranks, batch by batch.
 
     Attributes:
-        sum: sums small tensors, one per batch, over the ranks that hold different rows; second argument: the purpose, for the ledger.
+        sum: sums small tensors, one per batch, over the ranks that hold different rows; second argument: the
+            purpose, for the ledger.
         gather: returns the whole factors.
         take: returns this rank's rows of whole factors.
     """

@@ -1,4 +1,5 @@
-"""consensus="average" and "none": a synchronized step is one that all replicas take alike, Dion's with means."""
+"""consensus="average" and "none": a synchronized step is one that all replicas take alike, Dion's with
+means."""
 
 from torch.profiler import record_function
 

@@ -52,11 +52,13 @@ class Consensus:
         """Wait for what is under way; what was kept back stays where it is."""
 
     def settle(self, step: Step) -> None:
-        """Wait for what is under way and give back what was kept, so that a mean of the parameters lacks nothing."""
+        """Wait for what is under way and give back what was kept, so that a mean of the parameters lacks
+        nothing."""
 
     def forget(self) -> None:
         """Start anew: replicas are equal."""
 
     def drift(self) -> Tensor | None:
-        """Return sums of squares of this replica's own way minus the common one, and of that; None if unknown."""
+        """Return sums of squares of this replica's own way minus the common one, and of that; None if
+        unknown."""
         return None

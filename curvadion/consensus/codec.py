@@ -1,4 +1,5 @@
-"""What crosses replicas in few bits: blocks of values rounded to a uniform grid with one scale each. No ranks.
+"""What crosses replicas in few bits: blocks of values rounded to a uniform grid with one scale each. No
+ranks.
 
 A codec's error is the caller's to keep (error feedback): `x = decode(encode(x)) + residual`.
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from curvadion.sharding.journey import Codec
 
-# The step of the best uniform grid for a normal distribution, in standard deviations (Max, "Quantizing for minimum
-# distortion", 1960).
+# The step of the best uniform grid for a normal distribution, in standard deviations (Max, "Quantizing for
+# minimum distortion", 1960).
 NORMAL_STEP = {2: 0.996}
 
 
@@ -41,7 +42,8 @@ class Grid:
         return self.bits + 16 / self.block
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the bytes, uint8, of a flat tensor whose length is a multiple of block; each block's are together."""
+        """Return the bytes, uint8, of a flat tensor whose length is a multiple of block; each block's are
+        together."""
         x = x.view(-1, self.block)
         levels = 1 << self.bits
         if self.bits == 1:

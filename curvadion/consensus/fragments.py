@@ -1,8 +1,8 @@
 """Fragments: equal shares of all elements, whatever the shapes, the same elements on every layout.
 
-Element j of the list of all parameters, each flattened and one after the other, belongs to fragment j modulo the
-number of fragments. So each fragment holds its share of every parameter, and of every rank's shard, to within one
-element of each.
+Element j of the list of all parameters, each flattened and one after the other, belongs to fragment j modulo
+the number of fragments. So each fragment holds its share of every parameter, and of every rank's shard, to
+within one element of each.
 """
 
 import itertools
@@ -22,8 +22,8 @@ class Part:
 
     Attributes:
         index: of the parameter.
-        first, stride: every stride-th element of the flattened shard from the first on, where the shard is one run of
-            the parameter's elements;
+        first, stride: every stride-th element of the flattened shard from the first on, where the shard is
+            one run of the parameter's elements;
         elements: their indices in the flattened shard, where it is not (columns split).
     """
 

@@ -40,7 +40,8 @@ class OuterOptions:
 
 @dataclass
 class _Flight:
-    """Pseudo-gradients under way: of which fragment, what this replica put in, and for how many steps already."""
+    """Pseudo-gradients under way: of which fragment, what this replica put in, and for how many steps
+    already."""
 
     fragment: int
     parts: list[Part]
@@ -54,12 +55,12 @@ class Outer(Consensus):
 
         D = C(E_i[C(X_0 - X_i)]),   U <- mu U + D,   X = X_0 - outer_lr (D + mu U),   X_0 <- X
 
-    C rounds with error feedback (`Exchange.start_mean_over_replicas`). With a delay, X_i moves by X - X_i of the
-    departure when D arrives, so that it keeps what this replica did meanwhile. With fragments, each outer step is one
-    of them, in turn; those of the warm-up are of all.
+    C rounds with error feedback (`Exchange.start_mean_over_replicas`). With a delay, X_i moves by X - X_i of
+    the departure when D arrives, so that it keeps what this replica did meanwhile. With fragments, each outer
+    step is one of them, in turn; those of the warm-up are of all.
 
-    Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv:2311.08105,
-    and "Streaming DiLoCo", arXiv:2501.18512, for fragments and delay.
+    Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models",
+    arXiv:2311.08105, and "Streaming DiLoCo", arXiv:2501.18512, for fragments and delay.
 
     Attributes:
         journey: how a buffer that is rounded comes to its mean.
@@ -157,7 +158,8 @@ class Outer(Consensus):
             self._arrive(step, flight)
 
     def _advance(self, step: Step) -> None:
-        """Let a step pass for what is under way; every rank calls it in every step, also where it takes none."""
+        """Let a step pass for what is under way; every rank calls it in every step, also where it takes
+        none."""
         for flight in self._flights:
             flight.age += 1
             if self._codec is not None and flight.age == -(-self._o.delay // 2):

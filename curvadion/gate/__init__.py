@@ -1,1 +1,2 @@
-"""When replicas synchronize: what the gate looks at, when it asks, and what happens when something is wrong."""
+"""When replicas synchronize: what the gate looks at, when it asks, and what happens when something is
+wrong."""

@@ -58,8 +58,9 @@ class Gate:
     ) -> tuple[Tensor, Callable[[], None]]:
         """Return the reduced key, and what to call once the step is sure to be taken; both on the device.
 
-        Where the plan does not ask, the key stays inside this replica and says "local step", unless something is wrong
-        here; with ask_later it also goes to the other replicas, and the next step reads what came of it.
+        Where the plan does not ask, the key stays inside this replica and says "local step", unless something
+        is wrong here; with ask_later it also goes to the other replicas, and the next step reads what came of
+        it.
 
         Args:
             message: (L + 2,), this rank's part of what `Signal` starts from.
@@ -94,7 +95,8 @@ class Gate:
         return torch.where(key == FAILED_KEY, key, key & ~SYNCHRONIZE_BIT), commit
 
     def fetch(self, key: Tensor) -> Callable[[], int]:
-        """Start copying the key to the host; the function returned waits for that copy, and for nothing after it."""
+        """Start copying the key to the host; the function returned waits for that copy, and for nothing after
+        it."""
         if not key.is_cuda:
             return lambda: int(key)
         self._host_key.copy_(key, non_blocking=True)
@@ -126,7 +128,8 @@ class Gate:
         step: Step,
         consensus: Consensus,
     ) -> bool:
-        """Raise or skip on every rank, if every rank was asked; else let this replica stand still, and remember.
+        """Raise or skip on every rank, if every rank was asked; else let this replica stand still, and
+        remember.
 
         Returns: whether the step counts, because the other replicas take it.
         """

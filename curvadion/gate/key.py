@@ -1,8 +1,8 @@
 """The gate's key: what one reduced int64 says about this step.
 
-Pure functions on host values. The key is computed on the device by `curvadion_kernels` (op `gate_key`), and its MAX
-over the replicas is taken by the exchange; then every rank of every replica decodes the same key and takes the same
-branch.
+Pure functions on host values. The key is computed on the device by `curvadion_kernels` (op `gate_key`), and
+its MAX over the replicas is taken by the exchange; then every rank of every replica decodes the same key and
+takes the same branch.
 """
 
 import struct

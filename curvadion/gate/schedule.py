@@ -1,4 +1,5 @@
-"""When replicas ask one another, and which steps they are bound to synchronize: host values, equal on all ranks."""
+"""When replicas ask one another, and which steps they are bound to synchronize: host values, equal on all
+ranks."""
 
 import math
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Schedule:
     """Counters and bounds of the gate, and the controller of tau.
 
     Attributes:
-        steps, local_steps, synchronized_steps: taken so far; in a row since the last synchronized one; in all.
+        steps, local_steps, synchronized_steps: taken so far; in a row since the last synchronized one; in
+            all.
         forced: the next step that is not skipped is synchronized.
         diverged: replicas may hold different state, so that a checkpoint would be a patchwork.
     """
@@ -70,7 +72,8 @@ class Schedule:
 
     @property
     def bound(self) -> bool:
-        """Whether the next step must be synchronized: first steps, or `max_local_steps` local ones in a row."""
+        """Whether the next step must be synchronized: first steps, or `max_local_steps` local ones in a
+        row."""
         most = self.options.max_local_steps
         return self.forced or self.warming_up or (most is not None and self.local_steps >= most)
 

@@ -17,8 +17,8 @@ class NonFiniteError(RuntimeError):
 class Trouble:
     """The state of being in trouble. Every rank raises in the same step, or every rank goes on.
 
-    In a step that asks the other replicas, all of them learn of it at once and `raise_or_skip`. In one that does not,
-    the replica that met it stands still (`hold`) and tells the others when the gate asks next.
+    In a step that asks the other replicas, all of them learn of it at once and `raise_or_skip`. In one that
+    does not, the replica that met it stands still (`hold`) and tells the others when the gate asks next.
 
     Args:
         skip: whether a step with non-finite gradients is skipped rather than raised.
@@ -51,7 +51,8 @@ class Trouble:
             raise RuntimeError(self.broken)
 
     def swallowed(self) -> None:
-        """From here on the momentum holds this step's gradients: a step that does not come to its end is lost."""
+        """From here on the momentum holds this step's gradients: a step that does not come to its end is
+        lost."""
         self.broken = f"an earlier step() did not come to its end{RELOAD}"
 
     def ended(self) -> None:
@@ -65,7 +66,8 @@ class Trouble:
 
     @property
     def held(self) -> str | None:
-        """What this replica has to tell the others when the gate asks next: "failed", "nonfinite" or nothing."""
+        """What this replica has to tell the others when the gate asks next: "failed", "nonfinite" or
+        nothing."""
         return self._held
 
     @property
@@ -93,7 +95,8 @@ class Trouble:
         *,
         steps: int,
     ) -> None:
-        """Raise on this rank as on every other, or return where the step is skipped. Parameters are untouched so far.
+        """Raise on this rank as on every other, or return where the step is skipped. Parameters are untouched
+        so far.
 
         Args:
             failure: what this rank could not do.
@@ -116,6 +119,6 @@ class Trouble:
         if here:
             where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
         raise NonFiniteError(
-            f"gradients must be finite; got a NaN or an infinity {where}, after {steps} steps. Parameters are untouched"
-            f"{RELOAD}, or construct with on_nonfinite='skip' to skip such steps"
+            f"gradients must be finite; got a NaN or an infinity {where}, after {steps} steps. Parameters "
+            f"are untouched{RELOAD}, or construct with on_nonfinite='skip' to skip such steps"
         )

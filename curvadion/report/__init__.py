@@ -1,7 +1,9 @@
-"""`curvadion report RUN ...`: what runs and studies measured, as one HTML page that needs no network, and its pictures.
+"""`curvadion report RUN ...`: what runs and studies measured, as one HTML page that needs no network, and its
+pictures.
 
-`runs` reads what `scripts/train.py` leaves behind, `studies` aggregates many runs over seeds, `figures` draws, `page` puts it all together;
-`display` is the live line of a run. They need the [report] extra (rich, matplotlib) and nothing else of the library.
+`runs` reads what `scripts/train.py` leaves behind, `studies` aggregates many runs over seeds, `figures`
+draws, `page` puts it all together; `display` is the live line of a run. They need the [report] extra (rich,
+matplotlib) and nothing else of the library.
 """
 
 import argparse
@@ -20,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Write the page, and print its tables."""
-    from curvadion.report.page import write_report  # which needs the [report] extra; `curvadion --help` does not
+    from curvadion.report.page import (
+        write_report,
+    )  # which needs the [report] extra; `curvadion --help` does not
 
     write_report(args.runs, args.out)

@@ -1,7 +1,7 @@
 """What a training run shows and writes while it goes on: a live line, and a JSON line for each step.
 
-Bytes are those that the optimizer's ledger counted on training steps, summed over the ranks of one replica. Evaluations
-and checkpoints, which bring the replicas together for a moment, are not in them.
+Bytes are those that the optimizer's ledger counted on training steps, summed over the ranks of one replica.
+Evaluations and checkpoints, which bring the replicas together for a moment, are not in them.
 """
 
 import json
@@ -20,7 +20,9 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 except ImportError as error:  # now, not after the last step
-    raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
+    raise SystemExit(
+        f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'"
+    ) from None
 
 from curvadion.report.runs import saved
 
@@ -28,12 +30,17 @@ PLAIN_LINES = 20  # printed in a run whose output is no terminal
 
 
 def hardware(device: torch.device, tree: Path) -> dict[str, str]:
-    """Say what a result is measured with; the commit is that of the checkout which the folder `tree` is in."""
+    """Say what a result is measured with; the commit is that of the checkout which the folder `tree` is
+    in."""
     commit = ""
     if shutil.which("git"):
         command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {os.cpu_count()} cores"
+    )
     return {
         "device": name,
         "torch": torch.__version__,
@@ -55,13 +62,15 @@ class Display:
         self.file = (folder / "steps.jsonl").open("a" if start else "w")
         self.console = Console(soft_wrap=True, highlight=False)
         bar = (BarColumn(bar_width=12),) if self.console.width >= 120 else ()
-        line = TextColumn("{task.fields[line]}", table_column=Column(no_wrap=False))  # two lines where one is too narrow
+        line = TextColumn(
+            "{task.fields[line]}", table_column=Column(no_wrap=False)
+        )  # two lines where one is too narrow
         columns = (MofNCompleteColumn(), *bar, line, TimeRemainingColumn(compact=True))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=steps, completed=start, line="")
         self.console.print(
-            f"{summary['parameters']:,} parameters; {summary['replicas']} replicas x {summary['shards']} shards on "
-            f"{summary['hardware']['device']}; text: {summary['text']}; files: {folder}"
+            f"{summary['parameters']:,} parameters; {summary['replicas']} replicas x {summary['shards']} "
+            f"shards on {summary['hardware']['device']}; text: {summary['text']}; files: {folder}"
         )
         self.progress.start()
 
@@ -78,8 +87,16 @@ class Display:
         rmmc: dict[str, float] | None = None,
         drift: float | None = None,
     ) -> None:
-        """Write a step's line, and show it; `rmmc`, of every matrix, is given on some steps only, `drift` on synchronized ones."""
-        record: dict[str, Any] = {"step": step, "loss": loss, "lr": lr, "tokens": tokens, "seconds": seconds, "rmmc_matrix": matrix}
+        """Write a step's line, and show it; `rmmc`, of every matrix, is given on some steps only, `drift` on
+        synchronized ones."""
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "tokens": tokens,
+            "seconds": seconds,
+            "rmmc_matrix": matrix,
+        }
         record |= finite(metrics)
         if rmmc:
             record["rmmc"] = finite(rmmc)
@@ -91,7 +108,9 @@ class Display:
         line = live_line(record, self.tau, saved(self.sent, self.dense))
         self.tau = record["curvadion/tau"] or self.tau  # of the next step, if it is steered
         self.progress.update(self.task, completed=step, line=line)
-        if not self.console.is_terminal and (step % max(1, self.steps // PLAIN_LINES) == 0 or step == self.steps):
+        if not self.console.is_terminal and (
+            step % max(1, self.steps // PLAIN_LINES) == 0 or step == self.steps
+        ):
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {line}", flush=True)
 
     def held_out(self, step: int, loss: float) -> None:
@@ -114,6 +133,7 @@ def live_line(record: dict[str, Any], tau: float, traffic: str) -> str:
     rmmc = record["curvadion/rmmc_max"]
     return (
         f"loss {record['loss']:.3f}  {record['tokens'] / record['seconds'] / 1000:.1f}k tokens/s  "
-        f"RMMC {'  -  ' if rmmc is None else f'{rmmc:.3f}'}/{tau:g} {'sync ' if record['curvadion/synchronized'] else 'local'}  "
-        f"{record['curvadion/sync_rate']:4.0%} synchronized  bytes {traffic}"
+        f"RMMC {'  -  ' if rmmc is None else f'{rmmc:.3f}'}/{tau:g} "
+        f"{'sync ' if record['curvadion/synchronized'] else 'local'}  {record['curvadion/sync_rate']:4.0%} "
+        f"synchronized  bytes {traffic}"
     )

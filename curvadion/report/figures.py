@@ -1,4 +1,5 @@
-"""Draw: one function for each figure, from what was read to a matplotlib figure, or None where the files hold nothing to draw."""
+"""Draw: one function for each figure, from what was read to a matplotlib figure, or None where the files hold
+nothing to draw."""
 
 import io
 import math
@@ -15,7 +16,9 @@ try:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 except ImportError as error:
-    raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
+    raise SystemExit(
+        f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'"
+    ) from None
 
 from curvadion.report.runs import Run, number, sent_keys, sent_words
 from curvadion.report.studies import Cell, Link, Setting, sensitivity
@@ -41,17 +44,22 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(figure_of: Callable[[Any], Figure | None], results: Any, provenance: str) -> bytes | None:
-    """Return a figure as a PNG file, which says how its results came about; None where there is nothing to draw."""
+    """Return a figure as a PNG file, which says how its results came about; None where there is nothing to
+    draw."""
     with matplotlib.rc_context(STYLE):
         figure = figure_of(results)
         if figure is None:
             return None
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=140, metadata={"Description": provenance, "Software": "curvadion report"})
+        figure.savefig(
+            file, format="png", dpi=140, metadata={"Description": provenance, "Software": "curvadion report"}
+        )
     return file.getvalue()
 
 
-def panels(rows: int, columns: int, *, height: float, label: str, **shared: Any) -> tuple[Figure, list[list[Axes]]]:
+def panels(
+    rows: int, columns: int, *, height: float, label: str, **shared: Any
+) -> tuple[Figure, list[list[Axes]]]:
     """Return a figure and its axes; the label of its results stands in its corner."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared)
@@ -64,12 +72,15 @@ def plain(value: float) -> str:
 
 
 def log_axis(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic, with plain numbers; two and five are named too where there are few decades."""
+    """Make an axis logarithmic, with plain numbers; two and five are named too where there are few
+    decades."""
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     low, high = sorted(getattr(axes, f"get_{which}lim")())
     decades = math.log10(high / low) if low > 0 else 1
-    axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))))
+    axis.set_major_locator(
+        LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10)))
+    )
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axis.set_minor_formatter(NullFormatter())
 
@@ -90,19 +101,33 @@ def smooth(values: Sequence[float], memory: float = 0.9) -> list[float]:
     return means
 
 
-def loss_curves(runs: Sequence[Run], columns: Sequence[Sequence[float]], x_label: str, title: str) -> tuple[Figure, Axes]:
-    """Draw training losses and held-out losses against a column of each run, which is 0 before the first step."""
+def loss_curves(
+    runs: Sequence[Run], columns: Sequence[Sequence[float]], x_label: str, title: str
+) -> tuple[Figure, Axes]:
+    """Draw training losses and held-out losses against a column of each run, which is 0 before the first
+    step."""
     figure, [[axes]] = panels(1, 1, height=3.6 + 0.2 * -(-len(runs) // 2), label="measured")
     for index, (run, column) in enumerate(zip(runs, columns, strict=True)):
         color = COLORS[index % len(COLORS)]
         losses = run.column("loss")
         axes.plot(column, losses, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(
-            column, smooth(losses), color=color, linewidth=1.6, label=f"{run.name}: {number(run.summary['held_out'][-1][1]):.3f} held out"
+            column,
+            smooth(losses),
+            color=color,
+            linewidth=1.6,
+            label=f"{run.name}: {number(run.summary['held_out'][-1][1]):.3f} held out",
         )
         place = {0.0: 0.0, **dict(zip(run.column("step"), column, strict=True))}
         points = [(place[step], number(loss)) for step, loss in run.summary["held_out"] if step in place]
-        axes.plot([x for x, _ in points], [y for _, y in points], "o", color=color, markersize=6, markeredgecolor="white")
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            "o",
+            color=color,
+            markersize=6,
+            markeredgecolor="white",
+        )
     axes.set_xlabel(x_label)
     axes.set_ylabel("loss (nats a byte)")
     axes.set_title(title, loc="left")
@@ -118,7 +143,9 @@ def loss_against_tokens(runs: Sequence[Run]) -> Figure:
 
 def loss_against_time(runs: Sequence[Run]) -> Figure:
     """Draw the loss against training time, without evaluations and checkpoints."""
-    return loss_curves(runs, [run.sums("seconds") for run in runs], "seconds of training", "Loss against wall-clock time")[0]
+    return loss_curves(
+        runs, [run.sums("seconds") for run in runs], "seconds of training", "Loss against wall-clock time"
+    )[0]
 
 
 def loss_against_bytes(runs: Sequence[Run]) -> Figure | None:
@@ -146,7 +173,12 @@ def bytes_so_far(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, [[axes]] = panels(1, 1, height=2.6 + 0.2 * (len(runs) // 2 + 1), label="measured")
     for index, run in enumerate(runs):
-        axes.plot(run.column("step"), [total / 1e6 for total in run.sums(sent)], color=COLORS[index % len(COLORS)], label=run.name)
+        axes.plot(
+            run.column("step"),
+            [total / 1e6 for total in run.sums(sent)],
+            color=COLORS[index % len(COLORS)],
+            label=run.name,
+        )
     for run in {run.sums(dense)[-1]: run for run in runs}.values():
         axes.plot(run.column("step"), [total / 1e6 for total in run.sums(dense)], "--", color=GREY)
     axes.plot([], [], "--", color=GREY, label="dense bf16 gradients")
@@ -158,7 +190,8 @@ def bytes_so_far(runs: Sequence[Run]) -> Figure | None:
 
 
 def rmmc_timeline(runs: Sequence[Run]) -> Figure | None:
-    """Draw RMMC of every step with tau, and which steps synchronized and why; a panel for each run that has matrices."""
+    """Draw RMMC of every step with tau, and which steps synchronized and why; a panel for each run that has
+    matrices."""
     gated = [run for run in runs if run.gated]
     if not gated:
         return None
@@ -185,7 +218,14 @@ def rmmc_timeline(runs: Sequence[Run]) -> Figure | None:
     handles = [
         Line2D([], [], color=BLUE, label="local step", **{**dot, "marker": "."}),
         Line2D([], [], color=ORANGE, label="synchronized: RMMC above tau", **dot),
-        Line2D([], [], markeredgecolor=ORANGE, markerfacecolor="none", label="synchronized by another rule", **dot),
+        Line2D(
+            [],
+            [],
+            markeredgecolor=ORANGE,
+            markerfacecolor="none",
+            label="synchronized by another rule",
+            **dot,
+        ),
         Line2D([], [], color=GREY, linestyle="--", label="tau"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
@@ -198,7 +238,9 @@ def rmmc_heat_maps(runs: Sequence[Run]) -> Figure | None:
     mapped = [(run, records) for run, records in mapped if len(records) > 1]
     if not mapped:
         return None
-    names = [list(dict.fromkeys(name for record in records for name in record["rmmc"])) for _, records in mapped]
+    names = [
+        list(dict.fromkeys(name for record in records for name in record["rmmc"])) for _, records in mapped
+    ]
     heights = [0.9 + min(9.0, max(1.5, 0.16 * len(n))) for n in names]
     figure, axes = panels(len(mapped), 1, height=sum(heights), label="measured", height_ratios=heights)
     for (run, records), matrices, [axis] in zip(mapped, names, axes, strict=True):
@@ -208,7 +250,9 @@ def rmmc_heat_maps(runs: Sequence[Run]) -> Figure | None:
             axis.set_title(f"{run.name}: RMMC undefined on every step", loc="left")
             continue
         low, high = min(positive), max(positive)
-        values = [[max(value, low) for value in row] for row in rows]  # where it did not change at all; NaN stays NaN
+        values = [
+            [max(value, low) for value in row] for row in rows
+        ]  # where it did not change at all; NaN stays NaN
         steps = [record["step"] for record in records]
         edges = [steps[0] - (steps[1] - steps[0]) / 2, *((a + b) / 2 for a, b in pairwise(steps))]
         edges.append(steps[-1] + (steps[-1] - steps[-2]) / 2)
@@ -231,13 +275,23 @@ def rmmc_heat_maps(runs: Sequence[Run]) -> Figure | None:
 
 def drift(runs: Sequence[Run]) -> Figure | None:
     """Draw how far the replicas had moved apart just before they synchronized."""
-    points = [[(x, y) for x, y in zip(run.column("step"), run.column("drift"), strict=True) if y > 0] for run in runs]
+    points = [
+        [(x, y) for x, y in zip(run.column("step"), run.column("drift"), strict=True) if y > 0]
+        for run in runs
+    ]
     if not any(points):
         return None
     figure, [[axes]] = panels(1, 1, height=2.8, label="measured")
     for index, (run, found) in enumerate(zip(runs, points, strict=True)):
         if found:
-            axes.plot(*zip(*found, strict=True), color=COLORS[index % len(COLORS)], marker="o", markersize=3.5, linewidth=1, label=run.name)
+            axes.plot(
+                *zip(*found, strict=True),
+                color=COLORS[index % len(COLORS)],
+                marker="o",
+                markersize=3.5,
+                linewidth=1,
+                label=run.name,
+            )
     log_axis(axes, "y")
     axes.set_xlabel("step")
     axes.set_ylabel("relative distance")
@@ -252,31 +306,46 @@ def shown(cell: Cell) -> list[Setting]:
 
 
 def ceiling(values: Sequence[float]) -> float:
-    """Return where to cut an axis off, so that a few bad settings do not press all others together: inf where nothing stands out."""
+    """Return where to cut an axis off, so that a few bad settings do not press all others together: inf where
+    nothing stands out."""
     ordered = sorted(values)
     limit = ordered[0] + 3 * (ordered[(3 * len(ordered) - 1) // 4] - ordered[0])
     return limit if ordered[0] < limit < ordered[-1] else math.inf
 
 
 def study_scatter(cell: Cell) -> Figure | None:
-    """Draw final loss against the share of dense bytes, a point for each setting, and the best baseline as a band."""
+    """Draw final loss against the share of dense bytes, a point for each setting, and the best baseline as a
+    band."""
     points = [(setting, setting.share) for setting in shown(cell)]
-    drawn = sorted(((s, share) for s, share in points if share and share.mean > 0), key=lambda pair: -pair[1].mean)
+    drawn = sorted(
+        ((s, share) for s, share in points if share and share.mean > 0), key=lambda pair: -pair[1].mean
+    )
     if not drawn:
         return None
     figure, [[axes]] = panels(1, 1, height=max(4.2, 0.9 + 0.21 * len(drawn)), label=cell.label)
     handles, top, best = [], ceiling([setting.loss.mean for setting, _ in drawn]), cell.best
     if best:
-        handles.append(axes.axhline(best.loss.mean, color=GREY, linestyle="--", linewidth=1, label=f"best baseline: {best.name}"))
+        handles.append(
+            axes.axhline(
+                best.loss.mean, color=GREY, linestyle="--", linewidth=1, label=f"best baseline: {best.name}"
+            )
+        )
         axes.axhspan(*best.loss.bar, color=GREY, alpha=0.18, linewidth=0)
     axes.axvline(100, color=GREY, linewidth=1, alpha=0.6)
     for setting, share in drawn:
-        style = {"linestyle": "none", "markersize": 7, "markerfacecolor": "white" if setting.baseline else None, **look(setting.index)}
+        style = {
+            "linestyle": "none",
+            "markersize": 7,
+            "markerfacecolor": "white" if setting.baseline else None,
+            **look(setting.index),
+        }
         handles.append(Line2D([], [], label=setting.name, **style))
         x, y = 100 * share.mean, setting.loss.mean
         if y > top:
             axes.plot(x, top, **{**style, "marker": 6})
-            axes.annotate(f"{y:.3g}", (x, top), (8, -5), textcoords="offset points", fontsize=8.5, color=style["color"])
+            axes.annotate(
+                f"{y:.3g}", (x, top), (8, -5), textcoords="offset points", fontsize=8.5, color=style["color"]
+            )
             continue
         (left, right), (low, high) = share.bar, setting.loss.bar
         axes.hlines(y, max(100 * left, x / 10), 100 * right, color=style["color"], linewidth=1)
@@ -301,7 +370,11 @@ def study_gaps(cell: Cell) -> Figure | None:
     axes.axvline(0, color=GREY, linestyle="--", linewidth=1)
     end = ceiling([0.0, *(gap.mean for _, gap in found)])
     for row, (setting, gap) in enumerate(found):
-        style = {"markersize": 7, "markerfacecolor": "white" if setting.baseline else None, **look(setting.index)}
+        style = {
+            "markersize": 7,
+            "markerfacecolor": "white" if setting.baseline else None,
+            **look(setting.index),
+        }
         words = f"{gap.mean:+.4f}" + (f" ± {gap.deviation:.4f}" if gap.deviation is not None else "")
         axes.annotate(words, (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8.5)
         if gap.mean > end:
@@ -311,7 +384,9 @@ def study_gaps(cell: Cell) -> Figure | None:
         axes.plot(gap.bar, [row, row], color=style["color"], linewidth=1.6)
         axes.plot(gap.mean, row, **style)
     shares = [f"   {plain(float(f'{100 * s.share.mean:.2g}'))}%" if s.share else "" for s, _ in found]
-    axes.set_yticks(range(len(found)), [s.name + share for (s, _), share in zip(found, shares, strict=True)], fontsize=9)
+    axes.set_yticks(
+        range(len(found)), [s.name + share for (s, _), share in zip(found, shares, strict=True)], fontsize=9
+    )
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlabel(f"final loss minus that of {best.name}")
     axes.set_title("Gap to the best baseline", loc="left")
@@ -331,10 +406,17 @@ def study_sensitivity(cells: Sequence[Cell]) -> Figure | None:
     for place, (name, points) in zip(places, found.items(), strict=False):
         x, y = [x for x, _ in points], [gap.mean for _, gap in points]
         place.plot(x, [min(value, top) for value in y], color=BLUE, linewidth=1, marker="o", markersize=4)
-        place.vlines(x, *zip(*((min(end, top) for end in gap.bar) for _, gap in points), strict=True), color=BLUE, linewidth=1.5)
+        place.vlines(
+            x,
+            *zip(*((min(end, top) for end in gap.bar) for _, gap in points), strict=True),
+            color=BLUE,
+            linewidth=1.5,
+        )
         for at, value in zip(x, y, strict=True):
             if value > top:
-                place.annotate(f"{value:.2g}", (at, top), (4, -4), textcoords="offset points", fontsize=7.5, color=ORANGE)
+                place.annotate(
+                    f"{value:.2g}", (at, top), (4, -4), textcoords="offset points", fontsize=7.5, color=ORANGE
+                )
         if min(x) > 0 and max(x) >= 4 * min(x):
             log_axis(place, "x")
         place.axhline(0, color=GREY, linestyle="--", linewidth=1)
@@ -349,10 +431,14 @@ def study_sensitivity(cells: Sequence[Cell]) -> Figure | None:
 
 
 def study_curves(cell: Cell) -> Figure | None:
-    """Draw losses against tokens: mean over seeds, and their extremes as a band; the first tenth may be cut off above."""
+    """Draw losses against tokens: mean over seeds, and their extremes as a band; the first tenth may be cut
+    off above."""
     curves = []
     for setting in shown(cell):
-        by_seed = [{step: y for step, y in run.get("curve") or [] if math.isfinite(number(y))} for run in setting.runs]
+        by_seed = [
+            {step: y for step, y in run.get("curve") or [] if math.isfinite(number(y))}
+            for run in setting.runs
+        ]
         steps = sorted(set.intersection(*map(set, by_seed)))
         if steps:
             curves.append((setting, steps, [[losses[step] for losses in by_seed] for step in steps]))
@@ -362,10 +448,33 @@ def study_curves(cell: Cell) -> Figure | None:
     for setting, steps, losses in curves:
         scale = (setting.runs[0].get("tokens") or 0) / cell.steps / 1e6 or 1
         x = [step * scale for step in steps]
-        style = look(setting.index) | {"linestyle": "--" if setting.baseline else "-", "markevery": max(1, len(x) // 8)}
-        axes.plot(x, [statistics.fmean(values) for values in losses], label=setting.name, linewidth=1.5, markersize=4, **style)
-        axes.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=style["color"], alpha=0.15, linewidth=0)
-    late = [y for _, steps, losses in curves for step, values in zip(steps, losses, strict=True) for y in values if step >= cell.steps / 10]
+        style = look(setting.index) | {
+            "linestyle": "--" if setting.baseline else "-",
+            "markevery": max(1, len(x) // 8),
+        }
+        axes.plot(
+            x,
+            [statistics.fmean(values) for values in losses],
+            label=setting.name,
+            linewidth=1.5,
+            markersize=4,
+            **style,
+        )
+        axes.fill_between(
+            x,
+            [min(v) for v in losses],
+            [max(v) for v in losses],
+            color=style["color"],
+            alpha=0.15,
+            linewidth=0,
+        )
+    late = [
+        y
+        for _, steps, losses in curves
+        for step, values in zip(steps, losses, strict=True)
+        for y in values
+        if step >= cell.steps / 10
+    ]
     if late and max(late) > min(late):
         room = 0.05 * (max(late) - min(late))
         axes.set_ylim(min(late) - room, max(late) + room)
@@ -388,7 +497,14 @@ def study_drift(cell: Cell) -> Figure | None:
     for setting, points in lines:
         label = None if setting.name in named else setting.name
         named.add(setting.name)
-        axes.plot(*zip(*points, strict=True), markersize=2.5, linewidth=0.7, alpha=0.7, label=label, **look(setting.index))
+        axes.plot(
+            *zip(*points, strict=True),
+            markersize=2.5,
+            linewidth=0.7,
+            alpha=0.7,
+            label=label,
+            **look(setting.index),
+        )
     log_axis(axes, "y")
     axes.set_xlabel("step")
     axes.set_ylabel("relative distance")
@@ -398,7 +514,8 @@ def study_drift(cell: Cell) -> Figure | None:
 
 
 def link_speed(link: Link) -> Figure | None:
-    """Draw seconds per step and speed-up over dense gradients against the link's rate; a column for each number of sites."""
+    """Draw seconds per step and speed-up over dense gradients against the link's rate; a column for each
+    number of sites."""
     finite = [x for x in link.rates if math.isfinite(x)]
     if not finite:
         return None
@@ -413,7 +530,15 @@ def link_speed(link: Link) -> Figure | None:
                     if not found or (row and name == "dense"):
                         continue
                     x = [min(rate, unlimited) for rate in found]
-                    axes[row][column].plot(x, list(found.values()), dashes, color=color, marker="o", markersize=3.5, linewidth=1.5)
+                    axes[row][column].plot(
+                        x,
+                        list(found.values()),
+                        dashes,
+                        color=color,
+                        marker="o",
+                        markersize=3.5,
+                        linewidth=1.5,
+                    )
         top, bottom = axes[0][column], axes[1][column]
         top.set_title(f"{sites} sites", loc="left")
         bottom.axhline(1, color=GREY, linewidth=1)
@@ -427,7 +552,10 @@ def link_speed(link: Link) -> Figure | None:
             axis.tick_params(axis="x", which="minor", bottom=False)
     axes[0][0].set_ylabel("seconds per step")
     axes[1][0].set_ylabel("speed-up over dense")
-    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], marker="o", markersize=3.5, label=name) for i, name in enumerate(link.names)]
+    handles = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], marker="o", markersize=3.5, label=name)
+        for i, name in enumerate(link.names)
+    ]
     handles += [
         Line2D([], [], color=GREY, linestyle=style, label=f"{delay:g} ms delay")
         for delay, style in zip(link.delays, DASHES * len(link.delays), strict=False)

@@ -1,4 +1,5 @@
-"""Put tables and figures into one HTML page that needs no network and no script; the figures lie beside it as PNG files too."""
+"""Put tables and figures into one HTML page that needs no network and no script; the figures lie beside it as
+PNG files too."""
 
 import re
 from base64 import b64encode
@@ -12,11 +13,22 @@ try:
     from rich.table import Table as ConsoleTable
     from rich.text import Text
 except ImportError as error:
-    raise SystemExit(f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'") from None
+    raise SystemExit(
+        f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'"
+    ) from None
 
 from curvadion.report import figures
 from curvadion.report.runs import Record, Run, Table, provenance, read_runs, run_provenance, run_tables
-from curvadion.report.studies import Cell, Link, kind, link_table, purpose_table, read_links, read_studies, study_table
+from curvadion.report.studies import (
+    Cell,
+    Link,
+    kind,
+    link_table,
+    purpose_table,
+    read_links,
+    read_studies,
+    study_table,
+)
 
 SMOOTHED = "Lines: training loss of one replica, as it is (pale) and smoothed. Points: held-out loss of the replicas' average."
 RUN_FIGURES = {
@@ -82,7 +94,9 @@ class Page:
         """Add a table, and print it."""
         show(table)
         head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
-        rows = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+        rows = "\n".join(
+            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
+        )
         body = f"<table><caption>{escape(table.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
         self.parts.append(f"<figure><h3>{escape(table.title)}</h3>\n{body}</figure>")
 
@@ -96,13 +110,17 @@ class Page:
         self.pictures[f"{name}-{count + 1}.png" if count else f"{name}.png"] = picture
         source = f"data:image/png;base64,{b64encode(picture).decode()}"
         words = escape(f"{caption} {provenance}")
-        self.parts.append(f'<figure><img alt="{escape(name.replace("_", " "))}" src="{source}">\n<figcaption>{words}</figcaption></figure>')
+        self.parts.append(
+            f'<figure><img alt="{escape(name.replace("_", " "))}" src="{source}">\n<figcaption>{words}</figcaption></figure>'
+        )
 
     def commands(self, records: Sequence[Record]) -> None:
         """Add the commands that results came from, where they are known."""
         lines = dict.fromkeys(str(record["command"]) for record in records if record.get("command"))
         if lines:
-            self.parts.append(f"<details><summary>Commands</summary><pre>{escape(chr(10).join(lines))}</pre></details>")
+            self.parts.append(
+                f"<details><summary>Commands</summary><pre>{escape(chr(10).join(lines))}</pre></details>"
+            )
 
     def runs(self, runs: Sequence[Run]) -> None:
         self.heading("Runs")
@@ -156,11 +174,14 @@ def show(table: Table) -> None:
 
 
 def write_report(paths: Sequence[Path], out: Path | None = None) -> None:
-    """Print the tables of runs, studies and slow-link files, and write their page, by default beside the first of them."""
+    """Print the tables of runs, studies and slow-link files, and write their page, by default beside the
+    first of them."""
     files: dict[str, list[Path]] = {"run": [], "study": [], "link": []}
     for path in paths:
         if not path.exists():
-            raise SystemExit(f"{path} must be the folder of a training run or a .jsonl file, and is not there; check the path")
+            raise SystemExit(
+                f"{path} must be the folder of a training run or a .jsonl file, and is not there; check the path"
+            )
         files["run" if path.is_dir() else kind(path)].append(path)
     page = Page()
     if files["run"]:

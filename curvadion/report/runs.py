@@ -11,6 +11,7 @@ from curvadion.sharding.ledger import words_of
 
 Record = dict[str, Any]
 
+
 @dataclass
 class Table:
     """A table for the terminal and for the page: `head` and every row start with the row's name."""
@@ -32,7 +33,9 @@ def read_lines(file: Path) -> list[Record]:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise SystemExit(f"{file} must be a file of JSON lines, and cannot be read ({reason}); check the path") from None
+        raise SystemExit(
+            f"{file} must be a file of JSON lines, and cannot be read ({reason}); check the path"
+        ) from None
     records = []
     lines = text.splitlines()
     for position, line in enumerate(lines, 1):
@@ -43,7 +46,9 @@ def read_lines(file: Path) -> list[Record]:
         except ValueError as error:
             if position == len(lines) and not text.endswith("\n"):
                 break
-            raise SystemExit(f"{file}, line {position}, must be a JSON object: {error}; delete the line, or write the file anew") from None
+            raise SystemExit(
+                f"{file}, line {position}, must be a JSON object: {error}; delete the line, or write the file anew"
+            ) from None
         if record:
             records.append(record)
     return records
@@ -54,7 +59,9 @@ def require(records: Sequence[Record], keys: Iterable[str], file: Path, hint: st
     for position, record in enumerate(records, 1):
         missing = [key for key in keys if key not in record]
         if missing:
-            raise SystemExit(f"{file}, record {position}, must have {', '.join(missing)}, and does not; {hint}")
+            raise SystemExit(
+                f"{file}, record {position}, must have {', '.join(missing)}, and does not; {hint}"
+            )
 
 
 class Run:
@@ -65,13 +72,22 @@ class Run:
         try:
             self.summary = json.loads((folder / "summary.json").read_text())
         except FileNotFoundError:
-            raise SystemExit(f"{folder} must be the folder of a training run, and has no summary.json; {hint}") from None
+            raise SystemExit(
+                f"{folder} must be the folder of a training run, and has no summary.json; {hint}"
+            ) from None
         except ValueError as error:
             raise SystemExit(f"{folder / 'summary.json'} must hold a JSON object: {error}; {hint}") from None
-        require([self.summary], ("arguments", "hardware", "held_out", "parameters", "replicas", "shards"), folder / "summary.json", hint)
+        require(
+            [self.summary],
+            ("arguments", "hardware", "held_out", "parameters", "replicas", "shards"),
+            folder / "summary.json",
+            hint,
+        )
         lines = read_lines(folder / "steps.jsonl")
         if not lines:
-            raise SystemExit(f"{folder / 'steps.jsonl'} must have a line for each step, and has none; wait for the run's first step")
+            raise SystemExit(
+                f"{folder / 'steps.jsonl'} must have a line for each step, and has none; wait for the run's first step"
+            )
         require(lines, ("step", "loss", "tokens", "seconds"), folder / "steps.jsonl", hint)
         # By step, because a resumed run repeats the steps since its checkpoint.
         self.steps = [record for _, record in sorted({record["step"]: record for record in lines}.items())]
@@ -79,11 +95,14 @@ class Run:
         self.tau = float(self.arguments["tau"])
         local = f"CurvaDion, local steps: {self.arguments['local_update']}"
         self.folder = folder
-        self.name = {"dion": "Dion, every step", "adamw": "AdamW, every step"}.get(self.arguments["optimizer"], local)
+        self.name = {"dion": "Dion, every step", "adamw": "AdamW, every step"}.get(
+            self.arguments["optimizer"], local
+        )
 
     @property
     def has_wire(self) -> bool:
-        """Say whether the run counted what leaves a rank, rather than only the buffers that it hands to collectives."""
+        """Say whether the run counted what leaves a rank, rather than only the buffers that it hands to
+        collectives."""
         return "curvadion/wire/replicate" in self.steps[0]
 
     @property
@@ -92,7 +111,8 @@ class Run:
 
     @property
     def taus(self) -> list[float]:
-        """The threshold that each step was decided with: a step's line has what came out of it, if it is steered."""
+        """The threshold that each step was decided with: a step's line has what came out of it, if it is
+        steered."""
         after = [self.tau if math.isnan(tau) else tau for tau in self.column("curvadion/tau")]
         return [self.tau, *after[:-1]]
 
@@ -137,7 +157,8 @@ class Run:
 
 
 def sent_keys(wire: bool) -> tuple[str, str]:
-    """Return the metrics of what a step sent between replicas and of its dense baseline, on the wire or as buffers."""
+    """Return the metrics of what a step sent between replicas and of its dense baseline, on the wire or as
+    buffers."""
     return ("wire/replicate", "dense_bf16_wire") if wire else ("bytes/replicate", "dense_bf16_bytes")
 
 
@@ -161,9 +182,15 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
     caption = f"Held-out loss in nats a byte, of the replicas' average; bytes {sent_words(wire)}, on training steps. {run_provenance(runs)}"
     head = ["", *(run.name for run in runs)]
     cells = [run.cells(wire) for run in runs]
-    tables = [Table("Runs", head, [[label, *(column[label] for column in cells)] for label in cells[0]], caption)]
+    tables = [
+        Table("Runs", head, [[label, *(column[label] for column in cells)] for label in cells[0]], caption)
+    ]
     purposes = [run.purposes() for run in runs]
-    kept = [key for key in dict.fromkeys(key for column in purposes for key in column) if any(column.get(key) for column in purposes)]
+    kept = [
+        key
+        for key in dict.fromkeys(key for column in purposes for key in column)
+        if any(column.get(key) for column in purposes)
+    ]
     if kept:
         rows = [[words_of(key), *(readable(column.get(key, 0)) for column in purposes)] for key in kept]
         rows.append(["all", *(readable(sum(column.values())) for column in purposes)])
@@ -177,7 +204,8 @@ def run_provenance(runs: Sequence[Run]) -> str:
 
 
 def provenance(label: str, records: Sequence[Record]) -> str:
-    """Say how results came about: label, seeds, hardware, versions, commit and date, each as often as it differs."""
+    """Say how results came about: label, seeds, hardware, versions, commit and date, each as often as it
+    differs."""
     seeds = distinct(record.get("seed") for record in records)
     hardware = [record.get("hardware") or {} for record in records]
     words = [label.capitalize()]
@@ -201,7 +229,9 @@ def distinct(values: Iterable[Any]) -> list[str]:
 
 def readable(count: float) -> str:
     """Write a number of bytes, in decimal units."""
-    unit, size = next((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= n or n == 1)
+    unit, size = next(
+        (u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= n or n == 1
+    )
     return f"{count / size:,.1f} {unit}" if size > 1 else f"{count:.0f} B"
 
 

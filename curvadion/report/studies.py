@@ -1,4 +1,5 @@
-"""Read and aggregate files of JSON lines: studies, a line for each finished run, and slow-link benchmarks, a line for each case."""
+"""Read and aggregate files of JSON lines: studies, a line for each finished run, and slow-link benchmarks, a
+line for each case."""
 
 import math
 import statistics
@@ -11,7 +12,20 @@ from typing import Any
 from curvadion.report.runs import Record, Table, number, provenance, read_lines, readable, require
 from curvadion.sharding.ledger import words_of
 
-STUDY_KEYS = ("study", "setting", "label", "seed", "replicas", "batch", "seq", "steps", "parameters", "loss", "wire", "dense_wire")
+STUDY_KEYS = (
+    "study",
+    "setting",
+    "label",
+    "seed",
+    "replicas",
+    "batch",
+    "seq",
+    "steps",
+    "parameters",
+    "loss",
+    "wire",
+    "dense_wire",
+)
 LINK_KEYS = ("label", "sites", "mbit", "delay_ms", "setting", "seconds_per_step")
 
 
@@ -31,7 +45,8 @@ class Spread:
 
     @property
     def bar(self) -> tuple[float, float]:
-        """Return the ends of an error bar: a standard deviation to either side where there is one, the extremes otherwise."""
+        """Return the ends of an error bar: a standard deviation to either side where there is one, the
+        extremes otherwise."""
         if self.deviation is None:
             return min(self.values), max(self.values)
         return self.mean - self.deviation, self.mean + self.deviation
@@ -47,7 +62,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one setting, a seed each, in one cell of a study; `index` is its place in the whole study."""
+    """The runs of one setting, a seed each, in one cell of a study; `index` is its place in the whole
+    study."""
 
     name: str
     index: int
@@ -65,7 +81,8 @@ class Setting:
 
     @property
     def share(self) -> Spread | None:
-        """Return what one replica sent, relative to dense bf16 gradients; None where there is nothing to send to."""
+        """Return what one replica sent, relative to dense bf16 gradients; None where there is nothing to send
+        to."""
         shares = [number(run["wire"]) / run["dense_wire"] for run in self.runs if run["dense_wire"]]
         shares = [share for share in shares if math.isfinite(share)]
         return Spread(tuple(shares)) if shares else None
@@ -73,12 +90,17 @@ class Setting:
     def gap(self, other: "Setting") -> Spread | None:
         """Return the loss minus that of another setting, seed by seed; None without a common seed."""
         mine, theirs = self.values("loss"), other.values("loss")
-        return Spread(tuple(mine[seed] - theirs[seed] for seed in mine if seed in theirs)) if mine.keys() & theirs.keys() else None
+        return (
+            Spread(tuple(mine[seed] - theirs[seed] for seed in mine if seed in theirs))
+            if mine.keys() & theirs.keys()
+            else None
+        )
 
 
 @dataclass
 class Cell:
-    """What may be compared: settings of one study, of one label, with equal model, text, replicas, batch and steps."""
+    """What may be compared: settings of one study, of one label, with equal model, text, replicas, batch and
+    steps."""
 
     study: str
     label: str
@@ -128,8 +150,8 @@ def kind(file: Path) -> str:
         return "link"
     got = f"its first line has {', '.join(list(records[0])[:6])}, ..." if records else "it is empty"
     raise SystemExit(
-        f"{file} must hold lines of a study (with a key `study`) or of a slow-link benchmark (with `sites` and `delay_ms`); {got}; "
-        "for a single training run give its folder"
+        f"{file} must hold lines of a study (with a key `study`) or of a slow-link benchmark (with `sites` "
+        f"and `delay_ms`); {got}; for a single training run give its folder"
     )
 
 
@@ -138,11 +160,14 @@ def is_valid(run: Record) -> bool:
 
 
 def aggregate(records: Iterable[Record]) -> list[Cell]:
-    """Sort runs into cells and settings. Of runs with the same seed the last one counts; invalid ones are only counted."""
+    """Sort runs into cells and settings. Of runs with the same seed the last one counts; invalid ones are
+    only counted."""
     cells: dict[tuple[Any, ...], dict[str, dict[Any, Record]]] = {}
     order: dict[str, dict[str, int]] = {}
     for run in records:
-        key = tuple(run[name] for name in ("study", "label", "replicas", "batch", "seq", "steps", "parameters"))
+        key = tuple(
+            run[name] for name in ("study", "label", "replicas", "batch", "seq", "steps", "parameters")
+        )
         key += (run.get("text", ""), bool(run.get("parts")), run.get("backend", ""))
         cells.setdefault(key, {}).setdefault(run["setting"], {})[run["seed"]] = run
         places = order.setdefault(run["study"], {})
@@ -153,7 +178,9 @@ def aggregate(records: Iterable[Record]) -> list[Cell]:
         for name, by_seed in settings.items():
             runs = tuple(run for _, run in sorted(by_seed.items()) if is_valid(run))
             baseline = any(run.get("baseline") for run in runs)
-            cell.settings.append(Setting(name, order[cell.study][name], baseline, runs, len(by_seed) - len(runs)))
+            cell.settings.append(
+                Setting(name, order[cell.study][name], baseline, runs, len(by_seed) - len(runs))
+            )
         found.append(cell)
     return found
 
@@ -181,12 +208,17 @@ OPTIONS = {
     "delay": "steps under way",
     "tau": "tau",
 }
-CONDITIONS = {"replicas": "replicas", "batch": "sequences per replica and step", "steps": "steps of training", "parameters": "parameters"}
+CONDITIONS = {
+    "replicas": "replicas",
+    "batch": "sequences per replica and step",
+    "steps": "steps of training",
+    "parameters": "parameters",
+}
 
 
 def sensitivity(cells: Sequence[Cell]) -> tuple[str, dict[str, list[tuple[float, Spread]]]]:
-    """Return a setting's name, and its gap to the best baseline when one thing alone changes, by what it is: pairs of its value and the
-    gap, over the seeds that all of its values have.
+    """Return a setting's name, and its gap to the best baseline when one thing alone changes, by what it is:
+    pairs of its value and the gap, over the seeds that all of its values have.
 
     The setting is the one that most cells have, of those the one with the smallest gap.
     Where cells are compared, the baseline is one that all of them have: a cell in which a better one was
@@ -197,7 +229,9 @@ def sensitivity(cells: Sequence[Cell]) -> tuple[str, dict[str, list[tuple[float,
     if not candidates or main.best is None:
         return "", {}
     best, names = main.best, [s.name for cell in cells for s in cell.settings if s.runs]
-    middle = min(candidates, key=lambda s: (-names.count(s.name), gap.mean if (gap := s.gap(best)) else math.inf))
+    middle = min(
+        candidates, key=lambda s: (-names.count(s.name), gap.mean if (gap := s.gap(best)) else math.inf)
+    )
     options = middle.runs[0].get("options", {})
 
     varied: dict[str, list[tuple[float, Setting, Setting]]] = {}
@@ -221,10 +255,16 @@ def sensitivity(cells: Sequence[Cell]) -> tuple[str, dict[str, list[tuple[float,
 
     result = {}
     for name, points in varied.items():
-        finite = [(x, s.values("loss"), reference.values("loss")) for x, s, reference in points if math.isfinite(x)]
-        seeds = set.intersection(*(set(mine) & set(theirs) for _, mine, theirs in finite)) if finite else set()
+        finite = [
+            (x, s.values("loss"), reference.values("loss")) for x, s, reference in points if math.isfinite(x)
+        ]
+        seeds = (
+            set.intersection(*(set(mine) & set(theirs) for _, mine, theirs in finite)) if finite else set()
+        )
         if seeds and len(finite) > 1:
-            gaps = [(x, Spread(tuple(mine[seed] - theirs[seed] for seed in seeds))) for x, mine, theirs in finite]
+            gaps = [
+                (x, Spread(tuple(mine[seed] - theirs[seed] for seed in seeds))) for x, mine, theirs in finite
+            ]
             result[name] = sorted(gaps, key=lambda point: point[0])
     return middle.name, result
 
@@ -237,27 +277,44 @@ def study_table(cells: Sequence[Cell]) -> Table:
     rows = []
     for cell in cells:
         for setting in sorted(cell.settings, key=lambda s: s.loss.mean if s.runs else math.inf):
-            row = [setting.name, f"{len(setting.runs)}" + (f", {setting.left_out} left out" if setting.left_out else "")]
+            row = [
+                setting.name,
+                f"{len(setting.runs)}" + (f", {setting.left_out} left out" if setting.left_out else ""),
+            ]
             row += outcome(setting, cell.best) if setting.runs else [""] * 5
             if several:
-                what = [cell.text] * (cell.text in odd) + ["in parts"] * cell.parts + [cell.backend] * (cell.backend == "processes")
+                what = (
+                    [cell.text] * (cell.text in odd)
+                    + ["in parts"] * cell.parts
+                    + [cell.backend] * (cell.backend == "processes")
+                )
                 row[0] += f" ({', '.join(what)})" if what else ""
-                row[1:1] = [f"{cell.replicas}", f"{cell.batch}", f"{cell.steps:,}", f"{cell.parameters / 1e6:.3g}M"]
+                row[1:1] = [
+                    f"{cell.replicas}",
+                    f"{cell.batch}",
+                    f"{cell.steps:,}",
+                    f"{cell.parameters / 1e6:.3g}M",
+                ]
             rows.append(row)
     if several:
         head[1:1] = ["replicas", "batch", "steps", "parameters"]
     caption = (
-        "Mean over seeds, ± standard deviation from three seeds on, extremes in brackets. Gap: to the best baseline of the same replicas, "
-        "batch, steps and model, seed by seed. Of dense bytes: what leaves one replica, relative to bf16 gradients averaged every step. "
+        "Mean over seeds, ± standard deviation from three seeds on, extremes in brackets. Gap: to the best "
+        "baseline of the same replicas, batch, steps and model, seed by seed. Of dense bytes: what leaves "
+        "one replica, relative to bf16 gradients averaged every step. "
     )
     runs = [run for cell in cells for run in cell.runs]
-    return Table(cells[0].study if several else cells[0].name, head, rows, caption + provenance(cells[0].label, runs))
+    return Table(
+        cells[0].study if several else cells[0].name, head, rows, caption + provenance(cells[0].label, runs)
+    )
 
 
 def outcome(setting: Setting, best: Setting | None) -> list[str]:
     """Return a setting's cells: final loss, gap, share of dense bytes, synchronized steps, seconds."""
     gap = setting.gap(best) if best else None
-    counts = [[run[key] for run in setting.runs if run.get(key) is not None] for key in ("synchronized", "seconds")]
+    counts = [
+        [run[key] for run in setting.runs if run.get(key) is not None] for key in ("synchronized", "seconds")
+    ]
     return [
         setting.loss.text(".4f"),
         "best baseline" if setting is best else gap.text("+.4f") if gap else "",
@@ -268,9 +325,13 @@ def outcome(setting: Setting, best: Setting | None) -> list[str]:
 
 def purpose_table(cell: Cell) -> Table | None:
     """Return a cell's mean bytes on the wire by purpose; None where the runs did not count them."""
-    counted = {setting.name: [run["bytes"] for run in setting.runs if run.get("bytes")] for setting in cell.settings}
+    counted = {
+        setting.name: [run["bytes"] for run in setting.runs if run.get("bytes")] for setting in cell.settings
+    }
     counted = {name: runs for name, runs in counted.items() if runs}
-    keys = list(dict.fromkeys(key for runs in counted.values() for run in runs for key, count in run.items() if count))
+    keys = list(
+        dict.fromkeys(key for runs in counted.values() for run in runs for key, count in run.items() if count)
+    )
     if not keys:
         return None
     rows = []
@@ -278,7 +339,9 @@ def purpose_table(cell: Cell) -> Table | None:
         means = [statistics.fmean(number(run.get(key, 0)) for run in runs) for key in keys]
         rows.append([name, *map(readable, means), readable(sum(means))])
     caption = f"Bytes leaving one replica in a whole run, mean over seeds. {cell.provenance}"
-    return Table(f"Bytes by purpose, {cell.name}", ["setting", *(words_of(key) for key in keys), "all"], rows, caption)
+    return Table(
+        f"Bytes by purpose, {cell.name}", ["setting", *(words_of(key) for key in keys), "all"], rows, caption
+    )
 
 
 @dataclass
@@ -311,13 +374,21 @@ class Link:
 
     def seconds(self, name: str, *, sites: int, delay: float) -> dict[float, float]:
         """Return the seconds per step of a setting by link rate; what was not measured is NaN."""
-        cases = [case for case in self.cases if (case_name(case), case["sites"], case["delay_ms"]) == (name, sites, delay)]
+        cases = [
+            case
+            for case in self.cases
+            if (case_name(case), case["sites"], case["delay_ms"]) == (name, sites, delay)
+        ]
         return {rate(case): number(case["seconds_per_step"]) for case in sorted(cases, key=rate)}
 
     def speed_up(self, name: str, *, sites: int, delay: float) -> dict[float, float]:
-        """Return how many times faster than setting "dense" a step is, by link rate; NaN where either is missing."""
+        """Return how many times faster than setting "dense" a step is, by link rate; NaN where either is
+        missing."""
         dense = self.seconds("dense", sites=sites, delay=delay)
-        return {x: dense.get(x, math.nan) / y if y else math.nan for x, y in self.seconds(name, sites=sites, delay=delay).items()}
+        return {
+            x: dense.get(x, math.nan) / y if y else math.nan
+            for x, y in self.seconds(name, sites=sites, delay=delay).items()
+        }
 
 
 def rate(case: Record) -> float:
@@ -327,7 +398,11 @@ def rate(case: Record) -> float:
 def case_name(case: Record) -> str:
     """Return the setting with its interval, which "dense" does not have."""
     interval = case.get("interval")
-    return case["setting"] if case["setting"] == "dense" or interval in (None, 1) else f"{case['setting']}, every {interval:g} steps"
+    return (
+        case["setting"]
+        if case["setting"] == "dense" or interval in (None, 1)
+        else f"{case['setting']}, every {interval:g} steps"
+    )
 
 
 def read_links(files: Sequence[Path]) -> list[Link]:
@@ -335,7 +410,12 @@ def read_links(files: Sequence[Path]) -> list[Link]:
     newest: dict[tuple[Any, ...], Record] = {}
     for file in files:
         lines = read_lines(file)
-        require(lines, LINK_KEYS, file, "a slow-link file has a line for each setting, number of sites, link rate and delay")
+        require(
+            lines,
+            LINK_KEYS,
+            file,
+            "a slow-link file has a line for each setting, number of sites, link rate and delay",
+        )
         for case in lines:
             newest[case["label"], case_name(case), case["sites"], rate(case), case["delay_ms"]] = case
     labels = list(dict.fromkeys(label for label, *_ in newest))
@@ -347,9 +427,15 @@ def link_table(link: Link) -> Table:
     rows = []
     for sites, delay, name in product(link.sites, link.delays, link.names):
         seconds, ratios = (points(name, sites=sites, delay=delay) for points in (link.seconds, link.speed_up))
-        words = {x: f"{y:.3g} ({ratios[x]:.2f}x)" if ratios[x] > 0 else f"{y:.3g}" for x, y in seconds.items() if not math.isnan(y)}
+        words = {
+            x: f"{y:.3g} ({ratios[x]:.2f}x)" if ratios[x] > 0 else f"{y:.3g}"
+            for x, y in seconds.items()
+            if not math.isnan(y)
+        }
         if seconds:
             rows.append([name, f"{sites}", f"{delay:g}", *(words.get(x, "") for x in link.rates)])
     rates = ["no limit" if math.isinf(x) else f"{x:g} Mbit/s" for x in link.rates]
-    caption = f"Seconds per step, in brackets how many times faster than dense on the same link. {link.provenance}"
+    caption = (
+        f"Seconds per step, in brackets how many times faster than dense on the same link. {link.provenance}"
+    )
     return Table(f"Slow link, {link.label}", ["setting", "sites", "delay, ms", *rates], rows, caption)

@@ -75,7 +75,8 @@ class Step:
     # ---- the shards of batches
 
     def side(self, batches: Sequence[Batch], dims: Sequence[int]) -> Side:
-        """Say how the rows of a factor, which run along dimension dims[k] of the matrices of batch k, are spread."""
+        """Say how the rows of a factor, which run along dimension dims[k] of the matrices of batch k, are
+        spread."""
         axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
 
         def gather(factors: Tensors) -> Tensors:
@@ -105,7 +106,8 @@ class Step:
     def reduction(
         self, batches: Sequence[Batch], partial: Sequence[Axes], *, synchronized: bool, keep_own: bool = False
     ) -> Callable[[Tensors], tuple[Tensors, Tensors]]:
-        """Return what sums factors over shards where they are partial and, if synchronized, averages over replicas."""
+        """Return what sums factors over shards where they are partial and, if synchronized, averages over
+        replicas."""
         copied, dtype = [b.layout.copied for b in batches], self.payload_dtype
 
         def reduce(factors: Tensors) -> tuple[Tensors, Tensors]:
@@ -147,8 +149,10 @@ class Rule:
     moves_Q = False
 
     def begin(self, step: Step, key: Tensor) -> None:
-        """Enqueue what can be done before the host knows whether the step is local; the device looks at the key."""
+        """Enqueue what can be done before the host knows whether the step is local; the device looks at the
+        key."""
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        """Move the X of these batches, and update M and what is kept; `begun`: the key has let `begin` happen."""
+        """Move the X of these batches, and update M and what is kept; `begun`: the key has let `begin`
+        happen."""
         raise NotImplementedError

@@ -1,4 +1,5 @@
-"""local_update="dion", the released code's rule, and Dion's synchronized step, which is the same with means."""
+"""local_update="dion", the released code's rule, and Dion's synchronized step, which is the same with
+means."""
 
 from collections.abc import Sequence
 
@@ -23,7 +24,8 @@ class Dion(Rule):
 
 
 def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> None:
-    """Do what `Dion` says on this replica alone; synchronized, with E_i[P], E_i[R] and lr in place of lr_local."""
+    """Do what `Dion` says on this replica alone; synchronized, with E_i[P], E_i[R] and lr in place of
+    lr_local."""
     for chosen in _by_method(step, batches):
         method = step.groups[chosen[0].group]
         factors = power_iteration(

@@ -18,6 +18,7 @@ class Muon(Rule):
 
 
 def orthonormalized(step: Step, batches: Sequence[Batch], M: Tensors) -> Tensors:
-    """Return newton_schulz(M) of matrices in the orientation of `Batch.M`, in that of X: (B, rows, columns)."""
+    """Return newton_schulz(M) of matrices in the orientation of `Batch.M`, in that of X: (B, rows,
+    columns)."""
     directions = newton_schulz(M, rows=step.rows(batches), columns=step.columns(batches))
     return [d.mT if b.layout.transposed else d for b, d in zip(batches, directions, strict=True)]

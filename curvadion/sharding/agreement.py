@@ -10,7 +10,8 @@ from curvadion.sharding.exchange import Exchange
 
 
 class ReplicaMismatchError(RuntimeError):
-    """Ranks disagree on what must be common: weights at the start, options, the list of parameters, or the step."""
+    """Ranks disagree on what must be common: weights at the start, options, the list of parameters, or the
+    step."""
 
 
 class Agreement:
@@ -36,32 +37,35 @@ class Agreement:
         Args:
             step: steps taken so far.
             config: returns a text of all that must be equal on all ranks.
-            weights: returns the tensors that must be equal in all replicas by now, none where nothing must be.
+            weights: returns the tensors that must be equal in all replicas by now, none where nothing must
+                be.
         """
         if not (self.pending or (self._every and step % self._every == 0)):
             return
         different = exchange.agree(step, hash_text(config()), hash_tensors(weights()))
         if "config" in different:
             raise ReplicaMismatchError(
-                "all ranks must construct CurvaDion with the same options and the same list of parameters; they differ "
-                "on some rank; compare the arguments, the parameter groups and the model on each of them"
+                "all ranks must construct CurvaDion with the same options and the same list of parameters; "
+                "they differ on some rank; compare the arguments, the parameter groups and the model on "
+                "each of them"
             )
         if "step" in different:
             raise ReplicaMismatchError(
-                f"all ranks must be at the same step; this one has taken {step}, another a different number; load the "
-                "same checkpoint everywhere, and call step() on every rank or on none"
+                f"all ranks must be at the same step; this one has taken {step}, another a different "
+                "number; load the same checkpoint everywhere, and call step() on every rank or on none"
             )
         if "weights" in different and step:
             raise ReplicaMismatchError(
-                f"replicas must hold equal weights after a synchronized step or a load; after {step} steps they "
-                "differ; if a checkpoint was loaded, load the same model and optimizer everywhere; if hardware or "
-                "shard layouts differ between replicas, so does rounding: construct with check_every=0"
+                f"replicas must hold equal weights after a synchronized step or a load; after {step} steps "
+                "they differ; if a checkpoint was loaded, load the same model and optimizer everywhere; if "
+                "hardware or shard layouts differ between replicas, so does rounding: construct with "
+                "check_every=0"
             )
         if "weights" in different:
             raise ReplicaMismatchError(
-                "replicas must hold equal weights here (FSDP does not compare or broadcast across replicate_mesh); "
-                "they differ; seed every replica alike, load the same checkpoint, or call opt.broadcast_parameters() "
-                "before the first step"
+                "replicas must hold equal weights here (FSDP does not compare or broadcast across "
+                "replicate_mesh); they differ; seed every replica alike, load the same checkpoint, or call "
+                "opt.broadcast_parameters() before the first step"
             )
         self.pending = False
 
@@ -72,7 +76,8 @@ def hash_text(text: str) -> int:
 
 
 def hash_tensors(tensors: Iterable[Tensor], chunk: int = 1 << 22) -> int:
-    """Return 62 bits that tell the tensors' contents apart: a weighted sum of their bits modulo 2^64, on their device.
+    """Return 62 bits that tell the tensors' contents apart: a weighted sum of their bits modulo 2^64, on
+    their device.
 
     0 for no tensors.
     """

@@ -1,7 +1,7 @@
 """All that one rank tells others in a step. Counts every call and byte, by axis and purpose.
 
-Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they branch
-only on the reduced gate key, and a missing gradient contributes zeros.
+Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they
+branch only on the reduced gate key, and a missing gradient contributes zeros.
 
     1. if due: agreement          MAX of six int64 over the replicas, then over the shards
     2. if any: partial gradients  SUM over the axes they are partial on
@@ -25,14 +25,16 @@ only on the reduced gate key, and a missing gradient contributes zeros.
        synchronized step with consensus="outer": a local step, then
                                   pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
                                                            replica its part of the mean (all-to-all), then all
-                                                           parts to all (all-gather); with outer_delay the first
-                                                           in this step, the second half of the delay later
+                                                           parts to all (all-gather); with outer_delay the
+                                                           first in this step, the second half of the delay
+                                                           later
 
-What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on S
-shard ranks is reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges its piece
-with its peers in the other replicas, and the pieces are gathered inside the replica. Flat buffers: one call per set
-of axes and dtype, whatever the number of matrices, in buckets of at most BUCKET_BYTES. A sum over several axes is
-one collective after the other, so that the groups of the DeviceMesh suffice and none has to be made.
+What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on
+S shard ranks is reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges
+its piece with its peers in the other replicas, and the pieces are gathered inside the replica. Flat buffers:
+one call per set of axes and dtype, whatever the number of matrices, in buckets of at most BUCKET_BYTES. A sum
+over several axes is one collective after the other, so that the groups of the DeviceMesh suffice and none has
+to be made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -116,7 +118,8 @@ class Exchange:
         payload_dtype: torch.dtype | None = None,
         keep_own: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return (own, mean): each tensor summed over the axes where it is partial, and the mean over replicas.
+        """Return (own, mean): each tensor summed over the axes where it is partial, and the mean over
+        replicas.
 
         Args:
             partial: for each tensor, the axes over which it is a partial sum.
@@ -151,14 +154,15 @@ class Exchange:
         kept: Residuals,
         journey: type[RoundedMean] = RoundedMean,
     ) -> UnderWay:
-        """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all replicas.
+        """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all
+        replicas.
 
             c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i      first leg: the k-th part of c_i to replica k,
             mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean  second: which rounds the mean of that part and
                                                                     sends it to all
 
-        Each replica sends what an all-reduce of so many bits would send. Compute and residuals are in the tensors'
-        dtype.
+        Each replica sends what an all-reduce of so many bits would send. Compute and residuals are in the
+        tensors' dtype.
 
         Args:
             tensors: d_i, local shards.
@@ -292,8 +296,9 @@ class Exchange:
     def _pieces(
         self, tensors: Sequence[Tensor], partial: Sequence[Axes], copied: Sequence[Axes], purpose: str
     ) -> Iterator[tuple[Cut, Tensor, Tensor]]:
-        """Yield, for each flat buffer, how it was cut, what summing over the `partial` axes leaves of it here, and
-        this rank's piece of that; the same piece is with its peers in the other replicas, also if it is empty."""
+        """Yield, for each flat buffer, how it was cut, what summing over the `partial` axes leaves of it
+        here, and this rank's piece of that; the same piece is with its peers in the other replicas, also if
+        it is empty."""
         for (split, copies), indices in buckets(tensors, list(zip(partial, copied, strict=True))):
             mine = flatten(tensors, indices)
             parts = []

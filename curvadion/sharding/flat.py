@@ -29,7 +29,8 @@ class Cut:
 
 @dataclass(frozen=True)
 class Part:
-    """One of `parts` equal pieces of a flat buffer of `numel` elements; the last ones may be short or empty."""
+    """One of `parts` equal pieces of a flat buffer of `numel` elements; the last ones may be short or
+    empty."""
 
     numel: int
     parts: int

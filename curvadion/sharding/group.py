@@ -1,4 +1,5 @@
-"""Groups of ranks: what is asked of one, torch.distributed's, and one whose ranks are the threads of this process."""
+"""Groups of ranks: what is asked of one, torch.distributed's, and one whose ranks are the threads of this
+process."""
 
 import threading
 from collections.abc import Callable
@@ -24,7 +25,8 @@ class Work(Protocol):
 
 
 class Group(Protocol):
-    """The ranks of one collective. All of them make the same calls in the same order, with tensors of equal sizes.
+    """The ranks of one collective. All of them make the same calls in the same order, with tensors of equal
+    sizes.
 
     Attributes:
         size, rank: how many there are, and which one this is.
@@ -84,8 +86,8 @@ class ThreadGroup:
     """One rank of a group whose ranks are threads of this process, each with tensors of its own.
 
     For simulations: K optimizers in K threads, `CurvaDion(..., replicate_mesh=group)`, take the steps of K
-    processes. `ThreadGroup.of(K)` returns one for each thread. Sums are taken in rank order. A thread that gives
-    up calls `abort`, and the others' next collective raises threading.BrokenBarrierError.
+    processes. `ThreadGroup.of(K)` returns one for each thread. Sums are taken in rank order. A thread that
+    gives up calls `abort`, and the others' next collective raises threading.BrokenBarrierError.
     """
 
     def __init__(self, size: int, rank: int, barrier: threading.Barrier, box: list[Any]):

@@ -26,17 +26,19 @@ class Codec(Protocol):
     def bits_per_value(self) -> float: ...
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the bytes (uint8) of a flat tensor; those of each of `size` equal parts together, in order."""
+        """Return the bytes (uint8) of a flat tensor; those of each of `size` equal parts together, in
+        order."""
 
     def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values of such bytes, flat."""
 
 
 class Residuals:
-    """What rounding has kept back so far (error feedback), one pair of flat buffers for each buffer that is sent.
+    """What rounding has kept back so far (error feedback), one pair of flat buffers for each buffer that is
+    sent.
 
-    The first is what this replica's own contribution lacks, the second what the mean lacks in the part that this
-    replica rounds for all.
+    The first is what this replica's own contribution lacks, the second what the mean lacks in the part that
+    this replica rounds for all.
     """
 
     def __init__(self) -> None:
@@ -72,7 +74,8 @@ class Journey(Protocol):
 
 
 class Nothing:
-    """An empty buffer: as many legs as the others, because what follows involves ranks that have something."""
+    """An empty buffer: as many legs as the others, because what follows involves ranks that have
+    something."""
 
     def __init__(self, piece: Tensor, legs: int):
         self._piece, self._left = piece, legs

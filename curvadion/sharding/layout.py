@@ -1,7 +1,8 @@
 """Layouts: which part of a parameter this rank holds, read off the DTensor, as data.
 
-`ShardMesh` is the mesh of one replica (FSDP, tensor parallel, both or nothing); `Layout` says which of its axes split which
-dimension of a parameter and over which it is copied. Optimizer state is wrapped back into DTensors here and nowhere else.
+`ShardMesh` is the mesh of one replica (FSDP, tensor parallel, both or nothing); `Layout` says which of its
+axes split which dimension of a parameter and over which it is copied. Optimizer state is wrapped back into
+DTensors here and nowhere else.
 """
 
 import math
@@ -32,7 +33,8 @@ _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_mod
 
 
 def canonical_name(name: str) -> str:
-    """Return the parameter's name without the prefixes that torch.compile, activation checkpointing, FSDP and DDP insert."""
+    """Return the parameter's name without the prefixes that torch.compile, activation checkpointing, FSDP and
+    DDP insert."""
     return _WRAPPERS.sub("", name).removeprefix("module.")
 
 
@@ -62,9 +64,11 @@ def usual_gradients(
     grads: Sequence[Tensor | None],
     placements: Sequence[tuple[Placement, ...] | None],
 ) -> list[Tensor] | None:
-    """Return the local gradients if they are as nearly always, and None if they need a closer look, one by one.
+    """Return the local gradients if they are as nearly always, and None if they need a closer look, one by
+    one.
 
-    As nearly always: all there and wanted, none on its way from another rank, and either all plain or all placed like their parameters.
+    As nearly always: all there and wanted, none on its way from another rank, and either all plain or all
+    placed like their parameters.
 
     Args:
         placements: of the parameters; None for a plain one.
@@ -83,11 +87,12 @@ def usual_gradients(
 
 
 def reshard_gathered_modules() -> None:
-    """Make FSDP2 forget parameters that it keeps gathered, before or after somebody changes the shards behind its back.
+    """Make FSDP2 forget parameters that it keeps gathered, before or after somebody changes the shards behind
+    its back.
 
-    After a forward without backward the root module's parameters stay gathered, and the next forward would use those copies
-    as they were. FSDP2 offers no way from a parameter to its module, hence the register of all modules under `fully_shard`; a
-    module that is gathered for no reason only pays one more all-gather.
+    After a forward without backward the root module's parameters stay gathered, and the next forward would
+    use those copies as they were. FSDP2 offers no way from a parameter to its module, hence the register of
+    all modules under `fully_shard`; a module that is gathered for no reason only pays one more all-gather.
     """
     from torch.distributed._composable_state import (
         _module_state_mapping,
@@ -103,8 +108,8 @@ class ShardMesh:
     """The ranks that together hold one replica, and their axes (mesh dimensions of more than one rank).
 
     Args:
-        params: all parameters of the optimizer. Their meshes must be sub-meshes of one of them. Plain tensors count as copied
-            over every axis.
+        params: all parameters of the optimizer. Their meshes must be sub-meshes of one of them. Plain tensors
+            count as copied over every axis.
     """
 
     def __init__(self, params: Iterable[Tensor]):
@@ -137,7 +142,8 @@ class ShardMesh:
             if ranks not in self._axis_ranks:
                 raise ValueError(
                     "the meshes of all parameters must be sub-meshes of one mesh, which holds one replica; "
-                    f"got a parameter on {mesh} beside one on {self.mesh}. Build one DeviceMesh, for instance with dimensions "
+                    f"got a parameter on {mesh} beside one on {self.mesh}. Build one DeviceMesh, for "
+                    "instance with dimensions "
                     '("replicate", "shard", "tp"), and slice the meshes for fully_shard and parallelize_module from it'
                 )
             found[dim] = self._axis_ranks.index(ranks)
@@ -241,7 +247,8 @@ class Layout:
         return 0 if self.transposed else 1
 
     def wrap(self, local: Tensor) -> Tensor:
-        """Return a state tensor of the parameter's own shape as the user sees it: a DTensor placed like the parameter."""
+        """Return a state tensor of the parameter's own shape as the user sees it: a DTensor placed like the
+        parameter."""
         if self.mesh is None:
             return local
         stride = torch.empty(self.shape, device="meta").stride()
@@ -250,7 +257,8 @@ class Layout:
         )
 
     def wrap_along(self, local: Tensor, dim: int) -> Tensor:
-        """Return a tensor whose rows belong to the rows (dim 0) or columns (1) of the parameter, as a DTensor."""
+        """Return a tensor whose rows belong to the rows (dim 0) or columns (1) of the parameter, as a
+        DTensor."""
         if self.mesh is None:
             return local
         placements = tuple(_along(p, dim) for p in self.placements)
@@ -259,7 +267,8 @@ class Layout:
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def take(self, whole: Tensor, dim: int, tensor_dim: int) -> Tensor:
-        """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's dimension `dim`."""
+        """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's
+        dimension `dim`."""
         if not self.sharded[dim]:
             return whole
         length = self.local_shape[dim]
@@ -267,7 +276,8 @@ class Layout:
 
 
 def _along(placement: Placement, dim: int) -> Placement:
-    """Return the placement of a factor's rows, given the matrix's placement and the dimension those rows come from."""
+    """Return the placement of a factor's rows, given the matrix's placement and the dimension those rows come
+    from."""
     if not isinstance(placement, (Shard, _StridedShard)) or placement.dim != dim:
         return Replicate()
     if isinstance(placement, _StridedShard):
@@ -283,7 +293,8 @@ def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, 
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor) or grad.placements == param.placements:
         if isinstance(grad, DTensor) != isinstance(param, DTensor):
             raise ValueError(
-                f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and {type(param)}"
+                f"gradient and parameter must both be DTensors or both plain; got {type(grad)} and "
+                f"{type(param)}"
             )
         return (), 1
     axes, divisor = [], 1
@@ -293,8 +304,8 @@ def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, 
             continue
         if not (isinstance(g, Partial) and isinstance(p, Replicate) and g.reduce_op in ("sum", "avg")):
             raise ValueError(
-                f"a gradient must be placed like its parameter {param.placements}, or Partial where that is Replicate; got "
-                f"{grad.placements}. Redistribute the gradient before step()"
+                f"a gradient must be placed like its parameter {param.placements}, or Partial where that is "
+                f"Replicate; got {grad.placements}. Redistribute the gradient before step()"
             )
         axes.append(axis)
         divisor *= param.device_mesh.size(dim) if g.reduce_op == "avg" else 1
@@ -302,21 +313,23 @@ def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, 
 
 
 def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Iterable[Layout]) -> None:
-    """Raise ValueError if the replicate axis is inside a parameter's mesh, or a mesh axis splits no parameter at all."""
+    """Raise ValueError if the replicate axis is inside a parameter's mesh, or a mesh axis splits no parameter
+    at all."""
     shared = sorted(set(replica_ranks) & set(shards.ranks) - {dist.get_rank()}) if shards.ranks else []
     remedy = 'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must not see the replicate axis'
     if shared:
         raise ValueError(
             "replicate_mesh must not overlap the mesh that the parameters are sharded on; "
-            f"got replicas on ranks {list(replica_ranks)} and parameters on {shards.mesh}. To mend it, {remedy}"
+            f"got replicas on ranks {list(replica_ranks)} and parameters on {shards.mesh}. To mend it, "
+            f"{remedy}"
         )
     splitting = {axis for layout in layouts for axis in layout.split}
     for axis in shards.axes:
         if axis not in splitting:
             raise ValueError(
-                "every dimension of the parameters' mesh must split some parameter (a dimension over which all are Replicate() is a "
-                f"data-parallel one, as under native HSDP); got {shards.names[axis]!r} of {shards.mesh}, which splits none. "
-                f"To mend it, {remedy}"
+                "every dimension of the parameters' mesh must split some parameter (a dimension over which "
+                "all are Replicate() is a data-parallel one, as under native HSDP); got "
+                f"{shards.names[axis]!r} of {shards.mesh}, which splits none. To mend it, {remedy}"
             )
 
 
@@ -333,10 +346,12 @@ def replicate_group(mesh: DeviceMesh | ProcessGroup | Group | None) -> Group | N
         mesh = mesh.get_group()
     if not isinstance(mesh, ProcessGroup):
         raise TypeError(
-            f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try mesh['replicate']"
+            f"replicate_mesh must be a 1-D DeviceMesh, a ProcessGroup or None; got {mesh!r}; try "
+            "mesh['replicate']"
         )
     if dist.get_rank(mesh) < 0:
         raise ValueError(
-            "replicate_mesh must contain this rank; got a group without it; pass the group of this rank's own peers"
+            "replicate_mesh must contain this rank; got a group without it; pass the group of this rank's "
+            "own peers"
         )
     return TorchGroup(mesh)

@@ -64,9 +64,11 @@ def _nothing_sent() -> dict[Key, float]:
 
 @dataclass
 class Ledger:
-    """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard"; the same keys on every rank.
+    """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard"; the same keys on every
+    rank.
 
-    A purpose that PURPOSES does not know, of a rule or a gate added later, has its row from the first call on.
+    A purpose that PURPOSES does not know, of a rule or a gate added later, has its row from the first call
+    on.
 
     Attributes:
         calls: collectives.
@@ -96,7 +98,8 @@ class Ledger:
         self._before = dict(self.bytes), dict(self.wire)
 
     def end_step(self, dense: int = 0) -> None:
-        """Make `last_step` and `last_step_wire` what was sent since `begin_step`, in place of `dense` bytes."""
+        """Make `last_step` and `last_step_wire` what was sent since `begin_step`, in place of `dense`
+        bytes."""
         self.dense += dense
         before, before_wire = self._before
         self.last_step = {key: total - before.get(key, 0) for key, total in self.bytes.items()}

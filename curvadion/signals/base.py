@@ -25,8 +25,8 @@ class Reading(NamedTuple):
 class Signal:
     """Decides on the device whether this step should be synchronized. One object for each optimizer.
 
-    The message that all signals start from, (L + 2,) float32 and summed over the shards: squared norms of the momenta;
-    ranks that saw a non-finite value (NaN: a rank failed); ranks that must synchronize.
+    The message that all signals start from, (L + 2,) float32 and summed over the shards: squared norms of the
+    momenta; ranks that saw a non-finite value (NaN: a rank failed); ranks that must synchronize.
 
     Attributes:
         needs_equal_replicas: it means something only if replicas are equal after a synchronized step.

@@ -18,14 +18,14 @@ class Drift(Signal):
 
         u_i = X_i - X_0,    Var = E||u_i||^2 - ||E u_i||^2  <=  E||u_i||^2 - (E <xi, u_i>)^2,    |xi| = 1
 
-    X_0 are the parameters after the last synchronized step and xi is the direction from the X_0 before to this one,
-    zero at first; the right-hand side is the linear estimate of FDA, never too small. Two float32 numbers of each
-    replica are averaged (purpose "drift" in the ledger), whenever the gate is asked. Two more copies of the parameters
-    in memory; nothing of it is in a checkpoint, for which `synchronize()` starts anew. An X that is not finite counts
-    as a gradient that is not.
+    X_0 are the parameters after the last synchronized step and xi is the direction from the X_0 before to
+    this one, zero at first; the right-hand side is the linear estimate of FDA, never too small. Two float32
+    numbers of each replica are averaged (purpose "drift" in the ledger), whenever the gate is asked. Two more
+    copies of the parameters in memory; nothing of it is in a checkpoint, for which `synchronize()` starts
+    anew. An X that is not finite counts as a gradient that is not.
 
-    Source: Theologitis et al., "Communication-Efficient Distributed Deep Learning via Federated Dynamic Averaging",
-    arXiv:2405.20988.
+    Source: Theologitis et al., "Communication-Efficient Distributed Deep Learning via Federated Dynamic
+    Averaging", arXiv:2405.20988.
     """
 
     needs_equal_replicas = True

@@ -1,4 +1,5 @@
-"""Matrices that are alike, stacked, so that one product serves them all; and what a local rule keeps for them."""
+"""Matrices that are alike, stacked, so that one product serves them all; and what a local rule keeps for
+them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ class StateSpec:
 
     Attributes:
         name: its key in `optimizer.state[p]`, a file format.
-        spread: "matrix": shaped and placed like the matrix. "rows", "columns": one number for each row or column
-            of the matrix, (rows,) or (columns,), placed as they are.
+        spread: "matrix": shaped and placed like the matrix. "rows", "columns": one number for each row or
+            column of the matrix, (rows,) or (columns,), placed as they are.
     """
 
     name: str
@@ -70,7 +71,8 @@ class Batch:
 
     @property
     def M(self) -> Tensor:
-        """The momenta in the equations' orientation, (B, m, n) with m >= n, in the dtype of the computation."""
+        """The momenta in the equations' orientation, (B, m, n) with m >= n, in the dtype of the
+        computation."""
         M = self.momentum.mT if self.layout.transposed else self.momentum
         return M.to(compute_dtype(M.dtype))
 
@@ -91,7 +93,8 @@ def make_batches(
     specs: Sequence[tuple[StateSpec, ...]],
     momentum_dtype: torch.dtype | None,
 ) -> list[Batch]:
-    """Stack matrices that are equal in group, shape, dtype and layout, with their first state; the same on all ranks.
+    """Stack matrices that are equal in group, shape, dtype and layout, with their first state; the same on
+    all ranks.
 
     Args:
         specs: for each group, what its local rule keeps.

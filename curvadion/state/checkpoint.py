@@ -83,20 +83,21 @@ def check_loadable(
         check_options(saved, GROUP_OPTIONS, " in a parameter group of the checkpoint")
         if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
             raise ValueError(
-                f"a checkpoint must hold the same algorithm for each group; got {saved['algorithm']!r} for a group "
-                f"with {group['algorithm']!r}; build the groups as they were when it was saved"
+                f"a checkpoint must hold the same algorithm for each group; got {saved['algorithm']!r} for "
+                f"a group with {group['algorithm']!r}; build the groups as they were when it was saved"
             )
     for name, saved, own in states:
         missing, unknown = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
         if missing or unknown:
             raise ValueError(
-                f"a checkpoint must hold exactly {sorted(own)} for {name!r}; missing {missing}, unknown {unknown}; "
-                "load one that CurvaDion saved for the same groups"
+                f"a checkpoint must hold exactly {sorted(own)} for {name!r}; missing {missing}, unknown "
+                f"{unknown}; load one that CurvaDion saved for the same groups"
             )
         for key, value in saved.items():
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             if shape != tuple(own[key].shape):
                 raise ValueError(
-                    f"a checkpoint must hold state of the same shape; got {key} {shape} for {name!r}, expected "
-                    f"{tuple(own[key].shape)}; construct with the rank_fraction and rank_multiple_of it was saved with"
+                    f"a checkpoint must hold state of the same shape; got {key} {shape} for {name!r}, "
+                    f"expected {tuple(own[key].shape)}; construct with the rank_fraction and "
+                    "rank_multiple_of it was saved with"
                 )

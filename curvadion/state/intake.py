@@ -1,4 +1,5 @@
-"""What comes in at each step: this rank's shards of parameters and gradients, and whether they are what they were."""
+"""What comes in at each step: this rank's shards of parameters and gradients, and whether they are what they
+were."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ class Intake:
     def gradients(
         self, groups: Sequence[Mapping[str, Any]], scale: Tensor | None
     ) -> tuple[Fixed[Tensor | None], Exception | None]:
-        """Return this rank's part of all gradients, None for a missing one, and what is wrong with them or the groups.
+        """Return this rank's part of all gradients, None for a missing one, and what is wrong with them or
+        the groups.
 
         Args:
             groups: the parameter groups, as the user left them.
@@ -95,8 +97,8 @@ class Intake:
         name, shards = self._table.names[i], self._table.shards
         if not p.requires_grad:
             raise RuntimeError(
-                f"requires_grad must stay as it was at construction; it was switched off for {name!r}; to freeze a "
-                "parameter, give its group lr=0 and momentum=0"
+                f"requires_grad must stay as it was at construction; it was switched off for {name!r}; to "
+                "freeze a parameter, give its group lr=0 and momentum=0"
             )
         if g is None:
             return None
@@ -110,8 +112,9 @@ class Intake:
             g = g * (self._partial[i][1] / shards.count(self._partial[i][0]))
         if g.layout != torch.strided or g.shape != x.shape:
             raise ValueError(
-                f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got {g.layout}, "
-                f"{tuple(g.shape)} for {name!r}; use dense gradients (nn.Embedding(sparse=False))"
+                f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got "
+                f"{g.layout}, {tuple(g.shape)} for {name!r}; use dense gradients "
+                "(nn.Embedding(sparse=False))"
             )
         return g
 
@@ -129,18 +132,18 @@ class Intake:
         current = [p for group in groups for p in group["params"]]
         if list(map(id, current)) != list(map(id, self._table.listed)):
             raise RuntimeError(
-                "the parameters in param_groups must be those the optimizer was built with; they were replaced; "
-                "construct CurvaDion after the model is sharded, wrapped and moved"
+                "the parameters in param_groups must be those the optimizer was built with; they were "
+                "replaced; construct CurvaDion after the model is sharded, wrapped and moved"
             )
         if self._reshaped:
             raise RuntimeError(
-                f"parameters must keep the shapes they had at construction; {', '.join(self._reshaped[:5])} changed; "
-                "construct a new optimizer for a changed model"
+                f"parameters must keep the shapes they had at construction; {', '.join(self._reshaped[:5])} "
+                "changed; construct a new optimizer for a changed model"
             )
         if any(p.requires_grad for p in self._table.frozen):
             raise RuntimeError(
-                "requires_grad must stay as it was at construction; it was switched on for some parameter; to train a "
-                "parameter from now on, leave it out at first and add_param_group() it later"
+                "requires_grad must stay as it was at construction; it was switched on for some parameter; "
+                "to train a parameter from now on, leave it out at first and add_param_group() it later"
             )
         for group in groups:
             if not GROUP_OPTIONS.keys() <= group.keys():
@@ -156,11 +159,11 @@ class Intake:
         r = rank_of(min(b.layout.shape), group["rank_fraction"], group["rank_multiple_of"])
         if r != b.Q.shape[-1]:
             raise ValueError(
-                f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} for Q of "
-                f"{b.Q.shape[-1]} columns; construct a new optimizer to change the rank"
+                f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} "
+                f"for Q of {b.Q.shape[-1]} columns; construct a new optimizer to change the rank"
             )
         if not {spec.name for spec in RULES[group["local_update"]].state} <= b.kept.keys():
             raise ValueError(
-                "local_update may change to a rule that keeps no state of its own, or to the one it was built with; "
-                f"got {group['local_update']!r}; construct a new optimizer for it"
+                "local_update may change to a rule that keeps no state of its own, or to the one it was "
+                f"built with; got {group['local_update']!r}; construct a new optimizer for it"
             )

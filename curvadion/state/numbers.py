@@ -18,7 +18,8 @@ class Numbers:
         self._uploaded: dict[str, tuple[tuple[list[float], list[int]], Tensor]] = {}
 
     def on_device(self, name: str, values: Sequence[float], of: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return values[of[l]] for every l as a tensor on the device; `name` tells one such list from another."""
+        """Return values[of[l]] for every l as a tensor on the device; `name` tells one such list from
+        another."""
         before, tensor = self._uploaded.get(name, (None, None))
         if tensor is None or before != (values, of):
             host = [values[k] for k in of]
@@ -28,7 +29,8 @@ class Numbers:
         return tensor
 
     def each(self, name: str, values: Sequence[float], of: Sequence[int]) -> float | Tensor:
-        """Return the number that values[of[l]] is for every l, or else all of them on the device, in float64."""
+        """Return the number that values[of[l]] is for every l, or else all of them on the device, in
+        float64."""
         different = {values[k] for k in set(of)}
         if len(different) > 1:
             return self.on_device(name, values, of, torch.float64)

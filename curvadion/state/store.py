@@ -1,4 +1,5 @@
-"""Optimizer state as tensors: stacked for the arithmetic, and one by one in `optimizer.state` for everybody else."""
+"""Optimizer state as tensors: stacked for the arithmetic, and one by one in `optimizer.state` for everybody
+else."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,8 @@ class Store:
             self._set(i, before, **{key: layout.wrap(value) for key, value in self.moments[i].items()})
 
     def _set(self, i: int, before: Mapping[Tensor, Mapping[str, Any]], **tensors: Tensor) -> None:
-        """Make the tensors the state of parameter i, with the values of its state so far where there is one."""
+        """Make the tensors the state of parameter i, with the values of its state so far where there is
+        one."""
         p = self.table.params[i]
         if self.outer_momenta:
             tensors["outer_momentum"] = self.table.layouts[i].wrap(self.outer_momenta[i])
@@ -103,7 +105,8 @@ class Store:
         self.states[p] = fresh
 
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """Return the positions of the matrices whose group's local rule this is: the same object when asked again."""
+        """Return the positions of the matrices whose group's local rule this is: the same object when asked
+        again."""
         rules = tuple(group["local_update"] for group in groups)
         if (rule, rules) not in self._members:
             of = self.table.group_of

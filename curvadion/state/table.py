@@ -23,7 +23,8 @@ class Table:
         frozen: those with requires_grad=False, which are left alone.
         names: canonical names; an unnamed parameter has its position for a name.
         params, group_of: the parameters, and the index of each one's group.
-        matrices, scalars: positions of what a local rule updates ("dion" groups), and of the rest (AdamW, Lion).
+        matrices, scalars: positions of what a local rule updates ("dion" groups), and of the rest (AdamW,
+            Lion).
         device: of all of them.
         shards, layouts: the mesh of one replica, and which part of each parameter is here.
     """
@@ -56,14 +57,15 @@ class Table:
         devices = {local_tensor(p).device for p in params}
         if len(devices) > 1:
             raise ValueError(
-                f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the model first"
+                f"all parameters of a rank must be on one device; got {sorted(map(str, devices))}; move the "
+                "model first"
             )
         device = next(iter(devices), torch.device("cpu"))
         shards = ShardMesh(params)
         if shards.mesh is not None and shards.mesh.device_type != device.type:
             raise ValueError(
-                f"parameters must be on their mesh's device type; got {device} on {shards.mesh}; FSDP's CPU offload is "
-                "not supported, keep the shards on the accelerator"
+                f"parameters must be on their mesh's device type; got {device} on {shards.mesh}; FSDP's CPU "
+                "offload is not supported, keep the shards on the accelerator"
             )
         return Table(
             listed=[p for _, p, _ in named],
@@ -103,7 +105,8 @@ class Table:
 
     @functools.cached_property
     def owns_all(self) -> bool:
-        """Whether this rank counts the norms of all its matrices; others hold copies that somebody else counts."""
+        """Whether this rank counts the norms of all its matrices; others hold copies that somebody else
+        counts."""
         return all(self.first[i] for i in self.matrices)
 
     @functools.cached_property

@@ -1,4 +1,5 @@
-"""CurvaDion in torchtitan: an optimizer, a parallelization and what has to know that replicas differ. No fork, public seams only.
+"""CurvaDion in torchtitan: an optimizer, a parallelization and what has to know that replicas differ. No
+fork, public seams only.
 
     python -m curvadion.titan --module curvadion_configs --config debug        # under torchrun; torchtitan's own flags
 
@@ -13,12 +14,14 @@ A config function takes these in place of torchtitan's own (see `curvadion_confi
         ...
     )
 
-`--parallelism.data_parallel_replicate_degree` is the number of replicas, `data_parallel_shard_degree` the FSDP2 degree inside one,
-`tensor_parallel_degree` (with `--parallelism.spmd_backend partial_dtensor`) what divides it further.
+`--parallelism.data_parallel_replicate_degree` is the number of replicas, `data_parallel_shard_degree` the
+FSDP2 degree inside one, `tensor_parallel_degree` (with `--parallelism.spmd_backend partial_dtensor`) what
+divides it further.
 
-The seams of torchtitan 0.3.0 that are used: subclasses of `OptimizersContainer`, `MetricsProcessor`, `Validator` and `CheckpointManager`
-(its `_save`, `_load` and `_should_save`); `ModelSpec.parallelize_fn` and `post_optimizer_build_fn`; `apply_fsdp_to_decoder` and
-`apply_compile`. On CPU and on torch before 2.14 also what `compat.py` lists.
+The seams of torchtitan 0.3.0 that are used: subclasses of `OptimizersContainer`, `MetricsProcessor`,
+`Validator` and `CheckpointManager` (its `_save`, `_load` and `_should_save`); `ModelSpec.parallelize_fn` and
+`post_optimizer_build_fn`; `apply_fsdp_to_decoder` and `apply_compile`. On CPU and on torch before 2.14 also
+what `compat.py` lists.
 """
 
 from curvadion.titan import compat

@@ -1,4 +1,5 @@
-"""`python -m curvadion.titan --module ... --config ...`: torchtitan's own trainer, also on CPU and on torch before 2.14."""
+"""`python -m curvadion.titan --module ... --config ...`: torchtitan's own trainer, also on CPU and on torch
+before 2.14."""
 
 from torchtitan.train import main
 

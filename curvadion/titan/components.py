@@ -20,7 +20,8 @@ LOSSES = 16  # bytes: mean and largest loss in float32 and an int64 of tokens se
 
 
 class CheckpointManager(checkpointer.CheckpointManager):
-    """torchtitan's checkpoints, of replicas that are made one before each save; the final one is the consensus model.
+    """torchtitan's checkpoints, of replicas that are made one before each save; the final one is the
+    consensus model.
 
     Saving is therefore part of the run: another `interval` is another run.
     """
@@ -47,8 +48,8 @@ class CheckpointManager(checkpointer.CheckpointManager):
 class MetricsProcessor(metrics.MetricsProcessor):
     """torchtitan's log, and CurvaDion's metrics beside it: a line on the console, TensorBoard, W&B.
 
-    What torchtitan itself sends across replicas for its token and loss sums is not CurvaDion's, and counted apart, per rank:
-    ``torchtitan/bytes_total/replicate``.
+    What torchtitan itself sends across replicas for its token and loss sums is not CurvaDion's, and counted
+    apart, per rank: ``torchtitan/bytes_total/replicate``.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -73,7 +74,9 @@ class MetricsProcessor(metrics.MetricsProcessor):
         self.logged_steps += 1
         counts = TOKEN_COUNT * (self.optimizers.steps + self.validation_steps)
         own = counts + LOSSES * self.logged_steps + VALIDATION_LOSS * self.validations
-        values["torchtitan/bytes_total/replicate"] = float(own if self.parallel_dims.dp_replicate_enabled else 0)
+        values["torchtitan/bytes_total/replicate"] = float(
+            own if self.parallel_dims.dp_replicate_enabled else 0
+        )
         super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **values})
         logger.info(self._line(step, values))
 
@@ -89,7 +92,8 @@ class MetricsProcessor(metrics.MetricsProcessor):
             f"{f' ({opt.matrix_names[argmax]})' if argmax >= 0 else ''}  "
             f"{color.orange}synchronized: {values['curvadion/since_log/sync_rate']:.0%} since last line, "
             f"{values['curvadion/sync_rate']:.1%} in all  "
-            f"{color.cyan}sent to replicas: {sent / 1e6:,.2f} MB of {dense / 1e6:,.2f} MB dense bf16{color.reset}"
+            f"{color.cyan}sent to replicas: {sent / 1e6:,.2f} MB of {dense / 1e6:,.2f} MB dense "
+            f"bf16{color.reset}"
         )
 
 

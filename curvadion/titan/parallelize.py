@@ -1,4 +1,5 @@
-"""Who reduces which gradients: FSDP2 inside a replica, and CurvaDion, or for baselines FSDP2 again, between replicas."""
+"""Who reduces which gradients: FSDP2 inside a replica, and CurvaDion, or for baselines FSDP2 again, between
+replicas."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,50 +20,65 @@ from curvadion.titan.compat import initialize_whole
 from curvadion.titan.optimizer import CurvaDionOptimizer
 
 REFUSED = {
-    "pp": ("pipeline", "pipeline_parallel_degree", "CurvaDion needs all matrices in one optimizer, whose gate looks at them together"),
+    "pp": (
+        "pipeline",
+        "pipeline_parallel_degree",
+        "CurvaDion needs all matrices in one optimizer, whose gate looks at them together",
+    ),
     "cp": ("context", "context_parallel_degree", "it shares a mesh axis with the shards of FSDP"),
     "ep": ("expert", "expert_parallel_degree", "experts live on a mesh of their own"),
 }
 
 
 def replicated(spec: ModelSpec) -> ModelSpec:
-    """Return the model with gradients that stay local to a replica; for `CurvaDionOptimizer`, which owns that axis."""
-    return replace(spec, parallelize_fn=parallelize_replicas, pipelining_fn=pipeline, post_optimizer_build_fn=bind)
+    """Return the model with gradients that stay local to a replica; for `CurvaDionOptimizer`, which owns that
+    axis."""
+    return replace(
+        spec, parallelize_fn=parallelize_replicas, pipelining_fn=pipeline, post_optimizer_build_fn=bind
+    )
 
 
 def reduced(spec: ModelSpec) -> ModelSpec:
-    """Return the model in the same arrangement with gradients averaged over replicas by FSDP2; for torchtitan's own optimizers."""
-    return replace(spec, parallelize_fn=parallelize_reduced, pipelining_fn=pipeline, post_optimizer_build_fn=initialize)
+    """Return the model in the same arrangement with gradients averaged over replicas by FSDP2; for
+    torchtitan's own optimizers."""
+    return replace(
+        spec, parallelize_fn=parallelize_reduced, pipelining_fn=pipeline, post_optimizer_build_fn=initialize
+    )
 
 
 def bind(optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
-    """Hand the replicate mesh to the optimizer: `ModelSpec.post_optimizer_build_fn`, the first hook that has it.
+    """Hand the replicate mesh to the optimizer: `ModelSpec.post_optimizer_build_fn`, the first hook that has
+    it.
 
     Raises:
         ValueError: the optimizer is not CurvaDion, which alone brings such replicas back together.
     """
     if not isinstance(optimizers, CurvaDionOptimizer):
         raise ValueError(
-            "gradients of a replicated() model stay local to a replica, so its optimizer must be CurvaDionOptimizer; got "
-            f"{type(optimizers).__name__}, whose replicas would drift apart; use model_spec=curvadion.titan.reduced(model_spec)"
+            "gradients of a replicated() model stay local to a replica, so its optimizer must be "
+            f"CurvaDionOptimizer; got {type(optimizers).__name__}, whose replicas would drift apart; use "
+            "model_spec=curvadion.titan.reduced(model_spec)"
         )
     initialize(optimizers, model_parts, parallel_dims)
     optimizers.bind(parallel_dims.get_optional_mesh("dp_replicate"))
 
 
-def initialize(optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
+def initialize(
+    optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims
+) -> None:
     """Make initial weights independent of the mesh, on CPU too."""
     for part in model_parts:
         initialize_whole(part)
 
 
 def refuse(parallel_dims: ParallelDims) -> None:
-    """Raise NotImplementedError for an axis that the optimizer does not support; the message names the flag."""
+    """Raise NotImplementedError for an axis that the optimizer does not support; the message names the
+    flag."""
     for axis, (name, flag, why) in REFUSED.items():
         if (degree := getattr(parallel_dims, axis)) > 1:
             raise NotImplementedError(
-                f"CurvaDion does not support {name} parallelism: {why}; got degree {degree}; set --parallelism.{flag} 1 and use "
-                "data_parallel_shard_degree or tensor_parallel_degree"
+                f"CurvaDion does not support {name} parallelism: {why}; got degree {degree}; set "
+                f"--parallelism.{flag} 1 and use data_parallel_shard_degree or tensor_parallel_degree"
             )
 
 
@@ -72,7 +88,8 @@ def pipeline(model: nn.Module, *, parallel_dims: ParallelDims, **_: Any) -> Any:
 
 
 def parallelize_replicas(model: Any, *, parallel_dims: ParallelDims, **settings: Any) -> nn.Module:
-    """Shard a decoder inside each replica and leave the replicate axis to the optimizer: `ModelSpec.parallelize_fn`.
+    """Shard a decoder inside each replica and leave the replicate axis to the optimizer:
+    `ModelSpec.parallelize_fn`.
 
     Args:
         settings: the other arguments of that seam, see `_apply`.
@@ -81,7 +98,9 @@ def parallelize_replicas(model: Any, *, parallel_dims: ParallelDims, **settings:
         NotImplementedError: an arrangement that the optimizer does not support; the message names the flag.
     """
     _apply(model, parallel_dims, **settings, reduce=False)
-    logger.info(f"CurvaDion: {parallel_dims.dp_replicate} replicas of {parallel_dims.dp_shard} shards, gradients local to a replica")
+    logger.info(
+        f"CurvaDion: {parallel_dims.dp_replicate} replicas of {parallel_dims.dp_shard} shards, gradients local to a replica"
+    )
     return model
 
 
@@ -107,12 +126,14 @@ def _apply(
 ) -> None:
     refuse(parallel_dims)
     if training.enable_cpu_offload:
-        raise NotImplementedError("CurvaDion does not support FSDP's CPU offload; got --training.enable_cpu_offload; leave it out")
+        raise NotImplementedError(
+            "CurvaDion does not support FSDP's CPU offload; got --training.enable_cpu_offload; leave it out"
+        )
     if parallel_dims.tp_enabled:
         if parallelism.spmd_backend != "partial_dtensor":
             raise NotImplementedError(
-                "CurvaDion supports tensor parallelism with DTensor parameters only; got --parallelism.spmd_backend "
-                f"{parallelism.spmd_backend}; set it to partial_dtensor"
+                "CurvaDion supports tensor parallelism with DTensor parameters only; got "
+                f"--parallelism.spmd_backend {parallelism.spmd_backend}; set it to partial_dtensor"
             )
         model.parallelize(parallel_dims)
     if ac_config is not None:
@@ -136,7 +157,10 @@ def _apply(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if not reduce:
-                # torchtitan's loss is divided by the tokens of all replicas; a gradient is to be the mean over one.
+                # torchtitan's loss is divided by the tokens of all replicas; a gradient is to be the mean
+                # over one.
                 module.set_gradient_divide_factor(1 / parallel_dims.dp_replicate)
-            if utils.device_type == "cpu" and sharded:  # gloo lacks PREMUL_SUM; on one shard FSDP2 would divide twice
+            if (
+                utils.device_type == "cpu" and sharded
+            ):  # gloo lacks PREMUL_SUM; on one shard FSDP2 would divide twice
                 module.set_force_sum_reduction_for_comms(True)

@@ -1,12 +1,15 @@
-"""The hot operations of CurvaDion, each under one name and one signature in one table; usable without the optimizer.
+"""The hot operations of CurvaDion, each under one name and one signature in one table; usable without the
+optimizer.
 
-`OPS` maps a name to its two implementations: `reference`, plain torch, is the definition and runs anywhere; `triton` is the fused kernel,
-in `triton_ops.py`. Tests and benchmarks iterate over the table. `choose` says which of them a program gets:
+`OPS` maps a name to its two implementations: `reference`, plain torch, is the definition and runs anywhere;
+`triton` is the fused kernel, in `triton_ops.py`. Tests and benchmarks iterate over the table. `choose` says
+which of them a program gets:
 
     ops = curvadion_kernels.choose("auto", device)
     sums = ops.momentum_norm_(momenta, grads, decay=0.95)
 
-`curvadion_kernels.library` makes the same operations `torch.library` custom ops, for use under `torch.compile`.
+`curvadion_kernels.library` makes the same operations `torch.library` custom ops, for use under
+`torch.compile`.
 """
 
 import importlib
@@ -41,7 +44,10 @@ class Op:
         return getattr(importlib.import_module("curvadion_kernels.triton_ops"), self.name)
 
 
-OPS = {name: Op(name) for name in ("momentum_norm_", "gate_key", "local_step_", "low_rank_apply_", "column_sumsq")}
+OPS = {
+    name: Op(name)
+    for name in ("momentum_norm_", "gate_key", "local_step_", "low_rank_apply_", "column_sumsq")
+}
 
 
 class Ops:
@@ -69,12 +75,16 @@ def choose(kernels: str = "auto", device: torch.device | str = "cpu") -> Ops:
     """Return the operations for tensors on a device.
 
     Args:
-        kernels: "triton" or "reference" for that one; "auto" for Triton where it compiles for the device, the reference elsewhere.
+        kernels: "triton" or "reference" for that one; "auto" for Triton where it compiles for the device, the
+            reference elsewhere.
 
-    Raises ValueError for another word, and RuntimeError, with the reason, where Triton is asked for and cannot run.
+    Raises ValueError for another word, and RuntimeError, with the reason, where Triton is asked for and
+    cannot run.
     """
     if kernels not in KERNELS:
-        raise ValueError(f"kernels must be one of {', '.join(map(repr, KERNELS))}; got {kernels!r}; try 'auto'")
+        raise ValueError(
+            f"kernels must be one of {', '.join(map(repr, KERNELS))}; got {kernels!r}; try 'auto'"
+        )
     device = torch.device(device)
     if kernels == "reference":
         return Ops("reference", "asked for")
@@ -86,7 +96,9 @@ def choose(kernels: str = "auto", device: torch.device | str = "cpu") -> Ops:
     if reason is None:
         return Ops("triton", "asked for" if kernels == "triton" else f"the parameters are on {device}")
     if kernels == "triton":
-        raise RuntimeError(f"kernels='triton' must be able to run Triton here; it cannot: {reason}; use kernels='auto'")
+        raise RuntimeError(
+            f"kernels='triton' must be able to run Triton here; it cannot: {reason}; use kernels='auto'"
+        )
     return Ops("reference", reason)
 
 

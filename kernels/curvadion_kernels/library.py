@@ -1,4 +1,5 @@
-"""The hot operations as `torch.library` custom ops, `torch.ops.curvadion.*`, for use inside `torch.compile(fullgraph=True)`.
+"""The hot operations as `torch.library` custom ops, `torch.ops.curvadion.*`, for use inside
+`torch.compile(fullgraph=True)`.
 
     import curvadion_kernels.library
 
@@ -6,9 +7,10 @@
     def local_step(params, grads, decay, step_size, key):
         torch.ops.curvadion.local_step_(params, grads, decay, step_size, key)
 
-Same meaning as in `reference.py`, with two differences that a schema needs: factors are tensors (0-d, or one per parameter), so that a
-schedule recompiles nothing, and every tensor has a gradient. They change their arguments in place without copies, and run Triton where
-it compiles for the device, the reference elsewhere (`curvadion_kernels.choose("auto", device)`).
+Same meaning as in `reference.py`, with two differences that a schema needs: factors are tensors (0-d, or one
+per parameter), so that a schedule recompiles nothing, and every tensor has a gradient. They change their
+arguments in place without copies, and run Triton where it compiles for the device, the reference elsewhere
+(`curvadion_kernels.choose("auto", device)`).
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,9 @@ def _(momenta: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor) -> Tens
 
 
 @torch.library.custom_op("curvadion::gate_key", mutates_args=())
-def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, hold_closed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gate_key(
+    sums: Tensor, last_norm: Tensor, tau: Tensor, hold_closed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (norm, rmmc, key) of the gate's message."""
     return _ops(sums).gate_key(sums, last_norm, tau, hold_closed=hold_closed)
 
@@ -51,7 +55,9 @@ def _(sums: Tensor, last_norm: Tensor, tau: Tensor, hold_closed: bool) -> tuple[
 
 
 @torch.library.custom_op("curvadion::local_step_", mutates_args=("params",), tags=_UNSAFE)
-def local_step_(params: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor, step_size: Tensor, key: Tensor) -> None:
+def local_step_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor, step_size: Tensor, key: Tensor
+) -> None:
     """X_l <- a_l X_l - b_l G_l where the key says that the gate is closed."""
     _ops(params[0]).local_step_(params, grads, decay=decay, step_size=step_size, key=key)
 
@@ -69,13 +75,17 @@ def low_rank_apply_(
     feedback: Tensor,
 ) -> None:
     """X <- a X - b P Q^T,  M <- M - c P R^T."""
-    _ops(P).low_rank_apply_(params, momentum, P, Q, R, transposed=transposed, decay=decay, step_size=step_size, feedback=feedback)
+    _ops(P).low_rank_apply_(
+        params, momentum, P, Q, R, transposed=transposed, decay=decay, step_size=step_size, feedback=feedback
+    )
 
 
 @torch.library.custom_op("curvadion::column_sumsq", mutates_args=())
 def column_sumsq(R: Tensor) -> Tensor:
     """Return the squared norms of the columns, (B, n, r) -> (B, r)."""
-    return _ops(R).column_sumsq(R).clone()  # an output must not be a view of what the allocator gave out for something else
+    return (
+        _ops(R).column_sumsq(R).clone()
+    )  # an output must not be a view of what the allocator gave out for something else
 
 
 @column_sumsq.register_fake

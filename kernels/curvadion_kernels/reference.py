@@ -1,7 +1,8 @@
-"""Plain-torch reference of every hot operation of CurvaDion: the definition that a fused kernel must reproduce.
+"""Plain-torch reference of every hot operation of CurvaDion: the definition that a fused kernel must
+reproduce.
 
-Runs wherever torch runs. Low-precision tensors are computed in float32 (float64 stays float64) and rounded once, when they
-are stored. Nothing here talks to other ranks.
+Runs wherever torch runs. Low-precision tensors are computed in float32 (float64 stays float64) and rounded
+once, when they are stored. Nothing here talks to other ranks.
 """
 
 import functools
@@ -12,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# The gate's message, one int64 whose MAX over the replicas is the gate (non-negative floats order like integers):
+# The gate's message, one int64 whose MAX over the replicas is the gate (non-negative floats order like
+# integers):
 #   bit 62       a non-finite value was seen
 #   bit 61       the replicas must synchronize
 #   bits 30..60  the float32 bits of the largest RMMC
@@ -29,7 +31,8 @@ _DTYPE = operator.attrgetter("dtype")
 
 
 class Fixed(tuple[T, ...]):
-    """Tensors whose memory, shapes and dtypes stay as they are while it lives, so that they need to be looked at only once.
+    """Tensors whose memory, shapes and dtypes stay as they are while it lives, so that they need to be looked
+    at only once.
 
     Every operation takes it where it takes a list of tensors. None stands for a missing gradient.
     """
@@ -98,28 +101,36 @@ def momentum_norm_(
     watch: Sequence[Tensor] = (),
     store: bool = True,
 ) -> Tensor:
-    """Accumulate the gradients into the momenta and return the squared norms of what was stored: the gate's message.
+    """Accumulate the gradients into the momenta and return the squared norms of what was stored: the gate's
+    message.
 
         m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
 
     Args:
         momenta: L local shards, any shapes and floating-point dtypes, contiguous, changed in place.
         grads: L gradients of the same shapes; None counts as zero.
-        decay: c, the factor of the old momentum: one number, a 0-d tensor, or a tensor of L; c m is rounded to m's dtype.
+        decay: c, the factor of the old momentum: one number, a 0-d tensor, or a tensor of L; c m is rounded
+            to m's dtype.
         watch: further tensors that are only searched for NaN and infinities.
         store: whether to change the momenta; without it, only the norms that they would have are returned.
 
-    Returns: (L + 2,) float32: s, not finite where a momentum is not; 1 if a watched tensor holds a NaN or an infinity, else 0; and 0,
+    Returns: (L + 2,) float32: s, not finite where a momentum is not; 1 if a watched tensor holds a NaN or an
+    infinity, else 0; and 0,
         the place of the flag that the replicas must synchronize (see `gate_key`).
     Bytes: one read of g, one read and one write of m, one read of what is watched.
     """
     if not store:  # one at a time, to hold a copy of one
         factors = decay.unbind() if isinstance(decay, Tensor) and decay.ndim else [decay] * len(momenta)
-        parts = [momentum_norm_([m.clone()], [g], decay=c)[:1] for m, g, c in zip(momenta, grads, factors, strict=True)]
+        parts = [
+            momentum_norm_([m.clone()], [g], decay=c)[:1]
+            for m, g, c in zip(momenta, grads, factors, strict=True)
+        ]
         device = next((t.device for t in (*momenta, *watch)), None)
         return torch.cat([*parts, momentum_norm_((), (), watch=watch).to(device)])
     if isinstance(decay, Tensor) and decay.ndim and decay.shape != (len(momenta),):
-        raise ValueError(f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {len(momenta)} tensors")
+        raise ValueError(
+            f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {len(momenta)} tensors"
+        )
     if momenta and (isinstance(decay, Tensor) or decay != 1.0):
         scale_(momenta, decay)
     wide = upcast(momenta)
@@ -134,20 +145,25 @@ def momentum_norm_(
         sums[:-2] = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=dtype)).square()
     watched = [t for t in watch if t.numel()]
     if watched:
-        sums[-2] = ~torch.stack([largest.isfinite() for largest in torch._foreach_norm(watched, float("inf"))]).all()
+        sums[-2] = ~torch.stack(
+            [largest.isfinite() for largest in torch._foreach_norm(watched, float("inf"))]
+        ).all()
     return sums
 
 
-def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gate_key(
+    sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the shard-summed squared norms into the RMMC of every matrix and this replica's gate key.
 
         rmmc_l = | ||m_t||_l - ||m_{t-1}||_l | / ||m_{t-1}||_l
 
-    0 when both norms are 0; undefined (NaN), and a reason to synchronize, when there is no previous norm or it was 0.
+    0 when both norms are 0; undefined (NaN), and a reason to synchronize, when there is no previous norm or
+    it was 0.
 
     Args:
-        sums: (L + 2,) float32, sums over the shards: squared norms; ranks that saw a non-finite value (NaN: a rank failed); ranks that must
-            synchronize.
+        sums: (L + 2,) float32, sums over the shards: squared norms; ranks that saw a non-finite value (NaN: a
+            rank failed); ranks that must synchronize.
         last_norm: (L,) float32, the previous norms, NO_NORM where there is none.
         tau: (L,) float32 thresholds; the comparison is strict.
         hold_closed: do not synchronize on account of RMMC alone.
@@ -187,7 +203,8 @@ def local_step_(
     Args:
         params, grads: L local shards of equal shapes.
         decay, step_size: a and b: one number, a 0-d tensor, or a tensor of L.
-        key: the reduced gate key, 0-d int64; given, nothing happens unless the gate is closed and all values were finite.
+        key: the reduced gate key, 0-d int64; given, nothing happens unless the gate is closed and all values
+            were finite.
 
     Bytes: one read of G, one read and one write of X.
     """
@@ -227,7 +244,8 @@ def low_rank_apply_(
     Args:
         params: B local shards of X, (rows, cols).
         momentum: M, (B, rows, cols), or None to leave it alone.
-        P, Q, R: (B, m, r), (B, n, r), (B, n, r) with m the longer side of the whole matrix. R may be None without momentum.
+        P, Q, R: (B, m, r), (B, n, r), (B, n, r) with m the longer side of the whole matrix. R may be None
+            without momentum.
         transposed: the equations hold for X^T and M^T (X has more columns than rows).
         decay, step_size, feedback: a, b and c, numbers or 0-d tensors.
         scale: (B, r), with Q = None: Q is R with its columns scaled, R diag(scale).

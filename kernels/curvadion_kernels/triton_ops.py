@@ -1,12 +1,14 @@
-"""Triton kernels of CurvaDion's hot operations: every byte touched once, all parameters in a handful of launches.
+"""Triton kernels of CurvaDion's hot operations: every byte touched once, all parameters in a handful of
+launches.
 
-Each public function has the signature, the equation and the meaning of its namesake in `reference.py`, and says how many bytes it
-moves. The lists of tensors travel as tables in device memory, one of addresses and one that cuts the tensors into chunks, one
-program per chunk; a table is uploaded only when it differs from those used before. Hyper-parameters lie in device memory too, so a
-schedule recompiles nothing, and a captured CUDA graph follows a schedule if it is given tensors.
+Each public function has the signature, the equation and the meaning of its namesake in `reference.py`, and
+says how many bytes it moves. The lists of tensors travel as tables in device memory, one of addresses and one
+that cuts the tensors into chunks, one program per chunk; a table is uploaded only when it differs from those
+used before. Hyper-parameters lie in device memory too, so a schedule recompiles nothing, and a captured CUDA
+graph follows a schedule if it is given tensors.
 
-Sums are deterministic: a program sums its chunk, a second stage sums the chunks of a tensor, both in an order that depends on the
-sizes alone, not on alignment or timing.
+Sums are deterministic: a program sums its chunk, a second stage sums the chunks of a tensor, both in an order
+that depends on the sizes alone, not on alignment or timing.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from curvadion_kernels import reference
-from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONFINITE_BIT, SYNCHRONIZE_BIT, Fixed, Scalar, compute_dtype
+from curvadion_kernels.reference import (
+    FAILED_KEY,
+    INDEX_BITS,
+    INDEX_MASK,
+    NONFINITE_BIT,
+    SYNCHRONIZE_BIT,
+    Fixed,
+    Scalar,
+    compute_dtype,
+)
 
 CHUNK = 8192  # elements of a tensor that one program works on
 BLOCK = 2048  # of which this many at a time; part of the norms' summation order
@@ -33,12 +44,18 @@ GATE_BLOCK = 1024
 COLUMN_TILE = (32, 64)  # rows and columns of R that `column_sumsq` reads at a time
 COLUMN_ROWS = 512  # rows of R that one program of `column_sumsq` sums
 
-# Above this rank, and only where TF32 products are allowed, two cuBLAS products take the place of the fused low-rank apply: their
-# arithmetic then outweighs the second pass over X and M that fusing saves. An estimate from the roofline of an H200 (400 TFLOP/s,
-# 4.3 TB/s, a fused kernel at 60 % of cuBLAS), not a measurement; `benchmarks/kernels.py --only low_rank_apply` measures it.
+# Above this rank, and only where TF32 products are allowed, two cuBLAS products take the place of the fused
+# low-rank apply: their arithmetic then outweighs the second pass over X and M that fusing saves. An estimate
+# from the roofline of an H200 (400 TFLOP/s, 4.3 TB/s, a fused kernel at 60 % of cuBLAS), not a measurement;
+# `benchmarks/kernels.py --only low_rank_apply` measures it.
 FUSED_RANK_TF32 = 192
 
-_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 _SYNCHRONIZE = tl.constexpr(SYNCHRONIZE_BIT)
 _NONFINITE = tl.constexpr(NONFINITE_BIT)
 _FAILED = tl.constexpr(FAILED_KEY)
@@ -161,7 +178,9 @@ def segment_sum_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "hold_closed"])
-def gate_key_kernel(sums, last_norm, tau, norm_out, rmmc_out, key_out, count, hold_closed, BLOCK: tl.constexpr):
+def gate_key_kernel(
+    sums, last_norm, tau, norm_out, rmmc_out, key_out, count, hold_closed, BLOCK: tl.constexpr
+):
     ranked_max = tl.zeros((BLOCK,), tl.int64)
     must = tl.zeros((BLOCK,), tl.int32)
     infinite = tl.zeros((BLOCK,), tl.int32)
@@ -286,7 +305,8 @@ def low_rank_apply_kernel(
         a = _factor(left, batch, i, k, rows, r, there)
         b = _factor(right, batch, j, k, cols, r, there)
         if OTHER == "":
-            # Scale the left side whatever it is: it can feed the tensor cores from registers, and Q is never in memory.
+            # Scale the left side whatever it is: it can feed the tensor cores from registers, and Q is never
+            # in memory.
             s = tl.load(scale + batch * r + k, mask=there, other=0.0)
             update = tl.dot(a * s[None, :], tl.trans(b), update, input_precision=PRECISION, out_dtype=TYPE)
         else:
@@ -306,15 +326,31 @@ def low_rank_apply_kernel(
     x += at
     decay = tl.load(scalars).to(TYPE)
     step_size = tl.load(scalars + 1).to(TYPE)
-    tl.store(x, (decay * tl.load(x, mask=inside, other=0.0).to(TYPE) - step_size * update).to(X_TYPE), mask=inside)
+    tl.store(
+        x, (decay * tl.load(x, mask=inside, other=0.0).to(TYPE) - step_size * update).to(X_TYPE), mask=inside
+    )
     if FEEDBACK:
         feedback = tl.load(scalars + 2).to(TYPE)
         m = M + batch.to(tl.int64) * rows * cols + at
-        tl.store(m, (tl.load(m, mask=inside, other=0.0).to(TYPE) - feedback * taken).to(M.dtype.element_ty), mask=inside)
+        tl.store(
+            m,
+            (tl.load(m, mask=inside, other=0.0).to(TYPE) - feedback * taken).to(M.dtype.element_ty),
+            mask=inside,
+        )
 
 
 @triton.jit
-def column_sumsq_kernel(R, partial, rows, r, blocks, TYPE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr):
+def column_sumsq_kernel(
+    R,
+    partial,
+    rows,
+    r,
+    blocks,
+    TYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    COLS: tl.constexpr,
+):
     batch = tl.program_id(2)
     k = tl.program_id(1) * COLS + tl.arange(0, COLS)
     total = tl.zeros((TILE, COLS), TYPE)
@@ -338,12 +374,13 @@ def momentum_norm_(
     watch: Sequence[Tensor] = (),
     store: bool = True,
 ) -> Tensor:
-    """Accumulate the gradients into the momenta and return the squared norms of what was stored; see `reference.momentum_norm_`.
+    """Accumulate the gradients into the momenta and return the squared norms of what was stored; see
+    `reference.momentum_norm_`.
 
         m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
 
-    One launch per pair of dtypes and one for the sums of the chunks. Bytes per element, fp32: 12 (read g, read and write m), 8 with
-    store=False, 4 for watched tensors.
+    One launch per pair of dtypes and one for the sums of the chunks. Bytes per element, fp32: 12 (read g,
+    read and write m), 8 with store=False, 4 for watched tensors.
     """
     if not momenta and not watch:
         return torch.zeros(2, dtype=torch.float32)
@@ -355,7 +392,11 @@ def momentum_norm_(
     _check_devices(m, g, watched)
     count = len(m)
     chunks, seen = _cut(m, _kinds(m, g), like.device), _cut(watched, _kinds(watched), like.device)
-    dtype = torch.float64 if any(torch.float64 in launch.kind for launch in chunks.launches + seen.launches) else torch.float32
+    dtype = (
+        torch.float64
+        if any(torch.float64 in launch.kind for launch in chunks.launches + seen.launches)
+        else torch.float32
+    )
     partials = torch.empty(chunks.total + seen.total, dtype=dtype, device=like.device)
     sums = torch.empty(count + 2, dtype=torch.float32, device=like.device)
     decays, stride = _per_tensor(decay, count, like.device)
@@ -393,28 +434,44 @@ def momentum_norm_(
                 BLOCK,
                 **ELEMENTWISE,
             )
-        segment_sum_kernel[(count + 1,)](partials, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4)
+        segment_sum_kernel[(count + 1,)](
+            partials, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4
+        )
     if store:
         increment_version(m.present)
     return sums
 
 
-def gate_key(sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn the shard-summed squared norms into norms, RMMC and the gate's key; see `reference.gate_key`. One launch, one program.
+def gate_key(
+    sums: Tensor, last_norm: Tensor, tau: Tensor, *, hold_closed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the shard-summed squared norms into norms, RMMC and the gate's key; see `reference.gate_key`. One
+    launch, one program.
 
     Bytes: 20 a matrix.
     """
     count = last_norm.numel()
-    for name, tensor, size in (("sums", sums, count + 2), ("last_norm", last_norm, count), ("tau", tau, count)):
-        if tensor.dtype != torch.float32 or tensor.shape != (size,) or tensor.device != sums.device or not tensor.is_contiguous():
+    for name, tensor, size in (
+        ("sums", sums, count + 2),
+        ("last_norm", last_norm, count),
+        ("tau", tau, count),
+    ):
+        if (
+            tensor.dtype != torch.float32
+            or tensor.shape != (size,)
+            or tensor.device != sums.device
+            or not tensor.is_contiguous()
+        ):
             raise ValueError(
-                f"{name} must be {size} contiguous float32 numbers on {sums.device}; got {tuple(tensor.shape)} of {tensor.dtype} on "
-                f"{tensor.device}"
+                f"{name} must be {size} contiguous float32 numbers on {sums.device}; got "
+                f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
             )
     norm, rmmc = torch.empty_like(last_norm), torch.empty_like(last_norm)
     key = torch.empty((), dtype=torch.int64, device=sums.device)
     with _on(sums.device):
-        gate_key_kernel[(1,)](sums, last_norm, tau, norm, rmmc, key, count, int(hold_closed), GATE_BLOCK, num_warps=4)
+        gate_key_kernel[(1,)](
+            sums, last_norm, tau, norm, rmmc, key, count, int(hold_closed), GATE_BLOCK, num_warps=4
+        )
     return norm, rmmc, key
 
 
@@ -428,8 +485,8 @@ def local_step_(
 ) -> None:
     """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise; see `reference.local_step_`.
 
-    One launch per pair of dtypes; the key is read on the device. Bytes per element, fp32: 12 (read G, read and write X), none if the
-    gate is open.
+    One launch per pair of dtypes; the key is read on the device. Bytes per element, fp32: 12 (read G, read
+    and write X), none if the gate is open.
     """
     if not params:
         return
@@ -487,25 +544,40 @@ def low_rank_apply_(
     feedback: Scalar = 0.0,
     scale: Tensor | None = None,
 ) -> None:
-    """Apply a low-rank update to B equal matrices and take it out of their momenta; see `reference.low_rank_apply_`.
+    """Apply a low-rank update to B equal matrices and take it out of their momenta; see
+    `reference.low_rank_apply_`.
 
         X <- a X - b P Q^T,    M <- M - c P R^T
 
-    One launch and one pass over X and M, on tensor cores: TF32 where torch may use it (`torch.set_float32_matmul_precision`), otherwise
-    three TF32 products that keep float32's accuracy. Bytes per element of X, fp32: 16 (8 without momentum), and the factors; with
-    `scale`, Q is not read. Two cuBLAS products take its place at ranks where they are faster (FUSED_RANK_TF32), for float64 on a GPU,
-    and where X is not contiguous.
+    One launch and one pass over X and M, on tensor cores: TF32 where torch may use it
+    (`torch.set_float32_matmul_precision`), otherwise three TF32 products that keep float32's accuracy. Bytes
+    per element of X, fp32: 16 (8 without momentum), and the factors; with `scale`, Q is not read. Two cuBLAS
+    products take its place at ranks where they are faster (FUSED_RANK_TF32), for float64 on a GPU, and where
+    X is not contiguous.
     """
     if not params or not params[0].numel():
         return
     precision = _precision(P)
     contiguous = all(x.is_contiguous() for x in params) and (momentum is None or momentum.is_contiguous())
-    products = (precision == "tf32" and P.shape[-1] > FUSED_RANK_TF32) or (P.dtype == torch.float64 and P.is_cuda)
+    products = (precision == "tf32" and P.shape[-1] > FUSED_RANK_TF32) or (
+        P.dtype == torch.float64 and P.is_cuda
+    )
     products |= compute_dtype(params[0].dtype) != P.dtype
     function = reference.low_rank_apply_
     if contiguous and not products:
         function = partial(fused_low_rank_apply_, precision=precision)
-    function(params, momentum, P, Q, R, transposed=transposed, decay=decay, step_size=step_size, feedback=feedback, scale=scale)
+    function(
+        params,
+        momentum,
+        P,
+        Q,
+        R,
+        transposed=transposed,
+        decay=decay,
+        step_size=step_size,
+        feedback=feedback,
+        scale=scale,
+    )
 
 
 def fused_low_rank_apply_(
@@ -522,7 +594,8 @@ def fused_low_rank_apply_(
     scale: Tensor | None = None,
     precision: str = "tf32x3",
 ) -> None:
-    """Do what `low_rank_apply_` does with the fused kernel at every rank; X and M contiguous. For benchmarks and tests."""
+    """Do what `low_rank_apply_` does with the fused kernel at every rank; X and M contiguous. For benchmarks
+    and tests."""
     device = P.device
     rows, cols = params[0].shape
     B, r = len(params), P.shape[-1]
@@ -536,12 +609,17 @@ def fused_low_rank_apply_(
     }
     for name, (tensor, shape) in shapes.items():
         if tensor is not None and (tensor.shape != shape or tensor.device != device):
-            raise ValueError(f"{name} must be {shape} on {device}; got {tuple(tensor.shape)} on {tensor.device}")
+            raise ValueError(
+                f"{name} must be {shape} on {device}; got {tuple(tensor.shape)} on {tensor.device}"
+            )
         if tensor is not None and tensor is not momentum and tensor.dtype != P.dtype:
-            raise ValueError(f"factors must be of one dtype; got {name} of {tensor.dtype} beside P of {P.dtype}")
+            raise ValueError(
+                f"factors must be of one dtype; got {name} of {tensor.dtype} beside P of {P.dtype}"
+            )
     if any(x.shape != (rows, cols) or x.dtype != params[0].dtype or x.device != device for x in params):
         raise ValueError(
-            f"params must be equal in shape, dtype and device; got others beside {(rows, cols)} of {params[0].dtype} on {device}"
+            f"params must be equal in shape, dtype and device; got others beside {(rows, cols)} of "
+            f"{params[0].dtype} on {device}"
         )
     P = P.contiguous()
     if Q is None:
@@ -554,7 +632,9 @@ def fused_low_rank_apply_(
     scalars = _scalars((decay, step_size, feedback), device)
     tile = apply_tile(precision)
     with _on(device):
-        low_rank_apply_kernel[(triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(cols, tile["COLS"]), len(params))](
+        low_rank_apply_kernel[
+            (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(cols, tile["COLS"]), len(params))
+        ](
             _addresses(params if isinstance(params, Fixed) else Fixed(params), device),
             params[0] if momentum is None else momentum,
             left,
@@ -579,17 +659,26 @@ def fused_low_rank_apply_(
 def apply_tile(precision: str) -> dict[str, int]:
     """Return the tile of `low_rank_apply_kernel` and its launch options.
 
-    Fixed, because a kernel that works in place cannot be autotuned; chosen so that nothing spills (`benchmarks/compiled.py`).
+    Fixed, because a kernel that works in place cannot be autotuned; chosen so that nothing spills
+    (`benchmarks/compiled.py`).
     """
     if precision == "ieee":  # AMD, whose local memory is small; float64 in the interpreter
         return {"ROWS": 64, "COLS": 64, "RANK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    return {"ROWS": 128, "COLS": 64, "RANK": 32 if precision == "tf32" else 16, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    return {
+        "ROWS": 128,
+        "COLS": 64,
+        "RANK": 32 if precision == "tf32" else 16,
+        "GROUP": 8,
+        "num_warps": 8,
+        "num_stages": 3,
+    }
 
 
 def column_sumsq(R: Tensor) -> Tensor:
     """Return the squared norms of the columns, (B, n, r) -> (B, r); see `reference.column_sumsq`.
 
-    Two launches, deterministic. Bytes: one read of R. Where R's rows are spread over ranks, sum the results over them.
+    Two launches, deterministic. Bytes: one read of R. Where R's rows are spread over ranks, sum the results
+    over them.
     """
     B, rows, r = R.shape
     blocks = triton.cdiv(rows, COLUMN_ROWS)
@@ -599,7 +688,16 @@ def column_sumsq(R: Tensor) -> Tensor:
     height, width = COLUMN_TILE
     with _on(R.device):
         column_sumsq_kernel[(blocks, triton.cdiv(r, width), B)](
-            R.contiguous(), partials, rows, r, blocks, _TYPES[compute_dtype(R.dtype)], COLUMN_ROWS, height, width, num_warps=4
+            R.contiguous(),
+            partials,
+            rows,
+            r,
+            blocks,
+            _TYPES[compute_dtype(R.dtype)],
+            COLUMN_ROWS,
+            height,
+            width,
+            num_warps=4,
         )
     return partials[:, 0] if blocks == 1 else partials.sum(dim=1)
 
@@ -620,7 +718,8 @@ def why_not(device: torch.device) -> str | None:
 
 
 def interpreted() -> bool:
-    """Say whether the kernels run in Triton's interpreter, which is for tests: TRITON_INTERPRET was set when they were imported."""
+    """Say whether the kernels run in Triton's interpreter, which is for tests: TRITON_INTERPRET was set when
+    they were imported."""
     return not isinstance(momentum_norm_kernel, triton.runtime.JITFunction)
 
 
@@ -647,7 +746,8 @@ class _Launch:
 
 @dataclass(frozen=True, eq=False)
 class _Chunks:
-    """How a list of tensors is cut into chunks: launches, and the chunks of each tensor, [begins[t], ends[t])."""
+    """How a list of tensors is cut into chunks: launches, and the chunks of each tensor, [begins[t],
+    ends[t])."""
 
     launches: tuple[_Launch, ...]
     begins: tuple[int, ...]
@@ -669,10 +769,12 @@ class _Table:
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "addresses and numbers must be uploaded before a CUDA graph is captured, and these were not seen before; "
-                "run the same call on the same tensors once, then capture it"
+                "addresses and numbers must be uploaded before a CUDA graph is captured, and these were "
+                "not seen before; run the same call on the same tensors once, then capture it"
             )
-        self._tensor = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)
+        self._tensor = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True).to(
+            device, non_blocking=True
+        )
         self._stream = torch.cuda.current_stream(device)
         self._uploaded = self._stream.record_event()
 
@@ -694,7 +796,9 @@ def _remembered(values: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 
 @lru_cache(_KEPT)
-def _chunks(numels: tuple[int, ...], kinds: tuple[tuple[torch.dtype, ...], ...], device: torch.device) -> _Chunks:
+def _chunks(
+    numels: tuple[int, ...], kinds: tuple[tuple[torch.dtype, ...], ...], device: torch.device
+) -> _Chunks:
     """Cut tensors into chunks; `kinds` holds one for each tensor, or one for all."""
     kinds = kinds * len(numels) if len(kinds) == 1 else kinds
     begins, ends, launches, total = [0] * len(numels), [0] * len(numels), [], 0
@@ -708,23 +812,35 @@ def _chunks(numels: tuple[int, ...], kinds: tuple[tuple[torch.dtype, ...], ...],
                 total += number
         if owner:
             sizes = (*numels, *(begin - first for begin in begins))
-            launches.append(_Launch(kind, first, len(owner), _Table(owner, torch.int32, device), _Table(sizes, torch.int64, device)))
+            launches.append(
+                _Launch(
+                    kind,
+                    first,
+                    len(owner),
+                    _Table(owner, torch.int32, device),
+                    _Table(sizes, torch.int64, device),
+                )
+            )
     return _Chunks(tuple(launches), tuple(begins), tuple(ends), total)
 
 
 def _kinds(*lists: Fixed[Tensor | None]) -> tuple[tuple[torch.dtype, ...], ...]:
-    """Return the dtypes of the first tensors of each list, of the second ones and so on; of one only if all are alike.
+    """Return the dtypes of the first tensors of each list, of the second ones and so on; of one only if all
+    are alike.
 
     A missing gradient counts as of the dtype of what it is the gradient of.
     """
     if all(len(tensors.dtypes) <= 1 for tensors in lists):
         default = next(iter(lists[0].dtypes), torch.float32)
         return (tuple(next(iter(tensors.dtypes), default) for tensors in lists),)
-    return tuple(tuple((t if t is not None else row[0]).dtype for t in row) for row in zip(*lists, strict=True))
+    return tuple(
+        tuple((t if t is not None else row[0]).dtype for t in row) for row in zip(*lists, strict=True)
+    )
 
 
 def _check_devices(*lists: Fixed[Tensor | None]) -> None:
-    """Raise ValueError unless all tensors are on one device: a kernel would follow an address that is not there."""
+    """Raise ValueError unless all tensors are on one device: a kernel would follow an address that is not
+    there."""
     if len({device for tensors in lists for device in tensors.devices}) > 1:
         raise ValueError("all tensors of a call must be on one device; got several; move them together")
 
@@ -733,7 +849,9 @@ def _gradients(grads: Sequence[Tensor | None], like: Fixed[Tensor]) -> Fixed[Ten
     """Return gradients that a kernel may read element for element beside the tensors of `like`."""
     g = _dense(grads)
     if g.numels != like.numels and any(a not in (b, -1) for a, b in zip(g.numels, like.numels, strict=True)):
-        raise ValueError(f"gradients must have as many elements as what they change; got {g.numels} for {like.numels}")
+        raise ValueError(
+            f"gradients must have as many elements as what they change; got {g.numels} for {like.numels}"
+        )
     return g
 
 
@@ -743,7 +861,9 @@ def _dense(tensors: Sequence[Tensor | None]) -> Fixed[Tensor | None]:
     return fixed if fixed.contiguous else Fixed(None if t is None else t.contiguous() for t in fixed)
 
 
-def _cut(tensors: Fixed[Tensor | None], kinds: tuple[tuple[torch.dtype, ...], ...], device: torch.device) -> _Chunks:
+def _cut(
+    tensors: Fixed[Tensor | None], kinds: tuple[tuple[torch.dtype, ...], ...], device: torch.device
+) -> _Chunks:
     """Return the chunks of the tensors, which keep them in memory."""
     if kinds not in tensors.memo:
         tensors.memo[kinds] = _chunks(tensors.numels, kinds, device)
@@ -759,23 +879,33 @@ def _addresses(tensors: Fixed[Tensor | None], device: torch.device) -> Tensor:
 
 @lru_cache(_KEPT)
 def _segments(chunks: _Chunks, watched: _Chunks, device: torch.device) -> _Table:
-    """Return the first chunk of each tensor, and the one behind its last; the watched tensors are the last segment."""
-    return _Table((*chunks.begins, chunks.total, *chunks.ends, chunks.total + watched.total), torch.int64, device)
+    """Return the first chunk of each tensor, and the one behind its last; the watched tensors are the last
+    segment."""
+    return _Table(
+        (*chunks.begins, chunks.total, *chunks.ends, chunks.total + watched.total), torch.int64, device
+    )
 
 
 def _scalars(values: Sequence[Scalar], device: torch.device) -> Tensor:
-    """Return the values as one float64 tensor on the device; numbers are uploaded when they change, tensors are read there."""
+    """Return the values as one float64 tensor on the device; numbers are uploaded when they change, tensors
+    are read there."""
     if any(isinstance(v, Tensor) for v in values):
-        parts = [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device) for v in values]
+        parts = [
+            v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device)
+            for v in values
+        ]
         return torch.stack([v.to(device, torch.float64).reshape(()) for v in parts])
     return _remembered(tuple(values), torch.float64, device).get()
 
 
 def _per_tensor(value: Scalar, count: int, device: torch.device) -> tuple[Tensor, int]:
-    """Return a number for all, or one for each of the tensors, as float64 on the device; and the stride between them."""
+    """Return a number for all, or one for each of the tensors, as float64 on the device; and the stride
+    between them."""
     if isinstance(value, Tensor) and value.ndim:
         if value.shape != (count,):
-            raise ValueError(f"a factor must be one number or one per tensor; got shape {tuple(value.shape)} for {count} tensors")
+            raise ValueError(
+                f"a factor must be one number or one per tensor; got shape {tuple(value.shape)} for {count} tensors"
+            )
         return value.to(device, torch.float64).contiguous(), 1
     return _scalars((value,), device), 0
 

@@ -1,8 +1,9 @@
-"""Cases of mesh parity, as data: parameters, gradients, options, the reference's trajectory, and what is compared.
+"""Cases of mesh parity, as data: parameters, gradients, options, the reference's trajectory, and what is
+compared.
 
-All in fp64. Each case runs long enough to take both branches of the gate several times, with replicas that drift apart,
-over matrices of many kinds at once (rank-deficient, zero, dead rows, missing gradients) next to AdamW and Lion
-parameters. X, M and the moments are compared, never P or Q: their column signs are free.
+All in fp64. Each case runs long enough to take both branches of the gate several times, with replicas that
+drift apart, over matrices of many kinds at once (rank-deficient, zero, dead rows, missing gradients) next to
+AdamW and Lion parameters. X, M and the moments are compared, never P or Q: their column signs are free.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from curvadion import CurvaDion
 from support.layouts import Bag, Placed, local, part_of
 from support.reference import Outcome, ReferenceReplicas, Replica
 
-# Summation order differs between layouts, and QR amplifies rounding (1e-16) by the condition of m Q, below 1e4 here.
-# Relative to the tensor's largest entry: rounding of a sum is relative to its summands, not to what cancels.
+# Summation order differs between layouts, and QR amplifies rounding (1e-16) by the condition of m Q, below
+# 1e4 here. Relative to the tensor's largest entry: rounding of a sum is relative to its summands, not to what
+# cancels.
 RTOL = 1e-9
 # named_rmmc() and last_norm come from fp32 norms.
 RTOL_NORM = 1e-5
@@ -54,7 +56,8 @@ ALGORITHMS |= {"odd.bias": "lion", "lion.weight": "lion"}
 DEFICIENT_RANK = 2
 AWAKENS_AT = 5
 
-# How large the gradients are, step by step: a jump opens the gate, the steps around it leave it closed at tau = 0.4.
+# How large the gradients are, step by step: a jump opens the gate, the steps around it leave it closed at tau
+# = 0.4.
 SCALES = [1.0, 0.2, 0.2, 2.0, 0.2, 0.2, 0.1, 4.0, 0.2, 0.3]
 
 
@@ -77,57 +80,121 @@ BASE = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "weight_decay": 0.1, "rank_frac
 CASES = [
     Case("gradient", everywhere=True),
     Case("dion_right_qr", {"local_update": "dion", "right_factor": "qr"}, everywhere=True),
-    Case("householder_right_qr", {"orthogonalization": "qr", "right_factor": "qr", "error_feedback": False, "local_update": "dion"}),
+    Case(
+        "householder_right_qr",
+        {"orthogonalization": "qr", "right_factor": "qr", "error_feedback": False, "local_update": "dion"},
+    ),
     Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0}),
     Case("no_error_feedback", {"error_feedback": False}),
     Case("no_consensus_dion", {"consensus": "none", "local_update": "dion", "local_lr_scale": 0.5}),
-    Case("bounds_alone", {"tau": math.inf, "warmup_steps": 2, "max_local_steps": 3, "local_update": "dion"}, gate_only=True),
+    Case(
+        "bounds_alone",
+        {"tau": math.inf, "warmup_steps": 2, "max_local_steps": 3, "local_update": "dion"},
+        gate_only=True,
+    ),
     Case("bounds_and_gate", {"min_local_steps": 1, "max_local_steps": 4}, gate_only=True),
     Case("synchronize", {"local_update": "dion"}, synchronize_after=4),
     Case("asked_every_other_step", {"gate_every": 2, "max_local_steps": 2}, gate_only=True),
-    Case("answered_later", {"gate_lag": 1, "max_local_steps": 4, "min_local_steps": 2, "local_update": "dion"}, gate_only=True),
+    Case(
+        "answered_later",
+        {"gate_lag": 1, "max_local_steps": 4, "min_local_steps": 2, "local_update": "dion"},
+        gate_only=True,
+    ),
     Case("steered_later", {"gate_lag": 1, "target_sync_rate": 0.5, "tau": 0.8}, gate_only=True),
     Case("steered", {"target_sync_rate": 0.5, "tau": 1.5}, gate_only=True),
     Case("muon", {"local_update": "muon", "local_lr_scale": 0.5}),
     # The reference's SVD leaves 1e-16 in rows of zeros, which a division by less than eps would show.
-    Case("normuon", {"local_update": "normuon", "eps": 1e-6}, {"wide.weight": {"betas": (0.9, 0.6), "eps": 1e-4}}, everywhere=True),
+    Case(
+        "normuon",
+        {"local_update": "normuon", "eps": 1e-6},
+        {"wide.weight": {"betas": (0.9, 0.6), "eps": 1e-4}},
+        everywhere=True,
+    ),
     Case(
         "normuon_outer",
         {"local_update": "normuon", "eps": 1e-6, "consensus": "outer", "outer_lr": 0.8},
         synchronize_after=4,
         everywhere=True,
     ),
-    Case("dion2", {"local_update": "dion2"}, {"twin.weight": {"rank_fraction": 0.2, "rank_multiple_of": 2}}, everywhere=True),
-    Case("dion2_outer", {"local_update": "dion2", "consensus": "outer", "outer_lr": 0.8}, synchronize_after=4, everywhere=True),
-    Case("outer", {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6}, everywhere=True),
+    Case(
+        "dion2",
+        {"local_update": "dion2"},
+        {"twin.weight": {"rank_fraction": 0.2, "rank_multiple_of": 2}},
+        everywhere=True,
+    ),
+    Case(
+        "dion2_outer",
+        {"local_update": "dion2", "consensus": "outer", "outer_lr": 0.8},
+        synchronize_after=4,
+        everywhere=True,
+    ),
+    Case(
+        "outer",
+        {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6},
+        everywhere=True,
+    ),
     Case(
         "outer_under_way",
-        {"local_update": "muon", "consensus": "outer", "outer_lr": 1.3, "outer_momentum": 0.3, "outer_delay": 2},
+        {
+            "local_update": "muon",
+            "consensus": "outer",
+            "outer_lr": 1.3,
+            "outer_momentum": 0.3,
+            "outer_delay": 2,
+        },
         synchronize_after=4,
         everywhere=True,
     ),
     Case(
         "outer_in_fragments",
-        {"local_update": "muon", "consensus": "outer", "outer_lr": 1.1, "outer_momentum": 0.4, "outer_fragments": 3, "max_local_steps": 1},
+        {
+            "local_update": "muon",
+            "consensus": "outer",
+            "outer_lr": 1.1,
+            "outer_momentum": 0.4,
+            "outer_fragments": 3,
+            "max_local_steps": 1,
+        },
         everywhere=True,
     ),
     Case(
         "fragments_under_way",
-        {"local_update": "dion", "consensus": "outer", "outer_fragments": 4, "outer_delay": 1, "warmup_steps": 2, "max_local_steps": 1},
+        {
+            "local_update": "dion",
+            "consensus": "outer",
+            "outer_fragments": 4,
+            "outer_delay": 1,
+            "warmup_steps": 2,
+            "max_local_steps": 1,
+        },
         synchronize_after=6,
     ),
     Case(
         "outer_of_all_rules",
         {"local_update": "dion", "consensus": "outer", "outer_lr": 0.9, "min_local_steps": 1},
-        {"square.weight": {"local_update": "gradient"}, "wide.weight": {"local_update": "muon"}, "tall.weight": {"error_feedback": False}},
+        {
+            "square.weight": {"local_update": "gradient"},
+            "wide.weight": {"local_update": "muon"},
+            "tall.weight": {"error_feedback": False},
+        },
         synchronize_after=4,
     ),
     Case(
         "groups",
         {"local_update": "dion"},
         {
-            "square.weight": {"lr": 0.01, "momentum": 0.8, "local_update": "gradient", "error_feedback": False},
-            "twin.weight": {"rank_fraction": 0.2, "rank_multiple_of": 2, "right_factor": "qr", "weight_decay": 0.0},
+            "square.weight": {
+                "lr": 0.01,
+                "momentum": 0.8,
+                "local_update": "gradient",
+                "error_feedback": False,
+            },
+            "twin.weight": {
+                "rank_fraction": 0.2,
+                "rank_multiple_of": 2,
+                "right_factor": "qr",
+                "weight_decay": 0.0,
+            },
             "wide.weight": {"tau": 0.6, "local_lr_scale": 0.1, "orthogonalization": "qr"},
             "norm.weight": {"lr": 0.001, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0},
             "lion.weight": {"betas": (0.5, 0.6), "lr": 0.002},
@@ -153,13 +220,17 @@ def gradients(replicas: int) -> list[list[dict[str, Tensor | None]]]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    factors = {n: (draw(s[0], DEFICIENT_RANK), draw(DEFICIENT_RANK, s[1])) for n, s in SHAPES.items() if len(s) == 2}
+    factors = {
+        n: (draw(s[0], DEFICIENT_RANK), draw(DEFICIENT_RANK, s[1])) for n, s in SHAPES.items() if len(s) == 2
+    }
     steps = []
     for step, scale in enumerate(SCALES):
         common = {name: draw(*shape) for name, shape in SHAPES.items()}
         by_replica: list[dict[str, Tensor | None]] = []
         for replica in range(replicas):
-            G: dict[str, Tensor | None] = {n: scale * (common[n] + 0.5 * draw(*shape)) for n, shape in SHAPES.items()}
+            G: dict[str, Tensor | None] = {
+                n: scale * (common[n] + 0.5 * draw(*shape)) for n, shape in SHAPES.items()
+            }
             for name in ("deficient.weight", "deficient_wide.weight"):
                 left, right = factors[name]
                 G[name] = scale * left @ draw(DEFICIENT_RANK, DEFICIENT_RANK) @ right
@@ -193,10 +264,13 @@ def make_optimizer(placed: Placed, case: Case, **changes: object) -> CurvaDion:
 
 @functools.cache
 def first_right_factors(case: Case) -> dict[str, Tensor]:
-    """Q0 by name, from one process: the first Q depends on the name alone, which every layout's run checks."""
+    """Q0 by name, from one process: the first Q depends on the name alone, which every layout's run
+    checks."""
     bag = Bag(initial_values())
     optimizer = make_optimizer(Placed(bag, 0, None), case)
-    return {n: optimizer.state[p]["Q"].clone() for n, p in bag.named_parameters() if "Q" in optimizer.state[p]}
+    return {
+        n: optimizer.state[p]["Q"].clone() for n, p in bag.named_parameters() if "Q" in optimizer.state[p]
+    }
 
 
 @dataclass(frozen=True)
@@ -213,8 +287,12 @@ def trajectory(case: Case, replicas: int) -> list[Moment]:
     groups = {n: {"algorithm": ALGORITHMS.get(n, "dion"), **case.groups.get(n, {})} for n in SHAPES}
     for group in (options, *groups.values()):  # what only the method knows
         group.pop("orthogonalization", None)
-    in_order = {name: value for group in groups_of(initial_values().items(), case) for name, value in group["params"]}
-    reference = ReferenceReplicas(in_order, replicas=replicas, Q0=first_right_factors(case), groups=groups, **options)
+    in_order = {
+        name: value for group in groups_of(initial_values().items(), case) for name, value in group["params"]
+    }
+    reference = ReferenceReplicas(
+        in_order, replicas=replicas, Q0=first_right_factors(case), groups=groups, **options
+    )
     moments = []
     for step, G in enumerate(gradients(replicas)):
         outcome = reference.step(G)
@@ -227,7 +305,9 @@ def trajectory(case: Case, replicas: int) -> list[Moment]:
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest error on this rank, relative to the whole expected tensor's largest entry."""
     mine, theirs = local(actual), part_of(expected, actual)
-    assert mine.shape == theirs.shape, f"this rank holds {tuple(mine.shape)} of it instead of {tuple(theirs.shape)}"
+    assert mine.shape == theirs.shape, (
+        f"this rank holds {tuple(mine.shape)} of it instead of {tuple(theirs.shape)}"
+    )
     if torch.equal(mine, theirs):
         return 0.0
     error, largest = float((mine - theirs).abs().max()), float(expected.abs().max())
@@ -253,7 +333,9 @@ def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
             if not both_undefined and not math.isclose(rmmc[name], want, rel_tol=RTOL_NORM, abs_tol=1e-6):
                 problems.append(f"the RMMC of {name} is {rmmc[name]}, the reference has {want}")
             if not math.isclose(float(state["last_norm"]), expected.last_norm[name], rel_tol=RTOL_NORM):
-                problems.append(f"last_norm of {name} is {float(state['last_norm'])}, not {expected.last_norm[name]}")
+                problems.append(
+                    f"last_norm of {name} is {float(state['last_norm'])}, not {expected.last_norm[name]}"
+                )
         else:
             pairs.append(("exp_avg", state["exp_avg"], expected.exp_avg))
             if "exp_avg_sq" in state:

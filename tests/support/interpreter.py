@@ -1,8 +1,9 @@
 """Triton's interpreter, which runs the kernels on CPU tensors, made right for what our kernels use.
 
-Up to 3.7 it keeps bfloat16 as raw 16-bit integers: float32 -> bfloat16 truncates, and arithmetic, comparisons and `tl.dot` work on the
-integers. And 3.6, with numpy 2.4, cannot convert a loaded number to a Python integer, which `range(begin, end)` in a kernel needs. The
-replacements below are for private functions of triton: `test_kernels.py` checks that they take effect.
+Up to 3.7 it keeps bfloat16 as raw 16-bit integers: float32 -> bfloat16 truncates, and arithmetic, comparisons
+and `tl.dot` work on the integers. And 3.6, with numpy 2.4, cannot convert a loaded number to a Python
+integer, which `range(begin, end)` in a kernel needs. The replacements below are for private functions of
+triton: `test_kernels.py` checks that they take effect.
 """
 
 from __future__ import annotations
@@ -18,18 +19,25 @@ import numpy as np
 
 
 def install() -> None:
-    """Turn the interpreter on for this process, and mend it. Before the kernels are imported; without triton there is nothing to do."""
-    if ("triton" in sys.modules and sys.modules["triton"] is None) or importlib.util.find_spec("triton") is None:
+    """Turn the interpreter on for this process, and mend it. Before the kernels are imported; without triton
+    there is nothing to do."""
+    if ("triton" in sys.modules and sys.modules["triton"] is None) or importlib.util.find_spec(
+        "triton"
+    ) is None:
         return
     kernels = sys.modules.get("curvadion_kernels.triton_ops")
     if kernels is not None and not kernels.interpreted():
-        raise RuntimeError("the interpreter must be installed before curvadion_kernels.triton_ops is imported")
+        raise RuntimeError(
+            "the interpreter must be installed before curvadion_kernels.triton_ops is imported"
+        )
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
     import triton.language as tl
     from triton.runtime import interpreter
 
     if not isinstance(tl.cdiv, interpreter.InterpretedFunction):
-        raise RuntimeError("the interpreter must be installed before triton is imported, by whatever module; call install() earlier")
+        raise RuntimeError(
+            "the interpreter must be installed before triton is imported, by whatever module; call install() earlier"
+        )
     if not hasattr(interpreter, "_mended"):
         interpreter._mended = True
         _mend(interpreter)
@@ -37,7 +45,11 @@ def install() -> None:
 
 def widen(bits: np.ndarray) -> np.ndarray:
     """bfloat16, as the interpreter keeps it, to float32."""
-    return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(np.shape(bits))
+    return (
+        (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16))
+        .view(np.float32)
+        .reshape(np.shape(bits))
+    )
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
@@ -66,7 +78,9 @@ def _mend(interpreter: Any) -> None:
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
         if dtype.scalar == tl.bfloat16:
-            return source if is_bfloat16(source) else Handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+            return (
+                source if is_bfloat16(source) else Handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+            )
         return cast(self, widened(source), dtype)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
@@ -84,12 +98,21 @@ def _mend(interpreter: Any) -> None:
             return Handle(narrow(operation(widen(a.data))), tl.bfloat16)
         return unary(self, a, operation)
 
-    builder.cast_impl, builder.create_dot, builder.binary_op, builder.unary_op = cast_impl, create_dot, binary_op, unary_op
+    builder.cast_impl, builder.create_dot, builder.binary_op, builder.unary_op = (
+        cast_impl,
+        create_dot,
+        binary_op,
+        unary_op,
+    )
 
-    # Integer sums are checked for overflow in int64, a quarter of the time; the compiler does not check them either.
-    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    # Integer sums are checked for overflow in int64, a quarter of the time; the compiler does not check them
+    # either.
+    interpreter.interpreter_builder.options = replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
 
-    # Each call of one kernel function by another patches triton.language anew, which takes milliseconds: once per launch is enough.
+    # Each call of one kernel function by another patches triton.language anew, which takes milliseconds: once
+    # per launch is enough.
     patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()
 

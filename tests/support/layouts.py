@@ -1,8 +1,9 @@
 """The layouts of parameters that the tests run through, as data.
 
-A `Layout` says how many shard ranks a replica has, how their mesh is named, and how a module is laid out over it with
-the real APIs (`fully_shard`, `parallelize_module`, `distribute_tensor`). `Layout.build` does that on this rank for K
-replicas; `Placed.parts_of` turns whole gradients into this rank's, so a test prescribes them exactly.
+A `Layout` says how many shard ranks a replica has, how their mesh is named, and how a module is laid out over
+it with the real APIs (`fully_shard`, `parallelize_module`, `distribute_tensor`). `Layout.build` does that on
+this rank for K replicas; `Placed.parts_of` turns whole gradients into this rank's, so a test prescribes them
+exactly.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from torch import Tensor, nn
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
 class Bag(nn.Module):
     """A module of unrelated layers whose parameters have the given names and values.
 
-    "x.weight" becomes a Linear's (2-D) or a RMSNorm's (1-D) weight, "x.bias" that Linear's bias, and a name that
-    starts with "embedding" an Embedding's.
+    "x.weight" becomes a Linear's (2-D) or a RMSNorm's (1-D) weight, "x.bias" that Linear's bias, and a name
+    that starts with "embedding" an Embedding's.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -71,10 +77,13 @@ class Placed:
             if G is None or not isinstance(parameter, DTensor):
                 parts[name] = None if G is None else G.clone()
             elif self.partial_gradients and all(p.is_replicate() for p in parameter.placements):
-                # What sequence parallelism leaves on replicated weights: each rank has a summand (exact in binary).
+                # What sequence parallelism leaves on replicated weights: each rank has a summand (exact in
+                # binary).
                 rank, size = parameter.device_mesh.get_local_rank(), parameter.device_mesh.size()
                 share = 1 - (size - 1) / 4 if rank == 0 else 1 / 4
-                parts[name] = DTensor.from_local(G * share, parameter.device_mesh, [Partial()], run_check=False)
+                parts[name] = DTensor.from_local(
+                    G * share, parameter.device_mesh, [Partial()], run_check=False
+                )
             else:
                 parts[name] = like(parameter, G)
         return parts
@@ -190,7 +199,9 @@ def _replicate_rest(bag: Bag, mesh: DeviceMesh) -> None:
     def replicate(_: str, layer: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in layer.named_parameters(recurse=False):
             if not isinstance(parameter, DTensor):
-                layer.register_parameter(name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Replicate()])))
+                layer.register_parameter(
+                    name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Replicate()]))
+                )
 
     distribute_module(bag, mesh, replicate)
 
@@ -210,7 +221,9 @@ def _tensor_parallel_mixed(bag: Bag, mesh: DeviceMesh) -> None:
     """Column-wise, row-wise and replicated matrices in turn; norms sequence parallel."""
     plans = [ColwiseParallel(), RowwiseParallel(), None]
     plan = {name: plans[i % 3] for i, name in enumerate(_linears(bag)) if plans[i % 3] is not None}
-    plan |= {name: SequenceParallel() for name, layer in bag.named_children() if isinstance(layer, nn.RMSNorm)}
+    plan |= {
+        name: SequenceParallel() for name, layer in bag.named_children() if isinstance(layer, nn.RMSNorm)
+    }
     parallelize_module(bag, mesh, plan)
 
 
@@ -220,7 +233,8 @@ def _tensor_parallel_replicated(bag: Bag, mesh: DeviceMesh) -> None:
 
 
 def _fsdp_and_tp(bag: Bag, mesh: DeviceMesh) -> None:
-    """Column-wise weights become (_StridedShard(0), Shard(0)); layers outside the plan live on the fsdp dim alone."""
+    """Column-wise weights become (_StridedShard(0), Shard(0)); layers outside the plan live on the fsdp dim
+    alone."""
     _tensor_parallel_mixed(bag, mesh["tp"])
     _fully_shard(bag, mesh["fsdp"])
 
@@ -230,7 +244,9 @@ def _rows_twice(bag: Bag, mesh: DeviceMesh) -> None:
 
     def shard(_: str, layer: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in layer.named_parameters(recurse=False):
-            layer.register_parameter(name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0), Shard(0)])))
+            layer.register_parameter(
+                name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0), Shard(0)]))
+            )
 
     distribute_module(bag, mesh, shard)
 

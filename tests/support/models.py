@@ -1,7 +1,8 @@
-"""Small parameter sets, repeatable gradients, a tiny language model, and the hashes the contract tests compare.
+"""Small parameter sets, repeatable gradients, a tiny language model, and the hashes the contract tests
+compare.
 
-Weights are drawn for the whole matrix and then sliced, gradients depend only on (step, replica, index): what a test
-sees does not depend on how many ranks run it.
+Weights are drawn for the whole matrix and then sliced, gradients depend only on (step, replica, index): what
+a test sees does not depend on how many ranks run it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class Toy:
         return distribute_tensor(value.clone(), self.mesh, placements, src_data_rank=None)
 
     def groups(self, dense_algorithm: str = "adamw", **matrix_options: Any) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = [{"params": [(n, self.params[n]) for n in self.matrices], **matrix_options}]
+        groups: list[dict[str, Any]] = [
+            {"params": [(n, self.params[n]) for n in self.matrices], **matrix_options}
+        ]
         if self.dense:
             groups.append({"params": [(n, self.params[n]) for n in self.dense], "algorithm": dense_algorithm})
         return groups
@@ -81,7 +84,8 @@ class Toy:
 
 
 class TinyGPT(nn.Module):
-    """Embedding, two blocks of two matrices and a norm, an untied head: what a real model has, and nothing more."""
+    """Embedding, two blocks of two matrices and a norm, an untied head: what a real model has, and nothing
+    more."""
 
     def __init__(self, vocabulary: int = 20, width: int = 8) -> None:
         super().__init__()
@@ -104,7 +108,8 @@ class TinyGPT(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def groups(self, **matrix_options: Any) -> list[dict[str, Any]]:
-        """Hidden matrices by Dion, everything else by AdamW, spelled out so that no other part is on trial."""
+        """Hidden matrices by Dion, everything else by AdamW, spelled out so that no other part is on
+        trial."""
         named = list(self.named_parameters())
         matrices = [(n, p) for n, p in named if n.startswith("layers.") and p.ndim == 2]
         rest = [(n, p) for n, p in named if not (n.startswith("layers.") and p.ndim == 2)]

@@ -1,11 +1,13 @@
 """Run a function on several ranks: fork, gloo, and a parent that never hangs.
 
-`run_ranks(world_size, fn, *args)` runs `fn(*args)` in `world_size` forked processes joined by a gloo process group and
-returns the list of what they returned, by rank. Arguments travel through the fork, so they need not be picklable;
-results do. The first rank that fails ends the others, and its traceback is raised in the parent; ranks that are still
-running at the deadline are ended and reported with the line where each of them stood.
+`run_ranks(world_size, fn, *args)` runs `fn(*args)` in `world_size` forked processes joined by a gloo process
+group and returns the list of what they returned, by rank. Arguments travel through the fork, so they need not
+be picklable; results do. The first rank that fails ends the others, and its traceback is raised in the
+parent; ranks that are still running at the deadline are ended and reported with the line where each of them
+stood.
 
-Fork is about five times faster than forkserver and fifteen times faster than spawn, because torch is imported once.
+Fork is about five times faster than forkserver and fifteen times faster than spawn, because torch is imported
+once.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class RankFailed(AssertionError):
     """A rank raised, died or did not finish; the message carries its traceback."""
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, deadline: float | None = None) -> list[Any]:
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, deadline: float | None = None
+) -> list[Any]:
     """Return [fn(*args) on rank 0, on rank 1, ...]; inside, torch.distributed is initialized with gloo."""
     context = torch.multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +52,9 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, deadline: flo
         try:
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_rank_main, args=(rank, world_size, Path(folder), sender, fn, args))
+                process = context.Process(
+                    target=_rank_main, args=(rank, world_size, Path(folder), sender, fn, args)
+                )
                 process.start()
                 sender.close()
                 receivers[receiver] = rank
@@ -60,7 +66,9 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, deadline: flo
                 process.join()
 
 
-def _collect(receivers: dict[Connection, int], processes: list[ForkProcess], folder: Path, until: float) -> list[Any]:
+def _collect(
+    receivers: dict[Connection, int], processes: list[ForkProcess], folder: Path, until: float
+) -> list[Any]:
     world_size, results = len(processes), [None] * len(processes)
     pending = dict(receivers)
     while pending:
@@ -90,7 +98,9 @@ def _stuck(ranks: list[int], processes: list[ForkProcess], folder: Path) -> str:
     return f"ranks {ranks} of {len(processes)} did not finish in time\n" + "\n".join(stacks)
 
 
-def _rank_main(rank: int, world_size: int, folder: Path, sender: Connection, fn: Callable[..., Any], args: Any) -> None:
+def _rank_main(
+    rank: int, world_size: int, folder: Path, sender: Connection, fn: Callable[..., Any], args: Any
+) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     # Tests gather whole tensors over meshes of two dimensions; DTensor warns of each as slow.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

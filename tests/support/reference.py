@@ -1,7 +1,7 @@
 """An independent fp64 reference: one process that simulates K replicas on whole matrices.
 
-Written from the equations below and nothing else, for reading rather than speed: no batching, no sharding, no process
-groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, Q, and rho for the RMMC.
+Written from the equations below and nothing else, for reading rather than speed: no batching, no sharding, no
+process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, Q, and rho for the RMMC.
 
     synchronized step (rho > tau):                          local step (rho <= tau):
       P   =  orthogonalize( E_i[ m_i Q ] )                    "gradient":  M_i <- mu m_i
@@ -14,7 +14,8 @@ groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, Q, and r
                                                             "normuon":  as "muon", with normuon(muon(m_i)) in place of muon(m_i)
                                                             "dion2":    only the largest slices of m_i, see `dion2`
 
-    consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas were equal last,
+    consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas
+    were equal last,
       D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),  C rounding with error feedback
     with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was)
 """
@@ -28,8 +29,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# A column is dead when less than this share of the largest column is left after removing the earlier ones. Tests keep
-# live columns above 1e-3 and dead ones at rounding (1e-13), so the exact value decides nothing.
+# A column is dead when less than this share of the largest column is left after removing the earlier ones.
+# Tests keep live columns above 1e-3 and dead ones at rounding (1e-13), so the exact value decides nothing.
 DEAD = 1e-7
 
 GROUP_DEFAULTS = {
@@ -50,7 +51,8 @@ GROUP_DEFAULTS = {
 
 
 def muon(M: Tensor) -> Tensor:
-    """U f(S) V^T, f five times the quintic polynomial of Muon, on the singular values divided by their root sum of squares."""
+    """U f(S) V^T, f five times the quintic polynomial of Muon, on the singular values divided by their root
+    sum of squares."""
     U, S, V = torch.linalg.svd(M, full_matrices=False)
     if float(S.max()) == 0:
         return torch.zeros_like(M)
@@ -61,7 +63,8 @@ def muon(M: Tensor) -> Tensor:
 
 
 def normuon(update: Tensor, v: Tensor, beta2: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Each row divided by the root of the running mean v of its squares, all of it as large as before; and the new v."""
+    """Each row divided by the root of the running mean v of its squares, all of it as large as before; and
+    the new v."""
     new, divided = v.clone(), update.clone()
     for i in range(len(update)):
         mean = sum(float(x) ** 2 for x in update[i]) / len(update[i])
@@ -72,7 +75,8 @@ def normuon(update: Tensor, v: Tensor, beta2: float, eps: float) -> tuple[Tensor
 
 
 def dion2(m: Tensor, k: int, mu: float) -> tuple[Tensor, Tensor]:
-    """The update of the k rows (of a tall matrix: columns) with the largest sums of absolute values, and the new M."""
+    """The update of the k rows (of a tall matrix: columns) with the largest sums of absolute values, and the
+    new M."""
     rows, cols = m.shape
     if rows > cols:
         update, M = dion2(m.T, k, mu)
@@ -86,7 +90,8 @@ def dion2(m: Tensor, k: int, mu: float) -> tuple[Tensor, Tensor]:
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """Each 128 values on 2^bits levels around zero, at odd multiples of half a step that bfloat16 holds; 16: bfloat16."""
+    """Each 128 values on 2^bits levels around zero, at odd multiples of half a step that bfloat16 holds; 16:
+    bfloat16."""
     if bits == 16:
         return x.to(torch.bfloat16).to(x.dtype)
     result = torch.empty_like(x)
@@ -99,7 +104,9 @@ def rounded(x: Tensor, bits: int) -> Tensor:
         else:
             step = 2 * block.abs().max() / 2**bits
         step = step.to(torch.bfloat16).to(x.dtype)
-        levels = step * ((2**bits - 1) / 2 - torch.arange(2**bits, dtype=x.dtype))  # the larger first: it wins where two are as near
+        levels = step * (
+            (2**bits - 1) / 2 - torch.arange(2**bits, dtype=x.dtype)
+        )  # the larger first: it wins where two are as near
         result[start : start + 128] = levels[(block[:, None] - levels).abs().argmin(dim=1)]
     return result
 
@@ -134,7 +141,8 @@ def rank_of(rows: int, cols: int, rank_fraction: float, rank_multiple_of: int = 
 
 
 def live_columns(A: Tensor) -> list[int]:
-    """The columns that are not combinations of earlier ones: Gram-Schmidt, each vector orthogonalized twice."""
+    """The columns that are not combinations of earlier ones: Gram-Schmidt, each vector orthogonalized
+    twice."""
     largest = float(A.norm(dim=0).max())
     basis = torch.zeros_like(A)
     live = []
@@ -151,8 +159,8 @@ def live_columns(A: Tensor) -> list[int]:
 def orthogonalize(A: Tensor) -> Tensor:
     """Householder QR of the live columns; a dead column is zero in the result.
 
-    Signs are those of Gram-Schmidt, p_j . a_j > 0. For P they are free, but in Q = orthogonalize(R) a flipped column
-    would turn its part of the update P Q^T uphill.
+    Signs are those of Gram-Schmidt, p_j . a_j > 0. For P they are free, but in Q = orthogonalize(R) a flipped
+    column would turn its part of the update P Q^T uphill.
     """
     live = live_columns(A)
     P = torch.zeros_like(A)
@@ -162,7 +170,9 @@ def orthogonalize(A: Tensor) -> Tensor:
     return P
 
 
-def power_iteration(ms: Sequence[Tensor], Q: Tensor, right_factor: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def power_iteration(
+    ms: Sequence[Tensor], Q: Tensor, right_factor: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """P, the P Q^T to apply, the new Q and every R_i, for the mean over the given m_i (long side first)."""
     P = orthogonalize(sum(m @ Q for m in ms) / len(ms))
     R = sum(m.T @ P for m in ms) / len(ms)
@@ -181,8 +191,9 @@ def power_iteration(ms: Sequence[Tensor], Q: Tensor, right_factor: str) -> tuple
 class ReferenceReplicas:
     """K replicas of named parameters, stepped together.
 
-    parameters: the common start, by name. Q0: the first right factor of each Dion matrix. groups: for each parameter
-    name the options that differ from the keyword defaults (`algorithm`, `lr`, `tau`, ... as in GROUP_DEFAULTS).
+    parameters: the common start, by name. Q0: the first right factor of each Dion matrix. groups: for each
+    parameter name the options that differ from the keyword defaults (`algorithm`, `lr`, `tau`, ... as in
+    GROUP_DEFAULTS).
     """
 
     def __init__(
@@ -208,7 +219,9 @@ class ReferenceReplicas:
     ) -> None:
         unknown = set(defaults) - set(GROUP_DEFAULTS)
         assert not unknown, f"the reference has no option {unknown}"
-        self.group = {name: {**GROUP_DEFAULTS, **defaults, **(groups or {}).get(name, {})} for name in parameters}
+        self.group = {
+            name: {**GROUP_DEFAULTS, **defaults, **(groups or {}).get(name, {})} for name in parameters
+        }
         self.consensus, self.warmup_steps = consensus, warmup_steps
         self.min_local_steps, self.max_local_steps = min_local_steps, max_local_steps
         self.target_sync_rate, self.gate_every = target_sync_rate, gate_every
@@ -219,10 +232,13 @@ class ReferenceReplicas:
         self.under_way: dict[int, tuple[int, Tensor, list[Tensor]]] = {}
         self.X0 = {name: X.detach().clone() for name, X in parameters.items()}
         self.U = {name: torch.zeros_like(X) for name, X in parameters.items()}
-        # All parameters end to end, in their order, are one vector; fragment k has every outer_fragments-th element of it.
+        # All parameters end to end, in their order, are one vector; fragment k has every outer_fragments-th
+        # element of it.
         flat = torch.cat([X.detach().flatten() for X in parameters.values()])
         self.parts = [torch.arange(k, len(flat), outer_fragments) for k in range(outer_fragments)]
-        lengths = [-(-len(part) // (128 * replicas)) * 128 * replicas for part in self.parts]  # what is sent is padded
+        lengths = [
+            -(-len(part) // (128 * replicas)) * 128 * replicas for part in self.parts
+        ]  # what is sent is padded
         self.residuals = [[flat.new_zeros(length) for _ in range(replicas)] for length in lengths]
         self.mean_residual = [flat.new_zeros(length) for length in lengths]
         self.synchronized_steps = 0
@@ -251,22 +267,32 @@ class ReferenceReplicas:
         ]
         m = [{n: r.M[n] + g[n] for n in self.matrices} for r, g in zip(self.replicas, G, strict=True)]
         rmmc, must = self._rmmc(m)
-        largest = {n: max((x for x in values if not math.isnan(x)), default=0.0) for n, values in rmmc.items()}
+        largest = {
+            n: max((x for x in values if not math.isnan(x)), default=0.0) for n, values in rmmc.items()
+        }
         opens = any(largest[n] > self.group[n]["tau"] for n in self.matrices)
 
         counted = self.steps == 0 or self.steps < self.warmup_steps
         counted = counted or (self.max_local_steps is not None and self.local_steps >= self.max_local_steps)
         asked = counted or self.steps % self.gate_every == 0
         # with a lag it is the next step that synchronizes, and by then there is one local step more
-        synchronized = asked and (must or (opens and self.local_steps + self.gate_lag >= self.min_local_steps))
+        synchronized = asked and (
+            must or (opens and self.local_steps + self.gate_lag >= self.min_local_steps)
+        )
         if self.gate_lag:
             told, self.told = self.told, synchronized and not counted and not self.told
             synchronized = told
         synchronized = synchronized or counted
-        margins = [abs(largest[n] / self.group[n]["tau"] - 1) for n in self.matrices if self.group[n]["tau"] > 0 and asked]
+        margins = [
+            abs(largest[n] / self.group[n]["tau"] - 1)
+            for n in self.matrices
+            if self.group[n]["tau"] > 0 and asked
+        ]
         if self.target_sync_rate is not None and self.steps >= max(1, self.warmup_steps):
             for group in self.group.values():
-                group["tau"] *= math.exp(0.3 * (synchronized - self.target_sync_rate * self.gate_every * asked))
+                group["tau"] *= math.exp(
+                    0.3 * (synchronized - self.target_sync_rate * self.gate_every * asked)
+                )
 
         self.steps += 1
         if synchronized and self.consensus == "outer":
@@ -301,7 +327,9 @@ class ReferenceReplicas:
                     rmmc[name].append(0.0 if last == norm else abs(norm - last) / last)
         return rmmc, must
 
-    def _synchronized_step(self, m: Sequence[Mapping[str, Tensor]], G: Sequence[Mapping[str, Tensor]]) -> None:
+    def _synchronized_step(
+        self, m: Sequence[Mapping[str, Tensor]], G: Sequence[Mapping[str, Tensor]]
+    ) -> None:
         if self.diverged and self.consensus == "average":
             self._average("X", self.matrices + self.others)
             self._average_moments()
@@ -335,7 +363,9 @@ class ReferenceReplicas:
                         update = muon(m[i][name])
                     if group["local_update"] == "normuon":
                         v = replica.second_moment[name]
-                        update, replica.second_moment[name] = normuon(update, v, group["betas"][1], group["eps"])
+                        update, replica.second_moment[name] = normuon(
+                            update, v, group["betas"][1], group["eps"]
+                        )
                     decay = 1 - eta * group["weight_decay"]
                     replica.X[name] = decay * replica.X[name] - eta_local * math.sqrt(rows / cols) * update
                 else:
@@ -390,11 +420,15 @@ class ReferenceReplicas:
             self._put(replica.X, part, self._flat(replica.X)[part] + X0 - was if self.outer_delay else X0)
             replica.U = dict(self.U)
 
-    def _dion(self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float) -> None:
+    def _dion(
+        self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float
+    ) -> None:
         """The synchronized step's P, R, M, Q and X lines over the given replicas and their m_i."""
         group = self.group[name]
         rows, cols = ms[0].shape
-        wide = rows < cols  # P lives on the longer side, ties: rows; a wide matrix is treated as its transpose
+        wide = (
+            rows < cols
+        )  # P lives on the longer side, ties: rows; a wide matrix is treated as its transpose
         if wide:
             ms = [m.T for m in ms]
         P, update, Q, R = power_iteration(ms, Q, group["right_factor"])
@@ -424,7 +458,8 @@ class ReferenceReplicas:
         replica.exp_avg[name], replica.exp_avg_sq[name] = m, v
 
     def synchronize(self) -> None:
-        """Average X, M and moments, make Q common, restart the local-step count, rescale the previous norms."""
+        """Average X, M and moments, make Q common, restart the local-step count, rescale the previous
+        norms."""
         for k in list(self.under_way):
             self._arrive(k)
         for name in self.matrices:
@@ -432,7 +467,9 @@ class ReferenceReplicas:
             norm_mean = float((sum(r.M[name] for r in self.replicas) / len(self.replicas)).norm())
             last = [r.last_norm[name] for r in self.replicas if name in r.last_norm]
             for replica in self.replicas:
-                if last and mean_norm > 0:  # one value for all replicas: what a checkpoint holds cannot differ
+                if (
+                    last and mean_norm > 0
+                ):  # one value for all replicas: what a checkpoint holds cannot differ
                     replica.last_norm[name] = sum(last) / len(last) * norm_mean / mean_norm
                 replica.Q[name] = self.replicas[0].Q[name].clone()
         self.told = False

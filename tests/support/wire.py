@@ -1,4 +1,5 @@
-"""The witness: torch's Flight Recorder, which notes every collective where the process group runs it, in C++ below all
+"""The witness: torch's Flight Recorder, which notes every collective where the process group runs it, in C++
+below all
 Python: nothing the optimizer could do in Python escapes it."""
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from support.ranks import run_ranks
 
 
 def run_recorded(world_size: int, fn: Callable[[], Any]) -> list[Any]:
-    """run_ranks with the Flight Recorder on: it reads the variable when a forked rank makes its first process group."""
+    """run_ranks with the Flight Recorder on: it reads the variable when a forked rank makes its first process
+    group."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
         return run_ranks(world_size, fn)
@@ -35,10 +37,14 @@ class Wire:
     """Reads the Flight Recorder; `since_last()` returns the collectives since the previous call."""
 
     def __init__(self, shards: int) -> None:
-        assert os.environ.get("TORCH_FR_BUFFER_SIZE"), "the Flight Recorder must be switched on before the first group"
+        assert os.environ.get("TORCH_FR_BUFFER_SIZE"), (
+            "the Flight Recorder must be switched on before the first group"
+        )
         self.shards, self.last = shards, -1
         dist.all_reduce(torch.zeros(3))
-        assert [sent.bytes for sent in self.since_last()][-1:] == [12], "the Flight Recorder does not see collectives"
+        assert [sent.bytes for sent in self.since_last()][-1:] == [12], (
+            "the Flight Recorder does not see collectives"
+        )
 
     def axis(self, group_name: str) -> str:
         ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(group_name))
@@ -55,7 +61,10 @@ class Wire:
             Sent(
                 self.axis(entry["process_group"][0]),
                 entry["profiling_name"].removeprefix("gloo:"),
-                sum(math.prod(size) * sizes[dtype] for size, dtype in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)),
+                sum(
+                    math.prod(size) * sizes[dtype]
+                    for size, dtype in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)
+                ),
             )
             for entry in new
             if "barrier" not in entry["profiling_name"]
