@@ -246,7 +246,8 @@ def train_flags(setting: Setting) -> list[str]:
     odd += ["rule"] if setting.baseline and setting.rule not in ("dion", "adamw") else []
     if odd:
         raise ValueError(
-            f"processes take what the optimizer has; got {', '.join(odd)} in {setting.name!r}; use --backend simulation"
+            f"processes take what the optimizer has; got {', '.join(odd)} in {setting.name!r}; use "
+            "--backend simulation"
         )
     flags: dict[str, Any] = {
         "--lr": setting.lr,
@@ -563,7 +564,8 @@ def main() -> None:
     invalid = sum(line["valid"] is False for line in lines)
     if invalid:
         raise SystemExit(
-            f"{invalid} runs are invalid: no synchronization is as good as synchronous training, so something leaks"
+            f"{invalid} runs are invalid: no synchronization is as good as synchronous training, so "
+            "something leaks"
         )
 
 

@@ -438,7 +438,8 @@ def print_crossovers(rows: list[dict[str, Any]], constant: int | None) -> None:
     if not shown:
         return
     print(
-        f"\ncrossover: the rank up to which the fused kernel is faster than two products per matrix; FUSED_RANK_TF32 = {constant}"
+        "\ncrossover: the rank up to which the fused kernel is faster than two products per matrix; "
+        f"FUSED_RANK_TF32 = {constant}"
     )
     for key in sorted(shown, key=lambda k: (k[0] != "tf32", k[1], k[2])):
         precision, model, shard, shape = key
@@ -521,7 +522,8 @@ def main() -> None:
             left = deadline - time.perf_counter()
             if left <= 0:
                 print(
-                    f"{len(cases) - number} of {len(cases)} cases are left out, the time is used up; give more --seconds"
+                    f"{len(cases) - number} of {len(cases)} cases are left out, the time is used up; give "
+                    "more --seconds"
                 )
                 break
             # What building and checking take comes on top.
@@ -534,7 +536,8 @@ def main() -> None:
                     variants.append(variant)
                 except Exception as error:  # the others are still worth measuring
                     wrong.append(
-                        f"{variant.operation} {variant.name} {case.model} 1/{case.shard} {variant.notes or ''}: {error}"
+                        f"{variant.operation} {variant.name} {case.model} 1/{case.shard} "
+                        f"{variant.notes or ''}: {error}"
                     )
                     print(f"LEFT OUT: {wrong[-1]}", flush=True)
             *timings, ceiling = measure(

@@ -480,7 +480,8 @@ def main() -> int:
     except (KeyboardInterrupt, RuntimeError) as error:
         raise SystemExit(str(error) or 130) from None
     print(
-        f"payload bytes [from][to]: {counts.payload}; with headers: {counts.bytes}; packets dropped: {counts.dropped}"
+        f"payload bytes [from][to]: {counts.payload}; with headers: {counts.bytes}; packets dropped: "
+        f"{counts.dropped}"
     )
     return status
 

@@ -344,7 +344,8 @@ def crossover(axis: Any, rows: list[Row]) -> None:
     axis.set_xlabel("rank r")
     axis.set_ylabel("time of products / of the kernel")
     axis.set_title(
-        "low_rank_apply_: the fused kernel against two products per matrix (above 1 it is faster), whole models",
+        "low_rank_apply_: the fused kernel against two products per matrix (above 1 it is faster), whole "
+        "models",
         loc="left",
     )
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

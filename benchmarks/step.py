@@ -311,7 +311,8 @@ def check_branches(variants: list[Variant]) -> None:
             synchronized = variant.states[0][0].metrics()["curvadion/synchronized"]
             if synchronized != float(variant.operation == "synchronized"):
                 raise RuntimeError(
-                    f"steps of {variant.operation} ({variant.name}) took the wrong branch: synchronized = {synchronized}"
+                    f"steps of {variant.operation} ({variant.name}) took the wrong branch: synchronized = "
+                    f"{synchronized}"
                 )
 
 
@@ -357,7 +358,8 @@ def run_model(arguments: argparse.Namespace, model: str, device: torch.device, b
             left = deadline - time.perf_counter()
             if left <= 0:
                 print(
-                    f"left out, the time is used up: {', '.join(g.title for g in groups[number:])}; give more --seconds"
+                    f"left out, the time is used up: {', '.join(g.title for g in groups[number:])}; give "
+                    "more --seconds"
                 )
                 break
             try:

@@ -76,7 +76,8 @@ def main() -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     size = tokenizer.get_vocab_size()
     print(
-        f"{args.out}/text: {len(texts)} documents, {sum(map(len, texts)):,} characters; {folder}: {size:,} tokens"
+        f"{args.out}/text: {len(texts)} documents, {sum(map(len, texts)):,} characters; {folder}: {size:,} "
+        "tokens"
     )
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("rich", reason="the benchmark shows its progress with rich: install the [report] extra")
 
 import convergence  # noqa: E402
-from convergence import (
+from convergence import (  # noqa: E402
     MUON,
     NEVER,
     OURS,
@@ -27,7 +27,7 @@ from convergence import (
     train_flags,
     validate,
     with_controls,
-)  # noqa: E402
+)
 
 from curvadion.report.studies import STUDY_KEYS  # noqa: E402
 

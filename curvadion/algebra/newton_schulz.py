@@ -16,8 +16,7 @@ LEAST_SQUARE = (
 
 def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LOCAL) -> Tensors:
     """Return U f(S) V^T for each M = U S V^T, all singular values f(s) near 1 (0.68 to 1.20 above 3e-3 of the
-    norm); next to 0 for
-    ||M||_F < 1.2e-38.
+    norm); next to 0 for ||M||_F < 1.2e-38.
 
         Y <- M / ||M||_F,    5 times:  G = Y^T Y,   Y <- Y (a I + b G + c G^2)
 
@@ -36,7 +35,8 @@ def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LO
         return []
     with torch.autocast(M[0].device.type, enabled=False):
         whole = [w.mT for w in columns.gather([m.mT for m in M])]
-        # Of any size from 1e-38 to 1e38: squares in float64, and the root of 1 / ||M|| twice, for 1 / ||M|| itself may overflow float32.
+        # Of any size from 1e-38 to 1e38: squares in float64, and the root of 1 / ||M|| twice, for 1 / ||M||
+        # itself may overflow float32.
         norms = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=torch.float64) for w in whole]
         squared = rows.sum([norm.square() for norm in norms], "gram")
         roots = [

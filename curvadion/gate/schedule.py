@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from curvadion.gate.key import Decision
 
 LEAST_TAU, MOST_TAU = 1e-6, 1e6  # where steering stops
-GAIN = 0.3  # of the controller that steers tau: how much log(tau) moves for one synchronization too many or too few
+GAIN = 0.3  # of the controller of tau: how much log(tau) moves for one synchronization too many or too few
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> None:
     for path in paths:
         if not path.exists():
             raise SystemExit(
-                f"{path} must be the folder of a training run or a .jsonl file, and is not there; check the path"
+                f"{path} must be the folder of a training run or a .jsonl file, and is not there; check the "
+                "path"
             )
         files["run" if path.is_dir() else kind(path)].append(path)
     page = Page()

@@ -47,7 +47,8 @@ def read_lines(file: Path) -> list[Record]:
             if position == len(lines) and not text.endswith("\n"):
                 break
             raise SystemExit(
-                f"{file}, line {position}, must be a JSON object: {error}; delete the line, or write the file anew"
+                f"{file}, line {position}, must be a JSON object: {error}; delete the line, or write the "
+                "file anew"
             ) from None
         if record:
             records.append(record)
@@ -86,7 +87,8 @@ class Run:
         lines = read_lines(folder / "steps.jsonl")
         if not lines:
             raise SystemExit(
-                f"{folder / 'steps.jsonl'} must have a line for each step, and has none; wait for the run's first step"
+                f"{folder / 'steps.jsonl'} must have a line for each step, and has none; wait for the run's "
+                "first step"
             )
         require(lines, ("step", "loss", "tokens", "seconds"), folder / "steps.jsonl", hint)
         # By step, because a resumed run repeats the steps since its checkpoint.

@@ -1,4 +1,4 @@
-"""local_update="muon": M_i <- mu m_i,  X_i <- (1 - lr wd) X_i - lr_local sqrt(rows/columns) newton_schulz(m_i)."""
+"""local_update="muon": M_i <- mu m_i, X_i <- (1 - lr wd) X_i - lr_local sqrt(rows/columns) newton_schulz(m_i)"""
 
 from collections.abc import Sequence
 

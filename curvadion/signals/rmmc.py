@@ -1,4 +1,4 @@
-"""gate="rmmc": the relative maximum momentum change, max over matrices of | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||."""
+"""gate="rmmc": relative maximum momentum change, the largest | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}|| of all."""
 
 from curvadion.signals.base import Signal
 

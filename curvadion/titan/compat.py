@@ -56,7 +56,8 @@ def untested(torchtitan: str, torch_version: str) -> list[str]:
     complaints = []
     if torchtitan != TESTED_TORCHTITAN:
         complaints.append(
-            f"curvadion.titan is tested with torchtitan {TESTED_TORCHTITAN}; this is {torchtitan}, which may not fit"
+            f"curvadion.titan is tested with torchtitan {TESTED_TORCHTITAN}; this is {torchtitan}, which "
+            "may not fit"
         )
     first, last = TESTED_TORCH
     if not first <= tuple(map(int, torch_version.split(".")[:2])) <= last:

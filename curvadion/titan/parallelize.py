@@ -99,7 +99,8 @@ def parallelize_replicas(model: Any, *, parallel_dims: ParallelDims, **settings:
     """
     _apply(model, parallel_dims, **settings, reduce=False)
     logger.info(
-        f"CurvaDion: {parallel_dims.dp_replicate} replicas of {parallel_dims.dp_shard} shards, gradients local to a replica"
+        f"CurvaDion: {parallel_dims.dp_replicate} replicas of {parallel_dims.dp_shard} shards, gradients "
+        "local to a replica"
     )
     return model
 

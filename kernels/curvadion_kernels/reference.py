@@ -129,7 +129,8 @@ def momentum_norm_(
         return torch.cat([*parts, momentum_norm_((), (), watch=watch).to(device)])
     if isinstance(decay, Tensor) and decay.ndim and decay.shape != (len(momenta),):
         raise ValueError(
-            f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {len(momenta)} tensors"
+            f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for "
+            f"{len(momenta)} tensors"
         )
     if momenta and (isinstance(decay, Tensor) or decay != 1.0):
         scale_(momenta, decay)

@@ -904,7 +904,8 @@ def _per_tensor(value: Scalar, count: int, device: torch.device) -> tuple[Tensor
     if isinstance(value, Tensor) and value.ndim:
         if value.shape != (count,):
             raise ValueError(
-                f"a factor must be one number or one per tensor; got shape {tuple(value.shape)} for {count} tensors"
+                f"a factor must be one number or one per tensor; got shape {tuple(value.shape)} for {count} "
+                "tensors"
             )
         return value.to(device, torch.float64).contiguous(), 1
     return _scalars((value,), device), 0

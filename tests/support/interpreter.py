@@ -36,7 +36,8 @@ def install() -> None:
 
     if not isinstance(tl.cdiv, interpreter.InterpretedFunction):
         raise RuntimeError(
-            "the interpreter must be installed before triton is imported, by whatever module; call install() earlier"
+            "the interpreter must be installed before triton is imported, by whatever module; call "
+            "install() earlier"
         )
     if not hasattr(interpreter, "_mended"):
         interpreter._mended = True
