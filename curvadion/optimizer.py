@@ -255,6 +255,7 @@ class CurvaDion(torch.optim.Optimizer):
         """
         self._refuse_inside_consensus("synchronize()")
         store, exchange = self._built.store, self._built.exchange
+        self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
         if self._schedule.asks_seldom:  # all raise if some replica met something since the gate asked last

@@ -114,7 +114,6 @@ CASES = [
         "normuon_outer",
         {"local_update": "normuon", "eps": 1e-6, "consensus": "outer", "outer_lr": 0.8},
         synchronize_after=4,
-        everywhere=True,
     ),
     Case(
         "dion2",
@@ -126,7 +125,6 @@ CASES = [
         "dion2_outer",
         {"local_update": "dion2", "consensus": "outer", "outer_lr": 0.8},
         synchronize_after=4,
-        everywhere=True,
     ),
     Case(
         "outer",
