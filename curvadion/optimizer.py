@@ -266,7 +266,7 @@ class CurvaDion(torch.optim.Optimizer):
         if self.diverged:
             self._consensus.settle(step)
             if self.replicas > 1:
-                average = self._parameters_differ or self._consensus.under_way
+                average = self._parameters_differ or self._consensus.keeps_own_gradients
                 store.make_common(step.X, exchange, average=average)
                 store.average_momentum(self._built.ops, exchange)
             reshard_gathered_modules()

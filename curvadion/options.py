@@ -257,7 +257,9 @@ def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
     consensus = CONSENSUS[options["consensus"]]
     for name, other in CONSENSUS.items():
         for option in other.own_options:
-            if option not in consensus.own_options and options[option] != defaults[option]:
+            if option in consensus.own_options or option not in defaults:
+                continue
+            if options[option] != defaults[option]:
                 raise ValueError(
                     f"{option} belongs to consensus={name!r}; got {option}={options[option]!r} with "
                     f"consensus={options['consensus']!r}; pass consensus={name!r}, or leave it out"

@@ -11,9 +11,22 @@ import pytest
 from options import FIELDS, SOURCE, TABLES, THEMES, read_options
 
 from curvadion import CurvaDion
+from curvadion.consensus import CODECS, CONSENSUS
 from curvadion.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
+from curvadion.rules import RULES
+from curvadion.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def only_the_librarys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of the same process may have registered names."""
+    for table in (RULES, SIGNALS, CONSENSUS, CODECS):
+        for name, value in list(table.items()):
+            kind = value if isinstance(value, type) else type(value)
+            if value is not None and not kind.__module__.startswith("curvadion."):
+                monkeypatch.delitem(table, name)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ class Consensus:
         leaves_apart: replicas differ even right after a synchronized step.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
+        keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so moments differ.
         under_way: the parameters have left something that replicas are to come back to.
     """
 
@@ -26,6 +27,7 @@ class Consensus:
     leaves_apart = False
     averages = True
     keeps_momentum = False
+    keeps_own_gradients = False
     under_way = False
 
     def __init__(self, options: Mapping[str, Any]):

@@ -147,7 +147,8 @@ class Gate:
             ):  # parameters may be others by now
                 consensus.stand_still(step)
             for b in step.store.batches:  # as in the replicas that take the step
-                if RULES[step.groups[b.group]["local_update"]].moves_Q:
+                rule = RULES.get(step.groups[b.group].get("local_update", ""))  # which may be what is wrong
+                if rule is None or rule.moves_Q:
                     b.common_Q = False
             trouble.hold(decision, failure, names())
         trouble.skipped_steps += 1

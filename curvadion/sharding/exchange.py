@@ -6,7 +6,7 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
     1. if due: agreement          MAX of six int64 over the replicas, then over the shards
     2. if any: partial gradients  SUM over the axes they are partial on
     3. norms and flags            one SUM over all shards
-    4. gate="drift", if asked     SUM of three numbers over the shards, mean over the replicas
+    4. gate="drift", if asked     SUM of two numbers over the shards, mean over the replicas
        gate                       one MAX of one int64 over the replicas; with gate_lag read one step later
     5. synchronized step          parameters, moments      mean over replicas   (only after a local step)
                                   Q                        replica 0's          (only after a local Dion step)

@@ -119,6 +119,7 @@ class RoundedMean:
         flat = pad(piece, piece.numel() + -piece.numel() % (codec.block * exchange.replicas))
         mine, self._ours = kept.of(number, flat.numel(), flat.numel() // exchange.replicas, flat)
         mine.add_(flat)
+        del flat  # a full buffer, at the peak of memory
         self._sent = codec.encode(mine)
         mine.sub_(codec.decode(self._sent, self._dtype))
         self._received: Tensor | None = torch.empty_like(self._sent)

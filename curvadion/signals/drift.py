@@ -51,7 +51,7 @@ class Drift(Signal):
             return closed
         variance = self._variance = self._estimate(step)
         tau = min(
-            (tau for tau, g in zip(taus, step.groups, strict=True) if g["algorithm"] == "dion"),
+            (tau for tau, g in zip(taus, step.groups, strict=True) if g.get("algorithm") == "dion"),
             default=math.inf,
         )
         opens = (variance > tau) & (not plan.hold_closed)
