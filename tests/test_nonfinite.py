@@ -839,3 +839,40 @@ def test_an_answer_outlives_a_skipped_step_and_nothing_else(interrupted: str) ->
     }
     for seen in run_ranks(2, worker):
         assert seen == expected[interrupted]
+
+
+def run_bogus_rule() -> tuple[list[str], str]:
+    """An option that breaks its rule on one rank, in a step that asks nobody."""
+    toy = Toy()
+    opt = CurvaDion(toy.groups(), replicate_mesh=dist.group.WORLD, gate_every=3, tau=math.inf)
+    outcomes = []
+    for step in range(4):
+        if step == 1 and dist.get_rank() == 1:
+            opt.param_groups[0]["local_update"] = "bogus"
+        toy.set_gradients(step, dist.get_rank())
+        outcomes.append(outcome(opt.step)[0])
+        if outcomes[-1] != "ok":
+            break
+    return outcomes, outcomes[-1]
+
+
+def test_a_rule_that_does_not_exist_is_told_when_the_gate_asks_next() -> None:
+    (others, error), (own, cause) = run_ranks(2, run_bogus_rule)
+    assert len(others) == len(own) == 4, "both ranks raise in the same step"
+    assert (error, cause) == ("RuntimeError", "ValueError")
+
+
+def run_broadcast() -> str:
+    toy = Toy()
+    opt = CurvaDion(toy.groups(), replicate_mesh=dist.group.WORLD, consensus="outer", max_local_steps=0)
+    for step in range(3):
+        toy.set_gradients(step, dist.get_rank())
+        opt.step()
+    opt.broadcast_parameters()
+    opt.synchronize()
+    return state_digest(opt)
+
+
+def test_moments_are_common_after_a_broadcast_and_synchronize() -> None:
+    left, right = run_ranks(2, run_broadcast)
+    assert left == right
