@@ -155,6 +155,7 @@ class Outer(Consensus):
                 part.put(step.X[part.index], x)
 
     def land(self, step: Step) -> None:
+        """Wait for what is under way."""
         for flight in list(self._flights):
             self._arrive(step, flight)
 
@@ -219,5 +220,5 @@ class Outer(Consensus):
             part.put(self._X0[part.index], x0)
 
     def _references(self, X: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
-        """Return X_0 of these parts where X is."""
-        return [part.take(self._X0[part.index]).to(X[part.index].device, non_blocking=True) for part in parts]
+        """Return X_0 of these parts where X is. Cut there: on the host it may still be on its way."""
+        return [part.take(self._X0[part.index].to(X[part.index].device, non_blocking=True)) for part in parts]

@@ -75,9 +75,8 @@ class Gate:
         if failed or trouble.held:
             message[-2:-1].fill_(torch.nan if failed else 1.0)
         if plan.must:
-            message[-1:].fill_(
-                1.0
-            )  # a slice: a number assigned to an element would make the host wait for the device
+            # A slice: a number assigned to an element would make the host wait for the device.
+            message[-1:].fill_(1.0)
         message = step.exchange.sum_over_all_shards(message, "norms")
         taus = [math.inf if failed else float(group["tau"]) for group in step.groups]
         norm, rmmc, key = self.signal.read(step, message, taus, plan)
@@ -142,9 +141,8 @@ class Gate:
         if asked:
             trouble.raise_or_skip(decision, failure, names, steps=step.schedule.steps)
         else:
-            with (
-                suppress(RuntimeError) if decision.failed else nullcontext()
-            ):  # parameters may be others by now
+            # Parameters may be others by now.
+            with suppress(RuntimeError) if decision.failed else nullcontext():
                 consensus.stand_still(step)
             for b in step.store.batches:  # as in the replicas that take the step
                 rule = RULES.get(step.groups[b.group].get("local_update", ""))  # which may be what is wrong
