@@ -139,6 +139,12 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         "None, torch.float64, torch.float32 or torch.bfloat16",
         "try torch.bfloat16",
     ),
+    "owners": _one_of(("auto", "always", "never")),
+    "owner_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
+        "None, torch.float64, torch.float32 or torch.bfloat16",
+        "try None: bfloat16 on a GPU",
+    ),
     "on_nonfinite": _one_of(("raise", "skip")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
     "kernels": _one_of(KERNELS),
@@ -196,6 +202,8 @@ class Options:
     consensus: str
     momentum_dtype: torch.dtype | None
     payload_dtype: torch.dtype | None
+    owners: str
+    owner_dtype: torch.dtype | None
     on_nonfinite: str
     check_every: int
     kernels: str

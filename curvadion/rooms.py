@@ -13,6 +13,7 @@ from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import check_replicas, local_tensor
 from curvadion.sharding.ledger import Ledger
+from curvadion.sharding.owners import Owners
 from curvadion.state.intake import Intake
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
@@ -32,6 +33,7 @@ class Rooms:
         table: which parameters there are, and how they are laid out.
         store: their state.
         exchange: who talks to other ranks.
+        owners: have work done on whole matrices.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         intake: reads parameters and gradients.
     """
@@ -40,6 +42,7 @@ class Rooms:
     table: Table
     store: Store
     exchange: Exchange
+    owners: Owners
     ops: Ops
     numbers: Numbers
     intake: Intake
@@ -85,7 +88,8 @@ class Rooms:
             before=before,
         )
         intake = Intake(table, store.batches, exchange)
-        return Rooms(options, table, store, exchange, ops, Numbers(table.device), intake)
+        owners = Owners(exchange, options.owners, options.owner_dtype)
+        return Rooms(options, table, store, exchange, owners, ops, Numbers(table.device), intake)
 
     def X(self) -> list[Tensor]:
         """Return this rank's shards of all parameters; call it under `torch.no_grad()`."""
@@ -95,7 +99,7 @@ class Rooms:
         """Return a step of these shards and gradients; without them, one for what is done between steps."""
         X = Fixed(self.X()) if X is None else X
         G = Fixed([None] * len(X)) if G is None else G
-        room = (self.table, self.store, schedule, self.exchange, self.ops, self.numbers)
+        room = (self.table, self.store, schedule, self.exchange, self.owners, self.ops, self.numbers)
         return Step(X, G, groups, *room, self.options.payload_dtype)
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:

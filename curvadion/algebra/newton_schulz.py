@@ -6,12 +6,25 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.side import LOCAL, Side, Tensors
+from curvadion_kernels.reference import compute_dtype
 
 STEPS = 5
 A, B, C = 3.4445, -4.7750, 2.0315
 LEAST_SQUARE = (
     torch.finfo(torch.float32).tiny ** 2
 )  # below it M is as good as zero: such numbers have few digits and decay no further
+
+
+def working_dtype(matrix: Tensor) -> torch.dtype:
+    """Return the dtype in which products of such matrices are computed: bfloat16 for float32 on a GPU."""
+    wide = compute_dtype(matrix.dtype)
+    return torch.bfloat16 if matrix.is_cuda and wide == torch.float32 else wide
+
+
+def flops(m: float, n: float) -> float:
+    """Return the FLOPs of the iteration on (m, n) with m >= n or the other way round."""
+    long, short = max(m, n), min(m, n)
+    return STEPS * (4 * long * short**2 + 2 * short**3)
 
 
 def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LOCAL) -> Tensors:
@@ -44,7 +57,7 @@ def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LO
             for w, s in zip(whole, squared, strict=True)
         ]
         Y = [w * root * root for w, root in zip(whole, roots, strict=True)]
-        Y = [y.to(torch.bfloat16) if y.is_cuda and y.dtype == torch.float32 else y for y in Y]
+        Y = [y.to(working_dtype(y)) if y.dtype == torch.float32 else y for y in Y]
         for _ in range(STEPS):
             grams = rows.sum([(y.mT @ y).to(w.dtype) for y, w in zip(Y, whole, strict=True)], "gram")
             for k, gram in enumerate(grams):

@@ -12,6 +12,7 @@ from curvadion.algebra.side import Side, Tensors
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
+from curvadion.sharding.owners import Owners
 from curvadion.state.batch import Batch, StateSpec
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
@@ -30,6 +31,7 @@ class Step:
         table, store: which parameters there are, and their state.
         schedule: how many steps there were before this one.
         exchange: sums over shards, means over replicas.
+        owners: have work done on whole matrices.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         payload_dtype: of P, R and gradients between replicas; None for the tensor's own.
     """
@@ -41,6 +43,7 @@ class Step:
     store: Store
     schedule: Schedule
     exchange: Exchange
+    owners: Owners
     ops: Ops
     numbers: Numbers
     payload_dtype: torch.dtype | None

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.rules.base import Rule, Step
+from curvadion.rules.orthonormal import Slices, orthonormalized
 from curvadion.sharding.layout import Layout
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
@@ -39,14 +39,17 @@ class Dion2(Rule):
         # all k: no more than k slices travel and are multiplied on any layout; "muon" gathers the whole side.
         parts = zip(M, chosen, batches, dims, strict=True)
         selected = short.sum([_select(m, c, b.layout, dim) for m, c, b, dim in parts], "gram")
-        directions = newton_schulz([s.mT for s in selected], rows=long)
-        for b, dim, m, c, direction in zip(batches, dims, momenta, chosen, directions, strict=True):
-            place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
-            # One slice of zeros more is what those that were not chosen take.
-            update = torch.nn.functional.pad(direction.mT, (0, 0, 0, 1)).gather(1, place.expand_as(m))
-            step.move(b, _slices_first(update, dim))
-            decay = torch.ones_like(place, dtype=direction.dtype)
-            m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
+        slices = [Slices(c.shape[1], dim) for c, dim in zip(chosen, dims, strict=True)]
+        for some in orthonormalized(step, batches, slices, lambda stack: stack.of(selected[stack.index])):
+            for stack, direction in some:
+                b, dim, c = batches[stack.index].part(stack), dims[stack.index], stack.of(chosen[stack.index])
+                m = stack.of(momenta[stack.index])
+                place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
+                # One slice of zeros more is what those that were not chosen take.
+                update = torch.nn.functional.pad(direction, (0, 0, 0, 1)).gather(1, place.expand_as(m))
+                step.move(b, _slices_first(update, dim))
+                decay = torch.ones_like(place, dtype=compute_dtype(m.dtype))
+                m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
 
 
 def _slices_first(matrices: Tensor, dim: int) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from curvadion.algebra.side import Tensors
 from curvadion.rules.base import Rule, Step
-from curvadion.rules.muon import orthonormalized
+from curvadion.rules.orthonormal import orthonormalized
 from curvadion.state.batch import Batch, StateSpec
 
 SECOND_MOMENT = StateSpec("second_moment", "rows")
@@ -31,7 +32,16 @@ class NorMuon(Rule):
     state = (SECOND_MOMENT,)
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        directions = orthonormalized(step, batches, [b.M for b in batches])
+        for some in orthonormalized(step, batches):
+            parts = [batches[stack.index].part(stack) for stack, _ in some]
+            self._move(
+                step,
+                parts,
+                [d.to(b.kept[SECOND_MOMENT.name].dtype) for b, (_, d) in zip(parts, some, strict=True)],
+            )
+        step.postpone_decay(batches)
+
+    def _move(self, step: Step, batches: list[Batch], directions: Tensors) -> None:
         over_rows, over_columns = (step.side(batches, [dim] * len(batches)) for dim in (0, 1))
         squares = over_columns.sum([d.square().sum(-1) for d in directions], "norms")
         factors = [_factor(step, b, s) for b, s in zip(batches, squares, strict=True)]
@@ -46,7 +56,6 @@ class NorMuon(Rule):
             before, after = norm.unbind(-1)
             rescaled = torch.where(after > 0, before / after, 0.0).sqrt().unsqueeze(-1) * factor
             step.move(b, direction * rescaled.unsqueeze(-1))
-        step.postpone_decay(batches)
 
 
 def _factor(step: Step, batch: Batch, squares: Tensor) -> Tensor:

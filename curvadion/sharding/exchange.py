@@ -18,9 +18,12 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
                                   AdamW, Lion gradients    mean over replicas
        local step                 each rule's own, over the shards only, in the order of RULES:
                                   "dion"                   P, Gram, R, column norms as above
-                                  "muon"                   the short side gathered; norms and in each round Gram
-                                                           matrices, one SUM over the shards of the long side
+                                  "muon"                   matrices to their owners, updates back: two all-to-alls
+                                                           a bucket, see `owners`. Where that is dearer: the short
+                                                           side gathered; norms and in each round Gram matrices,
+                                                           one SUM over the shards of the long side
                                   "normuon"                as "muon"; norms of rows and of matrices: two SUMs
+                                                           after each bucket
                                   "dion2"                  norms of slices: summed, gathered; slices; as "muon"
        synchronized step with consensus="outer": a local step, then
                                   pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
@@ -105,6 +108,21 @@ class Exchange:
     def sum_over_all_shards(self, tensor: Tensor, purpose: str) -> Tensor:
         """Return the tensor summed over the whole replica."""
         return self.sum_over_shards([tensor], [self.shards.axes], purpose)[0]
+
+    def start_all_to_all(
+        self,
+        sent: Tensor,
+        sent_counts: Sequence[int],
+        received: Tensor,
+        received_counts: Sequence[int],
+        purpose: str,
+    ) -> Work:
+        """Start sending each rank of the replica its part of a flat buffer, of as many elements as counts say."""
+        group, size = self.shards.everyone, sent.element_size()
+        self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
+        # As bytes, which every backend sends, whatever the dtype.
+        sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
+        return group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
 
     # ---- between replicas
 
