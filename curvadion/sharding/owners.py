@@ -150,13 +150,16 @@ class Owners:
     Attributes:
         ranks: how many there are.
         spreads: what users have found out about their matrices.
+        plans: for what was asked so far.
+        owner_of: the owner of each parameter that has one so far, as an index of the replica's ranks.
     """
 
     def __init__(self, exchange: Exchange, when: str = "auto", dtype: torch.dtype | None = None):
         self.exchange, self.when, self.dtype = exchange, when, dtype
         self.ranks = exchange.shards.size
         self.spreads: dict[Hashable, Spread] = {}
-        self._plans: dict[tuple, Plan] = {}
+        self.owner_of: dict[int, int] = {}
+        self.plans: dict[tuple, Plan] = {}
 
     def plan(self, spreads: Sequence[Spread], counts: Sequence[int], wire: Sequence[torch.dtype]) -> Plan:
         """Return who owns what; the same object when asked again.
@@ -166,11 +169,11 @@ class Owners:
             wire: its dtype on the way.
         """
         key = (*map(id, spreads), *counts, *wire)
-        if key not in self._plans:
+        if key not in self.plans:
             owners, load = assign(spreads, counts, self.ranks)
             cut = self._cut(spreads, counts, wire)
-            self._plans[key] = Plan(owners, load, [self._bucket(spreads, b, owners) for b in cut])
-        return self._plans[key]
+            self.plans[key] = Plan(owners, load, [self._bucket(spreads, b, owners) for b in cut])
+        return self.plans[key]
 
     def _cut(
         self, spreads: Sequence[Spread], counts: Sequence[int], wire: Sequence[torch.dtype]
