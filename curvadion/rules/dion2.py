@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import newton_schulz
+from curvadion.algebra.newton_schulz import Iteration, newton_schulz
 from curvadion.rules.base import Rule, Step
+from curvadion.rules.muon import ITERATION, by_iteration
 from curvadion.sharding.layout import Layout
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
@@ -16,7 +17,7 @@ class Dion2(Rule):
         K       = the k slices of m_i with the largest L1 norms; of equal ones the first
         O       = newton_schulz(m_i[K])                                 (k, columns)  or  (rows, k)
         M_i[K]  <- mu m_i[K],  M_i <- m_i elsewhere                     what was not used does not decay
-        X       <- (1 - lr wd) X,  X[K] <- X[K] - lr_local sqrt(rows / columns) O
+        X       <- (1 - lr wd) X,  X[K] <- X[K] - lr_local scale O
 
     k is the rank of "dion": rank_fraction of the shorter side, rounded up to rank_multiple_of. For k = all
     it is "muon". Norms are of whole slices, so that K does not depend on how the matrix is sharded.
@@ -26,7 +27,13 @@ class Dion2(Rule):
     selects along the sharded dimension where there is one, in each shard by itself.
     """
 
+    own_options = (*ITERATION, "update_scale")
+
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
+        for how, members in by_iteration(step, batches):
+            self._move(step, [batches[k] for k in members], how)
+
+    def _move(self, step: Step, batches: list[Batch], how: Iteration) -> None:
         dims = [0 if b.layout.shape[0] <= b.layout.shape[1] else 1 for b in batches]
         short, long = step.side(batches, dims), step.side(batches, [1 - dim for dim in dims])
         momenta = [_slices_first(b.momentum, dim) for b, dim in zip(batches, dims, strict=True)]
@@ -39,7 +46,7 @@ class Dion2(Rule):
         # all k: no more than k slices travel and are multiplied on any layout; "muon" gathers the whole side.
         parts = zip(M, chosen, batches, dims, strict=True)
         selected = short.sum([_select(m, c, b.layout, dim) for m, c, b, dim in parts], "gram")
-        directions = newton_schulz([s.mT for s in selected], rows=long)
+        directions = newton_schulz([s.mT for s in selected], how, rows=long)
         for b, dim, m, c, direction in zip(batches, dims, momenta, chosen, directions, strict=True):
             place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
             # One slice of zeros more is what those that were not chosen take.
