@@ -77,12 +77,6 @@ class Setting:
     delay: int = 0
 
 
-def _rule(setting: Setting) -> str:
-    if setting.rule == "muon" and setting.nesterov:
-        return "muon_nesterov"
-    return "muon" if setting.rule == "adamw" else setting.rule  # with AdamW there are no matrices
-
-
 def options_of(setting: Setting) -> dict[str, Any]:
     """Return the setting as arguments of `CurvaDion`."""
     s = setting
@@ -92,7 +86,8 @@ def options_of(setting: Setting) -> dict[str, Any]:
         "momentum": s.momentum,
         "weight_decay": s.weight_decay,
         "rank_fraction": s.rank_fraction,
-        "local_update": _rule(s),
+        "local_update": "muon" if s.rule == "adamw" else s.rule,  # with AdamW there are no matrices
+        "nesterov": s.nesterov,
         "tau": math.inf,
         "check_every": 0,
     }

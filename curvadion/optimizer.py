@@ -18,7 +18,15 @@ from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import ASKED, Plan, Schedule
 from curvadion.gate.trouble import Trouble
-from curvadion.options import Options, check_group, check_parameter, check_taus, sort_options
+from curvadion.options import (
+    Options,
+    check_group,
+    check_parameter,
+    check_rule,
+    check_taus,
+    defaults_of,
+    sort_options,
+)
 from curvadion.rooms import Rooms
 from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
@@ -62,6 +70,14 @@ class CurvaDion(torch.optim.Optimizer):
         local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon", Muon
             with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows.
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
+        update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
+            "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
+        nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
+        newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
+            "polar_express" makes singular values equal within 1 % in six rounds.
+        newton_schulz_steps [g]: number of rounds.
+        newton_schulz_dtype [g]: dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs
+            that have units for it if the momentum is bfloat16 too; else the momentum's, at least float32.
         consensus: how replicas become equal on a synchronized step: "average", by means of all they hold;
             "outer", by pseudo-gradients. "none" is the published formula as it stands, and drifts.
         outer_lr: outer learning rate; 1 without outer_momentum is plain averaging.
@@ -122,6 +138,11 @@ class CurvaDion(torch.optim.Optimizer):
         max_local_steps: int | None = None,
         local_update: str = "gradient",
         local_lr_scale: float = 1.0,
+        update_scale: str = "spectral",
+        nesterov: bool = False,
+        newton_schulz: str = "jordan",
+        newton_schulz_steps: int = 5,
+        newton_schulz_dtype: torch.dtype | None = None,
         consensus: str = "average",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
@@ -365,6 +386,13 @@ class CurvaDion(torch.optim.Optimizer):
         """
         return list(self._built.table.matrix_names)
 
+    @property
+    def owners(self) -> dict[str, int]:
+        """The global rank that orthonormalizes each matrix of Muon steps for its replica, as far as steps have
+        been taken; without those on which all its ranks work together."""
+        ranks, names = self._built.exchange.shards.members, self._built.table.names
+        return {names[i]: ranks[owner] for i, owner in sorted(self._built.owners.owner_of.items())}
+
     def named_rmmc(self) -> dict[str, float]:
         """Return each matrix's RMMC of the last step on this replica, or NaN; reads from the device."""
         return dict(zip(self.matrix_names, self._gate.rmmc.tolist(), strict=True))
@@ -414,6 +442,7 @@ class CurvaDion(torch.optim.Optimizer):
             for position, p in enumerate(group["params"]):
                 name = group.get("param_names", {position: f"number {position}"})[position]
                 check_parameter(name, p, group["algorithm"])
+            check_rule(group, defaults_of(CurvaDion.__init__), self._consensus)
             if built:
                 self._build()
                 self._schedule.forced = self._agreement.pending = True

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.consensus import CODECS, CONSENSUS
+from curvadion.algebra.newton_schulz import POLYNOMIALS
+from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
+from curvadion.rules.base import UPDATE_SCALES
 from curvadion.signals import SIGNALS
 from curvadion_kernels import KERNELS
 
@@ -90,6 +92,15 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     ),
     "local_update": _one_of(RULES),
     "local_lr_scale": _not_negative("try 1.0"),
+    "update_scale": _one_of(UPDATE_SCALES),
+    "nesterov": _flag("try False"),
+    "newton_schulz": _one_of(POLYNOMIALS),
+    "newton_schulz_steps": _integer(1, "try 5, or 6 with newton_schulz='polar_express'"),
+    "newton_schulz_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "None or a floating-point torch.dtype of 16, 32 or 64 bits",
+        "try None, which takes bfloat16 where it is fast",
+    ),
     "error_feedback": _flag("try True"),
     "right_factor": _one_of(("column_norm", "qr")),
     "orthogonalization": _one_of(("cholesky_qr", "qr")),
@@ -333,6 +344,28 @@ def check_group(group: Mapping[str, Any]) -> None:
         if group.get(key):
             raise ValueError(
                 f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out"
+            )
+
+
+def check_rule(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], consensus: Consensus | type[Consensus]
+) -> None:
+    """Raise ValueError if a whole group of matrices sets an option that neither its rule nor the consensus
+    heeds.
+
+    Args:
+        defaults: the constructor's.
+    """
+    if group["algorithm"] != "dion":
+        return
+    name = group["local_update"]
+    heeded = {*RULES[name].own_options, *consensus.group_options}
+    for option in dict.fromkeys(option for rule in RULES.values() for option in rule.own_options):
+        if option not in heeded and group[option] != defaults[option]:
+            takers = [repr(other) for other, rule in RULES.items() if option in rule.own_options]
+            raise ValueError(
+                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} with "
+                f"local_update={name!r}; leave it out, or set {option}={defaults[option]!r} in that group"
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from curvadion.algebra.newton_schulz import Iteration
 from curvadion.options import GROUP_OPTIONS, Options
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Exchange
@@ -103,11 +104,14 @@ class Rooms:
         return Step(X, G, groups, *room, self.options.payload_dtype)
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Return a text of all that must be equal on all ranks, kernels included: they round differently."""
+        """Return a text of all that must be equal on all ranks, what it found included: kernels and dtypes
+        round differently."""
         options = {**self.options.given, "kernels": self.ops.kernels}
         own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
-        return repr((options, plain, self.table.describe(), self.exchange.replicas))
+        iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
+        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]
+        return repr((options, plain, found, self.table.describe(), self.exchange.replicas))
 
     @property
     def dense_bytes(self) -> int:

@@ -157,8 +157,8 @@ def test_keys_that_host_trainers_add_are_accepted() -> None:
 
 
 def test_an_option_is_not_accepted_and_ignored() -> None:
-    with pytest.raises(TypeError, match="nesterov"):
-        CurvaDion([matrix()], nesterov=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="dampening"):
+        CurvaDion([matrix()], dampening=True)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("value", ["replicate", 2, [0, 1], torch.ones(2)])

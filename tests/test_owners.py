@@ -18,11 +18,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion, param_groups_for
-from curvadion.algebra.newton_schulz import flops
+from curvadion.algebra.newton_schulz import Iteration
 from curvadion.sharding.layout import Region
 from curvadion.sharding.owners import Spread, assign
 
 INF = float("inf")
+flops = Iteration().flops
 # (rows, columns): how many of them.
 MODELS = {
     "12 layers of 256": {(256, 256): 48, (688, 256): 24, (256, 688): 12},
@@ -55,7 +56,7 @@ class Matrices(nn.Module):
         self.matrices = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in each)
 
 
-SMALL = {(32, 32): 48, (86, 32): 24, (32, 86): 12}  # the first of MODELS, by 8
+SMALL = {(64, 64): 48, (172, 64): 24, (64, 172): 12}  # the first of MODELS, by 4
 
 
 def fake_steps(ranks: int, rank: int) -> tuple[float, int, float, float]:
@@ -73,7 +74,6 @@ def fake_steps(ranks: int, rank: int) -> tuple[float, int, float, float]:
         owners="always",
         owner_dtype=torch.bfloat16,
     )
-    counter = FlopCounterMode(display=False)
     for _ in range(2):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -87,7 +87,7 @@ def fake_steps(ranks: int, rank: int) -> tuple[float, int, float, float]:
     return sent, calls, float(counter.get_total_flops()), plan.load[rank]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 64, 1024])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 64])
 def test_bytes_and_work_of_a_local_step_fall_with_the_number_of_ranks(ranks: int) -> None:
     total = sum(count * flops(*shape) for shape, count in SMALL.items())
     numbers = sum(count * math.prod(shape) for shape, count in SMALL.items())
@@ -166,7 +166,9 @@ def buckets(layout: Layout) -> None:
                 p.data.copy_(whole(q))
                 one.state[p]["momentum"].copy_(whole(opt.state[q]["momentum"]))
     for p, (name, q) in zip(alone, placed.bag.named_parameters(), strict=True):
-        torch.testing.assert_close(whole(q), p.detach(), rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            whole(q), p.detach(), rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
     ranks = max(1, dist.get_world_size())
     assert opt.ledger.calls["shard", "matrices"] >= 2 * 2 * math.ceil(7 / (2 * ranks))
     assert local(q).numel() <= 24 * 16

@@ -16,6 +16,8 @@ class Consensus:
 
     Attributes:
         own_options: options that would mean nothing under another consensus, and are refused there.
+        group_options: options of a group that mean something under this consensus whatever the local rule, see
+            `Rule.own_options`.
         leaves_apart: replicas differ even right after a synchronized step.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
@@ -24,6 +26,7 @@ class Consensus:
     """
 
     own_options: ClassVar[tuple[str, ...]] = ()
+    group_options: ClassVar[tuple[str, ...]] = ()
     leaves_apart = False
     averages = True
     keeps_momentum = False

@@ -3,22 +3,26 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import STEPS, flops, newton_schulz, working_dtype
+from curvadion.algebra.newton_schulz import Iteration, newton_schulz
 from curvadion.algebra.side import LOCAL
 from curvadion.rules.base import Step
-from curvadion.sharding.layout import Layout, Region, ShardMesh
+from curvadion.sharding.layout import Region
 from curvadion.sharding.owners import Spread, Stack
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
+
+# The options of a group that `Iteration.of` reads.
+ITERATION = ("newton_schulz", "newton_schulz_steps", "newton_schulz_dtype")
 
 
 @dataclass(frozen=True)
 class Slices:
     """So many rows (along=0) or columns (1) of a matrix, as the rows of another one."""
 
-    count: int
+    number: int
     along: int
 
 
@@ -39,73 +43,91 @@ RATES = {"cuda": Rates(5e14, 2e11, 5e10), "cpu": Rates(5e10, 1e9, 1e9)}
 def orthonormalized(
     step: Step,
     batches: Sequence[Batch],
+    matrices: Callable[[Stack], Tensor],
     slices: Sequence[Slices] = (),
-    matrices: Callable[[Stack], Tensor] | None = None,
 ) -> Iterator[list[tuple[Stack, Tensor]]]:
-    """Yield newton_schulz(m_i) of all matrices, some at a time.
+    """Yield newton_schulz of the matrices of all batches, some at a time, iterated as their groups ask.
 
     Args:
-        slices: for each batch, if not all of the matrices is meant.
-        matrices: returns this rank's part of those in a stack (its `index` is the batch's): by default of their
-            momenta, (b, rows, columns). Slices are (b, count, local length), and the same on all ranks that
-            have the same part of their length.
+        matrices: returns this rank's part, (b, rows, columns), of those in a stack, whose `index` is a batch's.
+        slices: for each batch, if they are slices of its matrices: (b, count, local length), the same on all
+            ranks that have the same part of their length.
 
     Yields: (stack, this rank's part of what came out, of the same shape).
     """
-    spreads = [_spread(step, b, *slices[i : i + 1]) for i, b in enumerate(batches)]
+    hows = [Iteration.of(step.groups[b.group], b.momentum) for b in batches]
+    cut: Sequence[Slices | None] = slices or [None] * len(batches)
+    spreads = [_spread(step, b, s, how) for b, s, how in zip(batches, cut, hows, strict=True)]
+    wire = [step.owners.dtype or how.arithmetic(b.momentum) for b, how in zip(batches, hows, strict=True)]
     total = sum(len(b.params) for b in batches)
-    owned = [i for i, b in enumerate(batches) if _has_owner(step, b, spreads[i], total, *slices[i : i + 1])]
-    local = matrices or (lambda stack: stack.of(batches[stack.index].momentum))
-    trips = step.owners.map(
-        [spreads[i] for i in owned],
-        [len(batches[i].params) for i in owned],
-        [step.owners.dtype or working_dtype(batches[i].momentum) for i in owned],
-        lambda stack: local(replace(stack, index=owned[stack.index])),
-        lambda _, whole: _newton_schulz_of_whole(whole),
-    )
-    for bucket in trips:
-        yield [(replace(stack, index=owned[stack.index]), direction) for stack, direction in bucket]
-    rest = [Stack(i, 0, len(b.params)) for i, b in enumerate(batches) if i not in owned]
-    if rest:
-        chosen = [batches[stack.index] for stack in rest]
-        if slices:
-            along = [slices[stack.index].along for stack in rest]
-            flat, rows, columns = [True] * len(rest), step.side(chosen, [1 - dim for dim in along]), LOCAL
+    owned, alike = [], dict[Iteration, list[int]]()
+    for i, (b, how) in enumerate(zip(batches, hows, strict=True)):
+        if _has_owner(step, b, spreads[i], how, wire[i], total, cut[i]):
+            owned.append(i)
         else:
-            flat, rows, columns = (
-                [b.layout.transposed for b in chosen],
-                step.rows(chosen),
-                step.columns(chosen),
-            )
-        M = [m.mT if f else m for f, m in zip(flat, map(local, rest), strict=True)]
-        directions = newton_schulz([m.to(compute_dtype(m.dtype)) for m in M], rows=rows, columns=columns)
-        yield [(s, d.mT if f else d) for s, f, d in zip(rest, flat, directions, strict=True)]
+            alike.setdefault(how, []).append(i)
+
+    def at_home(i: int, whole: Tensor) -> Tensor:
+        flat = whole.shape[1] < whole.shape[2]
+        [direction] = newton_schulz([whole.mT if flat else whole], hows[owned[i]])
+        return direction.mT if flat else direction
+
+    plan = step.owners.plan(
+        [spreads[i] for i in owned], [batches[i].params for i in owned], [wire[i] for i in owned]
+    )
+    for arrived in step.owners.carry_out(
+        plan, lambda stack: matrices(replace(stack, index=owned[stack.index])), at_home
+    ):
+        yield [(replace(stack, index=owned[stack.index]), direction) for stack, direction in arrived]
+    for how, members in alike.items():
+        stacks = [Stack(i, 0, len(batches[i].params)) for i in members]
+        yield list(zip(stacks, _together(step, how, batches, stacks, matrices, slices), strict=True))
 
 
-def _newton_schulz_of_whole(matrices: Tensor) -> Tensor:
-    flat = matrices.shape[1] < matrices.shape[2]
-    [direction] = newton_schulz([matrices.mT if flat else matrices])
-    return direction.mT if flat else direction
+def _together(
+    step: Step,
+    how: Iteration,
+    batches: Sequence[Batch],
+    stacks: Sequence[Stack],
+    matrices: Callable[[Stack], Tensor],
+    slices: Sequence[Slices],
+) -> list[Tensor]:
+    """Return newton_schulz of matrices on which all ranks work at once."""
+    chosen = [batches[stack.index] for stack in stacks]
+    if slices:
+        along = [slices[stack.index].along for stack in stacks]
+        flat, rows, columns = [True] * len(along), step.side(chosen, [1 - dim for dim in along]), LOCAL
+    else:
+        flat, rows, columns = [b.layout.transposed for b in chosen], step.rows(chosen), step.columns(chosen)
+    M = [m.mT if f else m for f, m in zip(flat, map(matrices, stacks), strict=True)]
+    directions = newton_schulz([m.to(compute_dtype(m.dtype)) for m in M], how, rows=rows, columns=columns)
+    return [d.mT if f else d for f, d in zip(flat, directions, strict=True)]
 
 
-def _spread(step: Step, batch: Batch, slices: Slices | None = None) -> Spread:
+def _spread(step: Step, batch: Batch, slices: Slices | None, how: Iteration) -> Spread:
     """Return how the matrices of a batch are spread over the ranks of the replica, or slices of them."""
-    shards: ShardMesh = step.exchange.shards
-    key = (id(batch.layout), slices)
+    key = (id(batch.layout), slices, how)
     spreads = step.owners.spreads
     if key not in spreads:
-        layout: Layout = batch.layout
-        regions, split, shape = shards.regions(layout), layout.split, layout.shape
+        layout = batch.layout
+        regions, split, (rows, columns) = step.exchange.shards.regions(layout), layout.split, layout.shape
         if slices is not None:
             dim = 1 - slices.along
-            regions = tuple(Region((0, r.offset[dim]), (slices.count, r.shape[dim])) for r in regions)
-            split, shape = layout.sharded[dim], (slices.count, layout.shape[dim])
-        rows, columns = shape
-        spreads[key] = Spread((rows, columns), regions, split, flops(rows, columns))
+            regions = tuple(Region((0, r.offset[dim]), (slices.number, r.shape[dim])) for r in regions)
+            split, (rows, columns) = layout.sharded[dim], (slices.number, layout.shape[dim])
+        spreads[key] = Spread((rows, columns), regions, split, how.flops(rows, columns))
     return spreads[key]
 
 
-def _has_owner(step: Step, batch: Batch, spread: Spread, total: int, slices: Slices | None = None) -> bool:
+def _has_owner(
+    step: Step,
+    batch: Batch,
+    spread: Spread,
+    how: Iteration,
+    wire: torch.dtype,
+    total: int,
+    slices: Slices | None,
+) -> bool:
     """Say whether each matrix goes to one rank, or all ranks work on it together: what takes less time.
 
     Args:
@@ -122,11 +144,10 @@ def _has_owner(step: Step, batch: Batch, spread: Spread, total: int, slices: Sli
     parts = count(spread.split)
 
     share = max(1 / ranks, 1 / total)
-    sent = ((step.owners.dtype or working_dtype(batch.momentum)).itemsize * m * n / parts) * (
-        (parts - 1) + (ranks - 1)
-    )
+    sent = wire.itemsize * m * n / parts * ((parts - 1) + (ranks - 1))
     alone = share * (spread.flops / rates.flops + sent / rates.all_to_all)
 
-    summed = 2 * 4 * (STEPS * n * n * (long - 1) / long + m / long * n * (short - 1) / short)
-    together = flops(m / long, n) / rates.flops + summed / rates.all_reduce
+    summed = 2 * 4 * (how.steps * n * n * (long - 1) / long + m / long * n * (short - 1) / short)
+    products = how.steps * (4 * m / long * n**2 + 2 * n**3)  # of which every rank does the second part
+    together = products / rates.flops + summed / rates.all_reduce
     return alone <= together

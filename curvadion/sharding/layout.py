@@ -188,8 +188,15 @@ class ShardMesh:
         return TorchGroup(_group_of(tuple(sorted(self.ranks))))
 
     @functools.cached_property
+    def members(self) -> list[int]:
+        """The global ranks of `everyone`, in its order."""
+        if not self.axes:
+            return [dist.get_rank() if dist.is_initialized() else 0]
+        return self.everyone.ranks
+
+    @functools.cached_property
     def index(self) -> int:
-        """This rank's place among `everyone`; 0 where there is nobody else."""
+        """This rank's place among them."""
         return self.everyone.rank if self.axes else 0
 
     @functools.cached_property
@@ -200,7 +207,7 @@ class ShardMesh:
         sizes = tuple(self.mesh.shape)
         place_of = dict(zip(self.ranks, itertools.product(*map(range, sizes)), strict=True))
         wide = [dim for dim, size in enumerate(sizes) if size > 1]
-        return [tuple(place_of[rank][dim] for dim in wide) for rank in self.everyone.ranks]
+        return [tuple(place_of[rank][dim] for dim in wide) for rank in self.members]
 
     def regions(self, layout: "Layout") -> tuple[Region, ...]:
         """Return the part of a parameter that each rank of `everyone` holds."""

@@ -102,11 +102,14 @@ class Plan:
     """Who owns which matrix, the same on all ranks.
 
     Attributes:
+        spreads, wire: of each stack, and its dtype on the way.
         owners: for each stack, the owners of its matrices, as indices of the replica's ranks.
         load: the work of each rank, in FLOPs.
         buckets: in which they travel.
     """
 
+    spreads: Sequence[Spread]
+    wire: Sequence[torch.dtype]
     owners: list[list[int]]
     load: list[float]
     buckets: list[_Bucket]
@@ -161,18 +164,24 @@ class Owners:
         self.owner_of: dict[int, int] = {}
         self.plans: dict[tuple, Plan] = {}
 
-    def plan(self, spreads: Sequence[Spread], counts: Sequence[int], wire: Sequence[torch.dtype]) -> Plan:
+    def plan(
+        self, spreads: Sequence[Spread], members: Sequence[Sequence[int]], wire: Sequence[torch.dtype]
+    ) -> Plan:
         """Return who owns what; the same object when asked again.
 
         Args:
-            spreads, counts: of each stack.
-            wire: its dtype on the way.
+            spreads: of each stack of matrices.
+            members: which parameters they are.
+            wire: their dtype on the way.
         """
-        key = (*map(id, spreads), *counts, *wire)
+        key = (*map(id, spreads), *(tuple(m) for m in members), *wire)
         if key not in self.plans:
+            counts = [len(m) for m in members]
             owners, load = assign(spreads, counts, self.ranks)
-            cut = self._cut(spreads, counts, wire)
-            self.plans[key] = Plan(owners, load, [self._bucket(spreads, b, owners) for b in cut])
+            buckets = [self._bucket(spreads, b, owners) for b in self._cut(spreads, counts, wire)]
+            self.plans[key] = Plan(spreads, wire, owners, load, buckets)
+            for some, owned in zip(members, owners, strict=True):
+                self.owner_of |= zip(some, owned, strict=True)
         return self.plans[key]
 
     def _cut(
@@ -229,32 +238,25 @@ class Owners:
             for axis, (a, b) in enumerate(zip(places[rank], places[owner], strict=True))
         )
 
-    def map(
-        self,
-        spreads: Sequence[Spread],
-        counts: Sequence[int],
-        wire: Sequence[torch.dtype],
-        shards: Callable[[Stack], Tensor],
-        work: Callable[[int, Tensor], Tensor],
+    def carry_out(
+        self, plan: Plan, shards: Callable[[Stack], Tensor], work: Callable[[int, Tensor], Tensor]
     ) -> Iterator[list[tuple[Stack, Tensor]]]:
         """Yield, bucket by bucket, this rank's part of what `work` makes of the whole matrices.
 
-        All ranks exhaust it, and do nothing rank-local in between that may fail.
+        All ranks exhaust it: it has collectives.
 
         Args:
-            spreads, counts, wire: of each stack, see `plan`.
-            shards: returns (b, rows, columns), this rank's part of some matrices.
-            work: is given the index of a stack and (b, *shape) of its whole matrices, in the dtype `wire`, and
-                returns as much.
+            shards: returns this rank's part of some matrices, (b, rows, columns).
+            work: is given the index of a stack and some of its whole matrices, (b, *shape) in its dtype on the
+                way, and returns as much.
 
-        Yields: pairs (stack, (b, rows, columns)), in the dtype `wire`.
+        Yields: pairs (stack, (b, rows, columns)), in the dtype that `work` returns.
         """
-        buckets = self.plan(spreads, counts, wire).buckets
         if self.ranks == 1:
-            for bucket in buckets:
-                yield [(s, work(s.index, shards(s).to(wire[s.index]))) for s in bucket.stacks]
+            for bucket in plan.buckets:
+                yield [(s, work(s.index, shards(s).to(plan.wire[s.index]))) for s in bucket.stacks]
             return
-        trips = [_Trip(self.exchange, bucket, spreads, wire) for bucket in buckets]
+        trips = [_Trip(self.exchange, bucket, plan) for bucket in plan.buckets]
         for number, trip in enumerate(trips):
             if number == 0:
                 trip.come(shards)
@@ -270,12 +272,10 @@ class Owners:
 class _Trip:
     """A bucket on its way to the owners and back."""
 
-    def __init__(
-        self, exchange: Exchange, bucket: _Bucket, spreads: Sequence[Spread], wire: Sequence[torch.dtype]
-    ):
+    def __init__(self, exchange: Exchange, bucket: _Bucket, plan: Plan):
         self._exchange, self._bucket, self._me = exchange, bucket, exchange.shards.index
-        self._spreads = [spreads[stack.index] for stack in bucket.stacks]
-        self._wire = wire[bucket.stacks[0].index]
+        self._spreads = [plan.spreads[stack.index] for stack in bucket.stacks]
+        self._wire = plan.wire[bucket.stacks[0].index]
         self._place = [{k: place for place, k in enumerate(places)} for places in bucket.mine]
         self._own: list[Tensor] = []  # this rank's part of the matrices that it owns
         self._received: list[Tensor] = []
