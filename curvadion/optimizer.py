@@ -18,7 +18,7 @@ from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import ASKED, Plan, Schedule
 from curvadion.gate.trouble import Trouble
-from curvadion.options import Options, check_group, check_parameter, check_taus, sort_options
+from curvadion.options import Options, check_group, check_parameter, check_signal, check_taus, sort_options
 from curvadion.rooms import Rooms
 from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
@@ -148,11 +148,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
-        if self._gate.signal.needs_equal_replicas and self._consensus.leaves_apart:
-            raise ValueError(
-                f"gate={o.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-                f"{o.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
-            )
+        check_signal(self._gate.signal, self._consensus, o)
         self._in_consensus = False
         super().__init__(params, defaults)
         self._build()
@@ -190,18 +186,16 @@ class CurvaDion(torch.optim.Optimizer):
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
+        counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
-            if self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus):
-                self._finish(decision, plan)
-            else:
-                self.ledger.end_step()
-            return loss
-        commit()  # ||m_{t-1}|| <- ||m_t||
-        if self._trouble.skips:
-            self._accumulate(step.G, store=True)
-        self._consensus.step(step, synchronize=decision.synchronize)
-        self._gate.signal.took(step, decision.synchronize)
-        self._finish(decision, plan)
+            counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
+        else:
+            commit()  # ||m_{t-1}|| <- ||m_t||
+            if self._trouble.skips:
+                self._accumulate(step.G, store=True)
+            self._consensus.step(step, synchronize=decision.synchronize)
+            self._gate.signal.took(step, decision.synchronize)
+        self._finish(decision, plan, counts=counts)
         return loss
 
     def _take_in(self) -> tuple[Step, Exception | None]:
@@ -216,13 +210,16 @@ class CurvaDion(torch.optim.Optimizer):
             self._trouble.swallowed()
         return self._built.store.accumulate(G, self._built.ops, self._built.numbers, store=store)
 
-    def _finish(self, decision: Decision, plan: Plan) -> None:
-        """Count the step, and steer tau."""
+    def _finish(self, decision: Decision, plan: Plan, *, counts: bool) -> None:
+        """Remember the decision; if the step counts, count it and steer tau."""
         schedule = self._schedule
+        self._gate.decision = decision
+        if not counts:
+            self.ledger.end_step()
+            return
         if schedule.options.target_sync_rate is not None:
             for group in self.param_groups:
                 group["tau"] = schedule.steer(float(group["tau"]), decision.synchronize, plan.due)
-        self._gate.decision = decision
         schedule.took(decision.synchronize)
         schedule.diverged = self.replicas > 1 or self._consensus.under_way or self._gate.awaits_answer
         self._built.store.count(schedule)
@@ -440,14 +437,12 @@ class CurvaDion(torch.optim.Optimizer):
         self._refuse_inside_consensus("load_state_dict()")
         store = self._built.store
         store.settle()
-        load(self, store.table, self.__dict__["state"], super().load_state_dict, state_dict)
-        store.read_counters(self._schedule)
-        self._start_afresh()
+        own = self.__dict__["state"]
+        load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
 
     def _start_afresh(self) -> None:
-        """Forget all that is not state: replicas are equal, and nothing is under way."""
-        for b in self._built.store.batches:
-            b.common_Q = True
+        """Go on from the state that was loaded: replicas are equal, and nothing is under way."""
+        self._built.store.loaded(self._schedule)
         self._consensus.forget()
         self._gate.forget()
         self._trouble.reset()
@@ -478,7 +473,7 @@ class CurvaDion(torch.optim.Optimizer):
             self._peers,
             outer_momentum=self._consensus.keeps_momentum,
             before=self.state,
-            ledger=self._rooms.exchange.ledger if self._rooms is not None else Ledger(),
+            earlier=self._rooms,
         )
         self._consensus.allocate(rooms.X())
         self._gate.attach(rooms.step(self.param_groups, self._schedule))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.consensus import CODECS, CONSENSUS
+from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
-from curvadion.signals import SIGNALS
+from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
@@ -50,7 +50,7 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
     first = next(iter(choices)) if hint is None else hint
     names = choices if isinstance(choices, Mapping) else tuple(choices)
     return Allowed(
-        lambda v: v in names, lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+        lambda v: v in tuple(names), lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
     )
 
 
@@ -295,6 +295,20 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"min_local_steps must not exceed max_local_steps; got {low} and {high}; try "
             f"min_local_steps={high}"
+        )
+
+
+def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None:
+    """Raise ValueError if the gate's signal would mean nothing, or gain nothing, with these options."""
+    if signal.needs_equal_replicas and consensus.leaves_apart:
+        raise ValueError(
+            f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
+        )
+    if signal.waits_for_replicas and options.schedule.gate_lag:
+        raise ValueError(
+            f"gate={options.gate!r} waits for numbers of the other replicas in each step that asks; got "
+            "gate_lag=1, which is there to wait for nothing; try gate_every=8, which asks seldom"
         )
 
 

@@ -150,5 +150,4 @@ class Gate:
                     b.common_Q = False
             trouble.hold(decision, failure, names())
         trouble.skipped_steps += 1
-        self.decision = decision
         return not asked
