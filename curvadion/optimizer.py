@@ -1,6 +1,5 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,26 +11,25 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
-from curvadion import metrics
 from curvadion.consensus import CONSENSUS
 from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
-from curvadion.gate.schedule import ASKED, Plan, Schedule
+from curvadion.gate.schedule import Plan, Schedule
 from curvadion.gate.trouble import Trouble
-from curvadion.options import Options, check_group, check_parameter, check_signal, check_taus, sort_options
+from curvadion.options import Options, check_group, check_parameters, check_signal, check_taus, sort_options
 from curvadion.rooms import Rooms
 from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
-from curvadion.sharding.ledger import Ledger
 from curvadion.signals import SIGNALS
 from curvadion.state.checkpoint import load
 from curvadion.state.store import averaged
+from curvadion.view import View
 from curvadion_kernels.reference import Fixed
 
 
-class CurvaDion(torch.optim.Optimizer):
+class CurvaDion(View):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
 
     Of a matrix, m_i = M_i + G_i is the momentum of replica i together with its gradient::
@@ -99,7 +97,6 @@ class CurvaDion(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # What a copy carries over; the rooms are built anew.
     _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_in_consensus")
-    _rooms: Rooms | None = None
 
     def __init__(
         self,
@@ -228,21 +225,6 @@ class CurvaDion(torch.optim.Optimizer):
 
     # ---- between replicas
 
-    @property
-    def replicas(self) -> int:
-        """The number K of replicas."""
-        return self._built.exchange.replicas
-
-    @property
-    def diverged(self) -> bool:
-        """Whether replicas may differ: any step since `synchronize()`, a load or `discard_divergence()`."""
-        return self._schedule.diverged
-
-    @property
-    def ledger(self) -> Ledger:
-        """Calls and bytes of this rank, by (axis, purpose), since construction."""
-        return self._built.exchange.ledger
-
     @torch.no_grad()
     def synchronize(self) -> None:
         """Make replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
@@ -256,10 +238,7 @@ class CurvaDion(torch.optim.Optimizer):
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
         if self._schedule.asks_seldom:  # all raise if some replica met something since the gate asked last
-            decision = self._gate.tell(exchange, self._trouble.key)
-            if decision.trouble:
-                self._gate.meet(self._trouble, decision, ASKED, None, step, self._consensus)
-                self.ledger.end_step()
+            self._gate.tell(self._trouble, step, self._consensus)
         if self.diverged:
             self._consensus.settle(step)
             if self.replicas > 1:
@@ -330,64 +309,6 @@ class CurvaDion(torch.optim.Optimizer):
         comparable = self.replicas > 1 and not self._parameters_differ
         return self._built.X() if comparable else []
 
-    # ---- what a user can see
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """State by parameter, as in every torch optimizer; M with all decay, also what a kernel postponed."""
-        if self._rooms is not None:
-            self._rooms.store.settle()
-        return self.__dict__["state"]
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["state"] = value
-
-    @property
-    def kernels(self) -> str:
-        """Where the hot operations run: "triton" or "reference"."""
-        return self._built.ops.kernels
-
-    @property
-    def matrix_names(self) -> list[str]:
-        """Names of the matrices, in the order of `metrics()["curvadion/rmmc_argmax"]`.
-
-        An unnamed one has its position for a name; a name that was there before gets its position appended.
-        """
-        return list(self._built.table.matrix_names)
-
-    def named_rmmc(self) -> dict[str, float]:
-        """Return each matrix's RMMC of the last step on this replica, or NaN; reads from the device."""
-        return dict(zip(self.matrix_names, self._gate.rmmc.tolist(), strict=True))
-
-    def gate_values(self) -> dict[str, float]:
-        """Return what the gate's signal saw when it was asked last, by name; reads from the device.
-
-        "variance" with gate="drift"; nothing with "rmmc", which `named_rmmc` and `metrics` tell.
-        """
-        return {name: float(value) for name, value in self._gate.signal.values().items()}
-
-    def drift(self) -> tuple[float, float] | None:
-        """Return what this rank's part of the last outer step says about how far apart replicas were.
-
-        Sums of squares of (X_0 - X_i) - D, this replica's own way minus the common one, and of D; reads from
-        the device. Summed over the shards, the root of their ratio is the relative distance of this replica
-        from the mean. None without consensus="outer" and before its first step.
-        """
-        apart = self._consensus.drift()
-        if apart is None:
-            return None
-        own, common = apart.tolist()
-        return own, common
-
-    def metrics(self) -> dict[str, float]:
-        """Return what the last step did and totals since construction, by the keys of `metrics.collect`.
-
-        Floats; no collective, no device access.
-        """
-        rooms = (self._schedule, self._gate.decision, self._trouble, self.ledger, self.param_groups)
-        return metrics.collect(*rooms, dense_bytes=self._built.dense_bytes, replicas=self.replicas)
-
     # ---- state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -402,9 +323,7 @@ class CurvaDion(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for position, p in enumerate(group["params"]):
-                name = group.get("param_names", {position: f"number {position}"})[position]
-                check_parameter(name, p, group["algorithm"])
+            check_parameters(group)
             if built:
                 self._build()
                 self._schedule.forced = self._agreement.pending = True
@@ -478,8 +397,3 @@ class CurvaDion(torch.optim.Optimizer):
         self._consensus.allocate(rooms.X())
         self._gate.attach(rooms.step(self.param_groups, self._schedule))
         self.__dict__["state"].update(rooms.store.states)
-
-    @property
-    def _built(self) -> Rooms:
-        assert self._rooms is not None, "built in __init__"
-        return self._rooms

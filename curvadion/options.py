@@ -347,7 +347,14 @@ def _meant(name: str) -> str:
     return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
 
 
-def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise if a parameter of the group cannot be updated by its algorithm."""
+    for position, p in enumerate(group["params"]):
+        name = group.get("param_names", {position: f"number {position}"})[position]
+        _check_parameter(name, p, group["algorithm"])
+
+
+def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
     """Raise if a parameter cannot be updated by the algorithm of its group."""
     if algorithm == "dion" and p.requires_grad and p.ndim != 2:
         raise ValueError(
