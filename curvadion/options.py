@@ -19,7 +19,7 @@ from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
 from curvadion.rules.base import UPDATE_SCALES
-from curvadion.signals import SIGNALS
+from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
@@ -52,7 +52,7 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
     first = next(iter(choices)) if hint is None else hint
     names = choices if isinstance(choices, Mapping) else tuple(choices)
     return Allowed(
-        lambda v: v in names, lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+        lambda v: v in tuple(names), lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
     )
 
 
@@ -317,6 +317,20 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None:
+    """Raise ValueError if the gate's signal would mean nothing, or gain nothing, with these options."""
+    if signal.needs_equal_replicas and consensus.leaves_apart:
+        raise ValueError(
+            f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
+        )
+    if signal.waits_for_replicas and options.schedule.gate_lag:
+        raise ValueError(
+            f"gate={options.gate!r} waits for numbers of the other replicas in each step that asks; got "
+            "gate_lag=1, which is there to wait for nothing; try gate_every=8, which asks seldom"
+        )
+
+
 def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
     """Raise ValueError if there is no threshold to steer."""
     taus = [group["tau"] for group in groups if group["algorithm"] == "dion"]
@@ -374,7 +388,14 @@ def _meant(name: str) -> str:
     return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
 
 
-def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise if a parameter of the group cannot be updated by its algorithm."""
+    for position, p in enumerate(group["params"]):
+        name = group.get("param_names", {position: f"number {position}"})[position]
+        _check_parameter(name, p, group["algorithm"])
+
+
+def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
     """Raise if a parameter cannot be updated by the algorithm of its group."""
     if algorithm == "dion" and p.requires_grad and p.ndim != 2:
         raise ValueError(

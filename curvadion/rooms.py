@@ -56,7 +56,7 @@ class Rooms:
         *,
         outer_momentum: bool,
         before: Mapping[Tensor, Mapping[str, Any]],
-        ledger: Ledger,
+        earlier: "Rooms | None",
     ) -> "Rooms":
         """Lay out all parameters and allocate state.
 
@@ -64,7 +64,7 @@ class Rooms:
             peers: this rank and its peers in the other replicas.
             outer_momentum: whether there is a U of every parameter.
             before: state so far, whose values go on.
-            ledger: where to count.
+            earlier: the rooms so far, whose ledger goes on.
 
         Raises:
             ValueError: layouts or options break a rule.
@@ -73,6 +73,7 @@ class Rooms:
         ops = choose(options.kernels, table.device)
         logger.info("kernels: %s (%s)", ops.kernels, ops.why)
         check_replicas(peers.ranks if peers is not None else [], table.shards, table.layouts)
+        ledger = earlier.exchange.ledger if earlier is not None else Ledger()
         exchange = Exchange(table.shards, peers, table.device, ledger)
         most = options.schedule.max_local_steps
         if not table.matrices and table.params and exchange.replicas > 1 and most is None:
@@ -87,6 +88,7 @@ class Rooms:
             momentum_dtype=options.momentum_dtype,
             outer_momentum=outer_momentum,
             before=before,
+            own_Q=earlier.store.own_Q if earlier is not None else (),
         )
         intake = Intake(table, store.batches, exchange)
         owners = Owners(exchange, options.owners, options.owner_dtype)

@@ -99,6 +99,11 @@ def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
         CurvaDion([matrix()], **{option: choice})
 
 
+@pytest.mark.parametrize("option", ["gate", "local_update", "consensus", "outer_bits", "kernels"])
+def test_what_cannot_be_a_name_is_an_unknown_choice_too(option: str) -> None:
+    fails(ValueError, option, "['dion']", **{option: ["dion"]})
+
+
 def test_an_unknown_algorithm() -> None:
     fails(
         ValueError,

@@ -226,7 +226,7 @@ class Exchange:
         """Replace tensors by replica 0's."""
 
         def broadcast(piece: Tensor) -> Tensor:
-            self.over_replicas("broadcast", purpose, piece).wait()
+            self.over_replicas("broadcast", purpose, piece, wait=True)
             return piece
 
         if self.replicas > 1:
@@ -235,7 +235,7 @@ class Exchange:
     def max_over_replicas(self, key: Tensor) -> Tensor:
         """Return the MAX of the gate key over the replicas."""
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX, wait=True)
         return key
 
     def start_max_over_replicas(self, key: Tensor) -> Answer:
@@ -249,7 +249,7 @@ class Exchange:
         self._aside = self._aside or torch.cuda.Stream(key.device)
         self._aside.wait_stream(torch.cuda.current_stream(key.device))
         with torch.cuda.stream(self._aside):
-            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX, wait=True)
             host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
             host.copy_(sent, non_blocking=True)
             sent.record_stream(self._aside)
@@ -264,7 +264,7 @@ class Exchange:
         message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
         different = int(message[4] != -message[5])
         message[4], message[5] = different, -different
         for axis in self.shards.axes:
@@ -275,18 +275,20 @@ class Exchange:
 
     # ---- how it is done
 
-    def over_replicas(self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> Work:
+    def over_replicas(
+        self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType, wait: bool = False
+    ) -> Work:
         """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
         assert self._peers is not None, "nothing crosses replicas where there is one"
         self._count(collective, self._peers, ("replicate", purpose), *args)
-        work: Work = getattr(self._peers, collective)(*args)
+        work: Work = getattr(self._peers, collective)(*args, wait=wait)
         return work
 
     def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
         """Do and count a collective inside the replica, along one axis."""
         group = self.shards.group(axis)
         self._count(collective, group, ("shard", purpose), *args)
-        getattr(group, collective)(*args).wait()
+        getattr(group, collective)(*args, wait=True)
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives
@@ -296,7 +298,9 @@ class Exchange:
         self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> Tensor:
         """Return the mean over the replicas; without copy the piece may be overwritten."""
-        return Mean(self, piece, purpose, payload_dtype, copy).next_leg() if piece.numel() else piece
+        if not piece.numel():
+            return piece
+        return Mean(self, piece, purpose, payload_dtype, copy, wait=True).next_leg()
 
     def _replace(
         self,

@@ -17,6 +17,7 @@ def load(
     own: States,
     load_state_dict: Callable[[dict[str, Any]], None],
     state_dict: dict[str, Any],
+    loaded: Callable[[], None],
 ) -> None:
     """Let torch load a state dict, but copy the values into the existing state, dtypes and memory kept.
 
@@ -24,6 +25,7 @@ def load(
         optimizer: whose `param_groups` torch replaces by the saved ones.
         own: its state.
         load_state_dict: torch's.
+        loaded: called when the values are there, before any hook of the user's.
 
     Raises:
         ValueError: it does not fit; nothing was changed.
@@ -55,6 +57,7 @@ def load(
         for p, values in saved_states():
             for key, value in values.items():
                 assign(own[p][key], value)
+        loaded()
 
     # The last hook before torch casts every state to its parameter's dtype, and the first one after.
     handles = [
