@@ -476,6 +476,7 @@ class CurvaDion(torch.optim.Optimizer):
             self.param_groups,
             self._options,
             self._peers,
+            uses_Q=self._consensus.uses_Q,
             outer_momentum=self._consensus.keeps_momentum,
             before=self.state,
             ledger=self._rooms.exchange.ledger if self._rooms is not None else Ledger(),

@@ -17,6 +17,7 @@ class Consensus:
     Attributes:
         own_options: options that would mean nothing under another consensus, and are refused there.
         leaves_apart: replicas differ even right after a synchronized step.
+        uses_Q: its synchronized steps are Dion's, of every matrix, whatever the local rule.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
         keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so moments differ.
@@ -25,6 +26,7 @@ class Consensus:
 
     own_options: ClassVar[tuple[str, ...]] = ()
     leaves_apart = False
+    uses_Q = False
     averages = True
     keeps_momentum = False
     keeps_own_gradients = False

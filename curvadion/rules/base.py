@@ -142,11 +142,11 @@ class Rule:
 
     Attributes:
         state: what it keeps for each matrix, `batch.kept[name]`.
-        moves_Q: whether it moves this replica's Q, which synchronized Dion steps need to be common.
+        uses_Q: whether it reads and moves this replica's Q; without it there may be none.
     """
 
     state: tuple[StateSpec, ...] = ()
-    moves_Q = False
+    uses_Q = False
 
     def begin(self, step: Step, key: Tensor) -> None:
         """Enqueue what can be done before the host knows whether the step is local; the device looks at the
