@@ -419,6 +419,7 @@ class CurvaDion(View):
             self.param_groups,
             self._options,
             self._peers,
+            uses_Q=self._consensus.uses_Q,
             outer_momentum=self._consensus.keeps_momentum,
             before=self.state,
             earlier=self._rooms,

@@ -54,6 +54,7 @@ class Rooms:
         options: Options,
         peers: Group | None,
         *,
+        uses_Q: bool,
         outer_momentum: bool,
         before: Mapping[Tensor, Mapping[str, Any]],
         earlier: "Rooms | None",
@@ -62,6 +63,7 @@ class Rooms:
 
         Args:
             peers: this rank and its peers in the other replicas.
+            uses_Q: whether there is a Q of every matrix, also where the local rule uses none.
             outer_momentum: whether there is a U of every parameter.
             before: state so far, whose values go on.
             earlier: the rooms so far, whose ledger goes on.
@@ -85,6 +87,7 @@ class Rooms:
             table,
             groups,
             [RULES[group["local_update"]].state for group in groups],
+            [uses_Q or RULES[group["local_update"]].uses_Q for group in groups],
             momentum_dtype=options.momentum_dtype,
             outer_momentum=outer_momentum,
             before=before,

@@ -157,12 +157,12 @@ class Rule:
         own_options: options of a group that do not mean something under every rule, but do under this one;
             under the others they are refused.
         state: what it keeps for each matrix, `batch.kept[name]`.
-        moves_Q: whether it moves this replica's Q, which synchronized Dion steps need to be common.
+        uses_Q: whether it reads and moves this replica's Q; without it there may be none.
     """
 
     own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
     state: tuple[StateSpec, ...] = ()
-    moves_Q = False
+    uses_Q = False
 
     def begin(self, step: Step, key: Tensor) -> None:
         """Enqueue what can be done before the host knows whether the step is local; the device looks at the

@@ -36,7 +36,7 @@ class Dion2(Rule):
         # In float64 sums of float32 hardly depend on their order, and near ties not on the layout.
         sizes = long.sum([m.abs().sum(-1, keepdim=True, dtype=torch.float64) for m in M], "norms")
         pairs = zip(short.gather(sizes), batches, strict=True)
-        chosen = [_largest(size.squeeze(-1), b.Q.shape[-1]) for size, b in pairs]
+        chosen = [_largest(size.squeeze(-1), b.rank) for size, b in pairs]
         # Where the shorter side is sharded, each rank contributes the chosen slices that it has, and all get
         # all k: no more than k slices travel and are multiplied on any layout; "muon" gathers the whole side.
         parts = zip(M, chosen, batches, dims, strict=True)
