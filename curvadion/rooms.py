@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvadion.options import GROUP_OPTIONS, Options
@@ -99,8 +100,10 @@ class Rooms:
         return Step(X, G, groups, *room, self.options.payload_dtype)
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Return a text of all that must be equal on all ranks, kernels included: they round differently."""
-        options = {**self.options.given, "kernels": self.ops.kernels}
+        """Return a text of all that must be equal on all ranks, also what rounding depends on: kernels and
+        the precision of products."""
+        coarse = torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
+        options = {**self.options.given, "kernels": self.ops.kernels, "coarse products": coarse}
         own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         return repr((options, plain, self.table.describe(), self.exchange.replicas))
