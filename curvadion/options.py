@@ -402,6 +402,11 @@ def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
             f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape "
             f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) does"
         )
+    if algorithm == "dion" and p.requires_grad and not p.numel():
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
+            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
+        )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
