@@ -128,6 +128,29 @@ CASES = [
         synchronize_after=4,
     ),
     Case(
+        "conventions",
+        {
+            "local_update": "muon",
+            "nesterov": True,
+            "newton_schulz": "polar_express",
+            "newton_schulz_steps": 6,
+            "update_scale": "original",
+        },
+        {
+            "tall.weight": {"newton_schulz_steps": 9},  # more than there are polynomials
+            "wide.weight": {"newton_schulz": "jordan", "update_scale": "match_rms_adamw"},
+            "twin.weight": {"local_update": "normuon", "eps": 1e-6, "newton_schulz_steps": 3},
+            "square.weight": {"local_update": "dion2", "nesterov": False, "update_scale": "match_rms_adamw"},
+            "odd.weight": {
+                "local_update": "dion",
+                "nesterov": False,
+                "newton_schulz": "jordan",
+                "newton_schulz_steps": 5,
+            },
+        },
+        everywhere=True,
+    ),
+    Case(
         "outer",
         {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6},
         everywhere=True,
