@@ -55,7 +55,7 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
             yield (
                 f"momentum_norm ({names}{'' if store else ', norms only'})",
                 T.momentum_norm_kernel,
-                {**chunked, **strides, "partial": "*fp32"},
+                {**chunked, **strides, "partial": "*fp32", "live": "*fp32"},
                 {"M_TYPE": state, "G_TYPE": grad, "TYPE": tl.float32, "STORE": store, **cut},
                 T.ELEMENTWISE,
             )
@@ -76,7 +76,7 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
     yield (
         "segment_sum",
         T.segment_sum_kernel,
-        {"partial": "*fp32", "segments": "*i64", "sums": "*fp32", "count": "i32"},
+        {"partial": "*fp32", "live": "*fp32", "segments": "*i64", "sums": "*fp32", "count": "i32"},
         {"BLOCK": T.SUM_BLOCK},
         {"num_warps": 4},
     )

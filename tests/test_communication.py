@@ -116,7 +116,8 @@ def elements(shapes: Shapes) -> int:
 
 
 def p_and_r_elements(matrices: Shapes) -> int:
-    return sum((rows + cols) * rank_of((rows, cols)) for rows, cols in matrices.values())
+    """And one number a matrix, that says whether it has a gradient."""
+    return sum((rows + cols) * rank_of((rows, cols)) + 1 for rows, cols in matrices.values())
 
 
 def q_elements(matrices: Shapes) -> int:
@@ -167,7 +168,7 @@ def replica_total(traces: list[Any], layout: Layout, replica: int, step: int) ->
 def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, local_update: str) -> None:
     layout = LAYOUTS[name]
     traces = run_recorded(layout.world_size, lambda: steps(layout, 4, local_update=local_update, **NEVER))
-    norms = 4 * (len(layout.matrices) + 2)
+    norms = 4 * (2 * len(layout.matrices) + 2)
     for rank, trace in enumerate(traces):
         for step in (1, 2, 3):
             synchronized, sent, _, _ = trace[step]
@@ -179,7 +180,9 @@ def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, loca
                 assert within == [], "there is no shard axis"
             elif local_update == "gradient":
                 one_sum = [Sent("shard", "all_reduce", norms)] * len(layout.shards)
-                assert within == one_sum, "one SUM of 4 (L + 2) bytes along each shard axis and nothing else"
+                assert within == one_sum, (
+                    "one SUM of 4 (2 L + 2) bytes along each shard axis and nothing else"
+                )
             else:
                 assert within[0] == Sent("shard", "all_reduce", norms)
 

@@ -164,7 +164,7 @@ def payload(
         sent = {"parameters": Sent(4 * model.parameters), "moments": Sent(2 * 4 * model.scalars)}
     if moves_Q:
         sent["right_factor"] = Sent(4 * of_Q, collective="broadcast")
-    sent["factors"] = Sent(element * of_P_and_R, calls=2)
+    sent["factors"] = Sent(element * (of_P_and_R + len(ranks)), calls=2)  # and whether it has a gradient
     sent["gradients"] = Sent(element * model.scalars)
     return sent
 

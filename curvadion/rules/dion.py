@@ -33,7 +33,9 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
             [b.right_factor for b in chosen],
             rows=step.rows(chosen, synchronized=synchronized),
             columns=step.columns(chosen, synchronized=synchronized),
-            reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
+            reduce_P=step.reduction(
+                chosen, [b.columns for b in chosen], synchronized=synchronized, live_only=True
+            ),
             reduce_R=step.reduction(
                 chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True
             ),
