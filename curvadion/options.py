@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.consensus import CODECS, CONSENSUS
+from curvadion.algebra.newton_schulz import POLYNOMIALS
+from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
-from curvadion.signals import SIGNALS
+from curvadion.rules.base import UPDATE_SCALES
+from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
@@ -50,7 +52,7 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
     first = next(iter(choices)) if hint is None else hint
     names = choices if isinstance(choices, Mapping) else tuple(choices)
     return Allowed(
-        lambda v: v in names, lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+        lambda v: v in tuple(names), lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
     )
 
 
@@ -90,6 +92,15 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     ),
     "local_update": _one_of(RULES),
     "local_lr_scale": _not_negative("try 1.0"),
+    "update_scale": _one_of(UPDATE_SCALES),
+    "nesterov": _flag("try False"),
+    "newton_schulz": _one_of(POLYNOMIALS),
+    "newton_schulz_steps": _integer(1, "try 5, or 6 with newton_schulz='polar_express'"),
+    "newton_schulz_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "None or a floating-point torch.dtype of 16, 32 or 64 bits",
+        "try None, which takes bfloat16 where it is fast",
+    ),
     "error_feedback": _flag("try True"),
     "right_factor": _one_of(("column_norm", "qr")),
     "orthogonalization": _one_of(("cholesky_qr", "qr")),
@@ -138,6 +149,12 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
         "None, torch.float64, torch.float32 or torch.bfloat16",
         "try torch.bfloat16",
+    ),
+    "owners": _one_of(("auto", "always", "never")),
+    "owner_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
+        "None, torch.float64, torch.float32 or torch.bfloat16",
+        "try None: bfloat16 on a GPU",
     ),
     "on_nonfinite": _one_of(("raise", "skip")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
@@ -196,6 +213,8 @@ class Options:
     consensus: str
     momentum_dtype: torch.dtype | None
     payload_dtype: torch.dtype | None
+    owners: str
+    owner_dtype: torch.dtype | None
     on_nonfinite: str
     check_every: int
     kernels: str
@@ -298,6 +317,20 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None:
+    """Raise ValueError if the gate's signal would mean nothing, or gain nothing, with these options."""
+    if signal.needs_equal_replicas and consensus.leaves_apart:
+        raise ValueError(
+            f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
+        )
+    if signal.waits_for_replicas and options.schedule.gate_lag:
+        raise ValueError(
+            f"gate={options.gate!r} waits for numbers of the other replicas in each step that asks; got "
+            "gate_lag=1, which is there to wait for nothing; try gate_every=8, which asks seldom"
+        )
+
+
 def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
     """Raise ValueError if there is no threshold to steer."""
     taus = [group["tau"] for group in groups if group["algorithm"] == "dion"]
@@ -328,12 +361,41 @@ def check_group(group: Mapping[str, Any]) -> None:
             )
 
 
+def check_rule(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], consensus: Consensus | type[Consensus]
+) -> None:
+    """Raise ValueError if a whole group of matrices sets an option that neither its rule nor the consensus
+    heeds.
+
+    Args:
+        defaults: the constructor's.
+    """
+    if group["algorithm"] != "dion":
+        return
+    name = group["local_update"]
+    heeded = {*RULES[name].own_options, *consensus.group_options}
+    for option in dict.fromkeys(option for rule in RULES.values() for option in rule.own_options):
+        if option not in heeded and group[option] != defaults[option]:
+            takers = [repr(other) for other, rule in RULES.items() if option in rule.own_options]
+            raise ValueError(
+                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} with "
+                f"local_update={name!r}; leave it out, or set {option}={defaults[option]!r} in that group"
+            )
+
+
 def _meant(name: str) -> str:
     close = difflib.get_close_matches(name, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS], n=1)
     return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
 
 
-def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise if a parameter of the group cannot be updated by its algorithm."""
+    for position, p in enumerate(group["params"]):
+        name = group.get("param_names", {position: f"number {position}"})[position]
+        _check_parameter(name, p, group["algorithm"])
+
+
+def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
     """Raise if a parameter cannot be updated by the algorithm of its group."""
     if algorithm == "dion" and p.requires_grad and p.ndim != 2:
         raise ValueError(

@@ -99,6 +99,11 @@ def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
         CurvaDion([matrix()], **{option: choice})
 
 
+@pytest.mark.parametrize("option", ["gate", "local_update", "consensus", "outer_bits", "kernels"])
+def test_what_cannot_be_a_name_is_an_unknown_choice_too(option: str) -> None:
+    fails(ValueError, option, "['dion']", **{option: ["dion"]})
+
+
 def test_an_unknown_algorithm() -> None:
     fails(
         ValueError,
@@ -157,8 +162,8 @@ def test_keys_that_host_trainers_add_are_accepted() -> None:
 
 
 def test_an_option_is_not_accepted_and_ignored() -> None:
-    with pytest.raises(TypeError, match="nesterov"):
-        CurvaDion([matrix()], nesterov=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="dampening"):
+        CurvaDion([matrix()], dampening=True)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("value", ["replicate", 2, [0, 1], torch.ones(2)])

@@ -16,6 +16,8 @@ class Consensus:
 
     Attributes:
         own_options: options that would mean nothing under another consensus, and are refused there.
+        group_options: options of a group that mean something under this consensus whatever the local rule, see
+            `Rule.own_options`.
         leaves_apart: replicas differ even right after a synchronized step.
         uses_Q: its synchronized steps are Dion's, of every matrix, whatever the local rule.
         averages: a mean of the parameters over the replicas is what they have in common.
@@ -25,6 +27,7 @@ class Consensus:
     """
 
     own_options: ClassVar[tuple[str, ...]] = ()
+    group_options: ClassVar[tuple[str, ...]] = ()
     leaves_apart = False
     uses_Q = False
     averages = True

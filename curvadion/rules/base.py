@@ -12,6 +12,7 @@ from curvadion.algebra.side import Side, Tensors
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
+from curvadion.sharding.owners import Owners
 from curvadion.state.batch import Batch, StateSpec
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
@@ -30,6 +31,7 @@ class Step:
         table, store: which parameters there are, and their state.
         schedule: how many steps there were before this one.
         exchange: sums over shards, means over replicas.
+        owners: have work done on whole matrices.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         payload_dtype: of P, R and gradients between replicas; None for the tensor's own.
     """
@@ -41,6 +43,7 @@ class Step:
     store: Store
     schedule: Schedule
     exchange: Exchange
+    owners: Owners
     ops: Ops
     numbers: Numbers
     payload_dtype: torch.dtype | None
@@ -54,7 +57,7 @@ class Step:
         return [self.G[i] for i in batch.params]
 
     def move(self, batch: Batch, direction: Tensor) -> None:
-        """X <- (1 - lr wd) X - lr_local sqrt(rows / columns) direction.
+        """X <- (1 - lr wd) X - lr_local scale direction, with the group's `update_scale`.
 
         Args:
             direction: (B, rows, columns), this rank's shards.
@@ -64,7 +67,7 @@ class Step:
             [self.X[i] for i in batch.params],
             list(direction.contiguous().unbind()),
             decay=shrinkage(group),
-            step_size=local_lr(group) * scale(batch),
+            step_size=local_lr(group) * scale(group, batch),
         )
 
     def postpone_decay(self, batches: Sequence[Batch]) -> None:
@@ -131,20 +134,33 @@ def local_lr(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * group["local_lr_scale"]
 
 
-def scale(batch: Batch) -> float:
-    """Return sqrt(rows / columns), which makes updates of all shapes alike."""
-    rows, columns = batch.layout.shape
-    return math.sqrt(rows / columns)
+# The names of the option `update_scale`: factors of an orthonormal update of rows x columns. The first makes
+# it change an output as much in all shapes (Bernstein), the second its entries as large as AdamW's (Liu et
+# al., "Muon is Scalable for LLM Training", arXiv:2502.16982), the third is Jordan's.
+UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda rows, columns: math.sqrt(rows / columns),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+}
+
+
+def scale(group: Mapping[str, Any], batch: Batch) -> float:
+    """Return the factor of the learning rate that the shape of the matrices asks for, sqrt(rows / columns) by
+    default."""
+    return UPDATE_SCALES[group["update_scale"]](*batch.layout.shape)
 
 
 class Rule:
     """What matrices do on a local step. One object serves all: a rule keeps nothing itself.
 
     Attributes:
+        own_options: options of a group that do not mean something under every rule, but do under this one;
+            under the others they are refused.
         state: what it keeps for each matrix, `batch.kept[name]`.
         uses_Q: whether it reads and moves this replica's Q; without it there may be none.
     """
 
+    own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
     state: tuple[StateSpec, ...] = ()
     uses_Q = False
 

@@ -14,7 +14,7 @@ class Dion(Rule):
     P   = orthogonalize(m_i Q),   R_i = m_i^T P
     M_i <- m_i - (1 - mu) P R_i^T  with error_feedback, else mu m_i
     Q   <- column_normalize(R)  or  orthogonalize(R)
-    X   <- (1 - lr wd) X - lr_local sqrt(rows / columns) P Q^T
+    X   <- (1 - lr wd) X - lr_local scale P Q^T
     """
 
     uses_Q = True
@@ -54,7 +54,7 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
                 scale=f.scale,
                 transposed=b.layout.transposed,
                 decay=shrinkage(group),
-                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(b),
+                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(group, b),
                 feedback=1 - group["momentum"],
             )
             if not feedback:

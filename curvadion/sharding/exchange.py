@@ -18,9 +18,12 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
                                   AdamW, Lion gradients    mean over replicas
        local step                 each rule's own, over the shards only, in the order of RULES:
                                   "dion"                   P, Gram, R, column norms as above
-                                  "muon"                   the short side gathered; norms and in each round Gram
-                                                           matrices, one SUM over the shards of the long side
+                                  "muon"                   matrices to their owners, updates back: two all-to-alls
+                                                           a bucket, see `owners`. Where that is dearer: the short
+                                                           side gathered; norms and in each round Gram matrices,
+                                                           one SUM over the shards of the long side
                                   "normuon"                as "muon"; norms of rows and of matrices: two SUMs
+                                                           after each bucket
                                   "dion2"                  norms of slices: summed, gathered; slices; as "muon"
        synchronized step with consensus="outer": a local step, then
                                   pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
@@ -105,6 +108,21 @@ class Exchange:
     def sum_over_all_shards(self, tensor: Tensor, purpose: str) -> Tensor:
         """Return the tensor summed over the whole replica."""
         return self.sum_over_shards([tensor], [self.shards.axes], purpose)[0]
+
+    def start_all_to_all(
+        self,
+        sent: Tensor,
+        sent_counts: Sequence[int],
+        received: Tensor,
+        received_counts: Sequence[int],
+        purpose: str,
+    ) -> Work:
+        """Start sending each rank of the replica its part of a flat buffer, of as many elements as counts say."""
+        group, size = self.shards.everyone, sent.element_size()
+        self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
+        # As bytes, which every backend sends, whatever the dtype.
+        sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
+        return group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
 
     # ---- between replicas
 
@@ -208,7 +226,7 @@ class Exchange:
         """Replace tensors by replica 0's."""
 
         def broadcast(piece: Tensor) -> Tensor:
-            self.over_replicas("broadcast", purpose, piece).wait()
+            self.over_replicas("broadcast", purpose, piece, wait=True)
             return piece
 
         if self.replicas > 1:
@@ -217,7 +235,7 @@ class Exchange:
     def max_over_replicas(self, key: Tensor) -> Tensor:
         """Return the MAX of the gate key over the replicas."""
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX, wait=True)
         return key
 
     def start_max_over_replicas(self, key: Tensor) -> Answer:
@@ -231,7 +249,7 @@ class Exchange:
         self._aside = self._aside or torch.cuda.Stream(key.device)
         self._aside.wait_stream(torch.cuda.current_stream(key.device))
         with torch.cuda.stream(self._aside):
-            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX, wait=True)
             host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
             host.copy_(sent, non_blocking=True)
             sent.record_stream(self._aside)
@@ -246,7 +264,7 @@ class Exchange:
         message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
         different = int(message[4] != -message[5])
         message[4], message[5] = different, -different
         for axis in self.shards.axes:
@@ -257,18 +275,20 @@ class Exchange:
 
     # ---- how it is done
 
-    def over_replicas(self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> Work:
+    def over_replicas(
+        self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType, wait: bool = False
+    ) -> Work:
         """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
         assert self._peers is not None, "nothing crosses replicas where there is one"
         self._count(collective, self._peers, ("replicate", purpose), *args)
-        work: Work = getattr(self._peers, collective)(*args)
+        work: Work = getattr(self._peers, collective)(*args, wait=wait)
         return work
 
     def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
         """Do and count a collective inside the replica, along one axis."""
         group = self.shards.group(axis)
         self._count(collective, group, ("shard", purpose), *args)
-        getattr(group, collective)(*args).wait()
+        getattr(group, collective)(*args, wait=True)
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives
@@ -278,7 +298,9 @@ class Exchange:
         self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> Tensor:
         """Return the mean over the replicas; without copy the piece may be overwritten."""
-        return Mean(self, piece, purpose, payload_dtype, copy).next_leg() if piece.numel() else piece
+        if not piece.numel():
+            return piece
+        return Mean(self, piece, purpose, payload_dtype, copy, wait=True).next_leg()
 
     def _replace(
         self,

@@ -2,7 +2,7 @@
 them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvadion.algebra.power_iteration import initial_right_factor, rank_of
 from curvadion.sharding.layout import Axes, Layout, ShardMesh
+from curvadion.sharding.owners import Stack
 from curvadion.state.table import Table
 from curvadion_kernels.reference import compute_dtype
 
@@ -71,6 +72,16 @@ class Batch:
     kept: dict[str, Tensor] = field(default_factory=dict)
     common_Q: bool = True
     decay: float = 1.0
+
+    def part(self, stack: Stack) -> "Batch":
+        """Return some of the matrices, as views: to move them and what is kept, not to be kept itself."""
+        return replace(
+            self,
+            params=self.params[stack.start : stack.stop],
+            momentum=stack.of(self.momentum),
+            Q=stack.of(self.Q) if self.Q is not None else None,
+            kept={name: stack.of(tensor) for name, tensor in self.kept.items()},
+        )
 
     @property
     def M(self) -> Tensor:

@@ -21,6 +21,7 @@ def load(
     own: States,
     load_state_dict: Callable[[dict[str, Any]], None],
     state_dict: dict[str, Any],
+    loaded: Callable[[], None],
 ) -> None:
     """Let torch load a state dict, but copy the values into the existing state, dtypes and memory kept.
 
@@ -28,6 +29,7 @@ def load(
         optimizer: whose `param_groups` torch replaces by the saved ones.
         own: its state.
         load_state_dict: torch's.
+        loaded: called when the values are there, before any hook of the user's.
 
     Raises:
         ValueError: it does not fit; nothing was changed.
@@ -65,6 +67,7 @@ def load(
             if "Q" in own[p].keys() - values.keys():
                 Q = local_tensor(own[p]["Q"])
                 Q.copy_(first_right_factor(name, layout, Q.shape[-1]))
+        loaded()
 
     # The last hook before torch casts every state to its parameter's dtype, and the first one after.
     handles = [

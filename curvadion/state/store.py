@@ -1,7 +1,7 @@
 """Optimizer state as tensors: stacked for the arithmetic, and one by one in `optimizer.state` for everybody
 else."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ class Store:
         outer_momentum: whether there is a U of every parameter.
         before: `optimizer.state` so far, whose values go on where there is still a place for them; it is
             left as it was.
+        own_Q: parameters whose Q in it is this replica's own.
 
     Attributes:
         states: what `optimizer.state` is to hold.
@@ -54,6 +55,7 @@ class Store:
         momentum_dtype: torch.dtype | None,
         outer_momentum: bool,
         before: Mapping[Tensor, Mapping[str, Any]],
+        own_Q: Collection[Tensor] = (),
     ):
         self.table, self.states = table, States()
         self.last_norm = torch.full((len(table.matrices),), NO_NORM, dtype=torch.float32, device=table.device)
@@ -72,6 +74,7 @@ class Store:
 
         norm_of = {position: self.last_norm[index] for index, position in enumerate(table.matrices)}
         for b in self.batches:
+            b.common_Q = b.Q is None or not any(table.params[i] in own_Q for i in b.params)
             for k, i in enumerate(b.params):
                 own = {spec.name: spec.wrap(b.kept[spec.name][k], b.layout) for spec in b.specs}
                 if b.Q is not None:
@@ -102,6 +105,11 @@ class Store:
                 assign(fresh[key], value)
         self.states[p] = fresh
 
+    @property
+    def own_Q(self) -> set[Tensor]:
+        """The parameters whose Q is this replica's own, as local Dion steps leave it."""
+        return {self.table.params[i] for b in self.batches if not b.common_Q for i in b.params}
+
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Return the positions of the matrices whose group's local rule this is: the same object when asked
         again."""
@@ -123,8 +131,10 @@ class Store:
         self.counters[1].fill_(schedule.local_steps)
         self.counters[2].fill_(schedule.synchronized_steps)
 
-    def read_counters(self, schedule: Schedule) -> None:
-        """Let the schedule go on from the state that was loaded."""
+    def loaded(self, schedule: Schedule) -> None:
+        """Let the schedule go on from the state that was loaded, whose Q are common."""
+        for b in self.batches:
+            b.common_Q = True
         steps, local, synchronized = self.counters.amax(dim=1).tolist() if self.table.params else (0, 0, 0)
         schedule.steps, schedule.local_steps, schedule.synchronized_steps = (
             int(steps),

@@ -103,6 +103,7 @@ CASES = [
     Case("steered_later", {"gate_lag": 1, "target_sync_rate": 0.5, "tau": 0.8}, gate_only=True),
     Case("steered", {"target_sync_rate": 0.5, "tau": 1.5}, gate_only=True),
     Case("muon", {"local_update": "muon", "local_lr_scale": 0.5}),
+    Case("muon_together", {"local_update": "muon", "owners": "never"}, everywhere=True),
     # The reference's SVD leaves 1e-16 in rows of zeros, which a division by less than eps would show.
     Case(
         "normuon",
@@ -284,7 +285,8 @@ def trajectory(case: Case, replicas: int) -> list[Moment]:
     options = {**BASE, **case.options}
     groups = {n: {"algorithm": ALGORITHMS.get(n, "dion"), **case.groups.get(n, {})} for n in SHAPES}
     for group in (options, *groups.values()):  # what only the method knows
-        group.pop("orthogonalization", None)
+        for option in ("orthogonalization", "owners"):
+            group.pop(option, None)
     in_order = {
         name: value for group in groups_of(initial_values().items(), case) for name, value in group["params"]
     }
