@@ -196,6 +196,7 @@ class CurvaDion(View):
                 loss = closure()
         self._trouble.refuse_if_broken()
         self._refuse_inside_consensus("step()")
+        self._built.table.refuse_meta()
         self.ledger.begin_step()
         config = partial(self._built.describe, self.param_groups)
         self._agreement.check_if_due(self._built.exchange, self._schedule.steps, config, self._common_weights)
