@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
@@ -181,6 +182,7 @@ class CurvaDion(View):
 
     # ---- one step
 
+    @_disable_dynamo  # a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; every rank of every replica calls it. Returns the closure's value.
@@ -197,6 +199,11 @@ class CurvaDion(View):
         self._trouble.refuse_if_broken()
         self._refuse_inside_consensus("step()")
         self._built.table.refuse_meta()
+        with torch.autocast(self._built.table.device.type, enabled=False):
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self.ledger.begin_step()
         config = partial(self._built.describe, self.param_groups)
         self._agreement.check_if_due(self._built.exchange, self._schedule.steps, config, self._common_weights)
@@ -222,7 +229,6 @@ class CurvaDion(View):
             self._consensus.step(step, synchronize=decision.synchronize)
             self._gate.signal.took(step, decision.synchronize)
         self._finish(decision, plan, counts=counts)
-        return loss
 
     def _take_in(self) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
@@ -348,7 +354,8 @@ class CurvaDion(View):
                 f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
                 "between replicas; a step was taken since; call opt.synchronize() on every rank first"
             )
-        check_group(param_group)
+        if isinstance(param_group, dict):  # torch refuses anything else
+            check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvadion.algebra.newton_schulz import Iteration
@@ -109,9 +110,10 @@ class Rooms:
         return Step(X, G, groups, *room, self.options.payload_dtype)
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Return a text of all that must be equal on all ranks, what it found included: kernels and dtypes
-        round differently."""
-        options = {**self.options.given, "kernels": self.ops.kernels}
+        """Return a text of all that must be equal on all ranks, what it found and what rounding depends on
+        included: kernels, dtypes, the precision of products."""
+        coarse = torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
+        options = {**self.options.given, "kernels": self.ops.kernels, "coarse products": coarse}
         own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]

@@ -77,9 +77,10 @@ class Step:
 
     # ---- the shards of batches
 
-    def side(self, batches: Sequence[Batch], dims: Sequence[int]) -> Side:
+    def side(self, batches: Sequence[Batch], dims: Sequence[int], *, synchronized: bool = False) -> Side:
         """Say how the rows of a factor, which run along dimension dims[k] of the matrices of batch k, are
-        spread."""
+        spread; synchronized, sums must be the same in all replicas, bit for bit."""
+        alike = (synchronized and self.exchange.replicas > 1) or any(b.layout.copied for b in batches)
         axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
 
         def gather(factors: Tensors) -> Tensors:
@@ -91,20 +92,20 @@ class Step:
             return self.exchange.sum_over_shards(whole, axes, "gram")
 
         return Side(
-            sum=lambda tensors, purpose: self.exchange.sum_over_shards(tensors, axes, purpose),
+            sum=lambda tensors, purpose: self.exchange.sum_over_shards(tensors, axes, purpose, alike=alike),
             gather=gather,
             take=lambda factors: [
                 b.layout.take(f, d, 1) for f, b, d in zip(factors, batches, dims, strict=True)
             ],
         )
 
-    def rows(self, batches: Sequence[Batch]) -> Side:
+    def rows(self, batches: Sequence[Batch], *, synchronized: bool = False) -> Side:
         """Say how the long sides of the matrices are spread."""
-        return self.side(batches, [b.layout.long for b in batches])
+        return self.side(batches, [b.layout.long for b in batches], synchronized=synchronized)
 
-    def columns(self, batches: Sequence[Batch]) -> Side:
+    def columns(self, batches: Sequence[Batch], *, synchronized: bool = False) -> Side:
         """Say how the short sides of the matrices are spread."""
-        return self.side(batches, [b.layout.short for b in batches])
+        return self.side(batches, [b.layout.short for b in batches], synchronized=synchronized)
 
     def reduction(
         self, batches: Sequence[Batch], partial: Sequence[Axes], *, synchronized: bool, keep_own: bool = False
@@ -118,7 +119,7 @@ class Step:
                 return self.exchange.mean_over_replicas(
                     factors, partial, copied, "factors", payload_dtype=dtype, keep_own=keep_own
                 )
-            own = self.exchange.sum_over_shards(factors, partial, "factors")
+            own = self.exchange.sum_over_shards(factors, partial, "factors", alike=any(copied))
             return own, own
 
         return reduce

@@ -31,8 +31,8 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
         factors = power_iteration(
             [b.M for b in chosen],
             [b.right_factor for b in chosen],
-            rows=step.rows(chosen),
-            columns=step.columns(chosen),
+            rows=step.rows(chosen, synchronized=synchronized),
+            columns=step.columns(chosen, synchronized=synchronized),
             reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
             reduce_R=step.reduction(
                 chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True

@@ -79,7 +79,7 @@ class Batch:
             self,
             params=self.params[stack.start : stack.stop],
             momentum=stack.of(self.momentum),
-            Q=stack.of(self.Q) if self.Q is not None else None,
+            Q=None if self.Q is None else stack.of(self.Q),
             kept={name: stack.of(tensor) for name, tensor in self.kept.items()},
         )
 

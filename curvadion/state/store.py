@@ -172,7 +172,7 @@ class Store:
         """Return ||M_i||_F of every matrix, (L,) float32."""
         nothing = [None] * len(self.momenta)
         sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[:-2].to(self.table.device)
-        return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms").sqrt()
+        return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms", alike=True).sqrt()
 
     # ---- between replicas
 
