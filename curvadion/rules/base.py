@@ -207,7 +207,7 @@ class Rule:
     state: tuple[StateSpec, ...] = ()
     uses_Q = False
 
-    def begin(self, step: Step, key: Tensor) -> None:
+    def begin(self, step: Step, key: Tensor | int) -> None:
         """Enqueue what can be done before the host knows whether the step is local; the device looks at the
         key."""
 

@@ -79,7 +79,7 @@ class Store:
 
         norm_of = {position: self.last_norm[index] for index, position in enumerate(table.matrices)}
         for b in self.batches:
-            b.common_Q = not any(table.params[i] in own_Q for i in b.params)
+            b.common_Q = b.Q is None or not any(table.params[i] in own_Q for i in b.params)
             for k, i in enumerate(b.params):
                 own = {spec.name: spec.wrap(b.kept[spec.name][k], b.layout) for spec in b.specs}
                 if b.Q is not None:

@@ -206,7 +206,7 @@ def local_step_(
     *,
     decay: Scalar,
     step_size: Scalar,
-    key: Tensor | None = None,
+    key: Tensor | int | None = None,
 ) -> None:
     """Take one gradient step, X_l <- a_l X_l - b_l G_l, in place; a gradient of None counts as zero.
 
