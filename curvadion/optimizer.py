@@ -85,6 +85,7 @@ class CurvaDion(View):
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
+        **own: options that something registered has declared, see docs/extending.md.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
@@ -135,13 +136,14 @@ class CurvaDion(View):
         on_nonfinite: str = "raise",
         check_every: int = 1000,
         kernels: str = "auto",
+        **own: Any,
     ):
         defaults, common = sort_options(locals())
         self._options = o = Options.of(common, CurvaDion.__init__)
         check_group(defaults)
         self._peers = replicate_group(replicate_mesh)
         self._schedule = Schedule(o.schedule)
-        self._gate = Gate(SIGNALS[o.gate]())
+        self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
@@ -277,6 +279,12 @@ class CurvaDion(View):
         finally:
             self._in_consensus = False
 
+    def synchronize_next(self) -> None:
+        """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one
+        after. Communicates nothing by itself: the request travels in the gate's key, so that any one rank may
+        call it. gate_every and max_local_steps say when the gate is asked."""
+        self._schedule.wanted = True
+
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
@@ -366,7 +374,7 @@ class CurvaDion(View):
         self._gate.forget()
         self._trouble.reset()
         self._agreement.pending = True
-        self._schedule.diverged = self._schedule.forced = False
+        self._schedule.diverged = self._schedule.forced = self._schedule.wanted = False
 
     def __getstate__(self) -> dict[str, Any]:
         if self._peers is not None or self._built.table.shards.mesh is not None:

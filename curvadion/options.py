@@ -7,13 +7,14 @@ the fields of the torchtitan plug-in are generated from the three (scripts/optio
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
@@ -21,28 +22,6 @@ from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What an option may be.
-
-    Attributes:
-        test: says of a value whether it is allowed; may raise.
-        rule: the same in words.
-        hint: what to try.
-        choices: the names it may have, for an option that is one of a table's keys.
-    """
-
-    test: Callable[[Any], bool]
-    rule: str | Callable[[], str]
-    hint: str
-    choices: Collection[Any] | None = None
-
-    @property
-    def words(self) -> str:
-        """The rule in words, as things are now: tables may have grown."""
-        return self.rule if isinstance(self.rule, str) else self.rule()
 
 
 def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
@@ -164,7 +143,7 @@ class Preset(dict[str, Any]):
     def __call__(self, **changes: Any) -> "Preset":
         """Return the preset with these options changed or added."""
         for name in changes:
-            if name not in GROUP_OPTIONS and name not in OPTIMIZER_OPTIONS:
+            if name not in group_options() and name not in optimizer_options():
                 raise TypeError(
                     f"a preset may be changed by options of CurvaDion only; got {name!r}; {_meant(name)}"
                 )
@@ -209,7 +188,7 @@ class Options:
         Args:
             constructor: whose defaults are the options'.
         """
-        check_options(given, OPTIMIZER_OPTIONS)
+        check_options(given, optimizer_options())
         check_together(given, defaults_of(constructor))
         schedule = ScheduleOptions(**{name: given[name] for name in ScheduleOptions.__dataclass_fields__})
         own = {name: given[name] for name in Options.__dataclass_fields__ if name in given}
@@ -218,33 +197,57 @@ class Options:
 
 def sort_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constructor's arguments that are a group's defaults, and those that are common to all
-    groups."""
-    defaults = {name: value for name, value in arguments.items() if name in GROUP_OPTIONS}
-    return {"algorithm": "dion", **defaults}, {k: v for k, v in arguments.items() if k in OPTIMIZER_OPTIONS}
+    groups; `own` are those that it does not know, which something registered must have declared.
+
+    Raises:
+        TypeError: nothing has.
+        ValueError: a name was declared that there is already.
+    """
+    own, of_group, common = arguments["own"], group_options(), optimizer_options()
+    for name in own:
+        if name not in of_group and name not in common:
+            raise TypeError(f"CurvaDion takes known options only; got {name!r}; {_meant(name)}")
+    declared = {name: option.default for options in _declared() for name, option in options.items()}
+    values = {"algorithm": "dion", **declared, **arguments, **own}
+    return {k: values[k] for k in of_group}, {k: values[k] for k in common}
+
+
+# Options whose values are things that may declare some, common to all groups; a rule's are its groups'.
+_TABLES: dict[str, Mapping[Any, Any]] = {"gate": SIGNALS, "consensus": CONSENSUS, "outer_bits": CODECS}
+
+
+def _declared() -> tuple[dict[str, Option], dict[str, Option]]:
+    """Return the options that rules have declared, and those of the rest. Raises ValueError if a name is not
+    new."""
+    of_rules: dict[str, Option] = {}
+    of_rest: dict[str, Option] = {}
+    for where, table in {"local_update": RULES, **_TABLES}.items():
+        for owner, thing in table.items():
+            for name, option in getattr(thing, "options", {}).items():
+                mine, others = (of_rules, of_rest) if table is RULES else (of_rest, of_rules)
+                there = {*GROUP_OPTIONS, *OPTIMIZER_OPTIONS, *others}
+                if name in there or mine.setdefault(name, option) is not option:
+                    raise ValueError(
+                        f"an option's name must be new; got {name!r} of {where}={owner!r}, which there is "
+                        "already; choose another"
+                    )
+    return of_rules, of_rest
+
+
+def group_options() -> dict[str, Allowed]:
+    """Return what a group may set, with what the rules registered so far have declared."""
+    return {**GROUP_OPTIONS, **{name: option.allowed for name, option in _declared()[0].items()}}
+
+
+def optimizer_options() -> dict[str, Allowed]:
+    """Return what is common to all groups, with what is declared by signals, consensus and codecs."""
+    return {**OPTIMIZER_OPTIONS, **{name: option.allowed for name, option in _declared()[1].items()}}
 
 
 def defaults_of(constructor: Callable[..., Any]) -> dict[str, Any]:
     """Return the defaults of a constructor's options, by name."""
     parameters = inspect.signature(constructor).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def check_options(options: Mapping[str, Any], allowed: Mapping[str, Allowed], where: str = "") -> None:
-    """Raise ValueError (TypeError for a wrong type) at the first option that breaks its rule."""
-    for name, may_be in allowed.items():
-        if name not in options:
-            continue
-        value = options[name]
-        try:
-            fine = bool(may_be.test(value))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(_breaks(name, may_be, value, where)) from error
-        if not fine:
-            raise ValueError(_breaks(name, may_be, value, where))
-
-
-def _breaks(name: str, may_be: Allowed, value: Any, where: str) -> str:
-    return f"{name} must be {may_be.words}; got {value!r}{where}; {may_be.hint}"
 
 
 def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -264,6 +267,15 @@ def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
                     f"{option} belongs to consensus={name!r}; got {option}={options[option]!r} with "
                     f"consensus={options['consensus']!r}; pass consensus={name!r}, or leave it out"
                 )
+    for option, table in _TABLES.items():
+        mine = getattr(table[options[option]], "options", {})
+        for name, thing in table.items():
+            for key, own in getattr(thing, "options", {}).items():
+                if key not in mine and options[key] != own.default:
+                    raise ValueError(
+                        f"{key} belongs to {option}={name!r}; got {key}={options[key]!r} with "
+                        f"{option}={options[option]!r}; pass {option}={name!r}, or leave it out"
+                    )
     consensus.check(options)
     _check_bounds(options)
 
@@ -326,15 +338,16 @@ def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's
     to set."""
+    known, common = group_options(), optimizer_options()
     for key in group:
-        if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
+        if key in common or key == "replicate_mesh":
             raise ValueError(
                 f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion "
                 "instead"
             )
-        if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
+        if key not in known and key not in FOREIGN_KEYS:
             raise ValueError(f"a parameter group may hold known options only; got {key!r}; {_meant(key)}")
-    check_options(group, GROUP_OPTIONS, " in a parameter group")
+    check_options(group, known, " in a parameter group")
     for key in ("maximize", "capturable", "differentiable"):
         if group.get(key):
             raise ValueError(
@@ -343,8 +356,8 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def _meant(name: str) -> str:
-    close = difflib.get_close_matches(name, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS], n=1)
-    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
+    close = difflib.get_close_matches(name, [*group_options(), *optimizer_options()], n=1)
+    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvadion.options import GROUP_OPTIONS, Options
+from curvadion.options import Options, group_options
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Group
@@ -103,7 +103,8 @@ class Rooms:
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Return a text of all that must be equal on all ranks, kernels included: they round differently."""
         options = {**self.options.given, "kernels": self.ops.kernels}
-        own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
+        known = group_options()
+        own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         return repr((options, plain, self.table.describe(), self.exchange.replicas))
 

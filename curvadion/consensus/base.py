@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from curvadion.allowed import Option
 from curvadion.rules.base import Step
 
 
@@ -15,7 +16,8 @@ class Consensus:
         options: the optimizer's, by name.
 
     Attributes:
-        own_options: options that would mean nothing under another consensus, and are refused there.
+        options: options of the optimizer that it declares; refused with another consensus.
+        own_options: those of the constructor that would mean nothing under another consensus; refused there.
         leaves_apart: replicas differ even right after a synchronized step.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
@@ -23,6 +25,7 @@ class Consensus:
         under_way: the parameters have left something that replicas are to come back to.
     """
 
+    options: ClassVar[Mapping[str, Option]] = {}
     own_options: ClassVar[tuple[str, ...]] = ()
     leaves_apart = False
     averages = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.side import Side, Tensors
+from curvadion.allowed import Option
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
@@ -141,10 +142,12 @@ class Rule:
     """What matrices do on a local step. One object serves all: a rule keeps nothing itself.
 
     Attributes:
+        options: options of groups that it declares, `step.groups[batch.group][name]`.
         state: what it keeps for each matrix, `batch.kept[name]`.
         moves_Q: whether it moves this replica's Q, which synchronized Dion steps need to be common.
     """
 
+    options: Mapping[str, Option] = {}
     state: tuple[StateSpec, ...] = ()
     moves_Q = False
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.options import GROUP_OPTIONS, check_options
+from curvadion.allowed import check_options
+from curvadion.options import group_options
 from curvadion.state.store import States, assign
 from curvadion.state.table import Table
 
@@ -52,7 +53,7 @@ def load(
     def restore(_: torch.optim.Optimizer) -> None:
         optimizer.state = own  # type: ignore[assignment]  # torch made copies, cast to the parameters' dtype
         for group, before in zip(optimizer.param_groups, groups, strict=True):
-            for key in GROUP_OPTIONS:
+            for key in group_options().keys() & before.keys():
                 group.setdefault(key, before[key])
         for p, values in saved_states():
             for key, value in values.items():
@@ -83,7 +84,7 @@ def check_loadable(
         states: (name, saved state, own state) of every parameter.
     """
     for group, saved in zip(groups, saved_groups, strict=True):
-        check_options(saved, GROUP_OPTIONS, " in a parameter group of the checkpoint")
+        check_options(saved, group_options(), " in a parameter group of the checkpoint")
         if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
             raise ValueError(
                 f"a checkpoint must hold the same algorithm for each group; got {saved['algorithm']!r} for "
