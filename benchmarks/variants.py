@@ -13,31 +13,12 @@ from torch import Tensor
 from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
 from curvadion.consensus.outer import Outer
 from curvadion.gate.schedule import Plan
-from curvadion.rules import Step, local_step, register_rule
-from curvadion.rules.muon import Muon, orthonormalized
+from curvadion.rules import Step, local_step
 from curvadion.sharding.flat import pad
 from curvadion.sharding.journey import Codec, RoundedMean
 from curvadion.signals import Reading, Signal, measure, register_signal
-from curvadion.state.batch import Batch
 from curvadion.state.store import or_zeros
 from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, SYNCHRONIZE_BIT
-
-# ---- local_update
-
-
-class NesterovMuon(Muon):
-    """X_i <- (1 - lr wd) X_i - lr sqrt(rows/columns) newton_schulz(mu m_i + G_i)."""
-
-    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        ahead = []
-        for b in batches:
-            X = [step.X[i] for i in b.params]
-            G = torch.stack([or_zeros(g, x) for g, x in zip(step.gradients(b), X, strict=True)])
-            ahead.append(step.groups[b.group]["momentum"] * b.M + (G.mT if b.layout.transposed else G))
-        for b, direction in zip(batches, orthonormalized(step, batches, ahead), strict=True):
-            step.move(b, direction)
-        step.postpone_decay(batches)
-
 
 # ---- gate
 
@@ -265,7 +246,6 @@ def outer_of(back: int | str | None, *, two_stages: bool, feedback: bool, moment
     return name
 
 
-register_rule("muon_nesterov", NesterovMuon())
 for gate in (Directional, Distance, Qsr, Late):
     register_signal(gate.__name__.lower(), gate)
 register_consensus("alone", Alone)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
@@ -16,7 +17,16 @@ from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import Plan, Schedule
 from curvadion.gate.trouble import Trouble
-from curvadion.options import Options, check_group, check_parameters, check_signal, check_taus, sort_options
+from curvadion.options import (
+    Options,
+    check_group,
+    check_parameters,
+    check_rule,
+    check_signal,
+    check_taus,
+    defaults_of,
+    sort_options,
+)
 from curvadion.rooms import Rooms
 from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
@@ -60,6 +70,14 @@ class CurvaDion(View):
         local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon", Muon
             with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows.
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
+        update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
+            "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
+        nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
+        newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
+            "polar_express" makes singular values equal within 1 % in six rounds.
+        newton_schulz_steps [g]: number of rounds.
+        newton_schulz_dtype [g]: dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs
+            that have units for it if the momentum is bfloat16 too; else the momentum's, at least float32.
         consensus: how replicas become equal on a synchronized step: "average", by means of all they hold;
             "outer", by pseudo-gradients. "none" is the published formula as it stands, and drifts.
         outer_lr: outer learning rate; 1 without outer_momentum is plain averaging.
@@ -81,6 +99,10 @@ class CurvaDion(View):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
+        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent
+            the shards: "auto" where that takes less time than all ranks working on it together.
+        owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
+            computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
@@ -116,6 +138,11 @@ class CurvaDion(View):
         max_local_steps: int | None = None,
         local_update: str = "gradient",
         local_lr_scale: float = 1.0,
+        update_scale: str = "spectral",
+        nesterov: bool = False,
+        newton_schulz: str = "jordan",
+        newton_schulz_steps: int = 5,
+        newton_schulz_dtype: torch.dtype | None = None,
         consensus: str = "average",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
@@ -133,6 +160,8 @@ class CurvaDion(View):
         momentum_dtype: torch.dtype | None = None,
         payload_dtype: torch.dtype | None = None,
         orthogonalization: str = "cholesky_qr",
+        owners: str = "auto",
+        owner_dtype: torch.dtype | None = None,
         on_nonfinite: str = "raise",
         check_every: int = 1000,
         kernels: str = "auto",
@@ -155,6 +184,7 @@ class CurvaDion(View):
 
     # ---- one step
 
+    @_disable_dynamo  # a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; every rank of every replica calls it. Returns the closure's value.
@@ -170,6 +200,11 @@ class CurvaDion(View):
                 loss = closure()
         self._trouble.refuse_if_broken()
         self._refuse_inside_consensus("step()")
+        with torch.autocast(self._built.table.device.type, enabled=False):
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self.ledger.begin_step()
         config = partial(self._built.describe, self.param_groups)
         self._agreement.check_if_due(self._built.exchange, self._schedule.steps, config, self._common_weights)
@@ -195,7 +230,6 @@ class CurvaDion(View):
             self._consensus.step(step, synchronize=decision.synchronize)
             self._gate.signal.took(step, decision.synchronize)
         self._finish(decision, plan, counts=counts)
-        return loss
 
     def _take_in(self) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
@@ -327,11 +361,13 @@ class CurvaDion(View):
                 f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
                 "between replicas; a step was taken since; call opt.synchronize() on every rank first"
             )
-        check_group(param_group)
+        if isinstance(param_group, dict):  # torch refuses anything else
+            check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_parameters(group)
+            check_rule(group, defaults_of(CurvaDion.__init__), self._consensus)
             if built:
                 self._build()
                 self._schedule.forced = self._agreement.pending = True
@@ -398,6 +434,7 @@ class CurvaDion(View):
             self.param_groups,
             self._options,
             self._peers,
+            uses_Q=self._consensus.uses_Q,
             outer_momentum=self._consensus.keeps_momentum,
             before=self.state,
             earlier=self._rooms,

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvadion.algebra.newton_schulz import POLYNOMIALS
 from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
+from curvadion.rules.base import UPDATE_SCALES
 from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
@@ -69,6 +71,15 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     ),
     "local_update": _one_of(RULES),
     "local_lr_scale": _not_negative("try 1.0"),
+    "update_scale": _one_of(UPDATE_SCALES),
+    "nesterov": _flag("try False"),
+    "newton_schulz": _one_of(POLYNOMIALS),
+    "newton_schulz_steps": _integer(1, "try 5, or 6 with newton_schulz='polar_express'"),
+    "newton_schulz_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "None or a floating-point torch.dtype of 16, 32 or 64 bits",
+        "try None, which takes bfloat16 where it is fast",
+    ),
     "error_feedback": _flag("try True"),
     "right_factor": _one_of(("column_norm", "qr")),
     "orthogonalization": _one_of(("cholesky_qr", "qr")),
@@ -117,6 +128,12 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
         "None, torch.float64, torch.float32 or torch.bfloat16",
         "try torch.bfloat16",
+    ),
+    "owners": _one_of(("auto", "always", "never")),
+    "owner_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
+        "None, torch.float64, torch.float32 or torch.bfloat16",
+        "try None: bfloat16 on a GPU",
     ),
     "on_nonfinite": _one_of(("raise", "skip")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
@@ -175,6 +192,8 @@ class Options:
     consensus: str
     momentum_dtype: torch.dtype | None
     payload_dtype: torch.dtype | None
+    owners: str
+    owner_dtype: torch.dtype | None
     on_nonfinite: str
     check_every: int
     kernels: str
@@ -355,6 +374,29 @@ def check_group(group: Mapping[str, Any]) -> None:
             )
 
 
+def check_rule(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], consensus: Consensus | type[Consensus]
+) -> None:
+    """Raise ValueError if a whole group of matrices sets an option that neither its rule nor the consensus
+    heeds.
+
+    Args:
+        defaults: the constructor's.
+    """
+    if group["algorithm"] != "dion":
+        return
+    name = group["local_update"]
+    heeded = {*RULES[name].own_options, *RULES[name].options, *consensus.group_options}
+    usual = {**defaults, **{option: declared.default for option, declared in _declared()[0].items()}}
+    for option in dict.fromkeys(o for rule in RULES.values() for o in (*rule.own_options, *rule.options)):
+        if option not in heeded and group[option] != usual[option]:
+            takers = [repr(n) for n, rule in RULES.items() if option in (*rule.own_options, *rule.options)]
+            raise ValueError(
+                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} with "
+                f"local_update={name!r}; leave it out, or set {option}={usual[option]!r} in that group"
+            )
+
+
 def _meant(name: str) -> str:
     close = difflib.get_close_matches(name, [*group_options(), *optimizer_options()], n=1)
     return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
@@ -373,6 +415,11 @@ def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
         raise ValueError(
             f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape "
             f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) does"
+        )
+    if algorithm == "dion" and p.requires_grad and not p.numel():
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
+            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(

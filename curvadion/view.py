@@ -68,6 +68,13 @@ class View(torch.optim.Optimizer):
         """
         return list(self._built.table.matrix_names)
 
+    @property
+    def owners(self) -> dict[str, int]:
+        """The global rank that orthonormalizes each matrix of Muon steps for its replica, as far as steps have
+        been taken; without those on which all its ranks work together."""
+        ranks, names = self._built.exchange.shards.members, self._built.table.names
+        return {names[i]: ranks[owner] for i, owner in sorted(self._built.owners.owner_of.items())}
+
     def named_rmmc(self) -> dict[str, float]:
         """Return each matrix's RMMC of the last step on this replica, or NaN; reads from the device."""
         return dict(zip(self.matrix_names, self._gate.rmmc.tolist(), strict=True))

@@ -32,8 +32,8 @@ ARGUMENTS = ("params", "replicate_mesh")  # of the constructor; no options
 
 THEMES = {
     "The update": """
-        lr momentum weight_decay rank_fraction rank_multiple_of local_update local_lr_scale error_feedback
-        right_factor orthogonalization betas eps
+        lr momentum weight_decay rank_fraction rank_multiple_of local_update local_lr_scale update_scale nesterov
+        error_feedback right_factor orthogonalization owners owner_dtype betas eps
     """.split(),
     "The gate": """
         gate tau warmup_steps min_local_steps max_local_steps target_sync_rate gate_every gate_lag
@@ -42,7 +42,8 @@ THEMES = {
         consensus outer_lr outer_momentum outer_bits outer_fragments outer_delay outer_on_host
     """.split(),
     "Numbers and checks": """
-        momentum_dtype payload_dtype on_nonfinite check_every kernels
+        newton_schulz newton_schulz_steps newton_schulz_dtype momentum_dtype payload_dtype on_nonfinite
+        check_every kernels
     """.split(),
 }
 

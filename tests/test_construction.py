@@ -125,6 +125,18 @@ def test_a_dion_group_takes_matrices_only(shape: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_a_dion_group_takes_no_empty_matrices(shape: tuple[int, ...]) -> None:
+    named = [("blocks.3.weight", nn.Parameter(torch.empty(shape)))]
+    fails(ValueError, "blocks.3.weight", "elements", "adamw", str(shape), params=[{"params": named}])
+
+
+def test_a_group_that_is_no_dict_is_torchs_error() -> None:
+    opt = CurvaDion([matrix()])
+    with pytest.raises(TypeError, match="must be a dict"):
+        opt.add_param_group([matrix()])
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
@@ -162,8 +174,8 @@ def test_keys_that_host_trainers_add_are_accepted() -> None:
 
 
 def test_an_option_is_not_accepted_and_ignored() -> None:
-    with pytest.raises(TypeError, match="nesterov"):
-        CurvaDion([matrix()], nesterov=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="dampening"):
+        CurvaDion([matrix()], dampening=True)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("value", ["replicate", 2, [0, 1], torch.ones(2)])
@@ -303,7 +315,7 @@ DIFFERENCES = [
     "order",
     "name",
 ]
-DIFFERENCES += ["algorithm", "dtype"]
+DIFFERENCES += ["algorithm", "dtype", "precision of products"]
 
 
 @pytest.mark.parametrize("what", DIFFERENCES)
@@ -331,6 +343,7 @@ def test_replicas_built_differently_all_raise_at_the_first_step(what: str) -> No
             if mine and what == "group lr":
                 groups[1]["lr"] = 0.5
             opt = CurvaDion(groups, replicate_mesh=replicate, **options)
+            torch.set_float32_matmul_precision("high" if mine and what.startswith("precision") else "highest")
             toy.set_gradients(0, 0)
             before = [local(param).detach().clone() for param in toy.params.values()]
             result = outcome(opt.step)

@@ -685,3 +685,21 @@ def test_many_buckets_are_as_good_as_one(layout: Layout, options: dict) -> None:
     one, many = (run_ranks(world, run_in_buckets, layout, options, nbytes) for nbytes in (1 << 28, 300))
     assert [hashed for hashed, _ in one] == [hashed for hashed, _ in many]
     assert all(few < lots for (_, few), (_, lots) in zip(one, many, strict=True)), "there were more of them"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"outer_fragments": 3}, {"outer_fragments": 2, "outer_delay": 1}], ids=str
+)
+def test_x_0_on_the_host_is_the_same_x_0(options: dict) -> None:
+    runs = []
+    for on_host in (False, True):
+        W, b = nn.Parameter(draw(6, 4)), nn.Parameter(draw(5))
+        groups = [{"params": [W]}, {"params": [b], "algorithm": "adamw"}]
+        outer = {"outer_lr": 0.7, "outer_momentum": 0.5, "outer_on_host": on_host}
+        opt = CurvaDion(groups, lr=0.1, **{**OUTER, **outer, **options})
+        for t in range(8):
+            W.grad, b.grad = draw(6, 4, seed=t), draw(5, seed=t)
+            opt.step()
+        runs.append((W, b))
+    for mine, other in zip(*runs, strict=True):
+        assert torch.equal(mine, other)

@@ -146,6 +146,7 @@ def test_a_codecs_option() -> None:
     [
         ({"sign_share": 2.0}, ValueError, r"sign_share must be in \[0, 1\]; got 2.0.*try 0.5"),
         ({"sing_share": 0.1}, TypeError, "got 'sing_share'; did you mean 'sign_share'"),
+        ({"sign_share": 0.1}, ValueError, "sign_share belongs to local_update='signed'; got sign_share=0.1"),
         ({"pull": -1.0, "consensus": "partly"}, ValueError, r"pull must be in \[0, 1\]; got -1.0"),
         ({"pull": 0.5}, ValueError, "pull belongs to consensus='partly'; got pull=0.5 with.*'average'"),
         ({"nth": 2}, ValueError, "nth belongs to gate='every_nth'"),
@@ -158,9 +159,7 @@ def test_declared_options_are_checked_as_the_others_are(
 ) -> None:
     with pytest.raises(error, match=message):
         CurvaDion(Toy().groups(), **options)
-    with pytest.raises(
-        ValueError, match="a parameter group may hold known options|common to all groups|must"
-    ):
+    with pytest.raises(ValueError, match="may hold known options|common to all groups|must|belongs to"):
         CurvaDion([{"params": list(Toy().params.values())[:3], **options}])
 
 

@@ -18,7 +18,10 @@ class Consensus:
     Attributes:
         options: options of the optimizer that it declares; refused with another consensus.
         own_options: those of the constructor that would mean nothing under another consensus; refused there.
+        group_options: options of a group that mean something under this consensus whatever the local rule, see
+            `Rule.own_options`.
         leaves_apart: replicas differ even right after a synchronized step.
+        uses_Q: its synchronized steps are Dion's, of every matrix, whatever the local rule.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
         keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so moments differ.
@@ -27,7 +30,9 @@ class Consensus:
 
     options: ClassVar[Mapping[str, Option]] = {}
     own_options: ClassVar[tuple[str, ...]] = ()
+    group_options: ClassVar[tuple[str, ...]] = ()
     leaves_apart = False
+    uses_Q = False
     averages = True
     keeps_momentum = False
     keeps_own_gradients = False

@@ -150,7 +150,7 @@ class Gate:
                 consensus.stand_still(step)
             for b in step.store.batches:  # as in the replicas that take the step
                 rule = RULES.get(step.groups[b.group].get("local_update", ""))  # which may be what is wrong
-                if rule is None or rule.moves_Q:
+                if b.Q is not None and (rule is None or rule.uses_Q):
                     b.common_Q = False
             trouble.hold(decision, failure, names())
         trouble.skipped_steps += 1

@@ -14,10 +14,10 @@ class Dion(Rule):
     P   = orthogonalize(m_i Q),   R_i = m_i^T P
     M_i <- m_i - (1 - mu) P R_i^T  with error_feedback, else mu m_i
     Q   <- column_normalize(R)  or  orthogonalize(R)
-    X   <- (1 - lr wd) X - lr_local sqrt(rows / columns) P Q^T
+    X   <- (1 - lr wd) X - lr_local scale P Q^T
     """
 
-    moves_Q = True
+    uses_Q = True
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
         dion_step(step, batches, synchronized=False)
@@ -30,9 +30,9 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
         method = step.groups[chosen[0].group]
         factors = power_iteration(
             [b.M for b in chosen],
-            [b.Q for b in chosen],
-            rows=step.rows(chosen),
-            columns=step.columns(chosen),
+            [b.right_factor for b in chosen],
+            rows=step.rows(chosen, synchronized=synchronized),
+            columns=step.columns(chosen, synchronized=synchronized),
             reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
             reduce_R=step.reduction(
                 chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True
@@ -54,12 +54,12 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
                 scale=f.scale,
                 transposed=b.layout.transposed,
                 decay=shrinkage(group),
-                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(b),
+                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(group, b),
                 feedback=1 - group["momentum"],
             )
             if not feedback:
                 step.postpone_decay([b])
-            b.Q.copy_(f.Q)
+            b.right_factor.copy_(f.Q)
             b.common_Q = synchronized
 
 

@@ -9,6 +9,8 @@ from curvadion.state.batch import Batch
 class Gradient(Rule):
     """A plain gradient step, which the device takes by itself if the gate's key says "local"."""
 
+    own_options = ()
+
     def begin(self, step: Step, key: Tensor | None) -> None:
         members = step.store.matrices_with("gradient", step.groups)
         if not members:

@@ -47,8 +47,16 @@ class Group(Protocol):
     def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
         """Start replacing the tensor by the sum or the maximum of all ranks' tensors."""
 
-    def all_to_all(self, received: Tensor, sent: Tensor, *, wait: bool = False) -> Work:
-        """Start sending the k-th of `size` equal parts of `sent` to rank k."""
+    def all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_sizes: list[int] | None = None,
+        sent_sizes: list[int] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Work:
+        """Start sending the k-th part of `sent` to rank k: of `size` equal ones, or of parts of these sizes."""
 
     def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         """Start putting the pieces of all ranks, one after the other, into `whole`."""
@@ -79,8 +87,19 @@ class TorchGroup:
     def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
         return dist.all_reduce(tensor, op=op, group=self.group, async_op=not wait) or _DONE
 
-    def all_to_all(self, received: Tensor, sent: Tensor, *, wait: bool = False) -> Work:
-        return dist.all_to_all_single(received, sent, group=self.group, async_op=not wait) or _DONE
+    def all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_sizes: list[int] | None = None,
+        sent_sizes: list[int] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Work:
+        work = dist.all_to_all_single(
+            received, sent, received_sizes, sent_sizes, group=self.group, async_op=not wait
+        )
+        return work or _DONE
 
     def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         return _all_gather(whole, piece, group=self.group, async_op=not wait) or _DONE
@@ -143,16 +162,25 @@ class ThreadGroup:
         """Let the collectives of the other ranks raise rather than wait for this one."""
         self._barrier.abort()
 
-    def _meet(self, kind: str, mine: Tensor, target: Tensor) -> Work:
-        self._box[self.rank] = kind, mine, target
+    def _meet(self, kind: str, mine: Tensor, target: Tensor, sizes: list[int] | None = None) -> Work:
+        self._box[self.rank] = kind, mine, target, sizes
         self._barrier.wait()
         return _DONE
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
         return self._meet("max" if op == ReduceOp.MAX else "sum", tensor, tensor)
 
-    def all_to_all(self, received: Tensor, sent: Tensor, *, wait: bool = False) -> Work:
-        return self._meet("all_to_all", sent, received)
+    def all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_sizes: list[int] | None = None,
+        sent_sizes: list[int] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Work:
+        kind = "all_to_all" if sent_sizes is None else "all_to_all_uneven"
+        return self._meet(kind, sent, received, sent_sizes)
 
     def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         return self._meet("all_gather", piece, whole)
@@ -167,8 +195,9 @@ class ThreadGroup:
 @torch.no_grad()
 def _perform(box: list[Any]) -> None:
     """Do a collective for all ranks, once all are there; run by one of their threads."""
-    kinds, given, targets = zip(*box, strict=True)
-    if len(set(kinds)) > 1 or len({(t.numel(), t.dtype) for t in given}) > 1:
+    kinds, given, targets, sizes = zip(*box, strict=True)
+    uneven = kinds[0] == "all_to_all_uneven"
+    if len(set(kinds)) > 1 or len({(0 if uneven else t.numel(), t.dtype) for t in given}) > 1:
         what = [f"{kind} of {t.numel()} {t.dtype}" for kind, t in zip(kinds, given, strict=True)]
         raise RuntimeError(
             f"all ranks must take part in the same collective; got {', '.join(what)}; step them together"
@@ -183,8 +212,8 @@ def _perform(box: list[Any]) -> None:
         parts = [torch.stack(given).amax(0)] * size
     elif kind == "all_gather":
         parts = [torch.cat(given)] * size
-    elif kind == "all_to_all":
-        pieces = [t.chunk(size) for t in given]
+    elif kind in ("all_to_all", "all_to_all_uneven"):
+        pieces = [t.split(s) if uneven else t.chunk(size) for t, s in zip(given, sizes, strict=True)]
         parts = [torch.cat([theirs[rank] for theirs in pieces]) for rank in range(size)]
     else:
         parts = [given[0].clone()] * size

@@ -30,6 +30,7 @@ PURPOSES = {
     "norms": Purpose("norms and flags"),
     "partial_gradients": Purpose("gradients that tensor parallelism leaves partial", ("shard",)),
     "gram": Purpose("Gram matrices", ("shard",)),
+    "matrices": Purpose("whole matrices, to their owners and back", ("shard",)),
     "column_norms": Purpose("column norms", ("shard",)),
     "drift": Purpose("drift, for the gate", ()),
 }
@@ -48,6 +49,7 @@ WIRE: dict[str, Callable[[int], float]] = {
     "reduce_scatter": lambda k: (k - 1) / k,
     "all_gather": lambda k: k - 1,
     "all_to_all": lambda k: (k - 1) / k,
+    "all_to_all_uneven": lambda k: 1.0,  # what a rank has for itself is not in it
     "broadcast": lambda k: (k - 1) / k,
 }
 

@@ -28,10 +28,11 @@ class Store:
     Args:
         table: the parameters.
         groups: their groups.
-        specs: for each group, what its local rule keeps.
+        specs, uses_Q: for each group, what its local rule keeps, and whether there is a Q.
         momentum_dtype: of momentum and moments; None for the parameter's own.
         outer_momentum: whether there is a U of every parameter.
-        before: `optimizer.state` so far, whose values go on; it is left as it was.
+        before: `optimizer.state` so far, whose values go on where there is still a place for them; it is
+            left as it was.
         own_Q: parameters whose Q in it is this replica's own.
 
     Attributes:
@@ -49,6 +50,7 @@ class Store:
         table: Table,
         groups: Sequence[Mapping[str, Any]],
         specs: Sequence[tuple[StateSpec, ...]],
+        uses_Q: Sequence[bool],
         *,
         momentum_dtype: torch.dtype | None,
         outer_momentum: bool,
@@ -58,7 +60,7 @@ class Store:
         self.table, self.states = table, States()
         self.last_norm = torch.full((len(table.matrices),), NO_NORM, dtype=torch.float32, device=table.device)
         self.counters = torch.zeros(3, len(table.params), dtype=torch.float32, device="cpu")
-        self.batches = make_batches(table, groups, specs, momentum_dtype)
+        self.batches = make_batches(table, groups, specs, uses_Q, momentum_dtype)
         views = {i: m for b in self.batches for i, m in zip(b.params, b.momentum, strict=True)}
         self.momenta = Fixed(views[i] for i in table.matrices)
         batch_of = {i: k for k, b in enumerate(self.batches) for i in b.params}
@@ -75,14 +77,9 @@ class Store:
             b.common_Q = not any(table.params[i] in own_Q for i in b.params)
             for k, i in enumerate(b.params):
                 own = {spec.name: spec.wrap(b.kept[spec.name][k], b.layout) for spec in b.specs}
-                self._set(
-                    i,
-                    before,
-                    momentum=b.layout.wrap(views[i]),
-                    Q=b.layout.wrap_along(b.Q[k], b.layout.short),
-                    last_norm=norm_of[i],
-                    **own,
-                )
+                if b.Q is not None:
+                    own["Q"] = b.layout.wrap_along(b.Q[k], b.layout.short)
+                self._set(i, before, momentum=b.layout.wrap(views[i]), last_norm=norm_of[i], **own)
         for i in table.scalars:
             layout, dtype = table.layouts[i], momentum_dtype or table.params[i].dtype
             self.moments[i] = {
@@ -104,7 +101,8 @@ class Store:
             **tensors,
         }
         for key, value in before.get(p, {}).items():
-            assign(fresh[key], value)
+            if key in fresh:  # not what a rule has kept that is no longer its group's
+                assign(fresh[key], value)
         self.states[p] = fresh
 
     @property
@@ -174,7 +172,7 @@ class Store:
         """Return ||M_i||_F of every matrix, (L,) float32."""
         nothing = [None] * len(self.momenta)
         sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[:-2].to(self.table.device)
-        return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms").sqrt()
+        return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms", alike=True).sqrt()
 
     # ---- between replicas
 
@@ -194,7 +192,7 @@ class Store:
             exchange.average_([m for m, _ in moments], [copied for _, copied in moments], "moments")
         differ = [b for b in self.batches if not b.common_Q]
         copied = [table.shards.complement(b.columns) for b in differ]
-        exchange.broadcast_([b.Q for b in differ], copied, "right_factor")
+        exchange.broadcast_([b.right_factor for b in differ], copied, "right_factor")
         for b in differ:
             b.common_Q = True
 

@@ -20,7 +20,7 @@ OPTIONS = tuple(
     for name in inspect.signature(CurvaDion).parameters
     if name not in ("params", "replicate_mesh", "own")
 )
-DTYPES = ("momentum_dtype", "payload_dtype")  # written as strings in a config
+DTYPES = ("newton_schulz_dtype", "owner_dtype", "momentum_dtype", "payload_dtype")  # strings in a config
 NAME = "CurvaDion"
 
 
@@ -81,6 +81,19 @@ class CurvaDionOptimizer(OptimizersContainer):
         like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows."""
         local_lr_scale: float = 1.0
         """Learning rate of matrices on local steps: lr_local = local_lr_scale * lr."""
+        update_scale: Literal["spectral", "match_rms_adamw", "original"] | str = "spectral"
+        """Factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
+        "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n))."""
+        nesterov: bool = False
+        """"muon" and "normuon" take G_i + mu m_i for m_i."""
+        newton_schulz: Literal["jordan", "polar_express"] | str = "jordan"
+        """Polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's, "polar_express"
+        makes singular values equal within 1 % in six rounds."""
+        newton_schulz_steps: int = 5
+        """Number of rounds."""
+        newton_schulz_dtype: Literal["float32", "bfloat16"] | None = None
+        """Dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs that have units for it
+        if the momentum is bfloat16 too; else the momentum's, at least float32."""
         consensus: Literal["average", "outer", "none"] | str = "average"
         """How replicas become equal on a synchronized step: "average", by means of all they hold; "outer", by
         pseudo-gradients. "none" is the published formula as it stands, and drifts."""
@@ -119,6 +132,12 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's."""
         orthogonalization: Literal["cholesky_qr", "qr"] = "cholesky_qr"
         """How P is made orthonormal: by shifted Cholesky QR, or by Householder QR."""
+        owners: Literal["auto", "always", "never"] = "auto"
+        """Whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent the
+        shards: "auto" where that takes less time than all ranks working on it together."""
+        owner_dtype: Literal["float32", "bfloat16"] | None = None
+        """Dtype of momenta and updates on their way to owners and back; None takes that of the computation,
+        bfloat16 on a GPU."""
         on_nonfinite: Literal["raise", "skip"] = "raise"
         """What all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after which state
         has to be loaded again; or skip the step."""
