@@ -4,7 +4,7 @@ microsoft/dion.
     python benchmarks/step.py                            # 160M and 1.3B, under 8 minutes on one GPU
     python benchmarks/step.py --models 160m --seconds 120
     python benchmarks/step.py --device cpu               # a small model, without the Triton kernels
-    python benchmarks/step.py --device cpu --interpret   # with them, in Triton's interpreter: a test, not a measurement
+    python benchmarks/step.py --device cpu --interpret   # with them, interpreted: a test, not a measurement
 
 One replica, one shard, float32 parameters and gradients of a Llama-style model, embedding, head and norms
 included. Nothing is
@@ -13,8 +13,10 @@ communicated: what is measured is the arithmetic and the host. Operations:
     local           the gate stays closed: local_update="gradient", tau=inf
     local_dion      the gate stays closed: local_update="dion", tau=inf
     synchronized    the gate is always open: max_local_steps=0
-    peer            fused AdamW; torch.optim.Muon and microsoft/dion's Dion, each with AdamW for what is not a hidden matrix
-    local_branch    the kernels of `local` alone (momentum_norm_, gate_key, local_step_), matrices only, eager and as a CUDA graph
+    peer            fused AdamW; torch.optim.Muon and microsoft/dion's Dion, each with AdamW for what is not a
+                    hidden matrix
+    local_branch    the kernels of `local` alone (momentum_norm_, gate_key, local_step_), matrices only, eager
+                    and as a CUDA graph
 
 The step waits for the gate's value once, so its host time includes the kernels before it. Peak memory is what
 a step allocates on top of parameters, gradients and state.

@@ -67,8 +67,9 @@ class CurvaDion(View):
         min_local_steps: number of steps after a synchronized one in which the gate stays closed.
         max_local_steps: number of local steps in a row after which the next is synchronized; 0 synchronizes
             every step, None sets no bound.
-        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon", Muon
-            with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows.
+        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon",
+            Muon with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the
+            rows.
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
         update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
@@ -99,8 +100,8 @@ class CurvaDion(View):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
-        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent
-            the shards: "auto" where that takes less time than all ranks working on it together.
+        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is
+            sent the shards: "auto" where that takes less time than all ranks working on it together.
         owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after

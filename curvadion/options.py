@@ -334,7 +334,8 @@ def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None
     if signal.needs_equal_replicas and consensus.leaves_apart:
         raise ValueError(
             f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and "
+            "fragments"
         )
     if signal.waits_for_replicas and options.schedule.gate_lag:
         raise ValueError(
@@ -392,8 +393,8 @@ def check_rule(
         if option not in heeded and group[option] != usual[option]:
             takers = [repr(n) for n, rule in RULES.items() if option in (*rule.own_options, *rule.options)]
             raise ValueError(
-                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} with "
-                f"local_update={name!r}; leave it out, or set {option}={usual[option]!r} in that group"
+                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} "
+                f"with local_update={name!r}; leave it out, or set {option}={usual[option]!r} in that group"
             )
 
 

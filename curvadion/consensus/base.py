@@ -18,13 +18,14 @@ class Consensus:
     Attributes:
         options: options of the optimizer that it declares; refused with another consensus.
         own_options: those of the constructor that would mean nothing under another consensus; refused there.
-        group_options: options of a group that mean something under this consensus whatever the local rule, see
-            `Rule.own_options`.
+        group_options: options of a group that mean something under this consensus whatever the local rule,
+            see `Rule.own_options`.
         leaves_apart: replicas differ even right after a synchronized step.
         uses_Q: its synchronized steps are Dion's, of every matrix, whatever the local rule.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
-        keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so moments differ.
+        keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so that
+            moments differ.
         under_way: the parameters have left something that replicas are to come back to.
     """
 

@@ -27,7 +27,7 @@ class Grid:
     """Rounds each block of 128 values to 2^bits levels, symmetric around zero and without zero.
 
         value = (code + 1/2 - 2^(bits-1)) step
-        1 bit: step = 2 mean|x|      2 bits: step = 0.996 sqrt(mean x^2)      4, 8 bits: step = 2 max|x| / 2^bits
+        1 bit: step = 2 mean|x|    2 bits: step = 0.996 sqrt(mean x^2)    4, 8 bits: step = 2 max|x| / 2^bits
 
     The step is a bfloat16. A block of zeros is exact, and one with a NaN or an infinity decodes to NaN.
 

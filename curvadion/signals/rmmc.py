@@ -1,4 +1,4 @@
-"""gate="rmmc": relative maximum momentum change, the largest | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}|| of all."""
+"""gate="rmmc": relative maximum momentum change, the largest | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||"""
 
 from torch import Tensor
 

@@ -129,8 +129,8 @@ def check_loadable(
             )
             if saved_rank != rank:
                 raise ValueError(
-                    f"a checkpoint must be of the same rank; got r = {saved_rank} for {name!r}, expected {rank}; "
-                    "construct with the rank_fraction and rank_multiple_of it was saved with"
+                    f"a checkpoint must be of the same rank; got r = {saved_rank} for {name!r}, expected "
+                    f"{rank}; construct with the rank_fraction and rank_multiple_of it was saved with"
                 )
 
 
