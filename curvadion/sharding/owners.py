@@ -302,8 +302,9 @@ class _Trip:
     def come(self, shards: Callable[[Stack], Tensor]) -> None:
         """Send this rank's shards to the owners."""
         local = [shards(stack) for stack in self._bucket.stacks]
-        self._own = [
-            x[places] if places else x[:0] for x, places in zip(local, self._bucket.mine, strict=True)
+        self._own = [  # not x[places], which uploads the indices and makes the host wait for the device
+            torch.stack([x[k] for k in places]) if places else x[:0]
+            for x, places in zip(local, self._bucket.mine, strict=True)
         ]
         if self._bucket.split:
             leg = self._bucket.coming
@@ -350,7 +351,7 @@ class _Trip:
         ):
             local = own.new_empty((stack.stop - stack.start, *spread.regions[self._me].shape))
             if places:
-                local[places] = own
+                torch._foreach_copy_([local[k] for k in places], list(own))
             result.append((stack, local))
         targets = [result[item.stack][1][item.place] for item in self._bucket.going.received]
         if targets:
