@@ -259,7 +259,8 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
             else:
                 instructions = " ".join(f"{key}:{value}" for key, value in found["instructions"].items())
-                sizes = f"{found['registers']:4} registers {found['stack']:4} stack {found['spills']:3} spills {row['shared']:7} shared"
+                counts = (("registers", 4), ("stack", 4), ("spills", 3), ("shared", 7))
+                sizes = " ".join(f"{ {**row, **found}[key]:{width}} {key}" for key, width in counts)
                 print(f"{label:7} {name:58} {sizes}  {instructions}", flush=True)
 
 

@@ -1,17 +1,17 @@
 """Measure the Triton kernels against torch: time, effective bandwidth, launches and host time.
 
     python benchmarks/kernels.py                            # everything, under 8 minutes on one GPU
-    python benchmarks/kernels.py --only low_rank_apply      # one operation: momentum_norm, local_step, local_update, low_rank_apply
+    python benchmarks/kernels.py --only low_rank_apply      # one operation, by its name below
     python benchmarks/kernels.py --device cpu               # torch's variants on a small model
-    python benchmarks/kernels.py --device cpu --interpret   # the kernels too, in Triton's interpreter: a test, not a measurement
+    python benchmarks/kernels.py --device cpu --interpret   # the kernels too, interpreted: no measurement
 
 Operations, and the bytes per element in float32 that each must move at least; every variant is divided by the
 same number:
 
     momentum_norm_    m <- c m + g and the norms of all m           12
     local_step_       X <- a X - b G                                12
-    local_update      both and the gate between them                24   (peers: SGD with momentum moves 20, AdamW 28)
-    low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q = R diag(scale) not read
+    local_update      both and the gate between them                24   (SGD with momentum 20, AdamW 28)
+    low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q not read
 
 A shard of 1/8 is the first of 8 ranks' rows of every matrix. Products run at two precisions: tf32, against
 the kernel with one TF32 product, and highest, against the kernel with three (tf32x3). The crossover is the

@@ -129,8 +129,8 @@ class Gate:
         return wait
 
     def tell(self, trouble: Trouble, step: Step, consensus: Consensus) -> None:
-        """Tell the other replicas outside of a step what this one met since they were asked last; all raise or
-        skip if some did."""
+        """Tell the other replicas outside of a step what this one met since they were asked last; all raise
+        or skip if some did."""
         self.last_answer()
         told = torch.tensor(trouble.key, dtype=torch.int64, device=step.exchange.device)
         decision = decode(int(step.exchange.max_over_replicas(told)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.side import Side, Tensors
+from curvadion.allowed import Option
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
@@ -199,11 +200,13 @@ class Rule:
     Attributes:
         own_options: options of a group that do not mean something under every rule, but do under this one;
             under the others they are refused.
+        options: options of groups that it declares, `step.groups[batch.group][name]`.
         state: what it keeps for each matrix, `batch.kept[name]`.
         uses_Q: whether it reads and moves this replica's Q; without it there may be none.
     """
 
     own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
+    options: Mapping[str, Option] = {}
     state: tuple[StateSpec, ...] = ()
     uses_Q = False
 

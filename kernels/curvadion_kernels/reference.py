@@ -18,7 +18,7 @@ from torch import Tensor
 #   bit 62       a non-finite value was seen
 #   bit 61       the replicas must synchronize
 #   bits 30..60  the float32 bits of the largest RMMC
-#   bits 0..29   INDEX_MASK - (index of that matrix), so that ties go to the lowest index; 0 when no RMMC is defined
+#   bits 0..29   INDEX_MASK - (index of that matrix), so that ties go to the lowest; 0 when no RMMC is defined
 NONFINITE_BIT = 1 << 62
 SYNCHRONIZE_BIT = 1 << 61
 INDEX_BITS = 30

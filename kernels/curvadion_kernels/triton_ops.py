@@ -166,7 +166,8 @@ def nonfinite_kernel(
 def segment_sum_kernel(
     partial,
     live,
-    segments,  # (2, count + 1) int64: first chunk of each tensor and the one behind its last; the last segment: the watched tensors
+    # (2, count + 1) int64: first chunk of each tensor and the one behind its last; last the watched tensors'
+    segments,
     sums,  # (2 count + 2,) float32
     count,
     BLOCK: tl.constexpr,
@@ -504,7 +505,9 @@ def local_step_(
     step_size: Scalar,
     key: Tensor | None = None,
 ) -> None:
-    """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise; see `reference.local_step_`.
+    """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise.
+
+    See `reference.local_step_`.
 
     One launch per pair of dtypes; the key is read on the device. Bytes per element, fp32: 12 (read G, read
     and write X), none if the gate is open.
@@ -732,10 +735,14 @@ def why_not(device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"Triton compiles for GPUs, and the parameters are on {device}"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"the kernels need compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has less"
+            name = torch.cuda.get_device_name(device)
+            return f"the kernels need compute capability 8.0 or newer, and {name} has less"
         return _cannot_launch(device)
     elif device.type != "cpu":
-        return f"Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are on {device}"
+        return (
+            "Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are "
+            f"on {device}"
+        )
     return None
 
 

@@ -5,14 +5,14 @@ process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, 
 
     synchronized step (rho > tau):                          local step (rho <= tau):
       P   =  orthogonalize( E_i[ m_i Q ] )                    "gradient":  M_i <- mu m_i
-      R_i =  m_i^T P ;  R = E_i[ R_i ]                                     X_i <- (1 - eta wd) X_i - eta_local G_i
-      M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":      the synchronized lines without E_i[.],
-      Q   <- column_normalize(R)      or  orthogonalize(R)                 on this replica's own m_i and Q_i,
-      X_i <- consensus(X_i)                                                eta_local in place of eta
+      R_i =  m_i^T P ;  R = E_i[ R_i ]                                   X_i <- (1 - eta wd) X_i - eta_l G_i
+      M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":    synchronized lines without E_i[.],
+      Q   <- column_normalize(R)      or  orthogonalize(R)               on this replica's own m_i and Q_i,
+      X_i <- consensus(X_i)                                              eta_l in place of eta
       X   <- (1 - eta wd) X - eta s P Q^T                   "muon":      M_i <- mu m_i
-                                                                        X_i <- (1 - eta wd) X_i - eta_local s muon(m_i)
-                                                            "normuon":  as "muon", with normuon(muon(m_i)) in place of muon(m_i)
-                                                            "dion2":    only the largest slices of m_i, see `dion2`
+                                                              X_i <- (1 - eta wd) X_i - eta_l s muon(m_i)
+                                                            "normuon":  as "muon", with normuon(muon(m_i))
+                                                            "dion2":    only m_i's largest slices, see `dion2`
 
     s, by update_scale: "spectral": sqrt(rows/cols); "match_rms_adamw": 0.2 sqrt(max(rows, cols)); "original":
     sqrt(max(1, rows/cols)). With nesterov "muon" and "normuon" have muon(G_i + mu m_i) in place of muon(m_i).
@@ -21,7 +21,8 @@ process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, 
 
     consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas
     were equal last,
-      D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),  C rounding with error feedback
+      D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),
+    C rounding with error feedback;
     with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was)
 """
 
