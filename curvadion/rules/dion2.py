@@ -46,7 +46,8 @@ class Dion2(Rule):
         # all k: no more than k slices travel and are multiplied on any layout; "muon" gathers the whole side.
         parts = zip(M, chosen, batches, dims, strict=True)
         selected = short.sum([_select(m, c, b.layout, dim) for m, c, b, dim in parts], "gram")
-        directions = newton_schulz([s.mT for s in selected], how, rows=long)
+        wanted, product = [s.mT for s in selected], step.ops.symmetric_product
+        directions = newton_schulz(wanted, how, rows=long, product=product)
         for b, dim, m, c, direction in zip(batches, dims, momenta, chosen, directions, strict=True):
             place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
             # One slice of zeros more is what those that were not chosen take.

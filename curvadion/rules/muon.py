@@ -35,7 +35,8 @@ def orthonormalized(step: Step, batches: Sequence[Batch]) -> Tensors:
     for how, members in by_iteration(step, batches):
         chosen = [batches[k] for k in members]
         M = [ahead(step, b) for b in chosen]
-        found = newton_schulz(M, how, rows=step.rows(chosen), columns=step.columns(chosen))
+        sides = {"rows": step.rows(chosen), "columns": step.columns(chosen)}
+        found = newton_schulz(M, how, **sides, product=step.ops.symmetric_product)
         directions |= zip(members, found, strict=True)
     return [directions[k].mT if b.layout.transposed else directions[k] for k, b in enumerate(batches)]
 
