@@ -8,9 +8,9 @@ tests/test_simulation.py compares them, parameter by parameter, with real proces
 import copy
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from threading import BrokenBarrierError
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from variants import codec_of, outer_of
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
-from curvadion.sharding.group import ThreadGroup
+from curvadion.sharding.group import ThreadGroup, results_of
 
 STEERED = ("rmmc", "directional", "drift")
 NEVER = 10**9
@@ -236,20 +236,12 @@ class Replicas:
     def _together(self, act: Callable[[Replica], None]) -> None:
         """Let each replica act in its thread. If one raises, the others' collectives do, and so does this."""
 
-        def attempt(replica: Replica, group: ThreadGroup | None) -> None:
-            try:
+        def guarded(replica: Replica, group: ThreadGroup | None) -> None:
+            with group or nullcontext():
                 act(replica)
-            except BaseException:
-                if group is not None:
-                    group.abort()
-                raise
 
         pairs = zip(self._replicas, self._groups, strict=True)
-        futures = [self._threads.submit(attempt, replica, group) for replica, group in pairs]
-        wait(futures)
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise next((e for e in errors if not isinstance(e, BrokenBarrierError)), errors[0])
+        results_of([self._threads.submit(guarded, replica, group) for replica, group in pairs])
 
     def close(self) -> None:
         """End the threads: a process should not fork while they run."""

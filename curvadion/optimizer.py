@@ -1,6 +1,5 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -8,21 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
-from curvadion import metrics
 from curvadion.consensus import CONSENSUS
 from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
-from curvadion.gate.schedule import ASKED, Plan, Schedule
+from curvadion.gate.schedule import Plan, Schedule
 from curvadion.gate.trouble import Trouble
 from curvadion.options import (
     Options,
     check_group,
-    check_parameter,
+    check_parameters,
     check_rule,
+    check_signal,
     check_taus,
     defaults_of,
     sort_options,
@@ -32,14 +32,14 @@ from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
-from curvadion.sharding.ledger import Ledger
 from curvadion.signals import SIGNALS
 from curvadion.state.checkpoint import load
 from curvadion.state.store import averaged
+from curvadion.view import View
 from curvadion_kernels.reference import Fixed
 
 
-class CurvaDion(torch.optim.Optimizer):
+class CurvaDion(View):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
 
     Of a matrix, m_i = M_i + G_i is the momentum of replica i together with its gradient::
@@ -99,6 +99,10 @@ class CurvaDion(torch.optim.Optimizer):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
+        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent
+            the shards: "auto" where that takes less time than all ranks working on it together.
+        owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
+            computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
@@ -115,7 +119,6 @@ class CurvaDion(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # What a copy carries over; the rooms are built anew.
     _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_in_consensus")
-    _rooms: Rooms | None = None
 
     def __init__(
         self,
@@ -156,6 +159,8 @@ class CurvaDion(torch.optim.Optimizer):
         momentum_dtype: torch.dtype | None = None,
         payload_dtype: torch.dtype | None = None,
         orthogonalization: str = "cholesky_qr",
+        owners: str = "auto",
+        owner_dtype: torch.dtype | None = None,
         on_nonfinite: str = "raise",
         check_every: int = 1000,
         kernels: str = "auto",
@@ -169,11 +174,7 @@ class CurvaDion(torch.optim.Optimizer):
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
-        if self._gate.signal.needs_equal_replicas and self._consensus.leaves_apart:
-            raise ValueError(
-                f"gate={o.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-                f"{o.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
-            )
+        check_signal(self._gate.signal, self._consensus, o)
         self._in_consensus = False
         super().__init__(params, defaults)
         self._build()
@@ -181,6 +182,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     # ---- one step
 
+    @_disable_dynamo  # a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; every rank of every replica calls it. Returns the closure's value.
@@ -196,6 +198,11 @@ class CurvaDion(torch.optim.Optimizer):
                 loss = closure()
         self._trouble.refuse_if_broken()
         self._refuse_inside_consensus("step()")
+        with torch.autocast(self._built.table.device.type, enabled=False):
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self.ledger.begin_step()
         config = partial(self._built.describe, self.param_groups)
         self._agreement.check_if_due(self._built.exchange, self._schedule.steps, config, self._common_weights)
@@ -211,19 +218,16 @@ class CurvaDion(torch.optim.Optimizer):
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
+        counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
-            if self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus):
-                self._finish(decision, plan)
-            else:
-                self.ledger.end_step()
-            return loss
-        commit()  # ||m_{t-1}|| <- ||m_t||
-        if self._trouble.skips:
-            self._accumulate(step.G, store=True)
-        self._consensus.step(step, synchronize=decision.synchronize)
-        self._gate.signal.took(step, decision.synchronize)
-        self._finish(decision, plan)
-        return loss
+            counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
+        else:
+            commit()  # ||m_{t-1}|| <- ||m_t||
+            if self._trouble.skips:
+                self._accumulate(step.G, store=True)
+            self._consensus.step(step, synchronize=decision.synchronize)
+            self._gate.signal.took(step, decision.synchronize)
+        self._finish(decision, plan, counts=counts)
 
     def _take_in(self) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
@@ -237,13 +241,16 @@ class CurvaDion(torch.optim.Optimizer):
             self._trouble.swallowed()
         return self._built.store.accumulate(G, self._built.ops, self._built.numbers, store=store)
 
-    def _finish(self, decision: Decision, plan: Plan) -> None:
-        """Count the step, and steer tau."""
+    def _finish(self, decision: Decision, plan: Plan, *, counts: bool) -> None:
+        """Remember the decision; if the step counts, count it and steer tau."""
         schedule = self._schedule
+        self._gate.decision = decision
+        if not counts:
+            self.ledger.end_step()
+            return
         if schedule.options.target_sync_rate is not None:
             for group in self.param_groups:
                 group["tau"] = schedule.steer(float(group["tau"]), decision.synchronize, plan.due)
-        self._gate.decision = decision
         schedule.took(decision.synchronize)
         schedule.diverged = self.replicas > 1 or self._consensus.under_way or self._gate.awaits_answer
         self._built.store.count(schedule)
@@ -251,21 +258,6 @@ class CurvaDion(torch.optim.Optimizer):
         self._trouble.ended()
 
     # ---- between replicas
-
-    @property
-    def replicas(self) -> int:
-        """The number K of replicas."""
-        return self._built.exchange.replicas
-
-    @property
-    def diverged(self) -> bool:
-        """Whether replicas may differ: any step since `synchronize()`, a load or `discard_divergence()`."""
-        return self._schedule.diverged
-
-    @property
-    def ledger(self) -> Ledger:
-        """Calls and bytes of this rank, by (axis, purpose), since construction."""
-        return self._built.exchange.ledger
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -280,10 +272,7 @@ class CurvaDion(torch.optim.Optimizer):
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
         if self._schedule.asks_seldom:  # all raise if some replica met something since the gate asked last
-            decision = self._gate.tell(exchange, self._trouble.key)
-            if decision.trouble:
-                self._gate.meet(self._trouble, decision, ASKED, None, step, self._consensus)
-                self.ledger.end_step()
+            self._gate.tell(self._trouble, step, self._consensus)
         if self.diverged:
             self._consensus.settle(step)
             if self.replicas > 1:
@@ -354,64 +343,6 @@ class CurvaDion(torch.optim.Optimizer):
         comparable = self.replicas > 1 and not self._parameters_differ
         return self._built.X() if comparable else []
 
-    # ---- what a user can see
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """State by parameter, as in every torch optimizer; M with all decay, also what a kernel postponed."""
-        if self._rooms is not None:
-            self._rooms.store.settle()
-        return self.__dict__["state"]
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["state"] = value
-
-    @property
-    def kernels(self) -> str:
-        """Where the hot operations run: "triton" or "reference"."""
-        return self._built.ops.kernels
-
-    @property
-    def matrix_names(self) -> list[str]:
-        """Names of the matrices, in the order of `metrics()["curvadion/rmmc_argmax"]`.
-
-        An unnamed one has its position for a name; a name that was there before gets its position appended.
-        """
-        return list(self._built.table.matrix_names)
-
-    def named_rmmc(self) -> dict[str, float]:
-        """Return each matrix's RMMC of the last step on this replica, or NaN; reads from the device."""
-        return dict(zip(self.matrix_names, self._gate.rmmc.tolist(), strict=True))
-
-    def gate_values(self) -> dict[str, float]:
-        """Return what the gate's signal saw when it was asked last, by name; reads from the device.
-
-        "variance" with gate="drift"; nothing with "rmmc", which `named_rmmc` and `metrics` tell.
-        """
-        return {name: float(value) for name, value in self._gate.signal.values().items()}
-
-    def drift(self) -> tuple[float, float] | None:
-        """Return what this rank's part of the last outer step says about how far apart replicas were.
-
-        Sums of squares of (X_0 - X_i) - D, this replica's own way minus the common one, and of D; reads from
-        the device. Summed over the shards, the root of their ratio is the relative distance of this replica
-        from the mean. None without consensus="outer" and before its first step.
-        """
-        apart = self._consensus.drift()
-        if apart is None:
-            return None
-        own, common = apart.tolist()
-        return own, common
-
-    def metrics(self) -> dict[str, float]:
-        """Return what the last step did and totals since construction, by the keys of `metrics.collect`.
-
-        Floats; no collective, no device access.
-        """
-        rooms = (self._schedule, self._gate.decision, self._trouble, self.ledger, self.param_groups)
-        return metrics.collect(*rooms, dense_bytes=self._built.dense_bytes, replicas=self.replicas)
-
     # ---- state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -422,13 +353,12 @@ class CurvaDion(torch.optim.Optimizer):
                 f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
                 "between replicas; a step was taken since; call opt.synchronize() on every rank first"
             )
-        check_group(param_group)
+        if isinstance(param_group, dict):  # torch refuses anything else
+            check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for position, p in enumerate(group["params"]):
-                name = group.get("param_names", {position: f"number {position}"})[position]
-                check_parameter(name, p, group["algorithm"])
+            check_parameters(group)
             check_rule(group, defaults_of(CurvaDion.__init__), self._consensus)
             if built:
                 self._build()
@@ -462,14 +392,12 @@ class CurvaDion(torch.optim.Optimizer):
         self._refuse_inside_consensus("load_state_dict()")
         store = self._built.store
         store.settle()
-        load(self, store.table, self.__dict__["state"], super().load_state_dict, state_dict)
-        store.read_counters(self._schedule)
-        self._start_afresh()
+        own = self.__dict__["state"]
+        load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
 
     def _start_afresh(self) -> None:
-        """Forget all that is not state: replicas are equal, and nothing is under way."""
-        for b in self._built.store.batches:
-            b.common_Q = True
+        """Go on from the state that was loaded: replicas are equal, and nothing is under way."""
+        self._built.store.loaded(self._schedule)
         self._consensus.forget()
         self._gate.forget()
         self._trouble.reset()
@@ -498,15 +426,11 @@ class CurvaDion(torch.optim.Optimizer):
             self.param_groups,
             self._options,
             self._peers,
+            uses_Q=self._consensus.uses_Q,
             outer_momentum=self._consensus.keeps_momentum,
             before=self.state,
-            ledger=self._rooms.exchange.ledger if self._rooms is not None else Ledger(),
+            earlier=self._rooms,
         )
         self._consensus.allocate(rooms.X())
         self._gate.attach(rooms.step(self.param_groups, self._schedule))
         self.__dict__["state"].update(rooms.store.states)
-
-    @property
-    def _built(self) -> Rooms:
-        assert self._rooms is not None, "built in __init__"
-        return self._rooms

@@ -19,7 +19,7 @@ from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
 from curvadion.rules.base import UPDATE_SCALES
-from curvadion.signals import SIGNALS
+from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
@@ -52,7 +52,7 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
     first = next(iter(choices)) if hint is None else hint
     names = choices if isinstance(choices, Mapping) else tuple(choices)
     return Allowed(
-        lambda v: v in names, lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+        lambda v: v in tuple(names), lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
     )
 
 
@@ -150,6 +150,12 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         "None, torch.float64, torch.float32 or torch.bfloat16",
         "try torch.bfloat16",
     ),
+    "owners": _one_of(("auto", "always", "never")),
+    "owner_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
+        "None, torch.float64, torch.float32 or torch.bfloat16",
+        "try None: bfloat16 on a GPU",
+    ),
     "on_nonfinite": _one_of(("raise", "skip")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
     "kernels": _one_of(KERNELS),
@@ -207,6 +213,8 @@ class Options:
     consensus: str
     momentum_dtype: torch.dtype | None
     payload_dtype: torch.dtype | None
+    owners: str
+    owner_dtype: torch.dtype | None
     on_nonfinite: str
     check_every: int
     kernels: str
@@ -309,6 +317,20 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None:
+    """Raise ValueError if the gate's signal would mean nothing, or gain nothing, with these options."""
+    if signal.needs_equal_replicas and consensus.leaves_apart:
+        raise ValueError(
+            f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
+        )
+    if signal.waits_for_replicas and options.schedule.gate_lag:
+        raise ValueError(
+            f"gate={options.gate!r} waits for numbers of the other replicas in each step that asks; got "
+            "gate_lag=1, which is there to wait for nothing; try gate_every=8, which asks seldom"
+        )
+
+
 def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
     """Raise ValueError if there is no threshold to steer."""
     taus = [group["tau"] for group in groups if group["algorithm"] == "dion"]
@@ -320,22 +342,24 @@ def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
         )
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], where: str = "") -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's
-    to set."""
+    to set; `where` says which group it is."""
     for key in group:
         if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
             raise ValueError(
-                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion "
+                f"{key} is common to all groups; got it in a parameter group{where}; pass {key}= to CurvaDion "
                 "instead"
             )
         if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
-            raise ValueError(f"a parameter group may hold known options only; got {key!r}; {_meant(key)}")
-    check_options(group, GROUP_OPTIONS, " in a parameter group")
+            raise ValueError(
+                f"a parameter group may hold known options only; got {key!r} in one{where}; {_meant(key)}"
+            )
+    check_options(group, GROUP_OPTIONS, f" in a parameter group{where}")
     for key in ("maximize", "capturable", "differentiable"):
         if group.get(key):
             raise ValueError(
-                f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out"
+                f"CurvaDion does not implement {key}; got {key}=True in a parameter group{where}; leave it out"
             )
 
 
@@ -366,12 +390,24 @@ def _meant(name: str) -> str:
     return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
 
 
-def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise if a parameter of the group cannot be updated by its algorithm."""
+    for position, p in enumerate(group["params"]):
+        name = group.get("param_names", {position: f"number {position}"})[position]
+        _check_parameter(name, p, group["algorithm"])
+
+
+def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
     """Raise if a parameter cannot be updated by the algorithm of its group."""
     if algorithm == "dion" and p.requires_grad and p.ndim != 2:
         raise ValueError(
             f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape "
             f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) does"
+        )
+    if algorithm == "dion" and p.requires_grad and not p.numel():
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
+            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(

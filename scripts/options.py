@@ -33,7 +33,7 @@ ARGUMENTS = ("params", "replicate_mesh")  # of the constructor; no options
 THEMES = {
     "The update": """
         lr momentum weight_decay rank_fraction rank_multiple_of local_update local_lr_scale update_scale nesterov
-        error_feedback right_factor orthogonalization betas eps
+        error_feedback right_factor orthogonalization owners owner_dtype betas eps
     """.split(),
     "The gate": """
         gate tau warmup_steps min_local_steps max_local_steps target_sync_rate gate_every gate_lag

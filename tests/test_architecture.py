@@ -20,6 +20,7 @@ ROWS = [
     {"curvadion.projection"},
     {"curvadion"},
     {"curvadion.optimizer", "curvadion.param_groups"},
+    {"curvadion.view"},
     {"curvadion.rooms"},
     {"curvadion.metrics", "curvadion.state.intake", "curvadion.state.checkpoint"},
     {"curvadion.options"},

@@ -36,13 +36,10 @@ KERNELS = (
     "symmetric_product",
 )
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None,
-        reason="Triton cannot be imported; pip install -e '.[dev]', on Linux",
-    ),
-    pytest.mark.xdist_group("compiled"),  # one report for all
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton cannot be imported; pip install -e '.[dev]', on Linux",
+)
 
 
 @pytest.fixture(scope="session")

@@ -1224,6 +1224,34 @@ def test_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("failure", ["Failed to find C compiler. Please specify via CC", None])
+def test_a_gpu_on_which_no_kernel_can_be_launched(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, failure: str | None
+) -> None:
+    """Triton looks for a C compiler at the first launch, which must not be in the middle of a step."""
+
+    class Probe:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(answer: Tensor) -> None:
+                if failure is not None:
+                    raise RuntimeError(failure)
+
+            return launch
+
+    monkeypatch.setattr(triton_ops, "probe_kernel", Probe())
+    reason = triton_ops._cannot_launch.__wrapped__(device)
+    assert (failure or "it stored 0 for 1") in reason and "Python's headers" in reason
+    monkeypatch.undo()
+    assert triton_ops._cannot_launch.__wrapped__(device) is None
+
+    monkeypatch.setattr(triton_ops, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_ops, "_cannot_launch", lambda device: reason)
+    ops = curvadion_kernels.choose("auto", "cuda")
+    assert (ops.kernels, ops.why) == ("reference", reason)
+
+
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_the_interpreter_is_for_the_cpu() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET.* they are on cuda"):

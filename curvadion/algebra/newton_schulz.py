@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvadion.algebra.side import LOCAL, Side, Tensors
 from curvadion_kernels import reference
+from curvadion_kernels.reference import compute_dtype
 
 LEAST_SQUARE = (
     torch.finfo(torch.float32).tiny ** 2
@@ -94,7 +95,13 @@ class Iteration:
         """Return the dtype in which M is iterated."""
         if self.dtype is not None:
             return self.dtype
-        return torch.bfloat16 if M.is_cuda and M.dtype == torch.float32 else M.dtype
+        wide = compute_dtype(M.dtype)
+        return torch.bfloat16 if M.is_cuda and wide == torch.float32 else wide
+
+    def flops(self, m: float, n: float) -> float:
+        """Return the FLOPs of all rounds on (m, n), m >= n or the other way round."""
+        long, short = max(m, n), min(m, n)
+        return self.steps * (4 * long * short**2 + 2 * short**3)
 
 
 @functools.cache

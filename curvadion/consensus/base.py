@@ -19,6 +19,7 @@ class Consensus:
         group_options: options of a group that mean something under this consensus whatever the local rule, see
             `Rule.own_options`.
         leaves_apart: replicas differ even right after a synchronized step.
+        uses_Q: its synchronized steps are Dion's, of every matrix, whatever the local rule.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
         keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so moments differ.
@@ -28,6 +29,7 @@ class Consensus:
     own_options: ClassVar[tuple[str, ...]] = ()
     group_options: ClassVar[tuple[str, ...]] = ()
     leaves_apart = False
+    uses_Q = False
     averages = True
     keeps_momentum = False
     keeps_own_gradients = False

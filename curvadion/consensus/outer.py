@@ -217,7 +217,17 @@ class Outer(Consensus):
             for part, x in zip(parts, moved, strict=True):
                 part.put(step.X[part.index], x)
         for part, x0 in zip(parts, X0, strict=True):
-            part.put(self._X0[part.index], x0)
+            self._keep(part, x0)
+
+    def _keep(self, part: Part, x0: Tensor) -> None:
+        """Put these values of a part into X_0. On the host only whole tensors arrive without a wait, so a
+        fragment is put where it comes from."""
+        kept = self._X0[part.index]
+        if part.whole or not self._o.on_host:
+            return part.put(kept, x0)
+        fetched = kept.to(x0.device, non_blocking=True)
+        part.put(fetched, x0)
+        kept.copy_(fetched, non_blocking=True)
 
     def _references(self, X: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
         """Return X_0 of these parts where X is. Cut there: on the host it may still be on its way."""

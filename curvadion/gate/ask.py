@@ -9,10 +9,10 @@ from torch import Tensor
 
 from curvadion.consensus import Consensus
 from curvadion.gate.key import Decision, decode
-from curvadion.gate.schedule import Plan
+from curvadion.gate.schedule import ASKED, Plan
 from curvadion.gate.trouble import Trouble
 from curvadion.rules import RULES, Step
-from curvadion.sharding.exchange import Answer, Exchange
+from curvadion.sharding.exchange import Answer
 from curvadion.signals.base import Signal
 from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, SYNCHRONIZE_BIT
 
@@ -107,11 +107,15 @@ class Gate:
 
         return wait
 
-    def tell(self, exchange: Exchange, key: int) -> Decision:
-        """Tell the other replicas outside of a step what this one met, and return what all have to tell."""
+    def tell(self, trouble: Trouble, step: Step, consensus: Consensus) -> None:
+        """Tell the other replicas outside of a step what this one met since they were asked last; all raise or
+        skip if some did."""
         self.last_answer()
-        told = exchange.max_over_replicas(torch.tensor(key, dtype=torch.int64, device=exchange.device))
-        return decode(int(told))
+        told = torch.tensor(trouble.key, dtype=torch.int64, device=step.exchange.device)
+        decision = decode(int(step.exchange.max_over_replicas(told)))
+        if decision.trouble:
+            self.meet(trouble, decision, ASKED, None, step, consensus)
+            step.exchange.ledger.end_step()
 
     def forget(self) -> None:
         """Start anew: state was loaded."""
@@ -146,9 +150,8 @@ class Gate:
                 consensus.stand_still(step)
             for b in step.store.batches:  # as in the replicas that take the step
                 rule = RULES.get(step.groups[b.group].get("local_update", ""))  # which may be what is wrong
-                if rule is None or rule.moves_Q:
+                if b.Q is not None and (rule is None or rule.uses_Q):
                     b.common_Q = False
             trouble.hold(decision, failure, names())
         trouble.skipped_steps += 1
-        self.decision = decision
         return not asked

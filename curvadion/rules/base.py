@@ -12,6 +12,7 @@ from curvadion.algebra.side import Side, Tensors
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
+from curvadion.sharding.owners import Owners
 from curvadion.state.batch import Batch, StateSpec
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
@@ -30,6 +31,7 @@ class Step:
         table, store: which parameters there are, and their state.
         schedule: how many steps there were before this one.
         exchange: sums over shards, means over replicas.
+        owners: have work done on whole matrices.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         payload_dtype: of P, R and gradients between replicas; None for the tensor's own.
     """
@@ -41,6 +43,7 @@ class Step:
     store: Store
     schedule: Schedule
     exchange: Exchange
+    owners: Owners
     ops: Ops
     numbers: Numbers
     payload_dtype: torch.dtype | None
@@ -74,9 +77,10 @@ class Step:
 
     # ---- the shards of batches
 
-    def side(self, batches: Sequence[Batch], dims: Sequence[int]) -> Side:
+    def side(self, batches: Sequence[Batch], dims: Sequence[int], *, synchronized: bool = False) -> Side:
         """Say how the rows of a factor, which run along dimension dims[k] of the matrices of batch k, are
-        spread."""
+        spread; synchronized, sums must be the same in all replicas, bit for bit."""
+        alike = (synchronized and self.exchange.replicas > 1) or any(b.layout.copied for b in batches)
         axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
 
         def gather(factors: Tensors) -> Tensors:
@@ -88,20 +92,20 @@ class Step:
             return self.exchange.sum_over_shards(whole, axes, "gram")
 
         return Side(
-            sum=lambda tensors, purpose: self.exchange.sum_over_shards(tensors, axes, purpose),
+            sum=lambda tensors, purpose: self.exchange.sum_over_shards(tensors, axes, purpose, alike=alike),
             gather=gather,
             take=lambda factors: [
                 b.layout.take(f, d, 1) for f, b, d in zip(factors, batches, dims, strict=True)
             ],
         )
 
-    def rows(self, batches: Sequence[Batch]) -> Side:
+    def rows(self, batches: Sequence[Batch], *, synchronized: bool = False) -> Side:
         """Say how the long sides of the matrices are spread."""
-        return self.side(batches, [b.layout.long for b in batches])
+        return self.side(batches, [b.layout.long for b in batches], synchronized=synchronized)
 
-    def columns(self, batches: Sequence[Batch]) -> Side:
+    def columns(self, batches: Sequence[Batch], *, synchronized: bool = False) -> Side:
         """Say how the short sides of the matrices are spread."""
-        return self.side(batches, [b.layout.short for b in batches])
+        return self.side(batches, [b.layout.short for b in batches], synchronized=synchronized)
 
     def reduction(
         self, batches: Sequence[Batch], partial: Sequence[Axes], *, synchronized: bool, keep_own: bool = False
@@ -115,7 +119,7 @@ class Step:
                 return self.exchange.mean_over_replicas(
                     factors, partial, copied, "factors", payload_dtype=dtype, keep_own=keep_own
                 )
-            own = self.exchange.sum_over_shards(factors, partial, "factors")
+            own = self.exchange.sum_over_shards(factors, partial, "factors", alike=any(copied))
             return own, own
 
         return reduce
@@ -154,12 +158,12 @@ class Rule:
         own_options: options of a group that do not mean something under every rule, but do under this one;
             under the others they are refused.
         state: what it keeps for each matrix, `batch.kept[name]`.
-        moves_Q: whether it moves this replica's Q, which synchronized Dion steps need to be common.
+        uses_Q: whether it reads and moves this replica's Q; without it there may be none.
     """
 
     own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
     state: tuple[StateSpec, ...] = ()
-    moves_Q = False
+    uses_Q = False
 
     def begin(self, step: Step, key: Tensor) -> None:
         """Enqueue what can be done before the host knows whether the step is local; the device looks at the

@@ -17,7 +17,7 @@ class Dion(Rule):
     X   <- (1 - lr wd) X - lr_local scale P Q^T
     """
 
-    moves_Q = True
+    uses_Q = True
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
         dion_step(step, batches, synchronized=False)
@@ -30,9 +30,9 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
         method = step.groups[chosen[0].group]
         factors = power_iteration(
             [b.M for b in chosen],
-            [b.Q for b in chosen],
-            rows=step.rows(chosen),
-            columns=step.columns(chosen),
+            [b.right_factor for b in chosen],
+            rows=step.rows(chosen, synchronized=synchronized),
+            columns=step.columns(chosen, synchronized=synchronized),
             reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
             reduce_R=step.reduction(
                 chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True
@@ -59,7 +59,7 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
             )
             if not feedback:
                 step.postpone_decay([b])
-            b.Q.copy_(f.Q)
+            b.right_factor.copy_(f.Q)
             b.common_Q = synchronized
 
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import Iteration, newton_schulz
 from curvadion.rules.base import Rule, Step
-from curvadion.rules.muon import ITERATION, by_iteration
+from curvadion.rules.orthonormal import ITERATION, Slices, orthonormalized
 from curvadion.sharding.layout import Layout
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
@@ -30,10 +29,6 @@ class Dion2(Rule):
     own_options = (*ITERATION, "update_scale")
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        for how, members in by_iteration(step, batches):
-            self._move(step, [batches[k] for k in members], how)
-
-    def _move(self, step: Step, batches: list[Batch], how: Iteration) -> None:
         dims = [0 if b.layout.shape[0] <= b.layout.shape[1] else 1 for b in batches]
         short, long = step.side(batches, dims), step.side(batches, [1 - dim for dim in dims])
         momenta = [_slices_first(b.momentum, dim) for b, dim in zip(batches, dims, strict=True)]
@@ -41,20 +36,22 @@ class Dion2(Rule):
         # In float64 sums of float32 hardly depend on their order, and near ties not on the layout.
         sizes = long.sum([m.abs().sum(-1, keepdim=True, dtype=torch.float64) for m in M], "norms")
         pairs = zip(short.gather(sizes), batches, strict=True)
-        chosen = [_largest(size.squeeze(-1), b.Q.shape[-1]) for size, b in pairs]
+        chosen = [_largest(size.squeeze(-1), b.rank) for size, b in pairs]
         # Where the shorter side is sharded, each rank contributes the chosen slices that it has, and all get
         # all k: no more than k slices travel and are multiplied on any layout; "muon" gathers the whole side.
         parts = zip(M, chosen, batches, dims, strict=True)
         selected = short.sum([_select(m, c, b.layout, dim) for m, c, b, dim in parts], "gram")
-        wanted, product = [s.mT for s in selected], step.ops.symmetric_product
-        directions = newton_schulz(wanted, how, rows=long, product=product)
-        for b, dim, m, c, direction in zip(batches, dims, momenta, chosen, directions, strict=True):
-            place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
-            # One slice of zeros more is what those that were not chosen take.
-            update = torch.nn.functional.pad(direction.mT, (0, 0, 0, 1)).gather(1, place.expand_as(m))
-            step.move(b, _slices_first(update, dim))
-            decay = torch.ones_like(place, dtype=direction.dtype)
-            m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
+        slices = [Slices(c.shape[1], dim) for c, dim in zip(chosen, dims, strict=True)]
+        for arrived in orthonormalized(step, batches, lambda stack: stack.of(selected[stack.index]), slices):
+            for stack, direction in arrived:
+                b, dim, c = batches[stack.index].part(stack), dims[stack.index], stack.of(chosen[stack.index])
+                m = stack.of(momenta[stack.index])
+                place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
+                # One slice of zeros more is what those that were not chosen take.
+                update = torch.nn.functional.pad(direction, (0, 0, 0, 1)).gather(1, place.expand_as(m))
+                step.move(b, _slices_first(update, dim))
+                decay = torch.ones_like(place, dtype=compute_dtype(m.dtype))
+                m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
 
 
 def _slices_first(matrices: Tensor, dim: int) -> Tensor:

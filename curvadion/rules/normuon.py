@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from curvadion.rules.base import Step
-from curvadion.rules.muon import Muon, orthonormalized
+from curvadion.rules.muon import Muon
 from curvadion.state.batch import Batch, StateSpec
 
 SECOND_MOMENT = StateSpec("second_moment", "rows")
@@ -30,8 +30,9 @@ class NorMuon(Muon):
 
     state = (SECOND_MOMENT,)
 
-    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        directions = orthonormalized(step, batches)
+    def move(self, step: Step, batches: list[Batch], directions: list[Tensor]) -> None:
+        moments = [b.kept[SECOND_MOMENT.name] for b in batches]
+        directions = [d.to(v.dtype) for d, v in zip(directions, moments, strict=True)]
         over_rows, over_columns = (step.side(batches, [dim] * len(batches)) for dim in (0, 1))
         squares = over_columns.sum([d.square().sum(-1) for d in directions], "norms")
         factors = [_factor(step, b, s) for b, s in zip(batches, squares, strict=True)]
@@ -46,7 +47,6 @@ class NorMuon(Muon):
             before, after = norm.unbind(-1)
             rescaled = torch.where(after > 0, before / after, 0.0).sqrt().unsqueeze(-1) * factor
             step.move(b, direction * rescaled.unsqueeze(-1))
-        step.postpone_decay(batches)
 
 
 def _factor(step: Step, batch: Batch, squares: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class Agreement:
         if "config" in different:
             raise ReplicaMismatchError(
                 "all ranks must construct CurvaDion with the same options and the same list of parameters; "
-                "they differ on some rank; compare the arguments, the parameter groups and the model on "
-                "each of them"
+                "they differ on some rank; compare the arguments, the parameter groups, the model, "
+                "opt.kernels and torch's precision of float32 products on each of them"
             )
         if "step" in different:
             raise ReplicaMismatchError(

@@ -18,9 +18,12 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
                                   AdamW, Lion gradients    mean over replicas
        local step                 each rule's own, over the shards only, in the order of RULES:
                                   "dion"                   P, Gram, R, column norms as above
-                                  "muon"                   the short side gathered; norms and in each round Gram
-                                                           matrices, one SUM over the shards of the long side
+                                  "muon"                   matrices to their owners, updates back: two all-to-alls
+                                                           a bucket, see `owners`. Where that is dearer: the short
+                                                           side gathered; norms and in each round Gram matrices,
+                                                           one SUM over the shards of the long side
                                   "normuon"                as "muon"; norms of rows and of matrices: two SUMs
+                                                           after each bucket
                                   "dion2"                  norms of slices: summed, gathered; slices; as "muon"
        synchronized step with consensus="outer": a local step, then
                                   pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
@@ -31,7 +34,9 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
 
 What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on
 S shard ranks is reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges
-its piece with its peers in the other replicas, and the pieces are gathered inside the replica. Flat buffers:
+its piece with its peers in the other replicas, and the pieces are gathered inside the replica. A SUM whose
+bits must be those that other groups of ranks get is an all-to-all and an all-gather where it has more than two
+summands: backends promise an order of summation within one call, not from one group to the next. Flat buffers:
 one call per set of axes and dtype, whatever the number of matrices, in buckets of at most BUCKET_BYTES. A sum
 over several axes is one collective after the other, so that the groups of the DeviceMesh suffice and none has
 to be made.
@@ -91,20 +96,53 @@ class Exchange:
 
     # ---- inside one replica
 
-    def sum_over_shards(self, tensors: Sequence[Tensor], axes: Sequence[Axes], purpose: str) -> list[Tensor]:
-        """Return each tensor summed over its axes, in flat buffers; the same object where it has none."""
+    def sum_over_shards(
+        self, tensors: Sequence[Tensor], axes: Sequence[Axes], purpose: str, *, alike: bool = False
+    ) -> list[Tensor]:
+        """Return each tensor summed over its axes, in flat buffers; the same object where it has none.
+
+        Args:
+            alike: ranks that sum the same numbers in another group, such as another replica, must get the
+                same bits.
+        """
         result = list(tensors)
         for (over,), indices in buckets(tensors, [(a,) for a in axes]):
             if over:
                 flat = flatten(tensors, indices)
-                for axis in over:
-                    self._along(axis, "all_reduce", purpose, flat, ReduceOp.SUM)
+                for axis in over:  # after the first, groups side by side sum the same numbers
+                    flat = self._sum(flat, axis, purpose, alike=alike or axis != over[0])
                 unflatten(flat, tensors, indices, result)
         return result
 
-    def sum_over_all_shards(self, tensor: Tensor, purpose: str) -> Tensor:
+    def _sum(self, flat: Tensor, axis: int, purpose: str, *, alike: bool) -> Tensor:
+        """Return the sum of the flat buffers along an axis; alike, in the order of the ranks."""
+        part = self._part(flat.numel(), axis)
+        if part.parts == 2 or not alike:
+            self._along(axis, "all_reduce", purpose, flat, ReduceOp.SUM)
+            return flat
+        sent = pad(flat, part.chunk * part.parts)
+        received = torch.empty_like(sent)
+        self._along(axis, "all_to_all", purpose, received, sent)
+        return self._gather(received.view(part.parts, -1).sum(0), [axis], [part], purpose)
+
+    def sum_over_all_shards(self, tensor: Tensor, purpose: str, *, alike: bool = False) -> Tensor:
         """Return the tensor summed over the whole replica."""
-        return self.sum_over_shards([tensor], [self.shards.axes], purpose)[0]
+        return self.sum_over_shards([tensor], [self.shards.axes], purpose, alike=alike)[0]
+
+    def start_all_to_all(
+        self,
+        sent: Tensor,
+        sent_counts: Sequence[int],
+        received: Tensor,
+        received_counts: Sequence[int],
+        purpose: str,
+    ) -> Work:
+        """Start sending each rank of the replica its part of a flat buffer, of as many elements as counts say."""
+        group, size = self.shards.everyone, sent.element_size()
+        self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
+        # As bytes, which every backend sends, whatever the dtype.
+        sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
+        return group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
 
     # ---- between replicas
 
@@ -128,7 +166,7 @@ class Exchange:
             keep_own: whether the caller wants `own`; without it, `own` is unspecified.
         """
         if self.replicas == 1:
-            own = self.sum_over_shards(tensors, partial, purpose)
+            own = self.sum_over_shards(tensors, partial, purpose, alike=any(copied))
             return own, own
 
         own, mean = list(tensors), list(tensors)
@@ -208,7 +246,7 @@ class Exchange:
         """Replace tensors by replica 0's."""
 
         def broadcast(piece: Tensor) -> Tensor:
-            self.over_replicas("broadcast", purpose, piece).wait()
+            self.over_replicas("broadcast", purpose, piece, wait=True)
             return piece
 
         if self.replicas > 1:
@@ -217,7 +255,7 @@ class Exchange:
     def max_over_replicas(self, key: Tensor) -> Tensor:
         """Return the MAX of the gate key over the replicas."""
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX, wait=True)
         return key
 
     def start_max_over_replicas(self, key: Tensor) -> Answer:
@@ -231,7 +269,7 @@ class Exchange:
         self._aside = self._aside or torch.cuda.Stream(key.device)
         self._aside.wait_stream(torch.cuda.current_stream(key.device))
         with torch.cuda.stream(self._aside):
-            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX, wait=True)
             host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
             host.copy_(sent, non_blocking=True)
             sent.record_stream(self._aside)
@@ -246,7 +284,7 @@ class Exchange:
         message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
         different = int(message[4] != -message[5])
         message[4], message[5] = different, -different
         for axis in self.shards.axes:
@@ -257,18 +295,20 @@ class Exchange:
 
     # ---- how it is done
 
-    def over_replicas(self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> Work:
+    def over_replicas(
+        self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType, wait: bool = False
+    ) -> Work:
         """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
         assert self._peers is not None, "nothing crosses replicas where there is one"
         self._count(collective, self._peers, ("replicate", purpose), *args)
-        work: Work = getattr(self._peers, collective)(*args)
+        work: Work = getattr(self._peers, collective)(*args, wait=wait)
         return work
 
     def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
         """Do and count a collective inside the replica, along one axis."""
         group = self.shards.group(axis)
         self._count(collective, group, ("shard", purpose), *args)
-        getattr(group, collective)(*args).wait()
+        getattr(group, collective)(*args, wait=True)
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives
@@ -278,7 +318,9 @@ class Exchange:
         self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> Tensor:
         """Return the mean over the replicas; without copy the piece may be overwritten."""
-        return Mean(self, piece, purpose, payload_dtype, copy).next_leg() if piece.numel() else piece
+        if not piece.numel():
+            return piece
+        return Mean(self, piece, purpose, payload_dtype, copy, wait=True).next_leg()
 
     def _replace(
         self,

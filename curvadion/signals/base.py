@@ -30,9 +30,12 @@ class Signal:
 
     Attributes:
         needs_equal_replicas: it means something only if replicas are equal after a synchronized step.
+        waits_for_replicas: it communicates between replicas in every step that asks, which the step waits
+            for; refused with gate_lag=1, which is there to wait for nothing.
     """
 
     needs_equal_replicas = False
+    waits_for_replicas = False
 
     def attach(self, step: Step) -> None:
         """Make ready for these parameters, at construction and after a group was added."""

@@ -157,13 +157,14 @@ class Intake:
 
     def _check_batch(self, b: Batch, group: Mapping[str, Any]) -> None:
         r = rank_of(min(b.layout.shape), group["rank_fraction"], group["rank_multiple_of"])
-        if r != b.Q.shape[-1]:
+        if r != b.rank:
             raise ValueError(
                 f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} "
-                f"for Q of {b.Q.shape[-1]} columns; construct a new optimizer to change the rank"
+                f"for {b.rank}; construct a new optimizer to change the rank"
             )
-        if not {spec.name for spec in RULES[group["local_update"]].state} <= b.kept.keys():
+        rule = RULES[group["local_update"]]
+        if not {spec.name for spec in rule.state} <= b.kept.keys() or (rule.uses_Q and b.Q is None):
             raise ValueError(
-                "local_update may change to a rule that keeps no state of its own, or to the one it was "
-                f"built with; got {group['local_update']!r}; construct a new optimizer for it"
+                "local_update may change to a rule that needs no state but what there is, or to the one it "
+                f"was built with; got {group['local_update']!r}; construct a new optimizer for it"
             )

@@ -18,7 +18,7 @@ from curvadion import CurvaDion, param_groups_for
 OPTIONS = tuple(
     name for name in inspect.signature(CurvaDion).parameters if name not in ("params", "replicate_mesh")
 )
-DTYPES = ("newton_schulz_dtype", "momentum_dtype", "payload_dtype")  # written as strings in a config
+DTYPES = ("newton_schulz_dtype", "owner_dtype", "momentum_dtype", "payload_dtype")  # strings in a config
 NAME = "CurvaDion"
 
 
@@ -128,6 +128,12 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's."""
         orthogonalization: Literal["cholesky_qr", "qr"] = "cholesky_qr"
         """How P is made orthonormal: by shifted Cholesky QR, or by Householder QR."""
+        owners: Literal["auto", "always", "never"] = "auto"
+        """Whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent the
+        shards: "auto" where that takes less time than all ranks working on it together."""
+        owner_dtype: Literal["float32", "bfloat16"] | None = None
+        """Dtype of momenta and updates on their way to owners and back; None takes that of the computation,
+        bfloat16 on a GPU."""
         on_nonfinite: Literal["raise", "skip"] = "raise"
         """What all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after which state
         has to be loaded again; or skip the step."""

@@ -367,7 +367,13 @@ def column_sumsq_kernel(
         at = (batch.to(tl.int64) * rows + i)[:, None] * r + k[None, :]
         value = tl.load(R + at, mask=inside, other=0.0).to(TYPE)
         total += value * value
-    tl.store(partial + (batch * blocks + tl.program_id(0)) * r + k, tl.sum(total, axis=0), mask=k < r)
+    at = (batch * blocks + tl.program_id(0)).to(tl.int64) * r + k
+    tl.store(partial + at, tl.sum(total, axis=0), mask=k < r)
+
+
+@triton.jit
+def probe_kernel(answer):
+    tl.store(answer, 1)
 
 
 @triton.jit
@@ -820,14 +826,31 @@ def symmetric_tile(
 
 def why_not(device: torch.device) -> str | None:
     """Return why the kernels cannot run on tensors of a device, None if they can."""
-    if isinstance(momentum_norm_kernel, triton.runtime.JITFunction):
+    if not interpreted():
         if device.type != "cuda":
             return f"Triton compiles for GPUs, and the parameters are on {device}"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return f"the kernels need compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has less"
+        return _cannot_launch(device)
     elif device.type != "cpu":
         return f"Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are on {device}"
     return None
+
+
+@lru_cache
+def _cannot_launch(device: torch.device) -> str | None:
+    """Return why no kernel can be launched, None if one can: before the first launch Triton compiles a
+    driver, which takes a C compiler and Python's headers."""
+    try:
+        answer = torch.zeros((), dtype=torch.int32, device=device)
+        with _on(device):
+            probe_kernel[(1,)](answer)
+        if int(answer) == 1:
+            return None
+        reason = f"it stored {int(answer)} for 1"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    return f"a first small kernel failed ({reason}); Triton needs a C compiler (gcc) and Python's headers"
 
 
 def interpreted() -> bool:
@@ -869,7 +892,7 @@ class _Chunks:
 
 
 _KEPT = 256  # tables remembered of each sort; a training loop needs a handful
-_captured: list["_Table"] = []  # a CUDA graph holds their addresses, so they are never forgotten
+_captured: set["_Table"] = set()  # a CUDA graph holds their addresses, so they are never forgotten
 
 
 class _Table:
@@ -880,7 +903,7 @@ class _Table:
         if device.type != "cuda":
             self._tensor = torch.tensor(values, dtype=dtype, device=device)
             return
-        if torch.cuda.is_current_stream_capturing():
+        if _capturing(device):
             raise RuntimeError(
                 "addresses and numbers must be uploaded before a CUDA graph is captured, and these were "
                 "not seen before; run the same call on the same tensors once, then capture it"
@@ -895,8 +918,8 @@ class _Table:
         """Return the tensor, ready for the current stream."""
         if self.device.type == "cuda":
             current = torch.cuda.current_stream(self.device)
-            if torch.cuda.is_current_stream_capturing():  # the device was synchronized before
-                _captured.append(self)
+            if _capturing(self.device):  # the device was synchronized before
+                _captured.add(self)
             elif current != self._stream:
                 current.wait_event(self._uploaded)
                 self._tensor.record_stream(current)
@@ -1022,6 +1045,11 @@ def _per_tensor(value: Scalar, count: int, device: torch.device) -> tuple[Tensor
             )
         return value.to(device, torch.float64).contiguous(), 1
     return _scalars((value,), device), 0
+
+
+def _capturing(device: torch.device) -> bool:
+    with _on(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

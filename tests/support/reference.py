@@ -230,9 +230,9 @@ def power_iteration(
 class ReferenceReplicas:
     """K replicas of named parameters, stepped together.
 
-    parameters: the common start, by name. Q0: the first right factor of each Dion matrix. groups: for each
-    parameter name the options that differ from the keyword defaults (`algorithm`, `lr`, `tau`, ... as in
-    GROUP_DEFAULTS).
+    parameters: the common start, by name. Q0: the first right factor of each matrix that has one.
+    groups: for each parameter name the options that differ from the keyword defaults (`algorithm`, `lr`,
+    `tau`, ... as in GROUP_DEFAULTS).
     """
 
     def __init__(
@@ -290,7 +290,8 @@ class ReferenceReplicas:
             replica = Replica({name: X.detach().clone() for name, X in parameters.items()}, U=dict(self.U))
             for name in self.matrices:
                 replica.M[name] = torch.zeros_like(replica.X[name])
-                replica.Q[name] = Q0[name].detach().clone()
+                if name in Q0:
+                    replica.Q[name] = Q0[name].detach().clone()
                 if self.group[name]["local_update"] == "normuon":
                     replica.second_moment[name] = torch.zeros_like(replica.X[name][:, 0])
             for name in self.others:
@@ -514,7 +515,8 @@ class ReferenceReplicas:
                     last and mean_norm > 0
                 ):  # one value for all replicas: what a checkpoint holds cannot differ
                     replica.last_norm[name] = sum(last) / len(last) * norm_mean / mean_norm
-                replica.Q[name] = self.replicas[0].Q[name].clone()
+                if name in replica.Q:
+                    replica.Q[name] = self.replicas[0].Q[name].clone()
         self.told = False
         for k, part in enumerate(self.parts):  # what rounding has kept back is in the average
             for i, replica in enumerate(self.replicas):
