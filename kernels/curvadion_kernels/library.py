@@ -91,3 +91,14 @@ def column_sumsq(R: Tensor) -> Tensor:
 @column_sumsq.register_fake
 def _(R: Tensor) -> Tensor:
     return R.new_empty(R.shape[0], R.shape[2])
+
+
+@torch.library.custom_op("curvadion::symmetric_product", mutates_args=())
+def symmetric_product(A: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return alpha A^T A + beta A, (B, m, n) -> (B, n, n)."""
+    return _ops(A).symmetric_product(A, alpha=alpha, beta=beta)
+
+
+@symmetric_product.register_fake
+def _(A: Tensor, alpha: float, beta: float) -> Tensor:
+    return A.new_empty(A.shape[0], A.shape[2], A.shape[2])

@@ -287,6 +287,19 @@ def column_sumsq(R: Tensor) -> Tensor:
     return R.square().sum(dim=-2)
 
 
+def symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Return alpha A^T A + beta A, which is symmetric: (B, m, n) -> (B, n, n), in A's dtype.
+
+    Products are summed in float32, or float64 for float64. Where beta is not 0, A must be symmetric itself;
+    then A^T A is A A. FLOPs: 2 B m n^2; one triangle takes half of them.
+    """
+    if beta:
+        return torch.baddbmm(A, A, A, beta=beta, alpha=alpha)
+    if alpha == 1:
+        return A.mT @ A
+    return torch.baddbmm(A.new_empty(A.shape[0], 1, A.shape[2]), A.mT, A, beta=0, alpha=alpha)
+
+
 def scale_(tensors: Sequence[Tensor], factor: Scalar | Sequence[float]) -> None:
     """Multiply the tensors by a number, or each by its own (a list, or a tensor of them), rounding once."""
     wide = upcast(tensors)

@@ -50,6 +50,13 @@ COLUMN_ROWS = 512  # rows of R that one program of `column_sumsq` sums
 # `benchmarks/kernels.py --only low_rank_apply` measures it.
 FUSED_RANK_TF32 = 192
 
+# From this size on, and where there are so many tiles, `symmetric_product` computes one triangle instead of
+# asking cuBLAS for both. Of T x T tiles it computes T (T + 1) / 2. An estimate, not a measurement: at 75 % of
+# cuBLAS's speed that is 1.3 times as fast from T = 8 on, if two rounds of programs fill an H100;
+# `benchmarks/kernels.py --only symmetric_product` measures it.
+SYMMETRIC_SIZE = 1024
+SYMMETRIC_TILES = 264
+
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -381,6 +388,59 @@ def column_sumsq_kernel(
 @triton.jit
 def probe_kernel(answer):
     tl.store(answer, 1)
+
+
+@triton.jit
+def symmetric_product_kernel(
+    A,  # (B, rows, n) at any strides
+    C,  # (B, n, n)
+    rows,
+    n,
+    batch_stride,
+    row_stride,
+    col_stride,
+    alpha,
+    beta,
+    ADD: tl.constexpr,  # beta A is added
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    # The lower triangle: its rows of tiles in pairs, a short one and a long one, are equally long.
+    tiles = tl.cdiv(n, TILE)
+    even = 1 - tiles % 2
+    line = tl.program_id(0) // (tiles + even)
+    place = tl.program_id(0) % (tiles + even)
+    short = line + even  # tiles of the short row
+    row = tl.where(place < short, short - 1, tiles - 1 - line)
+    col = tl.where(place < short, place, place - short)
+
+    batch = tl.program_id(1).to(tl.int64)
+    i = row * TILE + tl.arange(0, TILE)
+    j = col * TILE + tl.arange(0, TILE)
+    k = tl.arange(0, DEPTH)
+    a = A + batch * batch_stride
+    left = a + k.to(tl.int64)[:, None] * row_stride + i.to(tl.int64)[None, :] * col_stride
+    right = a + k.to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[None, :] * col_stride
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for offset in range(0, rows, DEPTH):
+        there = (k < rows - offset)[:, None]
+        x = tl.load(left, mask=there & (i < n)[None, :], other=0.0)
+        y = tl.load(right, mask=there & (j < n)[None, :], other=0.0)
+        total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
+        left += DEPTH * row_stride
+        right += DEPTH * row_stride
+    total = alpha * total
+    inside = (i < n)[:, None] & (j < n)[None, :]
+    if ADD:
+        at = i.to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[None, :] * col_stride
+        total += beta * tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+    value = total.to(C.dtype.element_ty)
+    c = C + batch * n * n
+    tl.store(c + i.to(tl.int64)[:, None] * n + j[None, :], value, mask=inside)
+    if row != col:
+        mirrored = (j < n)[:, None] & (i < n)[None, :]
+        tl.store(c + j.to(tl.int64)[:, None] * n + i[None, :], tl.trans(value), mask=mirrored)
 
 
 # ---- public functions
@@ -724,6 +784,59 @@ def column_sumsq(R: Tensor) -> Tensor:
             num_warps=4,
         )
     return partials[:, 0] if blocks == 1 else partials.sum(dim=1)
+
+
+def symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Return alpha A^T A + beta A, (B, m, n) -> (B, n, n); see `reference.symmetric_product`.
+
+    One launch that computes one triangle and writes it twice, where that pays (SYMMETRIC_SIZE); two cuBLAS
+    products in one elsewhere, and for float64. float32 as in `low_rank_apply_`: TF32 where torch may use it,
+    otherwise three TF32 products.
+    """
+    B, n = A.shape[0], A.shape[-1]
+    tiles = triton.cdiv(n, symmetric_tile(A.dtype, _precision(A))["TILE"])
+    pays = n >= SYMMETRIC_SIZE and B * tiles * (tiles + 1) // 2 >= SYMMETRIC_TILES
+    function = reference.symmetric_product
+    if pays and A.dtype != torch.float64:
+        function = fused_symmetric_product
+    return function(A, alpha=alpha, beta=beta)
+
+
+def fused_symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Do what `symmetric_product` does with the kernel at every size; not of float64. For benchmarks and
+    tests."""
+    if A.ndim != 3 or A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "A must be (B, m, n) of float32, bfloat16 or float16; got "
+            f"{tuple(A.shape)} of {A.dtype}; take `symmetric_product`"
+        )
+    B, rows, n = A.shape
+    if beta and rows != n:
+        raise ValueError(f"A must be symmetric where beta is not 0; got {rows} x {n} with beta={beta}")
+    C = A.new_empty(B, n, n)
+    if not C.numel():
+        return C
+    if beta and A.stride(2) != 1:  # it is its own transpose
+        A = A.mT
+    precision = _precision(A)
+    tile = symmetric_tile(A.dtype, precision)
+    tiles = triton.cdiv(n, tile["TILE"])
+    with _on(A.device):
+        symmetric_product_kernel[(tiles * (tiles + 1) // 2, B)](
+            A, C, rows, n, *A.stride(), float(alpha), float(beta), beta != 0, precision, **tile
+        )
+    return C
+
+
+def symmetric_tile(
+    dtype: torch.dtype, precision: str, *, hip: bool = torch.version.hip is not None
+) -> dict[str, int]:
+    """Return the tile of `symmetric_product_kernel` and its launch options; chosen so that nothing spills."""
+    if dtype == torch.float32:
+        return {"TILE": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2 if precision == "ieee" else 3}
+    if hip:
+        return {"TILE": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2}
+    return {"TILE": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
 
 
 # ---- where the kernels run
