@@ -1,4 +1,5 @@
-"""What `gpu_first_run.py` checks: one generator of checks for each part. A check returns what it found, or raises."""
+"""What `gpu_first_run.py` checks: one generator of checks for each part. A check returns what it found, or
+raises."""
 
 import hashlib
 import itertools
@@ -152,8 +153,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def cases(name: str, where: Where) -> Iterator[tuple[str, Callable[[torch.device], Arguments], float, str]]:
-    """Yield, for an operation of the table: a label, what makes its arguments on a device, how far results may
-    be apart, and the precision of products."""
+    """Yield, for an operation of the table: a label, what makes its arguments on a device, how far results
+    may be apart, and the precision of products."""
     large = () if where.quick else ((1024, 1024), (300, 8193))
     shapes = ((3, 5), (7,), (2049,), (64, 128), *large)
     if name in ("momentum_norm_", "local_step_"):

@@ -1,14 +1,14 @@
 """Check on a GPU all that a CPU cannot show, then measure a little: one command, under nine minutes.
 
-    python benchmarks/gpu_first_run.py                      # the page and the JSON go to benchmarks/results/gpu_first_run
-    python benchmarks/gpu_first_run.py --parts modes        # one part: kernels, ranks, modes, streams, tests, benchmarks
+    python benchmarks/gpu_first_run.py                      # writes to benchmarks/results/gpu_first_run
+    python benchmarks/gpu_first_run.py --parts modes        # one part, see below
     python benchmarks/gpu_first_run.py --device cpu         # a rehearsal, without the kernels
-    python benchmarks/gpu_first_run.py --device cpu --interpret --quick   # with them, small, in Triton's interpreter
+    python benchmarks/gpu_first_run.py --device cpu --interpret --quick   # with them, small, interpreted
 
 Parts, in this order; what is checked is in `gpu_checks.py` and `gpu_ranks.py`:
 
     kernels      every Triton kernel against its definition in plain torch
-    ranks        every collective over NCCL; two replicas, on a GPU each or over gloo on one; FSDP2 where there are two
+    ranks        every collective over NCCL; two replicas, on a GPU each or over gloo on one; FSDP2 on two
     modes        every rule, consensus, gate and option for 20 steps, against the same run on the CPU
     streams      what overlaps, with the device far behind the host; compiled models, CUDA graphs, devices
     tests        tests/test_kernels.py on the GPU, where pytest is installed

@@ -164,7 +164,8 @@ class Tasks:
         self._results: list[tuple[list[Any], str | None]] = []
 
     def of(self, number: int) -> list[Any]:
-        """Return what all ranks returned for these options; raise with the tracebacks of those that failed."""
+        """Return what all ranks returned for these options; raise with the tracebacks of those that
+        failed."""
         if not self._results:
             self._run()
         failed = [f"rank {rank}:\n{words}" for rank, (_, words) in enumerate(self._results) if words]

@@ -419,7 +419,8 @@ def print_symmetric(rows: list[dict[str, Any]], triton_ops: Any) -> None:
     if shown:
         print(
             "\nsymmetric_product, times as fast as whole products; the library takes the kernel from "
-            f"SYMMETRIC_SIZE = {triton_ops.SYMMETRIC_SIZE} and SYMMETRIC_TILES = {triton_ops.SYMMETRIC_TILES} on"
+            f"SYMMETRIC_SIZE = {triton_ops.SYMMETRIC_SIZE} and "
+            f"SYMMETRIC_TILES = {triton_ops.SYMMETRIC_TILES} on"
         )
     for (shape, B, n), both in shown.items():
         side = math.ceil(n / triton_ops.symmetric_tile(torch.bfloat16, "ieee")["TILE"])

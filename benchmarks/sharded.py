@@ -1,9 +1,9 @@
-"""Measure optimizer steps on sharded matrices, rank by rank: time, CPU time, bytes over the shards, collectives,
-FLOPs, memory, of CurvaDion and of its peers, in turns.
+"""Measure optimizer steps on sharded matrices, rank by rank: time, CPU time, bytes over the shards,
+collectives, FLOPs, memory, of CurvaDion and of its peers, in turns.
 
-    python benchmarks/sharded.py                                 # on a CPU: 2 and 4 processes, gloo, the model 12m
-    python benchmarks/sharded.py --ranks 4 --only muon           # local Muon steps, and microsoft/dion's
-    python benchmarks/sharded.py --device cuda --models 1b3      # as many processes as there are GPUs, NCCL
+    python benchmarks/sharded.py                              # on a CPU: 2 and 4 processes, gloo, 12m
+    python benchmarks/sharded.py --ranks 4 --only muon        # local Muon steps, and microsoft/dion's
+    python benchmarks/sharded.py --device cuda --models 1b3   # as many processes as GPUs, NCCL
 
 Parameters are DTensors, Shard(0) over all ranks, as FSDP2 leaves them. Families:
 
@@ -16,9 +16,10 @@ Parameters are DTensors, Shard(0) over all ranks, as FSDP2 leaves them. Families
     torch       torch.optim.Muon on DTensors, which takes seconds a step; only where asked for
 
 In each round every variant takes one step, in an order that is drawn anew. `ms` is the time of the slowest
-rank in a step, `cpu_ms` the mean over ranks of what a process was given of the CPU: on a machine that is busy,
-or with fewer cores than ranks, the one that says more. Bytes leave the rank that sends most. The transient is
-what is allocated in a step on top of what there was, on the rank with the most; on CPUs by the profiler.
+rank in a step, `cpu_ms` the mean over ranks of what a process was given of the CPU: on a machine that is
+busy, or with fewer cores than ranks, the one that says more. Bytes leave the rank that sends most. The
+transient is what is allocated in a step on top of what there was, on the rank with the most; on CPUs by the
+profiler.
 microsoft/dion runs eagerly (it compiles for minutes), in its disfavour; on CPUs with random numbers of ours,
 since DTensor has none.
 """
@@ -61,8 +62,8 @@ FAMILIES = ("muon", "dion", "gradient", "outer", "torch")
 LR, SCALAR_LR, MU, DECAY = 1e-3, 1e-4, 0.95, 0.01
 INF = float("inf")
 Optimizers = list[torch.optim.Optimizer]
-# Collectives by their names in torch.ops.c10d and torch.ops._c10d_functional: what they are, and which of their
-# arguments is sent.
+# Collectives by their names in torch.ops.c10d and torch.ops._c10d_functional: what they are, and which of
+# their arguments is sent.
 KINDS = {
     "allreduce_": ("all_reduce", 0),
     "allgather_": ("all_gather", 1),

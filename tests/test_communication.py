@@ -178,8 +178,8 @@ def steps(layout: Layout, count: int, **options: Any) -> list[Step]:
 
 @dataclass(frozen=True)
 class Story:
-    """S L L S L L S and then L, with checks in the first and in the fifth step; and what synchronize() makes of
-    it."""
+    """S L L S L L S and then L, with checks in the first and in the fifth step; and what synchronize() makes
+    of it."""
 
     trace: list[Step]
     equal: list[dict[str, bool]]

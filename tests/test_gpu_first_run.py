@@ -1,4 +1,5 @@
-"""The program for the first run on a GPU, rehearsed on a CPU; and that no operation and no option escapes it."""
+"""The program for the first run on a GPU, rehearsed on a CPU; and that no operation and no option escapes
+it."""
 
 from __future__ import annotations
 

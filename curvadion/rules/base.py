@@ -60,9 +60,9 @@ class Step:
     def move(self, batch: Batch, direction: Tensor) -> None:
         """X <- (1 - lr wd) X - lr_local scale direction, with the group's `update_scale`.
 
-        An orthonormal direction is as large as ever where the momentum has all but gone. So a matrix without a
-        gradient in this step, missing or zero on all ranks of the replica, takes no step along it: direction
-        is 0.
+        An orthonormal direction is as large as ever where the momentum has all but gone. So a matrix without
+        a gradient in this step, missing or zero on all ranks of the replica, takes no step along it:
+        direction is 0.
 
         Args:
             direction: (B, rows, columns), this rank's shards.
@@ -127,8 +127,8 @@ class Step:
 
         Args:
             keep_own: the first of the two, without the mean, is wanted.
-            live_only: of a matrix without a gradient, in any replica if synchronized, the second is 0, for the
-                reason of `move`. Whether it has one travels with the factors, one number more.
+            live_only: of a matrix without a gradient, in any replica if synchronized, the second is 0, for
+                the reason of `move`. Whether it has one travels with the factors, one number more.
         """
         copied, dtype = [b.layout.copied for b in batches], self.payload_dtype
 

@@ -67,8 +67,8 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
 
 
 def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iterator[list[Batch]]:
-    """Yield batches in lists for each of which `power_iteration` is called once: with one value of its options,
-    and where no sum or mean has to serve all matrices at once, with few of them."""
+    """Yield batches in lists for each of which `power_iteration` is called once: with one value of its
+    options, and where no sum or mean has to serve all matrices at once, with few of them."""
     chosen: dict[tuple[str, str], list[Batch]] = {}
     for b in batches:
         group = step.groups[b.group]

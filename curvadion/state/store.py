@@ -170,8 +170,8 @@ class Store:
                 b.decay = 1.0
 
     def accumulate(self, G: Fixed[Tensor | None], ops: Ops, numbers: Numbers, *, store: bool) -> Tensor:
-        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, whether another gradient is not finite, and which
-        gradients of matrices are not zero.
+        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, whether another gradient is not finite, and
+        which gradients of matrices are not zero.
 
         With store=False only the message, for a step that may be skipped.
         """

@@ -114,9 +114,9 @@ def momentum_norm_(
         watch: further tensors that are only searched for NaN and infinities.
         store: whether to change the momenta; without it, only the norms that they would have are returned.
 
-    Returns: (2 L + 2,) float32: s, not finite where a momentum is not; 1 if a watched tensor holds a NaN or an
-        infinity, else 0; 0, the place of the flag that the replicas must synchronize (see `gate_key`); and for
-        each gradient 1 if some of it is not zero, else 0.
+    Returns: (2 L + 2,) float32: s, not finite where a momentum is not; 1 if a watched tensor holds a NaN or
+        an infinity, else 0; 0, the place of the flag that the replicas must synchronize (see `gate_key`); and
+        for each gradient 1 if some of it is not zero, else 0.
     Bytes: one read of g, one read and one write of m, one read of what is watched.
     """
     count = len(momenta)

@@ -17,7 +17,8 @@ process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, 
     s, by update_scale: "spectral": sqrt(rows/cols); "match_rms_adamw": 0.2 sqrt(max(rows, cols)); "original":
     sqrt(max(1, rows/cols)). With nesterov "muon" and "normuon" have muon(G_i + mu m_i) in place of muon(m_i).
 
-    no gradient (zero, or missing) in this replica, in a Dion step with E_i[.] in any: 0 in place of the update, P and R
+    no gradient (zero, or missing) in this replica, in a Dion step with E_i[.] in any: 0 in place of the
+    update, P and R
 
     consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas
     were equal last,
