@@ -62,6 +62,9 @@ RELEASED = Setting("the released code's rule, tau 0.3", rule="dion", rank_fracti
 PLAIN = replace(OURS, name="1 bit every 8 steps, outer 1.0", outer_lr=1.0)
 
 
+POLAR = {"newton_schulz": "polar_express"}
+
+
 def variant(name: str, of: Setting = OURS, **changes: Any) -> Setting:
     return replace(of, name=name, **changes)
 
@@ -118,6 +121,14 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit every 16 steps", interval=16),
         *(variant(f"the released code's rule, tau {tau}", RELEASED, tau=tau) for tau in (0.1, 0.6, 1.0)),
         variant("1 bit, Dion of rank 1/2", rule="dion", rank_fraction=0.5),
+    ],
+    "polynomials": [
+        MUON,
+        OURS,
+        variant("Muon every step, Polar Express", MUON, **POLAR),
+        variant("Muon every step, Polar Express in 6 rounds", MUON, newton_schulz_steps=6, **POLAR),
+        variant("1 bit, Polar Express", **POLAR),
+        variant("1 bit, Polar Express in 6 rounds", newton_schulz_steps=6, **POLAR),
     ],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),

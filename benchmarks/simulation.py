@@ -33,6 +33,7 @@ class Setting:
         baseline: gradients are averaged in every step, so replicas never differ.
         rule: of matrices: "muon", "dion", "gradient" or "adamw".
         momentum, nesterov: mu, and whether Muon takes G + mu m for m.
+        newton_schulz, newton_schulz_steps: Muon's polynomials and the number of their rounds.
         consensus: "outer"; or "average", as in the paper.
         interval: steps from one synchronization to the next; math.inf for none after the first.
         gate: what opens it: "interval"; "rmmc", "directional" or "drift" (`variants.Directional`, `Distance`;
@@ -59,6 +60,8 @@ class Setting:
     adamw_lr: float = 3e-3
     momentum: float = 0.9
     nesterov: bool = False
+    newton_schulz: str = "jordan"
+    newton_schulz_steps: int = 5
     weight_decay: float = 0.01
     consensus: str = "outer"
     interval: float = 8
@@ -88,6 +91,8 @@ def options_of(setting: Setting) -> dict[str, Any]:
         "rank_fraction": s.rank_fraction,
         "local_update": "muon" if s.rule == "adamw" else s.rule,  # with AdamW there are no matrices
         "nesterov": s.nesterov,
+        "newton_schulz": s.newton_schulz,
+        "newton_schulz_steps": s.newton_schulz_steps,
         "tau": math.inf,
         "check_every": 0,
     }

@@ -342,22 +342,24 @@ def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
         )
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], where: str = "") -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's
-    to set."""
+    to set; `where` says which group it is."""
     for key in group:
         if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
             raise ValueError(
-                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion "
+                f"{key} is common to all groups; got it in a parameter group{where}; pass {key}= to CurvaDion "
                 "instead"
             )
         if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
-            raise ValueError(f"a parameter group may hold known options only; got {key!r}; {_meant(key)}")
-    check_options(group, GROUP_OPTIONS, " in a parameter group")
+            raise ValueError(
+                f"a parameter group may hold known options only; got {key!r} in one{where}; {_meant(key)}"
+            )
+    check_options(group, GROUP_OPTIONS, f" in a parameter group{where}")
     for key in ("maximize", "capturable", "differentiable"):
         if group.get(key):
             raise ValueError(
-                f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out"
+                f"CurvaDion does not implement {key}; got {key}=True in a parameter group{where}; leave it out"
             )
 
 

@@ -806,9 +806,9 @@ def in_another_order(first: int) -> Iterator[None]:
     """Let every group of this rank add floats up from rank `first` on, as NCCL may in one of its groups."""
     original = TorchGroup.all_reduce
 
-    def all_reduce(group: TorchGroup, tensor: Tensor, op: Any) -> Any:
+    def all_reduce(group: TorchGroup, tensor: Tensor, op: Any, *, wait: bool = False) -> Any:
         if op != dist.ReduceOp.SUM or not tensor.is_floating_point() or group.size < 3:
-            return original(group, tensor, op)
+            return original(group, tensor, op, wait=wait)
         parts = [torch.empty_like(tensor) for _ in range(group.size)]
         dist.all_gather(parts, tensor, group=group.group)
         tensor.zero_()

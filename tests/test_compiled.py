@@ -35,13 +35,10 @@ KERNELS = (
     "column_sumsq",
 )
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None,
-        reason="Triton cannot be imported; pip install -e '.[dev]', on Linux",
-    ),
-    pytest.mark.xdist_group("compiled"),  # one report for all
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton cannot be imported; pip install -e '.[dev]', on Linux",
+)
 
 
 @pytest.fixture(scope="session")

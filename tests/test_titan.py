@@ -45,8 +45,6 @@ from curvadion_configs.models import SHAPES
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(name for name in vars(curvadion_configs) if name.startswith(("gpt_", "debug")))
 
-pytestmark = pytest.mark.xdist_group("titan")  # torchtitan is imported once
-
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:

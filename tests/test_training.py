@@ -13,7 +13,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.xdist_group("training")  # one fixture for all
 SCRIPTS = ROOT / "scripts"
 STEPS, CHECKPOINT_EVERY = 16, 8
 # With this lr and tau a model so small takes both branches of the gate within a few steps.

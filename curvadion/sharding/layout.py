@@ -344,12 +344,7 @@ class Layout:
     def wrap(self, local: Tensor) -> Tensor:
         """Return a state tensor of the parameter's own shape as the user sees it: a DTensor placed like the
         parameter."""
-        if self.mesh is None:
-            return local
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
-        )
+        return local if self.mesh is None else _wrapped(local, self.mesh, self.placements, self.shape)
 
     def wrap_along(self, local: Tensor, dim: int) -> Tensor:
         """Return a tensor whose rows belong to the rows (dim 0) or columns (1) of the parameter, as a
@@ -357,9 +352,7 @@ class Layout:
         if self.mesh is None:
             return local
         placements = tuple(_along(p, dim) for p in self.placements)
-        shape = torch.Size((self.shape[dim], *local.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+        return _wrapped(local, self.mesh, placements, (self.shape[dim], *local.shape[1:]))
 
     def take(self, whole: Tensor, dim: int, tensor_dim: int) -> Tensor:
         """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's
@@ -368,6 +361,22 @@ class Layout:
             return whole
         length = self.local_shape[dim]
         return whole.narrow(tensor_dim, self.offset[dim] if length else 0, length)
+
+
+def _wrapped(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> Tensor:
+    """Return a DTensor of this local part, which may be a view of a stack.
+
+    torch copies and pickles a DTensor by the storage that it pretends to have if its local part does not begin
+    where its storage does; so it is made of another local part first.
+    """
+    stride = torch.empty(shape, device="meta").stride()
+    tensor = DTensor.from_local(
+        torch.empty_like(local), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    tensor._local_tensor = local
+    return tensor
 
 
 def _along(placement: Placement, dim: int) -> Placement:
