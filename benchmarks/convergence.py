@@ -620,7 +620,10 @@ def check(args: argparse.Namespace) -> None:
             step, loss = now["curve"][-1]
             before = dict(then["curve"])[step]
             share = [f"{line['wire'] / max(line['dense_wire'], 1):.2%}" for line in (then, now)]
-            whole = f"; {then['synchronized']}, {now['synchronized']} synchronized; {', '.join(share)} of dense bytes"
+            whole = (
+                f"; {then['synchronized']}, {now['synchronized']} synchronized; "
+                f"{', '.join(share)} of dense bytes"
+            )
             print(
                 f"{run.setting.name}, K={run.replicas}, batch {run.batch}, seed {run.seed}, step {step} of "
                 f"{run.steps}: loss {before:.4f} then, {loss:.4f} now ({loss - before:+.4f})"

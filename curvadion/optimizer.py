@@ -1,6 +1,6 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -213,15 +213,20 @@ class CurvaDion(View):
 
         with record_function("curvadion::gate"):
             step, failure = self._take_in()
-            message = self._accumulate(step.G, store=not self._trouble.skips)  # m_i = M_i + G_i,  ||m_i||^2
+            sends = self.replicas > 1 and self._schedule.may_ask
+            # m_i = M_i + G_i,  ||m_i||^2
+            message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
             # rho; the answer of the step before may be waited for, so after the kernels are enqueued
-            plan = self._schedule.plan(self._gate.last_answer())
+            told = self._gate.last_answer()
+            plan = self._schedule.plan(told)
             key, commit = self._gate.ask(step, message, plan, self._trouble, failed=failure is not None)
             arrived = self._gate.fetch(key)
             if failure is None:
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
+        if decision.outside or told.outside:
+            self._agreement.refuse_to_step_alone(self._built.exchange, self._schedule.steps)
         counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
             counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
@@ -240,10 +245,11 @@ class CurvaDion(View):
         G, failure = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
         return self._built.step(self.param_groups, self._schedule, X, G), failure
 
-    def _accumulate(self, G: Fixed[Tensor | None], *, store: bool) -> Tensor:
+    def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
         if store:
             self._trouble.swallowed()
-        return self._built.store.accumulate(G, self._built.ops, self._built.numbers, store=store)
+        built = self._built
+        return built.store.accumulate(G, built.ops, built.numbers, store=store, also=also)
 
     def _finish(self, decision: Decision, plan: Plan, *, counts: bool) -> None:
         """Remember the decision; if the step counts, count it and steer tau."""
@@ -269,14 +275,24 @@ class CurvaDion(View):
 
         For use before a checkpoint and at the end. The gate's previous norms are multiplied by ||E_i[M_i]|| /
         E_i[||M_i||], because averaging shrinks momenta, which alone would open the gate in the next step.
+
+        Raises:
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
+            NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside_consensus("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
-        if self._schedule.asks_seldom:  # all raise if some replica met something since the gate asked last
-            self._gate.tell(self._trouble, step, self._consensus)
+        if self.replicas > 1:  # all raise if some replica met something since the gate asked last
+            self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
+            config = partial(self._built.describe, self.param_groups)
+            self._agreement.check(exchange, self._schedule.steps, config, {})
+        self._settle(step)
+
+    def _settle(self, step: Step) -> None:
+        store, exchange = self._built.store, self._built.exchange
         if self.diverged:
             self._consensus.settle(step)
             if self.replicas > 1:
@@ -348,10 +364,15 @@ class CurvaDion(View):
         apart = self._schedule.apart or (self.diverged and self._consensus.leaves_apart)
         return self.replicas > 1 and apart
 
-    def _common_weights(self) -> list[Tensor]:
-        """Return the shards that must be equal in all replicas by now."""
-        comparable = self.replicas > 1 and not self._parameters_differ
-        return self._built.X() if comparable else []
+    def _common_weights(self) -> dict[str, Tensor]:
+        """Return what must be equal in all replicas by now, by name."""
+        if self.replicas == 1:
+            return {}
+        built, names = self._built, self._built.table.names
+        common = {} if self._parameters_differ else dict(zip(names, built.X(), strict=True))
+        for what, tensors in self._consensus.common(built.store).items():
+            common |= {f"{what} of {name}": t for name, t in zip(names, tensors, strict=True)}
+        return common
 
     # ---- state
 
@@ -383,8 +404,12 @@ class CurvaDion(View):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; never communicates.
 
-        Raises RuntimeError if there are several replicas and they may differ.
+        One replica settles first what its outer steps have under way. Raises RuntimeError if there are
+        several replicas and they may differ.
         """
+        if self.diverged and self.replicas == 1:  # with nobody to wait for
+            self._built.store.settle()
+            self._settle(self._built.step(self.param_groups, self._schedule))
         if self.diverged:
             raise RuntimeError(
                 f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a "
