@@ -201,6 +201,7 @@ class CurvaDion(View):
                 loss = closure()
         self._trouble.refuse_if_broken()
         self._refuse_inside_consensus("step()")
+        self._built.table.refuse_meta()
         with torch.autocast(self._built.table.device.type, enabled=False):
             self._take_step()
         return loss

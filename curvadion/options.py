@@ -430,8 +430,3 @@ def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
             f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
             "bfloat16"
         )
-    if p.is_meta:
-        raise ValueError(
-            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; "
-            "to_empty() it"
-        )

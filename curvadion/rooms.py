@@ -73,7 +73,7 @@ class Rooms:
             ValueError: layouts or options break a rule.
         """
         table = Table.of(groups)
-        ops = choose(options.kernels, table.device)
+        ops = choose("reference" if table.dry else options.kernels, table.device)
         logger.info("kernels: %s (%s)", ops.kernels, ops.why)
         check_replicas(peers.ranks if peers is not None else [], table.shards, table.layouts)
         ledger = earlier.exchange.ledger if earlier is not None else Ledger()

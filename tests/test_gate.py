@@ -325,8 +325,8 @@ def test_the_norm_is_of_the_whole_matrix_over_its_shards() -> None:
 
 @pytest.mark.parametrize("local_update", ["gradient", "dion"])
 def test_the_branch_is_common_under_random_gradients(local_update: str, quick: bool) -> None:
-    """Hundreds of steps, every rank with gradients of its own, some huge, some zero, some missing."""
-    steps = 30 if quick else 100
+    """Every rank with gradients of its own, some huge, some zero, some missing."""
+    steps = 30 if quick else 60
 
     def worker() -> list[Any]:
         replicate, shard = grid(2, 2)

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
 from curvadion.sharding.journey import Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
@@ -70,10 +71,10 @@ class Answer:
     wait: Callable[[], object] | None = None
 
     def read(self) -> int:
-        """Wait for the key, and return it."""
+        """Wait for the key, and return it; in a dry run "local"."""
         if self.wait is not None:
             self.wait()
-        return int(self.key)
+        return 0 if has_no_values(self.key) else int(self.key)
 
 
 class Exchange:
@@ -279,16 +280,18 @@ class Exchange:
         """Return which of step, config and weights differ somewhere: the same answer on every rank.
 
         MAX of x and of -x over the replicas, then over the shards; only the peers in other replicas hold
-        comparable weights.
+        comparable weights. A dry run finds no difference.
         """
         message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
             self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
-        different = int(message[4] != -message[5])
+        different = (message[4] != -message[5]).to(message)
         message[4], message[5] = different, -different
         for axis in self.shards.axes:
             self._along(axis, "all_reduce", "check", message, ReduceOp.MAX)
+        if has_no_values(message):
+            return []
         found = message.tolist()
         differ = {"step": found[0] != -found[1], "config": found[2] != -found[3], "weights": found[4] != 0}
         return [name for name, differs in differ.items() if differs]

@@ -27,6 +27,7 @@ from torch.distributed.tensor._utils import (
 )
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
+from curvadion.sharding.dry import with_values
 from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
 
 Axes = tuple[int, ...]  # axes of the shard mesh, ascending
@@ -142,9 +143,10 @@ class ShardMesh:
             if isinstance(p, DTensor) and all(p.device_mesh is not m for m in meshes):
                 meshes.append(p.device_mesh)
         self.mesh = max(meshes, key=lambda m: m.size(), default=None)
-        self.ranks: tuple[int, ...] = (
-            tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
-        )
+        with with_values():
+            self.ranks: tuple[int, ...] = (
+                tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
+            )
         self.names: list[str] = []
         self._axis_ranks: list[tuple[int, ...]] = []
         self._groups: list[Group] = []
@@ -222,9 +224,10 @@ class ShardMesh:
             return Region((0,) * len(layout.shape), layout.shape)
         axes = [self.axis_of(layout.mesh, dim) for dim in range(layout.mesh.ndim)]
         coordinate = [0 if axis is None else place[axis] for axis in axes]
-        shape, offset = _compute_local_shape_and_global_offset(
-            layout.shape, tuple(layout.mesh.shape), coordinate, layout.placements
-        )
+        with with_values():
+            shape, offset = _compute_local_shape_and_global_offset(
+                layout.shape, tuple(layout.mesh.shape), coordinate, layout.placements
+            )
         return Region(tuple(offset), tuple(shape))
 
     def axis_of(self, mesh: DeviceMesh, dim: int) -> int | None:
@@ -308,9 +311,10 @@ class Layout:
             if not isinstance(placement, (Shard, _StridedShard)):
                 raise ValueError(f"parameters must be placed Shard or Replicate; got {param.placements}")
             sharded[placement.dim].append(axis)
-        local_shape, offset = compute_local_shape_and_global_offset(
-            param.shape, param.device_mesh, param.placements
-        )
+        with with_values():
+            local_shape, offset = compute_local_shape_and_global_offset(
+                param.shape, param.device_mesh, param.placements
+            )
         used = {axis for axes in sharded for axis in axes}
         return Layout(
             shape,

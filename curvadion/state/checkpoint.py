@@ -152,16 +152,16 @@ def check_loadable(
         for key in ("algorithm", "local_update"):
             if saved.get(key, group[key]) != group[key]:
                 raise ValueError(
-                    f"a checkpoint must have been saved with the {key} of each group; got {saved[key]!r} "
-                    f"for a group with {group[key]!r}; build the groups as they were when it was saved; to "
+                    f"a checkpoint must have been saved with the {key} of each group; got {saved[key]!r} for "
+                    f"a group with {group[key]!r}; build the groups as they were when it was saved; to "
                     "change the rule, set it in opt.param_groups after loading"
                 )
         tau, before = saved.get("tau", group["tau"]), group["tau"]
         if math.isinf(tau) != math.isinf(before):
             raise ValueError(
                 "a checkpoint of a gate that never opens by itself belongs to an optimizer of that kind, and "
-                f"no other: got tau={tau} for a group with tau={before}; build the optimizer with "
-                "the options of the run that saved it; tau may be changed in opt.param_groups after loading"
+                f"no other: got tau={tau} for a group with tau={before}; build the optimizer with the "
+                "options of the run that saved it; tau may be changed in opt.param_groups after loading"
             )
     for name, index, saved, own in states:
         rule = RULES[saved_groups[index].get("local_update", groups[index]["local_update"])]

@@ -38,8 +38,10 @@ class Intake:
     def parameters(self) -> Fixed[Tensor]:
         """Return this rank's part of all parameters: the same object as long as nobody moved them."""
         X = Fixed(local_tensors(self._table.params))
-        addresses = X.addresses  # looked up now: it remembers them, and the next step compares
-        if self._X is None or not all(map(operator.is_, X, self._X)) or addresses != self._X.addresses:
+        # Looked up now: it remembers them, and the next step compares.
+        addresses = () if self._table.dry else X.addresses
+        before = () if self._table.dry or self._X is None else self._X.addresses
+        if self._X is None or not all(map(operator.is_, X, self._X)) or addresses != before:
             self._X = X
             pairs = zip(self._table.names, X, self._table.layouts, strict=True)
             self._reshaped = [name for name, x, layout in pairs if tuple(x.shape) != layout.local_shape]
