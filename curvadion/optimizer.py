@@ -226,7 +226,7 @@ class CurvaDion(View):
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
         if decision.outside or told.outside:
-            self._agreement.refuse_to_step_alone(self._built.exchange, self._schedule.steps)
+            self._agreement.refuse_to_step_alone(self._built.exchange, self._schedule.steps, config)
         counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
             counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)

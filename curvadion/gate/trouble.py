@@ -123,7 +123,7 @@ class Trouble:
         if here:
             where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
         raise NonFiniteError(
-            f"gradients and parameters must be finite; got a NaN or an infinity {where}, after {steps} steps. "
-            f"Nothing was sent, and parameters are as they were{RELOAD}, or construct with "
-            "on_nonfinite='skip' to skip steps with such gradients"
+            f"gradients must be finite, and parameters that are sent; got a NaN or an infinity {where}, "
+            f"after {steps} steps. Nothing was sent, and parameters are untouched{RELOAD}, or construct with "
+            "on_nonfinite='skip' to skip such steps"
         )

@@ -83,9 +83,9 @@ class Agreement:
                 "checkpoint, or call opt.broadcast_parameters() before the first step"
             )
 
-    def refuse_to_step_alone(self, exchange: Exchange, step: int) -> None:
+    def refuse_to_step_alone(self, exchange: Exchange, step: int, config: Callable[[], str]) -> None:
         """Raise, as do the replicas that are at `synchronize()` while this one takes a step."""
-        exchange.agree(-1, 0, 0)  # no number of steps, so that they notice
+        exchange.agree(-1, hash_text(config()), 0)  # no number of steps, so that they notice
         raise ReplicaMismatchError(
             "all ranks must call step() and synchronize() equally often; this one takes a step after "
             f"{step}, another is at synchronize(); give every replica as many batches"
