@@ -56,7 +56,7 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
             yield (
                 f"momentum_norm ({names}{'' if store else ', norms only'})",
                 T.momentum_norm_kernel,
-                {**chunked, **strides, "partial": "*fp32"},
+                {**chunked, **strides, "partial": "*fp32", "live": "*fp32"},
                 {"M_TYPE": state, "G_TYPE": grad, "TYPE": tl.float32, "STORE": store, **cut},
                 T.ELEMENTWISE,
             )
@@ -77,7 +77,7 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
     yield (
         "segment_sum",
         T.segment_sum_kernel,
-        {"partial": "*fp32", "segments": "*i64", "sums": "*fp32", "count": "i32"},
+        {"partial": "*fp32", "live": "*fp32", "segments": "*i64", "sums": "*fp32", "count": "i32"},
         {"BLOCK": T.SUM_BLOCK},
         {"num_warps": 4},
     )
@@ -285,7 +285,8 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
             else:
                 instructions = " ".join(f"{key}:{value}" for key, value in found["instructions"].items())
-                sizes = f"{found['registers']:4} registers {found['stack']:4} stack {found['spills']:3} spills {row['shared']:7} shared"
+                counts = (("registers", 4), ("stack", 4), ("spills", 3), ("shared", 7))
+                sizes = " ".join(f"{ {**row, **found}[key]:{width}} {key}" for key, width in counts)
                 print(f"{label:7} {name:58} {sizes}  {instructions}", flush=True)
 
 

@@ -1,19 +1,18 @@
 """Measure the Triton kernels against torch: time, effective bandwidth, launches and host time.
 
     python benchmarks/kernels.py                            # everything, under 8 minutes on one GPU
-    python benchmarks/kernels.py --only low_rank_apply      # one operation: momentum_norm, local_step, local_update, low_rank_apply,
-                                                            # symmetric_product
+    python benchmarks/kernels.py --only low_rank_apply      # one operation, by its name below
     python benchmarks/kernels.py --device cpu               # torch's variants on a small model
-    python benchmarks/kernels.py --device cpu --interpret   # the kernels too, in Triton's interpreter: a test, not a measurement
+    python benchmarks/kernels.py --device cpu --interpret   # the kernels too, interpreted: no measurement
 
 Operations, and the bytes per element in float32 that each must move at least; every variant is divided by the
 same number:
 
     momentum_norm_    m <- c m + g and the norms of all m           12
     local_step_       X <- a X - b G                                12
-    local_update      both and the gate between them                24   (peers: SGD with momentum moves 20, AdamW 28)
-    low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q = R diag(scale) not read
-    symmetric_product A^T A, and b A + c A^2 of square ones          (bfloat16) 2 (m n + n^2), once each
+    local_update      both and the gate between them                24   (SGD with momentum 20, AdamW 28)
+    low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q not read
+    symmetric_product A^T A, and b A + c A^2 of square ones         (bfloat16) 2 (m n + n^2), once each
 
 A shard of 1/8 is the first of 8 ranks' rows of every matrix. Products run at two precisions: tf32, against
 the kernel with one TF32 product, and highest, against the kernel with three (tf32x3). The crossover is the
@@ -244,10 +243,12 @@ def check_elementwise(variant: Variant) -> None:
     assert_close(got.x, expected.x, **tolerance)
     if sums is not None:
         squares = (
-            result[:-2] if isinstance(result, Tensor) else torch.stack([n.float() for n in result]).square()
+            result[: len(got.m)]
+            if isinstance(result, Tensor)
+            else torch.stack([n.float() for n in result]).square()
         )
         loose = 1e-4 if got.m[0].dtype == torch.float32 else 2e-2
-        assert_close(squares, sums[:-2], rtol=loose, atol=loose)
+        assert_close(squares, sums[: len(got.m)], rtol=loose, atol=loose)
 
 
 # ---- low rank
@@ -418,7 +419,8 @@ def print_symmetric(rows: list[dict[str, Any]], triton_ops: Any) -> None:
     if shown:
         print(
             "\nsymmetric_product, times as fast as whole products; the library takes the kernel from "
-            f"SYMMETRIC_SIZE = {triton_ops.SYMMETRIC_SIZE} and SYMMETRIC_TILES = {triton_ops.SYMMETRIC_TILES} on"
+            f"SYMMETRIC_SIZE = {triton_ops.SYMMETRIC_SIZE} and "
+            f"SYMMETRIC_TILES = {triton_ops.SYMMETRIC_TILES} on"
         )
     for (shape, B, n), both in shown.items():
         side = math.ceil(n / triton_ops.symmetric_tile(torch.bfloat16, "ieee")["TILE"])

@@ -198,7 +198,9 @@ def check_rounded(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
 
 
 def check_norms(sums: Tensor, momenta: Sequence[Tensor]) -> None:
-    assert_close(sums[:-2], torch.stack([m.double().square().sum() for m in momenta]).float(), **ORDER)
+    assert_close(
+        sums[: len(momenta)], torch.stack([m.double().square().sum() for m in momenta]).float(), **ORDER
+    )
 
 
 FACTORS: dict[str, Callable[[int], float | Tensor]] = {
@@ -290,7 +292,8 @@ def test_momentum_norm(guard: Guard, device: torch.device, kind: str, packed: bo
     assert_close(momenta, expected)
     check_norms(sums, momenta)
     assert_close(sums, reference_sums, **ORDER)
-    assert sums.dtype == F32 and sums[-2:].tolist() == [0, 0]
+    some = [float(g is not None and bool((g != 0).any())) for g in grads]
+    assert sums.dtype == F32 and sums[len(momenta) :].tolist() == [0, 0, *some]
 
 
 @needs_triton
@@ -382,7 +385,10 @@ def test_three_hundred_small_tensors_in_one_call(guard: Guard, device: torch.dev
         None if i % 5 == 0 else torch.ones(s, device=device) for i, s in enumerate(shapes)
     ]
     sums = triton_ops.momentum_norm_(momenta, grads, decay=2.0)
-    assert sums.tolist() == [(i % 7) * (2 * (i % 11) + (i % 5 > 0)) ** 2 for i in range(300)] + [0, 0]
+    assert sums.tolist() == [(i % 7) * (2 * (i % 11) + (i % 5 > 0)) ** 2 for i in range(300)] + [
+        *(0, 0),
+        *[float(i % 5 > 0 and i % 7 > 0) for i in range(300)],
+    ]
 
 
 @needs_triton
@@ -395,12 +401,14 @@ def test_the_chunks_of_a_large_tensor_are_summed(guard: Guard, device: torch.dev
         (10, 12),
     ]
     partials = guard.put(torch.arange(3 * SUM_BLOCK + 6, dtype=F32, device=device))[0]
+    live = guard.put(torch.zeros(3 * SUM_BLOCK + 6, device=device))[0]
+    live[3 * SUM_BLOCK] = 1.0  # the last of the first tensor
     segments = torch.tensor([[b for b, _ in bounds], [e for _, e in bounds]], device=device)
-    sums = torch.empty(len(bounds) + 1, device=device)
+    sums = torch.empty(2 * len(bounds), device=device)
     triton_ops.segment_sum_kernel[(len(bounds),)](
-        partials, segments, sums, len(bounds) - 1, SUM_BLOCK, num_warps=4
+        partials, live, segments, sums, len(bounds) - 1, SUM_BLOCK, num_warps=4
     )
-    assert sums.tolist() == [*[float(sum(range(*b))) for b in bounds[:-1]], 1.0, 0.0]
+    assert sums.tolist() == [*[float(sum(range(*b))) for b in bounds[:-1]], 1.0, 0.0, 1.0, 0.0, 0.0]
 
 
 @needs_triton
@@ -409,7 +417,7 @@ def test_momentum_norm_of_nothing(device: torch.device) -> None:
         assert op([], []).tolist() == [0, 0]
         assert op([], [], watch=[torch.full((3,), math.inf, device=device)]).tolist() == [1, 0]
         empty = [torch.zeros(0, 4, device=device), torch.zeros(0, device=device)]
-        assert op(empty, [None, empty[1]], decay=0.5, watch=empty).tolist() == [0, 0, 0, 0]
+        assert op(empty, [None, empty[1]], decay=0.5, watch=empty).tolist() == [0] * 6
 
 
 @needs_triton
@@ -443,7 +451,7 @@ def test_watched_tensors_are_searched_for_nonfinite_values(
         for op in (triton_ops.momentum_norm_, reference.momentum_norm_):
             m = torch.ones(3, device=device)
             sums = op([m], [None], watch=watch)
-            assert sums.tolist() == [3, float(not math.isfinite(number)), 0], op.__module__
+            assert sums.tolist() == [3, float(not math.isfinite(number)), 0, 0], op.__module__
 
 
 @needs_triton
@@ -456,7 +464,26 @@ def test_a_momentum_that_is_not_finite_shows_in_its_norm(
     gradient = torch.zeros_like(momenta[0])
     gradient[CHUNK + 2] = value
     sums = triton_ops.momentum_norm_(momenta, [gradient, None])
-    assert not sums[0].isfinite() and sums[1:].tolist() == [CHUNK + 5, 0, 0]
+    assert not sums[0].isfinite() and sums[1:].tolist() == [CHUNK + 5, 0, 0, 1, 0]
+
+
+@needs_triton
+@packed
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+def test_a_gradient_is_not_zero_however_small(
+    guard: Guard, device: torch.device, dtype: torch.dtype, packed: bool
+) -> None:
+    """In the aligned body, in the tail, in the second chunk; also one whose square is 0, and NaN."""
+    for value in (torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny, math.nan):
+        for numel, place in ((CHUNK + 1, 5), (CHUNK + 1, CHUNK), (3, 2)):
+            grads = [torch.zeros(numel, dtype=dtype, device=device) for _ in range(3)]
+            grads[1][place] = value
+            put = guard.put(*grads, packed=packed)
+            for op in (triton_ops.momentum_norm_, reference.momentum_norm_):
+                for store in (True, False):
+                    momenta = [torch.ones(numel, device=device, dtype=dtype) for _ in range(4)]
+                    sums = op(momenta, [*put, None], store=store)
+                    assert sums[6:].tolist() == [0, 1, 0, 0], op.__module__
 
 
 # ---- gate_key
@@ -1063,7 +1090,8 @@ def test_the_symmetric_product_refuses_what_does_not_fit(device: torch.device) -
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_newton_schulz_by_symmetric_products(device: torch.device, dtype: torch.dtype) -> None:
-    """Of tall and wide matrices, where M is a transposed view: as far from float64 as with two whole products."""
+    """Of tall and wide matrices, where M is a transposed view: as far from float64 as with two whole
+    products."""
     from curvadion.algebra.newton_schulz import Iteration, newton_schulz
 
     batches = [draw(2, 150, 70, device=device), draw(2, 70, 150, seed=1, device=device).mT]

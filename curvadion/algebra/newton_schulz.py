@@ -61,7 +61,7 @@ class Iteration:
     Attributes:
         polynomials: a name in POLYNOMIALS.
         steps: the number of rounds.
-        dtype: in which they are computed; None for bfloat16 on a GPU unless M is float64, M's dtype elsewhere.
+        dtype: they are computed in; None for bfloat16 on a GPU unless M is float64, M's dtype elsewhere.
     """
 
     polynomials: str = "jordan"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from curvadion.consensus.base import Consensus
-from curvadion.consensus.codec import CODECS
+from curvadion.consensus.codec import codec_of
 from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
@@ -82,7 +82,7 @@ class Outer(Consensus):
         self._o = OuterOptions(**{name.removeprefix("outer_"): options[name] for name in self.own_options})
         self.keeps_momentum = self._o.momentum > 0
         self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
-        self._codec = CODECS[self._o.bits]
+        self._codec = codec_of(self._o.bits, options)
         self._X0: list[Tensor] = []
         self._stale = True  # X_0 is still to be taken from the parameters
         self._residuals = [Residuals() for _ in range(self._o.fragments)]

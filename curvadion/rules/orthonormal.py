@@ -49,7 +49,8 @@ def orthonormalized(
     """Yield newton_schulz of the matrices of all batches, some at a time, iterated as their groups ask.
 
     Args:
-        matrices: returns this rank's part, (b, rows, columns), of those in a stack, whose `index` is a batch's.
+        matrices: returns this rank's part, (b, rows, columns), of those in a stack, whose `index` is a
+            batch's.
         slices: for each batch, if they are slices of its matrices: (b, count, local length), the same on all
             ranks that have the same part of their length.
 

@@ -32,13 +32,13 @@ def _ops(tensor: Tensor) -> Ops:
 
 @torch.library.custom_op("curvadion::momentum_norm_", mutates_args=("momenta",), tags=_UNSAFE)
 def momentum_norm_(momenta: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor) -> Tensor:
-    """m_l <- c_l m_l + g_l; return the gate's message, (L + 2,) float32, of which the first L are ||m_l||^2."""
+    """m_l <- c_l m_l + g_l; return the gate's message, (2 L + 2,) float32, first of it all ||m_l||^2."""
     return _ops(momenta[0]).momentum_norm_(momenta, grads, decay=decay)
 
 
 @momentum_norm_.register_fake
 def _(momenta: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor) -> Tensor:
-    return momenta[0].new_empty(len(momenta) + 2, dtype=torch.float32)
+    return momenta[0].new_empty(2 * len(momenta) + 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("curvadion::gate_key", mutates_args=())

@@ -92,6 +92,7 @@ def momentum_norm_kernel(
     decay,  # () or (count,) float64
     decay_stride,
     partial,  # (chunks,) sums of squares
+    live,  # (chunks,) 1 where a gradient is not all zero, else 0
     count,
     M_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
@@ -105,6 +106,7 @@ def momentum_norm_kernel(
     g_address = tl.load(g_addresses + t)
     c = tl.load(decay + t * decay_stride).to(TYPE)
     total = tl.zeros((BLOCK,), TYPE)
+    nonzero = tl.zeros((BLOCK,), tl.int32)
     body = 0  # elements that 16-byte loads can have
     if ((m_address | g_address) % 16 == 0) & (g_address != 0):
         body = size // BLOCK * BLOCK
@@ -115,21 +117,26 @@ def momentum_norm_kernel(
             if M_TYPE != G_TYPE:  # the same elements of both in one thread, or they have to be exchanged
                 i = tl.max_contiguous(i, 4)
             old = (c * tl.load(m + i).to(TYPE)).to(M_TYPE).to(TYPE)
-            new = (old + tl.load(g + i).to(TYPE)).to(M_TYPE)
+            gradient = tl.load(g + i).to(TYPE)
+            new = (old + gradient).to(M_TYPE)
             if STORE:
                 tl.store(m + i, new)
             total += new.to(TYPE) * new.to(TYPE)
+            nonzero |= (gradient != 0).to(tl.int32)
     m = m_address.to(tl.pointer_type(M_TYPE)) + begin
     g = g_address.to(tl.pointer_type(G_TYPE)) + begin
     for offset in range(body, size, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         there = i < size
         old = (c * tl.load(m + i, mask=there, other=0.0).to(TYPE)).to(M_TYPE).to(TYPE)
-        new = (old + tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)).to(M_TYPE)
+        gradient = tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)
+        new = (old + gradient).to(M_TYPE)
         if STORE:
             tl.store(m + i, new, mask=there)
         total += new.to(TYPE) * new.to(TYPE)
+        nonzero |= (gradient != 0).to(tl.int32)
     tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
+    tl.store(live + tl.program_id(0), tl.max(nonzero, axis=0).to(TYPE))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -165,8 +172,10 @@ def nonfinite_kernel(
 @triton.jit(do_not_specialize=["count"])
 def segment_sum_kernel(
     partial,
-    segments,  # (2, count + 1) int64: first chunk of each tensor and the one behind its last; the last segment: the watched tensors
-    sums,  # (count + 2,) float32
+    live,
+    # (2, count + 1) int64: first chunk of each tensor and the one behind its last; last the watched tensors'
+    segments,
+    sums,  # (2 count + 2,) float32
     count,
     BLOCK: tl.constexpr,
 ):
@@ -174,13 +183,18 @@ def segment_sum_kernel(
     begin = tl.load(segments + s).to(tl.int32)
     end = tl.load(segments + count + 1 + s).to(tl.int32)
     total = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    most = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    behind = tl.where(s == count, begin, end)  # what is watched has no `live`
     for offset in range(begin, end, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         total += tl.load(partial + i, mask=i < end, other=0.0)
+        most = tl.maximum(most, tl.load(live + i, mask=i < behind, other=0.0))
     value = tl.sum(total, axis=0).to(tl.float32)
     if s == count:
         value = tl.where(value > 0, 1.0, 0.0)
         tl.store(sums + count + 1, 0.0)
+    else:
+        tl.store(sums + count + 2 + s, tl.max(most, axis=0).to(tl.float32))
     tl.store(sums + s, value)
 
 
@@ -440,8 +454,8 @@ def momentum_norm_(
     watch: Sequence[Tensor] = (),
     store: bool = True,
 ) -> Tensor:
-    """Accumulate the gradients into the momenta and return the squared norms of what was stored; see
-    `reference.momentum_norm_`.
+    """Accumulate the gradients into the momenta; return the squared norms of what was stored and which
+    gradients are not zero; see `reference.momentum_norm_`.
 
         m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
 
@@ -464,7 +478,8 @@ def momentum_norm_(
         else torch.float32
     )
     partials = torch.empty(chunks.total + seen.total, dtype=dtype, device=like.device)
-    sums = torch.empty(count + 2, dtype=torch.float32, device=like.device)
+    live = torch.empty(chunks.total, dtype=dtype, device=like.device)
+    sums = torch.empty(2 * count + 2, dtype=torch.float32, device=like.device)
     decays, stride = _per_tensor(decay, count, like.device)
     with _on(like.device):
         for launch in chunks.launches:
@@ -477,6 +492,7 @@ def momentum_norm_(
                 decays,
                 stride,
                 partials[launch.first :] if launch.first else partials,
+                live[launch.first :] if launch.first else live,
                 count,
                 _TYPES[m_type],
                 _TYPES[g_type],
@@ -501,7 +517,7 @@ def momentum_norm_(
                 **ELEMENTWISE,
             )
         segment_sum_kernel[(count + 1,)](
-            partials, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4
+            partials, live, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4
         )
     if store:
         increment_version(m.present)
@@ -518,7 +534,7 @@ def gate_key(
     """
     count = last_norm.numel()
     for name, tensor, size in (
-        ("sums", sums, count + 2),
+        ("sums", sums[: count + 2], count + 2),
         ("last_norm", last_norm, count),
         ("tau", tau, count),
     ):
@@ -549,7 +565,9 @@ def local_step_(
     step_size: Scalar,
     key: Tensor | None = None,
 ) -> None:
-    """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise; see `reference.local_step_`.
+    """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise.
+
+    See `reference.local_step_`.
 
     One launch per pair of dtypes; the key is read on the device. Bytes per element, fp32: 12 (read G, read
     and write X), none if the gate is open.
@@ -830,10 +848,14 @@ def why_not(device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"Triton compiles for GPUs, and the parameters are on {device}"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"the kernels need compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has less"
+            name = torch.cuda.get_device_name(device)
+            return f"the kernels need compute capability 8.0 or newer, and {name} has less"
         return _cannot_launch(device)
     elif device.type != "cpu":
-        return f"Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are on {device}"
+        return (
+            "Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are "
+            f"on {device}"
+        )
     return None
 
 
