@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import curvadion
+from curvadion import rooms
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,3 +138,11 @@ def test_configs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     program = "import curvadion_configs as c; print(c.__file__, c.gpt_160m().optimizer.local_update)"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
     assert output.split() == [str(site / "curvadion_configs" / "__init__.py"), "muon"]
+
+
+def test_a_torch_that_nobody_has_tested_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    rooms.untested.cache_clear()
+    assert rooms.untested("2.11.0") == rooms.untested("2.15.3+cu130") == "" and not caplog.records
+    for _ in range(2):
+        assert "2.16.0.dev20270101 is newer than 2.15" in rooms.untested("2.16.0.dev20270101")
+    assert len(caplog.records) == 1, "said once"
