@@ -127,6 +127,7 @@ class Stateful(View):
 
     def _settle(self, step: Step) -> None:
         store, exchange = self._built.store, self._built.exchange
+        self._gate.last_answer()
         if self.diverged:
             self._consensus.settle(step)
             if self.replicas > 1:

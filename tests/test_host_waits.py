@@ -26,6 +26,8 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equ
 WAITING |= {"index", "index_put_"}
 # The one wait of a step; the reference kernel reads the key, Triton's does so on the device.
 ALLOWED = {"ask.py:<lambda>", "reference.py:local_step_"}
+# Where parameters are on the CPU only: whether all matrices have gradients.
+ALLOWED |= {"store.py:_all_live"}
 # On the CPU wherever the parameters are: counters of AdamW, and where shards lie, once.
 ALLOWED |= {"scalar.py:scalar_step", "layout.py:_region"}
 

@@ -118,13 +118,17 @@ class Store:
     def live_in(self, batch: Batch) -> Tensor | None:
         """Return which matrices of a batch have a gradient in this step: (B,) float64, 1 or 0; None if it is
         known that all have one."""
-        if self.live.is_cpu and bool(self.live.all()):
+        if self._all_live():
             return None
         members = tuple(batch.params)
         if members not in self._places:
             places = torch.tensor([self._place_of[i] for i in members], device="cpu")
             self._places[members] = places.to(self.live.device)
-        return self.live[self._places[members]].to(torch.float64)
+        return self.live.index_select(0, self._places[members]).to(torch.float64)
+
+    def _all_live(self) -> bool:
+        """Say so where it is known; a GPU would have to be waited for."""
+        return self.live.is_cpu and bool(self.live.all())
 
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Return the positions of the matrices whose group's local rule this is: the same object when asked
