@@ -158,9 +158,10 @@ class Store:
 
         With store=False only the message, for a step that may be skipped.
         """
-        decay = numbers.each(
-            "decay", [b.decay for b in self.batches], self.batch_of
-        )  # what was postponed so far
+        if store and ops.kernels == "reference":
+            self.settle()  # the same bits, stack by stack, where the kernels below go over single matrices
+        # What was postponed so far.
+        decay = numbers.each("decay", [b.decay for b in self.batches], self.batch_of)
         if store:
             for b in self.batches:
                 b.decay = 1.0
