@@ -67,8 +67,9 @@ class CurvaDion(View):
         min_local_steps: number of steps after a synchronized one in which the gate stays closed.
         max_local_steps: number of local steps in a row after which the next is synchronized; 0 synchronizes
             every step, None sets no bound.
-        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon", Muon
-            with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows.
+        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon",
+            Muon with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the
+            rows.
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
         update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
@@ -99,14 +100,15 @@ class CurvaDion(View):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
-        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent
-            the shards: "auto" where that takes less time than all ranks working on it together.
+        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is
+            sent the shards: "auto" where that takes less time than all ranks working on it together.
         owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
+        **own: options that something registered has declared, see docs/extending.md.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
@@ -164,13 +166,14 @@ class CurvaDion(View):
         on_nonfinite: str = "raise",
         check_every: int = 1000,
         kernels: str = "auto",
+        **own: Any,
     ):
         defaults, common = sort_options(locals())
         self._options = o = Options.of(common, CurvaDion.__init__)
         check_group(defaults)
         self._peers = replicate_group(replicate_mesh)
         self._schedule = Schedule(o.schedule)
-        self._gate = Gate(SIGNALS[o.gate]())
+        self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
@@ -312,6 +315,12 @@ class CurvaDion(View):
         finally:
             self._in_consensus = False
 
+    def synchronize_next(self) -> None:
+        """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one
+        after. Communicates nothing by itself: the request travels in the gate's key, so that any one rank may
+        call it. gate_every and max_local_steps say when the gate is asked."""
+        self._schedule.wanted = True
+
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
@@ -403,7 +412,7 @@ class CurvaDion(View):
         self._gate.forget()
         self._trouble.reset()
         self._agreement.pending = True
-        self._schedule.diverged = self._schedule.forced = False
+        self._schedule.diverged = self._schedule.forced = self._schedule.wanted = False
 
     def __getstate__(self) -> dict[str, Any]:
         if self._peers is not None or self._built.table.shards.mesh is not None:

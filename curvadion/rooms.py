@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.newton_schulz import Iteration
-from curvadion.options import GROUP_OPTIONS, Options
+from curvadion.options import Options, group_options
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Group
@@ -114,7 +114,8 @@ class Rooms:
         included: kernels, dtypes, the precision of products."""
         coarse = torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
         options = {**self.options.given, "kernels": self.ops.kernels, "coarse products": coarse}
-        own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
+        known = group_options()
+        own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
         found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]

@@ -1,4 +1,5 @@
-"""Dry runs: parameters of shapes only, under FakeTensorMode and on the meta device, in worlds that are not there."""
+"""Dry runs: parameters of shapes only, under FakeTensorMode and on the meta device, in worlds that are not
+there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an outer step needs beside its state: bytes under way, and a few buckets, not copies of the parameters."""
+"""What an outer step needs beside its state: bytes under way and two buckets, no copies of the parameters."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ BANDS = {
     ("polar_express", 7): (1.000, 1.000),
     ("polar_express", 12): (1.000, 1.000),
 }
-# Rounding of Y moves its singular values by about an ulp (bfloat16: 0.4 %), which the next polynomials magnify
-# as they do small ones.
+# Rounding of Y moves its singular values by about an ulp (bfloat16: 0.4 %), which the next polynomials
+# magnify as they do small ones.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 6e-3}
 ALWAYS_MUON = {
     "local_update": "muon",
@@ -251,8 +251,8 @@ def jordan(M: Tensor) -> Tensor:
     ids=["Jordan", "Moonlight", "microsoft/dion"],
 )
 def test_muon_written_out(momentum_is: str, scale: str, nesterov: bool) -> None:
-    """github.com/KellerJordan/Muon, github.com/MoonshotAI/Moonlight and github.com/microsoft/dion, in lines of
-    their own: how the momentum is kept, what is orthonormalized, and how large the step is."""
+    """github.com/KellerJordan/Muon, github.com/MoonshotAI/Moonlight and github.com/microsoft/dion, in lines
+    of their own: how the momentum is kept, what is orthonormalized, and how large the step is."""
     lr, wd, mu = 0.02, 0.1, 0.95
     parameters = [X.detach().clone() for X in start()]
     momenta = [torch.zeros_like(X) for X in parameters]

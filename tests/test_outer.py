@@ -143,8 +143,9 @@ def test_newton_schulz_forgets_size_at_every_size(shape: tuple[int, int], dtype:
     expected = muon(M)
     for exponent in range(-44, 39):
         scaled = (M * (10.0**exponent / M.abs().max())).to(dtype)
-        [O] = newton_schulz([scaled.unsqueeze(0) if shape[0] >= shape[1] else scaled.mT.unsqueeze(0)])  # noqa: E741
-        got = (O[0] if shape[0] >= shape[1] else O[0].mT).double()
+        tall = scaled if shape[0] >= shape[1] else scaled.mT
+        result = newton_schulz([tall.unsqueeze(0)])[0][0]
+        got = (result if shape[0] >= shape[1] else result.mT).double()
         assert bool(got.isfinite().all()), f"1e{exponent}"
         if exponent < -39:
             assert float(got.abs().max()) < 1e-30, "no direction left"

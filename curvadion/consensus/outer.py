@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from curvadion.consensus.base import Consensus
-from curvadion.consensus.codec import CODECS
+from curvadion.consensus.codec import codec_of
 from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
@@ -83,7 +83,7 @@ class Outer(Consensus):
         self._o = OuterOptions(**{name.removeprefix("outer_"): options[name] for name in self.own_options})
         self.keeps_momentum = self._o.momentum > 0
         self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
-        self._codec = CODECS[self._o.bits]
+        self._codec = codec_of(self._o.bits, options)
         self._X0: list[Tensor] = []
         self._stale = True  # X_0 is still to be taken from the parameters
         self._residuals = [Residuals() for _ in range(self._o.fragments)]
@@ -232,8 +232,8 @@ class Outer(Consensus):
     def _move(
         self, step: Step, flight: _Flight, indices: list[int], D: Tensor, own: Tensor
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Move the parts in a buffer by their D, in the memory of D and `own`. Return the norms of own - D and
-        of D, by part."""
+        """Move the parts in a buffer by their D, in the memory of D and `own`; return the norms of own - D
+        and of D, by part."""
         o, shapes = self._o, [flight.like[i] for i in indices]
         parts = [flight.parts[i] for i in indices]
         X, d, ours = [step.X[part.index] for part in parts], shaped(D, shapes), shaped(own, shapes)

@@ -64,23 +64,27 @@ class Gate:
         it.
 
         Args:
-            message: (L + 2,), this rank's part of what `Signal` starts from.
+            message: (2 L + 2,), this rank's part of what `Signal` starts from, and of which gradients are not
+                zero.
             trouble: what this replica has to tell the others from earlier steps.
             failed: this rank could not do its part.
         """
         failed = failed or trouble.held == "failed"
+        count = len(step.table.matrices)
+        # Slices: a number assigned to an element would make the host wait for the device.
+        nonfinite, must = message[count : count + 1], message[count + 1 : count + 2]
         if not step.table.owns_all:
-            message[:-2].mul_(step.table.owned)
+            message[:count].mul_(step.table.owned)
         if trouble.overflow is not None:
-            message[-2:-1].add_(trouble.overflow.to(message))
+            nonfinite.add_(trouble.overflow.to(message))
         if failed or trouble.held:
-            message[-2:-1].fill_(torch.nan if failed else 1.0)
+            nonfinite.fill_(torch.nan if failed else 1.0)
         if plan.must:
-            # A slice: a number assigned to an element would make the host wait for the device.
-            message[-1:].fill_(1.0)
+            must.fill_(1.0)
         message = step.exchange.sum_over_all_shards(message, "norms")
         taus = [math.inf if failed else float(group["tau"]) for group in step.groups]
-        norm, rmmc, key = self.signal.read(step, message, taus, plan)
+        step.store.live = message[count + 2 :] > 0
+        norm, rmmc, key = self.signal.read(step, message[: count + 2], taus, plan)
 
         def commit() -> None:
             step.store.last_norm.copy_(norm)
@@ -125,8 +129,8 @@ class Gate:
         return wait
 
     def tell(self, trouble: Trouble, step: Step, consensus: Consensus) -> None:
-        """Tell the other replicas outside of a step what this one met since they were asked last; all raise or
-        skip if some did."""
+        """Tell the other replicas outside of a step what this one met since they were asked last; all raise
+        or skip if some did."""
         self.last_answer()
         told = torch.tensor(trouble.key, dtype=torch.int64, device=step.exchange.device)
         decision = decode(int(step.exchange.max_over_replicas(told)))

@@ -1,4 +1,5 @@
-"""Dry runs: parameters without values, under `FakeTensorMode` or on the meta device, to see what there would be."""
+"""Dry runs: parameters without values, under `FakeTensorMode` or on the meta device, to see what there would
+be."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -171,7 +171,8 @@ class ShardMesh:
                     "the meshes of all parameters must be sub-meshes of one mesh, which holds one replica; "
                     f"got a parameter on {mesh} beside one on {self.mesh}. Build one DeviceMesh, for "
                     "instance with dimensions "
-                    '("replicate", "shard", "tp"), and slice the meshes for fully_shard and parallelize_module from it'
+                    '("replicate", "shard", "tp"), and slice the meshes for fully_shard and '
+                    "parallelize_module from it"
                 )
             found[dim] = self._axis_ranks.index(ranks)
         return found
@@ -183,8 +184,8 @@ class ShardMesh:
 
     @functools.cached_property
     def everyone(self) -> Group:
-        """The ranks of the replica as one group: the axis if there is one, else a group that they make now, all
-        of them together."""
+        """The ranks of the replica as one group: the axis if there is one, else a group that they make now,
+        all of them together."""
         if len(self.axes) == 1:
             return self._groups[0]
         return TorchGroup(_group_of(tuple(sorted(self.ranks))))
@@ -372,8 +373,8 @@ def _wrapped(
 ) -> Tensor:
     """Return a DTensor of this local part, which may be a view of a stack.
 
-    torch copies and pickles a DTensor by the storage that it pretends to have if its local part does not begin
-    where its storage does; so it is made of another local part first.
+    torch copies and pickles a DTensor by the storage that it pretends to have if its local part does not
+    begin where its storage does; so it is made of another local part first.
     """
     stride = torch.empty(shape, device="meta").stride()
     tensor = DTensor.from_local(
@@ -424,7 +425,10 @@ def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Ite
     """Raise ValueError if the replicate axis is inside a parameter's mesh, or a mesh axis splits no parameter
     at all."""
     shared = sorted(set(replica_ranks) & set(shards.ranks) - {dist.get_rank()}) if shards.ranks else []
-    remedy = 'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must not see the replicate axis'
+    remedy = (
+        'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must '
+        "not see the replicate axis"
+    )
     if shared:
         raise ValueError(
             "replicate_mesh must not overlap the mesh that the parameters are sharded on; "

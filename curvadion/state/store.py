@@ -13,7 +13,7 @@ from curvadion.algebra.scalar import MOMENTS
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import local_tensor, reshard_gathered_modules
-from curvadion.state.batch import StateSpec, make_batches
+from curvadion.state.batch import Batch, StateSpec, make_batches
 from curvadion.state.numbers import Numbers
 from curvadion.state.table import Table
 from curvadion_kernels import Ops
@@ -43,6 +43,8 @@ class Store:
         counters: (3, parameters) float32 on the CPU: steps, local steps in a row, synchronized steps.
         moments: of AdamW and Lion, by parameter and key.
         outer_momenta: U of every parameter, none without outer momentum.
+        live: (L,) bool, the matrices whose gradient in this step is not missing or zero on all ranks of the
+            replica.
     """
 
     def __init__(
@@ -65,6 +67,9 @@ class Store:
         self.momenta = Fixed(views[i] for i in table.matrices)
         batch_of = {i: k for k, b in enumerate(self.batches) for i in b.params}
         self.batch_of = [batch_of[i] for i in table.matrices]
+        self.live = torch.ones(len(table.matrices), dtype=torch.bool, device=table.device)
+        self._place_of = {position: index for index, position in enumerate(table.matrices)}
+        self._places: dict[tuple[int, ...], Tensor] = {}  # in `live`, of a batch's matrices
         self.moments: dict[int, dict[str, Tensor]] = {}
         self._members: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
         self.outer_momenta: list[Tensor] = []
@@ -110,6 +115,17 @@ class Store:
         """The parameters whose Q is this replica's own, as local Dion steps leave it."""
         return {self.table.params[i] for b in self.batches if not b.common_Q for i in b.params}
 
+    def live_in(self, batch: Batch) -> Tensor | None:
+        """Return which matrices of a batch have a gradient in this step: (B,) float64, 1 or 0; None if it is
+        known that all have one, as it is in a dry run."""
+        if self.table.dry or (self.live.is_cpu and bool(self.live.all())):
+            return None
+        members = tuple(batch.params)
+        if members not in self._places:
+            places = torch.tensor([self._place_of[i] for i in members], device="cpu")
+            self._places[members] = places.to(self.live.device)
+        return self.live[self._places[members]].to(torch.float64)
+
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Return the positions of the matrices whose group's local rule this is: the same object when asked
         again."""
@@ -154,7 +170,8 @@ class Store:
                 b.decay = 1.0
 
     def accumulate(self, G: Fixed[Tensor | None], ops: Ops, numbers: Numbers, *, store: bool) -> Tensor:
-        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, and whether another gradient is not finite.
+        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, whether another gradient is not finite, and
+        which gradients of matrices are not zero.
 
         With store=False only the message, for a step that may be skipped.
         """
@@ -172,7 +189,7 @@ class Store:
     def _momentum_norms(self, ops: Ops, exchange: Exchange) -> Tensor:
         """Return ||M_i||_F of every matrix, (L,) float32."""
         nothing = [None] * len(self.momenta)
-        sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[:-2].to(self.table.device)
+        sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[: len(nothing)].to(self.table.device)
         return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms", alike=True).sqrt()
 
     # ---- between replicas

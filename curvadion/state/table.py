@@ -90,8 +90,8 @@ class Table:
         """Raise RuntimeError if parameters are on the meta device, where a step would do nothing."""
         if self.device.type == "meta":
             raise RuntimeError(
-                "parameters must have memory for a step; got parameters on the meta device; build the optimizer "
-                "after to_empty(), or use FakeTensorMode for a dry run of steps"
+                "parameters must have memory for a step; got parameters on the meta device; build the "
+                "optimizer after to_empty(), or use FakeTensorMode for a dry run of steps"
             )
 
     @functools.cached_property
