@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.consensus.codec import CODECS, Grid
 from curvadion.consensus.fragments import parts_of
 from curvadion.sharding import flat
-from curvadion.sharding.journey import UnderWay
+from curvadion.sharding.journey import Arrival, UnderWay
 from curvadion.sharding.ledger import WIRE
 from curvadion.state.table import Table
 
@@ -521,13 +521,19 @@ def run_legs(bits: int) -> list[int]:
         placed, Case("legs", {**OUTER, "max_local_steps": 9, "outer_bits": bits, "outer_delay": 4})
     )
     started: list[int] = []
-    start_next_leg = UnderWay.start_next_leg
+    next_leg, arrivals = UnderWay.start_next_leg, UnderWay.arrivals
 
-    def watched(self: UnderWay) -> None:
+    def watched_leg(self: UnderWay) -> None:
         started.append(step)
-        start_next_leg(self)
+        next_leg(self)
 
-    UnderWay.start_next_leg = watched  # type: ignore[method-assign]
+    def watched_arrivals(self: UnderWay) -> Iterator[Arrival]:
+        if self._trips:
+            started.append(step)
+        return arrivals(self)
+
+    UnderWay.start_next_leg = watched_leg  # type: ignore[method-assign]
+    UnderWay.arrivals = watched_arrivals  # type: ignore[method-assign]
     for step in range(5):
         placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
         optimizer.step()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvadion.sharding.layout import Layout
 from curvadion.state.table import Table
+from curvadion_kernels.reference import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class Part:
             return [x]
         runs = x.view(self.shape)
         return [runs[cut] for cut in self.cuts]
+
+    def like(self, x: Tensor) -> Tensor:
+        """Return a tensor without memory, of the shape of the elements and the dtype of the computation."""
+        shape: tuple[int, ...] = tuple(x.shape)
+        if not self.whole:
+            run = range(self.first, x.numel(), self.stride)
+            shape = (len(run) if self.elements is None else len(self.elements),)
+        return torch.empty(shape, dtype=compute_dtype(x.dtype), device="meta")
 
     def take(self, x: Tensor) -> Tensor:
         """Return the elements, flat; all of the tensor as it is where it is whole."""

@@ -53,7 +53,7 @@ from torch.distributed import ReduceOp
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
-from curvadion.sharding.journey import Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
+from curvadion.sharding.journey import AtHome, Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
 
@@ -192,6 +192,9 @@ class Exchange:
         codec: Codec | None,
         kept: Residuals,
         journey: type[RoundedMean] = RoundedMean,
+        *,
+        make: Callable[[list[int]], Tensor] | None = None,
+        keep_own: bool = False,
     ) -> UnderWay:
         """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all
         replicas.
@@ -204,24 +207,32 @@ class Exchange:
         tensors' dtype.
 
         Args:
-            tensors: d_i, local shards.
+            tensors: d_i, local shards; with `make` only their shapes and dtypes count.
             copied: for each tensor, the axes over which it is the same.
             codec: C; None to round nothing: one all-reduce, one leg.
             kept: e_i and f; the same object for the same list of tensors.
             journey: how a rounded buffer comes to its mean, where it is not as above.
+            make: returns the flat buffer of the tensors with these indices; with one replica only when what
+                arrived is asked for, unless `keep_own`.
+            keep_own: whether the caller wants to see again what this replica put in.
         """
-        under_way = UnderWay(tensors, partial(self.join, purpose=purpose))
+        under_way = UnderWay(partial(self.join, purpose=purpose))
+        make = make or partial(flatten, tensors)
         if self.replicas == 1:
+            for (_, _), indices in buckets(tensors, [((), ())] * len(tensors)):
+                own = make(indices) if keep_own else None
+                under_way.add(Cut(indices, (), (), []), AtHome(partial(make, indices), own), own)
             return under_way
         kept.in_use = codec is not None
         number = 0
-        for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
+        for cut, flat, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
+            own = flat if keep_own else None
             if not piece.numel():
-                under_way.add(cut, Nothing(piece, legs=1 if codec is None else journey.legs))
+                under_way.add(cut, Nothing(piece, legs=1 if codec is None else journey.legs), own)
             elif codec is None:
-                under_way.add(cut, Mean(self, piece, purpose, None, copy=False))
+                under_way.add(cut, Mean(self, piece, purpose, None, copy=keep_own), own)
             else:
-                under_way.add(cut, journey(self, piece, purpose, codec, number, kept))
+                under_way.add(cut, journey(self, piece, purpose, codec, number, kept), own)
                 number += 1
         return under_way
 
@@ -351,13 +362,18 @@ class Exchange:
             torch._foreach_copy_([tensors[i] for i in cut.indices], [values[i] for i in cut.indices])
 
     def _pieces(
-        self, tensors: Sequence[Tensor], partial: Sequence[Axes], copied: Sequence[Axes], purpose: str
+        self,
+        tensors: Sequence[Tensor],
+        partial: Sequence[Axes],
+        copied: Sequence[Axes],
+        purpose: str,
+        make: Callable[[list[int]], Tensor] | None = None,
     ) -> Iterator[tuple[Cut, Tensor, Tensor]]:
         """Yield, for each flat buffer, how it was cut, what summing over the `partial` axes leaves of it
         here, and this rank's piece of that; the same piece is with its peers in the other replicas, also if
         it is empty."""
         for (split, copies), indices in buckets(tensors, list(zip(partial, copied, strict=True))):
-            mine = flatten(tensors, indices)
+            mine = flatten(tensors, indices) if make is None else make(indices)
             parts = []
             for axis in split:
                 parts.append(self._part(mine.numel(), axis))

@@ -117,8 +117,8 @@ class Store:
 
     def live_in(self, batch: Batch) -> Tensor | None:
         """Return which matrices of a batch have a gradient in this step: (B,) float64, 1 or 0; None if it is
-        known that all have one."""
-        if self._all_live():
+        known that all have one, as it is in a dry run."""
+        if self.table.dry or self._all_live():
             return None
         members = tuple(batch.params)
         if members not in self._places:
@@ -188,9 +188,10 @@ class Store:
         With store=False only the message, for a step that may be skipped. `also` is looked at as gradients
         are.
         """
-        decay = numbers.each(
-            "decay", [b.decay for b in self.batches], self.batch_of
-        )  # what was postponed so far
+        if store and ops.kernels == "reference":
+            self.settle()  # the same bits, stack by stack, where the kernels below go over single matrices
+        # What was postponed so far.
+        decay = numbers.each("decay", [b.decay for b in self.batches], self.batch_of)
         if store:
             for b in self.batches:
                 b.decay = 1.0
