@@ -236,11 +236,15 @@ def _handed_over(tensors: Tensors) -> Iterator[Tensor]:
 
 
 def _gram(P: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return P^T P, (B, r, r), computed in this dtype piece by piece."""
-    gram = P.new_zeros((len(P), P.shape[-1], P.shape[-1]), dtype=dtype)
+    """Return the lower triangle of P^T P, (B, r, r), computed in this dtype piece by piece; above it are zeros
+    and some of the rest."""
+    r = P.shape[-1]
+    width = max(128, r // 8)
+    gram = P.new_zeros((len(P), r, r), dtype=dtype)
     for some, rows in _blocks(P):
         w = P[some, rows].to(dtype)
-        gram[some].baddbmm_(w.mT, w)
+        for j in range(0, r, width):
+            gram[some, j:, j : j + width].baddbmm_(w[..., j:].mT, w[..., j : j + width])
     return gram
 
 
@@ -296,7 +300,7 @@ def _restrict(gram: Tensor, live: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L of G = L L^T with G's diagonal replaced, its squared pivots (what is left of each column after
+    """Return L of G = L L^T, given G's lower triangle, with its diagonal replaced, its squared pivots (what is left of each column after
     those before it), (B, r), and whether G is positive definite, (B, 1); if not, L means nothing."""
     gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
     L, info = torch.linalg.cholesky_ex(gram)
