@@ -34,7 +34,7 @@ NOISE_ULPS = 64
 # ... and, where every entry was rounded to a coarser format than it was summed in, in units of that format's.
 COARSE_NOISE_ULPS = 2
 # Elements that are worked on at a time, by kind of device.
-PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+PIECE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,12 @@ def orthogonalize(
     Args:
         P: batches (B, m, r), local rows, m >= r as a whole.
         side: how the rows are spread over ranks.
-        method: "cholesky_qr", shifted Cholesky QR in two passes, Gram matrices and factors in float64 (Fukaya
-            et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM
-            J. Sci. Comput. 42, 2020), accurate up to condition 1e7; only r x r matrices cross ranks. "qr":
-            Householder (`torch.linalg.qr`) on the gathered matrix, the reference.
+        method: "cholesky_qr", shifted Cholesky QR in two passes (Fukaya et al., "Shifted Cholesky QR for
+            computing the QR factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42, 2020),
+            accurate up to condition 1e7; only r x r matrices cross ranks. The first pass is in float64, of a
+            few matrices or rows at a time; the second in P's dtype where the floor leaves it orthonormal
+            columns, else in float64. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the
+            reference.
         floor: a column is dependent if less than this, relative to the largest column, is left of it after
             those before it.
     """
@@ -196,8 +198,8 @@ def _orthonormal_columns(
         L, kept = _first_factor(gram, floor)
         # The first pass leaves columns that are orthonormal to its rounding, unless the shift has held some
         # of them down: then the second one needs as many digits.
-        exact = floor**2 > 10 * GRAM_SHIFT * L.shape[-1]
-        bases.append(_solve(p, L, p.dtype if exact else torch.float64))
+        enough = floor**2 > 10 * GRAM_SHIFT * L.shape[-1]
+        bases.append(_solve(p, L, p.dtype if enough else torch.float64))
         live.append(kept)
         del L
     grams = side.sum([_gram(w, w.dtype) for w in bases], "gram")
@@ -236,22 +238,32 @@ def _handed_over(tensors: Tensors) -> Iterator[Tensor]:
 
 
 def _gram(P: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return P^T P, (B, r, r), computed in this dtype piece by piece."""
-    gram = P.new_zeros((len(P), P.shape[-1], P.shape[-1]), dtype=dtype)
+    """Return the lower triangle of P^T P, (B, r, r), computed in this dtype piece by piece; above it are zeros
+    and some of the rest."""
+    r = P.shape[-1]
+    width = max(128, r // 8)
+    gram = P.new_zeros((len(P), r, r), dtype=dtype)
     for some, rows in _blocks(P):
         w = P[some, rows].to(dtype)
-        gram[some].baddbmm_(w.mT, w)
+        for j in range(0, r, width):
+            gram[some, j:, j : j + width].baddbmm_(w[..., j:].mT, w[..., j : j + width])
     return gram
 
 
 def _solve(P: Tensor, L: Tensor, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:
     """Return P L^-T in this dtype, computed in L's piece by piece; columns that are not live are zero."""
+
+    def solved(some: slice, rows: slice) -> Tensor:
+        B = P[some, rows].to(L.dtype)
+        X = torch.linalg.solve_triangular(L[some].mT, B, upper=True, left=False)
+        return X if live is None else X.masked_fill_(~live[some], 0.0)  # also where it is not finite
+
+    blocks = list(_blocks(P))
+    if len(blocks) == 1:
+        return solved(*blocks[0]).to(dtype)
     result = torch.empty_like(P, dtype=dtype)
-    for some, rows in _blocks(P):
-        solved = torch.linalg.solve_triangular(L[some].mT, P[some, rows].to(L.dtype), upper=True, left=False)
-        if live is not None:
-            solved.masked_fill_(~live[some], 0.0)  # also where it is not finite
-        result[some, rows] = solved
+    for block in blocks:
+        result[block] = solved(*block)
     return result
 
 
@@ -263,10 +275,11 @@ def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     none is independent: no direction, no update. Overwrites G.
     """
     squares = gram.diagonal(dim1=-2, dim2=-1).clone()
-    _, pivots, positive = _cholesky(gram, _shifted(squares))
-    above = pivots > floor**2 * squares.amax(-1, keepdim=True)
+    L, pivots, positive = _cholesky(gram, _shifted(squares))
+    live = positive & (pivots > floor**2 * squares.amax(-1, keepdim=True))
+    if gram.is_cpu and bool(live.all()):  # elsewhere the host would have to wait for the answer
+        return L, live.unsqueeze(-2)
     # Noise must not pass for a direction: what later columns have along it would be lost.
-    live = above & positive
     L, _, positive = _cholesky(_restrict(gram, live), torch.where(live, _shifted(squares * live), 1.0))
     return L, (live & positive).unsqueeze(-2)
 
@@ -290,7 +303,7 @@ def _restrict(gram: Tensor, live: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L of G = L L^T with G's diagonal replaced, its squared pivots (what is left of each column after
+    """Return L of G = L L^T, given G's lower triangle, with its diagonal replaced, its squared pivots (what is left of each column after
     those before it), (B, r), and whether G is positive definite, (B, 1); if not, L means nothing."""
     gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
     L, info = torch.linalg.cholesky_ex(gram)

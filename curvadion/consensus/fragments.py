@@ -47,11 +47,7 @@ class Part:
 
     def like(self, x: Tensor) -> Tensor:
         """Return a tensor without memory, of the shape of the elements and the dtype of the computation."""
-        shape: tuple[int, ...] = tuple(x.shape)
-        if not self.whole:
-            run = range(self.first, x.numel(), self.stride)
-            shape = (len(run) if self.elements is None else len(self.elements),)
-        return torch.empty(shape, dtype=compute_dtype(x.dtype), device="meta")
+        return self.take(torch.empty(x.shape, dtype=compute_dtype(x.dtype), device="meta"))
 
     def take(self, x: Tensor) -> Tensor:
         """Return the elements, flat; all of the tensor as it is where it is whole."""
