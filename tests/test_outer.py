@@ -32,8 +32,8 @@ from curvadion import LOW_COMMUNICATION, CurvaDion
 from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.consensus.codec import CODECS, Grid
 from curvadion.consensus.fragments import parts_of
-from curvadion.sharding import flat
-from curvadion.sharding.journey import Arrival, UnderWay
+from curvadion.sharding import flat, journey
+from curvadion.sharding.journey import Arrival, UnderWay, round_, unrounded
 from curvadion.sharding.ledger import WIRE
 from curvadion.state.table import Table
 
@@ -106,6 +106,19 @@ def test_rounding_has_no_preferred_sign_and_shrinks_what_is_left(bits: int) -> N
     assert torch.equal(y, -mirrored)
     assert abs(float((y - x).mean())) < 4 * float((y - x).std()) / math.sqrt(len(x)), "a bias"
     assert float((x - y).norm()) < {1: 0.61, 2: 0.36, 4: 0.12, 8: 0.01, 16: 0.003}[bits] * float(x.norm())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_in_chunks_changes_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codec = draw(7 * BLOCK), CODECS[bits]
+    assert codec is not None
+    payload = codec.encode(x)
+    values = codec.decode(payload, x.dtype)
+    monkeypatch.setattr(journey, "CHUNK", 3 * BLOCK)
+    residual = x.clone()
+    assert torch.equal(round_(codec, residual), payload)
+    assert torch.equal(residual, x - values)
+    assert torch.equal(unrounded(codec, payload, len(x), x.dtype), values)
 
 
 @pytest.mark.parametrize("bits", BITS)
