@@ -238,8 +238,8 @@ def _handed_over(tensors: Tensors) -> Iterator[Tensor]:
 
 
 def _gram(P: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the lower triangle of P^T P, (B, r, r), computed in this dtype piece by piece; above it are zeros
-    and some of the rest."""
+    """Return the lower triangle of P^T P, (B, r, r), computed in this dtype piece by piece; above it are
+    zeros and some of the rest."""
     r = P.shape[-1]
     width = max(128, r // 8)
     gram = P.new_zeros((len(P), r, r), dtype=dtype)
@@ -303,8 +303,9 @@ def _restrict(gram: Tensor, live: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L of G = L L^T, given G's lower triangle, with its diagonal replaced, its squared pivots (what is left of each column after
-    those before it), (B, r), and whether G is positive definite, (B, 1); if not, L means nothing."""
+    """Return L of G = L L^T, given G's lower triangle, with its diagonal replaced, its squared pivots (what
+    is left of each column after those before it), (B, r), and whether G is positive definite, (B, 1); if
+    not, L means nothing."""
     gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
     L, info = torch.linalg.cholesky_ex(gram)
     return L, L.diagonal(dim1=-2, dim2=-1).square(), (info == 0).unsqueeze(-1)
