@@ -277,7 +277,8 @@ def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     squares = gram.diagonal(dim1=-2, dim2=-1).clone()
     L, pivots, positive = _cholesky(gram, _shifted(squares))
     live = positive & (pivots > floor**2 * squares.amax(-1, keepdim=True))
-    if gram.is_cpu and bool(live.all()):  # elsewhere the host would have to wait for the answer
+    # Elsewhere the host would have to wait for the answer, and in a dry run there is none.
+    if gram.is_cpu and type(gram) is Tensor and bool(live.all()):
         return L, live.unsqueeze(-2)
     # Noise must not pass for a direction: what later columns have along it would be lost.
     L, _, positive = _cholesky(_restrict(gram, live), torch.where(live, _shifted(squares * live), 1.0))
@@ -321,7 +322,7 @@ def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(P)
     pivots = R.diagonal(dim1=-2, dim2=-1).abs()
     live = pivots > max(NOISE_ULPS * torch.finfo(P.dtype).eps, floor) * pivots.amax(-1, keepdim=True)
-    if not bool(live.all()):
+    if type(live) is not Tensor or not bool(live.all()):
         # The basis vector of a dependent column is arbitrary, and later columns lose their part along it:
         # factor again, those last.
         order = torch.argsort(~live, dim=-1, stable=True).unsqueeze(-2).expand_as(P)
