@@ -279,10 +279,19 @@ def first_gradients(config: str, options: Sequence[object]) -> dict[str, Any]:
     return {"weights": start, "gradients": seen}
 
 
-def test_gradients_are_local_to_a_replica_and_rightly_scaled(assets: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_by_two(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """`first_gradients` of two replicas of two shards, by rank."""
+    options = [*flags(assets, tmp_path_factory.mktemp("two_by_two")), *layout(2, 2)]
+    return run_ranks(4, first_gradients, "debug", options)
+
+
+def test_gradients_are_local_to_a_replica_and_rightly_scaled(
+    two_by_two: list[dict[str, Any]], assets: Path, tmp_path: Path
+) -> None:
     """Between replicas all differ, and their mean is what HSDP would have made of them."""
     options = [*flags(assets, tmp_path), *layout(2, 2)]
-    local = [rank["gradients"] for rank in run_ranks(4, first_gradients, "debug", options)]
+    local = [rank["gradients"] for rank in two_by_two]
     reduced = [rank["gradients"] for rank in run_ranks(4, first_gradients, "debug_adamw", options)]
     for name in local[0]:
         for shard in range(2):
@@ -302,11 +311,12 @@ def test_one_shard_scales_alike(assets: Path, tmp_path: Path) -> None:
         torch.testing.assert_close((local[0][name] + local[1][name]) / 2, reduced[0][name])
 
 
-def test_initial_weights_do_not_depend_on_the_mesh(assets: Path, tmp_path: Path) -> None:
+def test_initial_weights_do_not_depend_on_the_mesh(
+    two_by_two: list[dict[str, Any]], assets: Path, tmp_path: Path
+) -> None:
     """DTensor on a CPU mesh would fill all shards with the same numbers."""
     whole = run_ranks(1, first_gradients, "debug", flags(assets, tmp_path))[0]["weights"]
-    ranks = run_ranks(4, first_gradients, "debug", [*flags(assets, tmp_path), *layout(2, 2)])
-    for replica in (ranks[:2], ranks[2:]):
+    for replica in (two_by_two[:2], two_by_two[2:]):
         assert_same({name: torch.cat([rank["weights"][name] for rank in replica]) for name in whole}, whole)
 
 
@@ -389,27 +399,19 @@ def test_a_run_learns(uninterrupted: tuple[Path, list[dict[str, Any]]]) -> None:
     assert 0 < metrics["curvadion/sync_rate"] < 1, "the test is of both branches"
 
 
-def test_validation_does_not_change_the_run(
+def test_validation_and_being_killed_do_not_change_the_run(
     uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path
 ) -> None:
-    with_validation = uninterrupted[1]
-    assert set(with_validation[0]["validation"]) == {1, 4, 8}
-    assert len({rank["validation"][8] for rank in with_validation}) == 1
-    without = run_ranks(4, run, "debug", [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED])
-    assert without[0]["losses"] == with_validation[0]["losses"]
-    for left, right in zip(with_validation, without, strict=True):
-        assert_same(left["weights"], right["weights"])
-
-
-def test_kill_and_resume(
-    uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path
-) -> None:
-    """The same losses, and bit for bit the same weights, as the run that saved at the same steps and was not
-    killed."""
-    options = [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED]
-    run_ranks(4, run, "debug", options, 5)
-    resumed = run_ranks(4, run, "debug", options)
+    """The same losses, and bit for bit the same weights, as the run that saved at the same steps, looked at
+    the consensus in between, and was not killed."""
     whole = uninterrupted[1]
+    assert set(whole[0]["validation"]) == {1, 4, 8}
+    assert len({rank["validation"][8] for rank in whole}) == 1
+    options = [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED]
+    killed = run_ranks(4, run, "debug", options, 5)
+    assert not killed[0]["validation"]
+    assert killed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(1, 6)}
+    resumed = run_ranks(4, run, "debug", options)
     assert resumed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(4, 9)}
     for left, right in zip(whole, resumed, strict=True):
         assert_same(left["weights"], right["weights"])
