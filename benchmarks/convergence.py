@@ -2,7 +2,7 @@ r"""Loss against bytes: K replicas of a small GPT under a list of settings, at e
 that keep it honest.
 
     python benchmarks/convergence.py --tables headline --seeds 0 1 2 --text FOLDER
-    python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # the same through scripts/train.py, gloo or NCCL
+    python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # scripts/train.py's
     python benchmarks/convergence.py --check benchmarks/results/convergence.jsonl    # the same losses today?
     curvadion report benchmarks/results/convergence.jsonl
 
@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
+from curvadion.sharding.ledger import WIRE
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -57,9 +58,13 @@ BEST = replace(MUON, name="Muon every step, Nesterov", lr=0.03, momentum=0.8, ne
 NEVER = Setting("no synchronization", interval=math.inf, momentum=0.8, **SHARED_LR)
 CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw", adamw_lr=3e-3), NEVER]
 OURS = Setting("1 bit every 8 steps", momentum=0.8, lr=0.03, adamw_lr=1e-2, bits=1, interval=8, outer_lr=1.4)
-RELEASED = Setting("the released code's rule, tau 0.3", rule="dion", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc",
-                   tau=0.3, warmup=20, **SHARED_LR)  # fmt: skip
+SHARED_RULE = {"rank_fraction": 0.25, "momentum": 0.95, "consensus": "average", "gate": "rmmc", "tau": 0.3}
+RELEASED = Setting("the released code's rule, tau 0.3", rule="dion", warmup=20, **SHARED_RULE, **SHARED_LR)
+PAPER = Setting("the paper's text, tau 0.3", rule="gradient", warmup=20, **SHARED_RULE, **SHARED_LR)
 PLAIN = replace(OURS, name="1 bit every 8 steps, outer 1.0", outer_lr=1.0)
+
+
+POLAR = {"newton_schulz": "polar_express"}
 
 
 def variant(name: str, of: Setting = OURS, **changes: Any) -> Setting:
@@ -71,9 +76,8 @@ TABLES: dict[str, list[Setting]] = {
     "headline": [
         BEST,
         Setting("Dion every step, full rank", baseline=True, rule="dion", momentum=0.9, **SHARED_LR),
-        Setting("Dion every step, rank 1/4", baseline=True, rule="dion", rank_fraction=0.25, momentum=0.95, **SHARED_LR),
-        Setting("the paper's text, tau 0.3", rule="gradient", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc", tau=0.3,
-                warmup=20, **SHARED_LR),
+        Setting("Dion every step, rank 1/4", True, "dion", rank_fraction=0.25, momentum=0.95, **SHARED_LR),
+        PAPER,
         RELEASED,
         variant("32 bits every 100 steps", PLAIN, bits=32, interval=100, lr=0.02),
         OURS,
@@ -82,7 +86,8 @@ TABLES: dict[str, list[Setting]] = {
         *(variant(f"1 bit, {gate} gate", gate=gate) for gate in ("rmmc", "directional", "drift")),
         variant("1 bit, rmmc gate, tau ~ lr²", gate="rmmc", threshold_power=2),
         variant("1 bit, drift gate, threshold ~ lr", gate="drift", threshold_power=1),
-        variant("1 bit, qsr gate", gate="qsr", interval=3.4),  # these two give about as many synchronizations as every 8th step
+        # These two give about as many synchronizations as every 8th step.
+        variant("1 bit, qsr gate", gate="qsr", interval=3.4),
         variant("1 bit, late gate", gate="late", interval=16),
     ],
     "bits": [
@@ -118,6 +123,14 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit every 16 steps", interval=16),
         *(variant(f"the released code's rule, tau {tau}", RELEASED, tau=tau) for tau in (0.1, 0.6, 1.0)),
         variant("1 bit, Dion of rank 1/2", rule="dion", rank_fraction=0.5),
+    ],
+    "polynomials": [
+        MUON,
+        OURS,
+        variant("Muon every step, Polar Express", MUON, **POLAR),
+        variant("Muon every step, Polar Express in 6 rounds", MUON, newton_schulz_steps=6, **POLAR),
+        variant("1 bit, Polar Express", **POLAR),
+        variant("1 bit, Polar Express in 6 rounds", newton_schulz_steps=6, **POLAR),
     ],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),
@@ -354,7 +367,6 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
 def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
     """Train, and return the run's line."""
     result = simulate(run, device, count) if run.backend == "simulation" else train(run, count)
-    ring = 2 * (run.replicas - 1) / run.replicas
     sent = result.pop("sent")
     return {
         "study": "convergence",
@@ -369,7 +381,7 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
         "steps": run.steps,
         "tokens": run.steps * run.batch * run.seq * run.replicas,
         "wire": result.pop("wire"),
-        "dense_wire": 2 * result["parameters"] * run.steps * ring,
+        "dense_wire": 2 * result["parameters"] * run.steps * WIRE["all_reduce"](run.replicas),
         "bytes": sent,
         **result,
         "valid": None,

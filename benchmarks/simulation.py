@@ -8,9 +8,9 @@ tests/test_simulation.py compares them, parameter by parameter, with real proces
 import copy
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from threading import BrokenBarrierError
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from variants import codec_of, outer_of
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
-from curvadion.sharding.group import ThreadGroup
+from curvadion.sharding.group import ThreadGroup, results_of
+from curvadion.sharding.ledger import WIRE
 
 STEERED = ("rmmc", "directional", "drift")
 NEVER = 10**9
@@ -33,6 +34,7 @@ class Setting:
         baseline: gradients are averaged in every step, so replicas never differ.
         rule: of matrices: "muon", "dion", "gradient" or "adamw".
         momentum, nesterov: mu, and whether Muon takes G + mu m for m.
+        newton_schulz, newton_schulz_steps: Muon's polynomials and the number of their rounds.
         consensus: "outer"; or "average", as in the paper.
         interval: steps from one synchronization to the next; math.inf for none after the first.
         gate: what opens it: "interval"; "rmmc", "directional" or "drift" (`variants.Directional`, `Distance`;
@@ -59,6 +61,8 @@ class Setting:
     adamw_lr: float = 3e-3
     momentum: float = 0.9
     nesterov: bool = False
+    newton_schulz: str = "jordan"
+    newton_schulz_steps: int = 5
     weight_decay: float = 0.01
     consensus: str = "outer"
     interval: float = 8
@@ -77,12 +81,6 @@ class Setting:
     delay: int = 0
 
 
-def _rule(setting: Setting) -> str:
-    if setting.rule == "muon" and setting.nesterov:
-        return "muon_nesterov"
-    return "muon" if setting.rule == "adamw" else setting.rule  # with AdamW there are no matrices
-
-
 def options_of(setting: Setting) -> dict[str, Any]:
     """Return the setting as arguments of `CurvaDion`."""
     s = setting
@@ -92,7 +90,10 @@ def options_of(setting: Setting) -> dict[str, Any]:
         "momentum": s.momentum,
         "weight_decay": s.weight_decay,
         "rank_fraction": s.rank_fraction,
-        "local_update": _rule(s),
+        "local_update": "muon" if s.rule == "adamw" else s.rule,  # with AdamW there are no matrices
+        "nesterov": s.nesterov,
+        "newton_schulz": s.newton_schulz,
+        "newton_schulz_steps": s.newton_schulz_steps,
         "tau": math.inf,
         "check_every": 0,
     }
@@ -236,20 +237,12 @@ class Replicas:
     def _together(self, act: Callable[[Replica], None]) -> None:
         """Let each replica act in its thread. If one raises, the others' collectives do, and so does this."""
 
-        def attempt(replica: Replica, group: ThreadGroup | None) -> None:
-            try:
+        def guarded(replica: Replica, group: ThreadGroup | None) -> None:
+            with group or nullcontext():
                 act(replica)
-            except BaseException:
-                if group is not None:
-                    group.abort()
-                raise
 
         pairs = zip(self._replicas, self._groups, strict=True)
-        futures = [self._threads.submit(attempt, replica, group) for replica, group in pairs]
-        wait(futures)
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise next((e for e in errors if not isinstance(e, BrokenBarrierError)), errors[0])
+        results_of([self._threads.submit(guarded, replica, group) for replica, group in pairs])
 
     def close(self) -> None:
         """End the threads: a process should not fork while they run."""
@@ -267,7 +260,7 @@ class Replicas:
     def wire(self) -> float:
         """Bytes so far that left one replica for it."""
         if self.setting.baseline:
-            return sum(self.sent.values()) * 2 * (self.K - 1) / self.K
+            return sum(self.sent.values()) * WIRE["all_reduce"](self.K)
         return sum(n for (axis, _), n in self._replicas[0].opt.ledger.wire.items() if axis == "replicate")
 
     @torch.no_grad()

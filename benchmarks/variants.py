@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,31 +13,12 @@ from torch import Tensor
 from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
 from curvadion.consensus.outer import Outer
 from curvadion.gate.schedule import Plan
-from curvadion.rules import Step, local_step, register_rule
-from curvadion.rules.muon import Muon, orthonormalized
+from curvadion.rules import Step, local_step
 from curvadion.sharding.flat import pad
 from curvadion.sharding.journey import Codec, RoundedMean
-from curvadion.signals import Reading, Signal, register_signal
-from curvadion.state.batch import Batch
+from curvadion.signals import Reading, Signal, measure, register_signal
 from curvadion.state.store import or_zeros
 from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, SYNCHRONIZE_BIT
-
-# ---- local_update
-
-
-class NesterovMuon(Muon):
-    """X_i <- (1 - lr wd) X_i - lr sqrt(rows/columns) newton_schulz(mu m_i + G_i)."""
-
-    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        ahead = []
-        for b in batches:
-            X = [step.X[i] for i in b.params]
-            G = torch.stack([or_zeros(g, x) for g, x in zip(step.gradients(b), X, strict=True)])
-            ahead.append(step.groups[b.group]["momentum"] * b.M + (G.mT if b.layout.transposed else G))
-        for b, direction in zip(batches, orthonormalized(step, batches, ahead), strict=True):
-            step.move(b, direction)
-        step.postpone_decay(batches)
-
 
 # ---- gate
 
@@ -48,16 +30,16 @@ class Valued(Signal):
         """Return this replica's number, 0 where it has none yet."""
         raise NotImplementedError
 
-    def opens(self, value: Tensor, tau: float) -> Tensor:
+    def exceeds(self, value: Tensor, tau: float) -> Tensor:
         return value > tau
 
     def read(self, step: Step, message: Tensor, taus: list[float], plan: Plan) -> Reading:
-        closed = super().read(step, message, [math.inf] * len(taus), plan)
+        closed = measure(step, message, [math.inf] * len(taus), plan)
         value = torch.as_tensor(self.value(step), dtype=torch.float32, device=closed.key.device)
-        opens = self.opens(value, min(taus)) & (not plan.hold_closed)
         bits = value.nan_to_num(0.0).view(torch.int32).to(torch.int64) << INDEX_BITS
-        key = closed.key & ~(SYNCHRONIZE_BIT - 1) | bits | INDEX_MASK | opens * SYNCHRONIZE_BIT
-        return closed._replace(key=torch.where(closed.key == FAILED_KEY, closed.key, key))
+        key = closed.key & ~(SYNCHRONIZE_BIT - 1) | bits | INDEX_MASK
+        told = closed._replace(key=torch.where(closed.key == FAILED_KEY, closed.key, key))
+        return told.opening(self.exceeds(value, min(taus)) & (not plan.hold_closed))
 
 
 class Directional(Valued):
@@ -76,7 +58,7 @@ class Distance(Valued):
 
     needs_equal_replicas = True
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any]):
         self._X0: list[Tensor] = []
 
     def value(self, step: Step) -> float | Tensor:
@@ -100,7 +82,7 @@ class Clock(Valued):
         self._factor = float(group["lr"]) / group["initial_lr"]
         return step.schedule.local_steps + 1.0
 
-    def opens(self, value: Tensor, tau: float) -> Tensor:
+    def exceeds(self, value: Tensor, tau: float) -> Tensor:
         return value >= self.interval(tau, self._factor)
 
     def interval(self, most: float, factor: float) -> float:
@@ -264,7 +246,6 @@ def outer_of(back: int | str | None, *, two_stages: bool, feedback: bool, moment
     return name
 
 
-register_rule("muon_nesterov", NesterovMuon())
 for gate in (Directional, Distance, Qsr, Late):
     register_signal(gate.__name__.lower(), gate)
 register_consensus("alone", Alone)

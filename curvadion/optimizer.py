@@ -1,6 +1,5 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -8,30 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
-from curvadion import metrics
 from curvadion.consensus import CONSENSUS
 from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
-from curvadion.gate.schedule import ASKED, Plan, Schedule
+from curvadion.gate.schedule import Plan, Schedule
 from curvadion.gate.trouble import Trouble
-from curvadion.options import Options, check_group, check_parameter, check_taus, sort_options
+from curvadion.options import (
+    Options,
+    check_group,
+    check_parameters,
+    check_rule,
+    check_signal,
+    check_taus,
+    defaults_of,
+    sort_options,
+)
 from curvadion.rooms import Rooms
 from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
-from curvadion.sharding.ledger import Ledger
 from curvadion.signals import SIGNALS
 from curvadion.state.checkpoint import load
 from curvadion.state.store import averaged
+from curvadion.view import View
 from curvadion_kernels.reference import Fixed
 
 
-class CurvaDion(torch.optim.Optimizer):
+class CurvaDion(View):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
 
     Of a matrix, m_i = M_i + G_i is the momentum of replica i together with its gradient::
@@ -59,9 +67,18 @@ class CurvaDion(torch.optim.Optimizer):
         min_local_steps: number of steps after a synchronized one in which the gate stays closed.
         max_local_steps: number of local steps in a row after which the next is synchronized; 0 synchronizes
             every step, None sets no bound.
-        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon", Muon
-            with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows.
+        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon",
+            Muon with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the
+            rows.
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
+        update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
+            "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
+        nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
+        newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
+            "polar_express" makes singular values equal within 1 % in six rounds.
+        newton_schulz_steps [g]: number of rounds.
+        newton_schulz_dtype [g]: dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs
+            that have units for it if the momentum is bfloat16 too; else the momentum's, at least float32.
         consensus: how replicas become equal on a synchronized step: "average", by means of all they hold;
             "outer", by pseudo-gradients. "none" is the published formula as it stands, and drifts.
         outer_lr: outer learning rate; 1 without outer_momentum is plain averaging.
@@ -83,10 +100,15 @@ class CurvaDion(torch.optim.Optimizer):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
+        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is
+            sent the shards: "auto" where that takes less time than all ranks working on it together.
+        owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
+            computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
+        **own: options that something registered has declared, see docs/extending.md.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
@@ -99,7 +121,6 @@ class CurvaDion(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # What a copy carries over; the rooms are built anew.
     _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_in_consensus")
-    _rooms: Rooms | None = None
 
     def __init__(
         self,
@@ -118,6 +139,11 @@ class CurvaDion(torch.optim.Optimizer):
         max_local_steps: int | None = None,
         local_update: str = "gradient",
         local_lr_scale: float = 1.0,
+        update_scale: str = "spectral",
+        nesterov: bool = False,
+        newton_schulz: str = "jordan",
+        newton_schulz_steps: int = 5,
+        newton_schulz_dtype: torch.dtype | None = None,
         consensus: str = "average",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
@@ -135,24 +161,23 @@ class CurvaDion(torch.optim.Optimizer):
         momentum_dtype: torch.dtype | None = None,
         payload_dtype: torch.dtype | None = None,
         orthogonalization: str = "cholesky_qr",
+        owners: str = "auto",
+        owner_dtype: torch.dtype | None = None,
         on_nonfinite: str = "raise",
         check_every: int = 1000,
         kernels: str = "auto",
+        **own: Any,
     ):
         defaults, common = sort_options(locals())
         self._options = o = Options.of(common, CurvaDion.__init__)
         check_group(defaults)
         self._peers = replicate_group(replicate_mesh)
         self._schedule = Schedule(o.schedule)
-        self._gate = Gate(SIGNALS[o.gate]())
+        self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
-        if self._gate.signal.needs_equal_replicas and self._consensus.leaves_apart:
-            raise ValueError(
-                f"gate={o.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-                f"{o.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
-            )
+        check_signal(self._gate.signal, self._consensus, o)
         self._in_consensus = False
         super().__init__(params, defaults)
         self._build()
@@ -160,6 +185,7 @@ class CurvaDion(torch.optim.Optimizer):
 
     # ---- one step
 
+    @_disable_dynamo  # a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; every rank of every replica calls it. Returns the closure's value.
@@ -175,6 +201,12 @@ class CurvaDion(torch.optim.Optimizer):
                 loss = closure()
         self._trouble.refuse_if_broken()
         self._refuse_inside_consensus("step()")
+        self._built.table.refuse_meta()
+        with torch.autocast(self._built.table.device.type, enabled=False):
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self.ledger.begin_step()
         config = partial(self._built.describe, self.param_groups)
         self._agreement.check_if_due(self._built.exchange, self._schedule.steps, config, self._common_weights)
@@ -190,19 +222,16 @@ class CurvaDion(torch.optim.Optimizer):
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
+        counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
-            if self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus):
-                self._finish(decision, plan)
-            else:
-                self.ledger.end_step()
-            return loss
-        commit()  # ||m_{t-1}|| <- ||m_t||
-        if self._trouble.skips:
-            self._accumulate(step.G, store=True)
-        self._consensus.step(step, synchronize=decision.synchronize)
-        self._gate.signal.took(step, decision.synchronize)
-        self._finish(decision, plan)
-        return loss
+            counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
+        else:
+            commit()  # ||m_{t-1}|| <- ||m_t||
+            if self._trouble.skips:
+                self._accumulate(step.G, store=True)
+            self._consensus.step(step, synchronize=decision.synchronize)
+            self._gate.signal.took(step, decision.synchronize)
+        self._finish(decision, plan, counts=counts)
 
     def _take_in(self) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
@@ -216,13 +245,16 @@ class CurvaDion(torch.optim.Optimizer):
             self._trouble.swallowed()
         return self._built.store.accumulate(G, self._built.ops, self._built.numbers, store=store)
 
-    def _finish(self, decision: Decision, plan: Plan) -> None:
-        """Count the step, and steer tau."""
+    def _finish(self, decision: Decision, plan: Plan, *, counts: bool) -> None:
+        """Remember the decision; if the step counts, count it and steer tau."""
         schedule = self._schedule
+        self._gate.decision = decision
+        if not counts:
+            self.ledger.end_step()
+            return
         if schedule.options.target_sync_rate is not None:
             for group in self.param_groups:
                 group["tau"] = schedule.steer(float(group["tau"]), decision.synchronize, plan.due)
-        self._gate.decision = decision
         schedule.took(decision.synchronize)
         schedule.diverged = self.replicas > 1 or self._consensus.under_way or self._gate.awaits_answer
         self._built.store.count(schedule)
@@ -230,21 +262,6 @@ class CurvaDion(torch.optim.Optimizer):
         self._trouble.ended()
 
     # ---- between replicas
-
-    @property
-    def replicas(self) -> int:
-        """The number K of replicas."""
-        return self._built.exchange.replicas
-
-    @property
-    def diverged(self) -> bool:
-        """Whether replicas may differ: any step since `synchronize()`, a load or `discard_divergence()`."""
-        return self._schedule.diverged
-
-    @property
-    def ledger(self) -> Ledger:
-        """Calls and bytes of this rank, by (axis, purpose), since construction."""
-        return self._built.exchange.ledger
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -259,10 +276,7 @@ class CurvaDion(torch.optim.Optimizer):
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
         if self._schedule.asks_seldom:  # all raise if some replica met something since the gate asked last
-            decision = self._gate.tell(exchange, self._trouble.key)
-            if decision.trouble:
-                self._gate.meet(self._trouble, decision, ASKED, None, step, self._consensus)
-                self.ledger.end_step()
+            self._gate.tell(self._trouble, step, self._consensus)
         if self.diverged:
             self._consensus.settle(step)
             if self.replicas > 1:
@@ -301,6 +315,12 @@ class CurvaDion(torch.optim.Optimizer):
         finally:
             self._in_consensus = False
 
+    def synchronize_next(self) -> None:
+        """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one
+        after. Communicates nothing by itself: the request travels in the gate's key, so that any one rank may
+        call it. gate_every and max_local_steps say when the gate is asked."""
+        self._schedule.wanted = True
+
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
@@ -333,64 +353,6 @@ class CurvaDion(torch.optim.Optimizer):
         comparable = self.replicas > 1 and not self._parameters_differ
         return self._built.X() if comparable else []
 
-    # ---- what a user can see
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """State by parameter, as in every torch optimizer; M with all decay, also what a kernel postponed."""
-        if self._rooms is not None:
-            self._rooms.store.settle()
-        return self.__dict__["state"]
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["state"] = value
-
-    @property
-    def kernels(self) -> str:
-        """Where the hot operations run: "triton" or "reference"."""
-        return self._built.ops.kernels
-
-    @property
-    def matrix_names(self) -> list[str]:
-        """Names of the matrices, in the order of `metrics()["curvadion/rmmc_argmax"]`.
-
-        An unnamed one has its position for a name; a name that was there before gets its position appended.
-        """
-        return list(self._built.table.matrix_names)
-
-    def named_rmmc(self) -> dict[str, float]:
-        """Return each matrix's RMMC of the last step on this replica, or NaN; reads from the device."""
-        return dict(zip(self.matrix_names, self._gate.rmmc.tolist(), strict=True))
-
-    def gate_values(self) -> dict[str, float]:
-        """Return what the gate's signal saw when it was asked last, by name; reads from the device.
-
-        "variance" with gate="drift"; nothing with "rmmc", which `named_rmmc` and `metrics` tell.
-        """
-        return {name: float(value) for name, value in self._gate.signal.values().items()}
-
-    def drift(self) -> tuple[float, float] | None:
-        """Return what this rank's part of the last outer step says about how far apart replicas were.
-
-        Sums of squares of (X_0 - X_i) - D, this replica's own way minus the common one, and of D; reads from
-        the device. Summed over the shards, the root of their ratio is the relative distance of this replica
-        from the mean. None without consensus="outer" and before its first step.
-        """
-        apart = self._consensus.drift()
-        if apart is None:
-            return None
-        own, common = apart.tolist()
-        return own, common
-
-    def metrics(self) -> dict[str, float]:
-        """Return what the last step did and totals since construction, by the keys of `metrics.collect`.
-
-        Floats; no collective, no device access.
-        """
-        rooms = (self._schedule, self._gate.decision, self._trouble, self.ledger, self.param_groups)
-        return metrics.collect(*rooms, dense_bytes=self._built.dense_bytes, replicas=self.replicas)
-
     # ---- state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -401,13 +363,13 @@ class CurvaDion(torch.optim.Optimizer):
                 f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
                 "between replicas; a step was taken since; call opt.synchronize() on every rank first"
             )
-        check_group(param_group)
+        if isinstance(param_group, dict):  # torch refuses anything else
+            check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for position, p in enumerate(group["params"]):
-                name = group.get("param_names", {position: f"number {position}"})[position]
-                check_parameter(name, p, group["algorithm"])
+            check_parameters(group)
+            check_rule(group, defaults_of(CurvaDion.__init__), self._consensus)
             if built:
                 self._build()
                 self._schedule.forced = self._agreement.pending = True
@@ -440,19 +402,17 @@ class CurvaDion(torch.optim.Optimizer):
         self._refuse_inside_consensus("load_state_dict()")
         store = self._built.store
         store.settle()
-        load(self, store.table, self.__dict__["state"], super().load_state_dict, state_dict)
-        store.read_counters(self._schedule)
-        self._start_afresh()
+        own = self.__dict__["state"]
+        load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
 
     def _start_afresh(self) -> None:
-        """Forget all that is not state: replicas are equal, and nothing is under way."""
-        for b in self._built.store.batches:
-            b.common_Q = True
+        """Go on from the state that was loaded: replicas are equal, and nothing is under way."""
+        self._built.store.loaded(self._schedule)
         self._consensus.forget()
         self._gate.forget()
         self._trouble.reset()
         self._agreement.pending = True
-        self._schedule.diverged = self._schedule.forced = False
+        self._schedule.diverged = self._schedule.forced = self._schedule.wanted = False
 
     def __getstate__(self) -> dict[str, Any]:
         if self._peers is not None or self._built.table.shards.mesh is not None:
@@ -476,15 +436,11 @@ class CurvaDion(torch.optim.Optimizer):
             self.param_groups,
             self._options,
             self._peers,
+            uses_Q=self._consensus.uses_Q,
             outer_momentum=self._consensus.keeps_momentum,
             before=self.state,
-            ledger=self._rooms.exchange.ledger if self._rooms is not None else Ledger(),
+            earlier=self._rooms,
         )
         self._consensus.allocate(rooms.X())
         self._gate.attach(rooms.step(self.param_groups, self._schedule))
         self.__dict__["state"].update(rooms.store.states)
-
-    @property
-    def _built(self) -> Rooms:
-        assert self._rooms is not None, "built in __init__"
-        return self._rooms

@@ -7,42 +7,23 @@ the fields of the torchtitan plug-in are generated from the three (scripts/optio
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvadion.consensus import CODECS, CONSENSUS
+from curvadion.algebra.newton_schulz import POLYNOMIALS
+from curvadion.allowed import Allowed, Option, check_options
+from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
-from curvadion.signals import SIGNALS
+from curvadion.rules.base import UPDATE_SCALES
+from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What an option may be.
-
-    Attributes:
-        test: says of a value whether it is allowed; may raise.
-        rule: the same in words.
-        hint: what to try.
-        choices: the names it may have, for an option that is one of a table's keys.
-    """
-
-    test: Callable[[Any], bool]
-    rule: str | Callable[[], str]
-    hint: str
-    choices: Collection[Any] | None = None
-
-    @property
-    def words(self) -> str:
-        """The rule in words, as things are now: tables may have grown."""
-        return self.rule if isinstance(self.rule, str) else self.rule()
 
 
 def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
@@ -50,7 +31,7 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
     first = next(iter(choices)) if hint is None else hint
     names = choices if isinstance(choices, Mapping) else tuple(choices)
     return Allowed(
-        lambda v: v in names, lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+        lambda v: v in tuple(names), lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
     )
 
 
@@ -90,6 +71,15 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     ),
     "local_update": _one_of(RULES),
     "local_lr_scale": _not_negative("try 1.0"),
+    "update_scale": _one_of(UPDATE_SCALES),
+    "nesterov": _flag("try False"),
+    "newton_schulz": _one_of(POLYNOMIALS),
+    "newton_schulz_steps": _integer(1, "try 5, or 6 with newton_schulz='polar_express'"),
+    "newton_schulz_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "None or a floating-point torch.dtype of 16, 32 or 64 bits",
+        "try None, which takes bfloat16 where it is fast",
+    ),
     "error_feedback": _flag("try True"),
     "right_factor": _one_of(("column_norm", "qr")),
     "orthogonalization": _one_of(("cholesky_qr", "qr")),
@@ -139,6 +129,12 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         "None, torch.float64, torch.float32 or torch.bfloat16",
         "try torch.bfloat16",
     ),
+    "owners": _one_of(("auto", "always", "never")),
+    "owner_dtype": Allowed(
+        lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
+        "None, torch.float64, torch.float32 or torch.bfloat16",
+        "try None: bfloat16 on a GPU",
+    ),
     "on_nonfinite": _one_of(("raise", "skip")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
     "kernels": _one_of(KERNELS),
@@ -164,7 +160,7 @@ class Preset(dict[str, Any]):
     def __call__(self, **changes: Any) -> "Preset":
         """Return the preset with these options changed or added."""
         for name in changes:
-            if name not in GROUP_OPTIONS and name not in OPTIMIZER_OPTIONS:
+            if name not in group_options() and name not in optimizer_options():
                 raise TypeError(
                     f"a preset may be changed by options of CurvaDion only; got {name!r}; {_meant(name)}"
                 )
@@ -196,6 +192,8 @@ class Options:
     consensus: str
     momentum_dtype: torch.dtype | None
     payload_dtype: torch.dtype | None
+    owners: str
+    owner_dtype: torch.dtype | None
     on_nonfinite: str
     check_every: int
     kernels: str
@@ -209,7 +207,7 @@ class Options:
         Args:
             constructor: whose defaults are the options'.
         """
-        check_options(given, OPTIMIZER_OPTIONS)
+        check_options(given, optimizer_options())
         check_together(given, defaults_of(constructor))
         schedule = ScheduleOptions(**{name: given[name] for name in ScheduleOptions.__dataclass_fields__})
         own = {name: given[name] for name in Options.__dataclass_fields__ if name in given}
@@ -218,33 +216,57 @@ class Options:
 
 def sort_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constructor's arguments that are a group's defaults, and those that are common to all
-    groups."""
-    defaults = {name: value for name, value in arguments.items() if name in GROUP_OPTIONS}
-    return {"algorithm": "dion", **defaults}, {k: v for k, v in arguments.items() if k in OPTIMIZER_OPTIONS}
+    groups; `own` are those that it does not know, which something registered must have declared.
+
+    Raises:
+        TypeError: nothing has.
+        ValueError: a name was declared that there is already.
+    """
+    own, of_group, common = arguments["own"], group_options(), optimizer_options()
+    for name in own:
+        if name not in of_group and name not in common:
+            raise TypeError(f"CurvaDion takes known options only; got {name!r}; {_meant(name)}")
+    declared = {name: option.default for options in _declared() for name, option in options.items()}
+    values = {"algorithm": "dion", **declared, **arguments, **own}
+    return {k: values[k] for k in of_group}, {k: values[k] for k in common}
+
+
+# Options whose values are things that may declare some, common to all groups; a rule's are its groups'.
+_TABLES: dict[str, Mapping[Any, Any]] = {"gate": SIGNALS, "consensus": CONSENSUS, "outer_bits": CODECS}
+
+
+def _declared() -> tuple[dict[str, Option], dict[str, Option]]:
+    """Return the options that rules have declared, and those of the rest. Raises ValueError if a name is not
+    new."""
+    of_rules: dict[str, Option] = {}
+    of_rest: dict[str, Option] = {}
+    for where, table in {"local_update": RULES, **_TABLES}.items():
+        for owner, thing in table.items():
+            for name, option in getattr(thing, "options", {}).items():
+                mine, others = (of_rules, of_rest) if table is RULES else (of_rest, of_rules)
+                there = {*GROUP_OPTIONS, *OPTIMIZER_OPTIONS, *others}
+                if name in there or mine.setdefault(name, option) is not option:
+                    raise ValueError(
+                        f"an option's name must be new; got {name!r} of {where}={owner!r}, which there is "
+                        "already; choose another"
+                    )
+    return of_rules, of_rest
+
+
+def group_options() -> dict[str, Allowed]:
+    """Return what a group may set, with what the rules registered so far have declared."""
+    return {**GROUP_OPTIONS, **{name: option.allowed for name, option in _declared()[0].items()}}
+
+
+def optimizer_options() -> dict[str, Allowed]:
+    """Return what is common to all groups, with what is declared by signals, consensus and codecs."""
+    return {**OPTIMIZER_OPTIONS, **{name: option.allowed for name, option in _declared()[1].items()}}
 
 
 def defaults_of(constructor: Callable[..., Any]) -> dict[str, Any]:
     """Return the defaults of a constructor's options, by name."""
     parameters = inspect.signature(constructor).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def check_options(options: Mapping[str, Any], allowed: Mapping[str, Allowed], where: str = "") -> None:
-    """Raise ValueError (TypeError for a wrong type) at the first option that breaks its rule."""
-    for name, may_be in allowed.items():
-        if name not in options:
-            continue
-        value = options[name]
-        try:
-            fine = bool(may_be.test(value))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(_breaks(name, may_be, value, where)) from error
-        if not fine:
-            raise ValueError(_breaks(name, may_be, value, where))
-
-
-def _breaks(name: str, may_be: Allowed, value: Any, where: str) -> str:
-    return f"{name} must be {may_be.words}; got {value!r}{where}; {may_be.hint}"
 
 
 def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -264,6 +286,15 @@ def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
                     f"{option} belongs to consensus={name!r}; got {option}={options[option]!r} with "
                     f"consensus={options['consensus']!r}; pass consensus={name!r}, or leave it out"
                 )
+    for option, table in _TABLES.items():
+        mine = getattr(table[options[option]], "options", {})
+        for name, thing in table.items():
+            for key, own in getattr(thing, "options", {}).items():
+                if key not in mine and options[key] != own.default:
+                    raise ValueError(
+                        f"{key} belongs to {option}={name!r}; got {key}={options[key]!r} with "
+                        f"{option}={options[option]!r}; pass {option}={name!r}, or leave it out"
+                    )
     consensus.check(options)
     _check_bounds(options)
 
@@ -298,6 +329,21 @@ def _check_bounds(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None:
+    """Raise ValueError if the gate's signal would mean nothing, or gain nothing, with these options."""
+    if signal.needs_equal_replicas and consensus.leaves_apart:
+        raise ValueError(
+            f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and "
+            "fragments"
+        )
+    if signal.waits_for_replicas and options.schedule.gate_lag:
+        raise ValueError(
+            f"gate={options.gate!r} waits for numbers of the other replicas in each step that asks; got "
+            "gate_lag=1, which is there to wait for nothing; try gate_every=8, which asks seldom"
+        )
+
+
 def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
     """Raise ValueError if there is no threshold to steer."""
     taus = [group["tau"] for group in groups if group["algorithm"] == "dion"]
@@ -309,44 +355,78 @@ def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
         )
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], where: str = "") -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's
-    to set."""
+    to set; `where` says which group it is."""
+    known, common = group_options(), optimizer_options()
     for key in group:
-        if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
+        if key in common or key == "replicate_mesh":
             raise ValueError(
-                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion "
-                "instead"
+                f"{key} is common to all groups; got it in a parameter group{where}; pass {key}= to "
+                "CurvaDion instead"
             )
-        if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
-            raise ValueError(f"a parameter group may hold known options only; got {key!r}; {_meant(key)}")
-    check_options(group, GROUP_OPTIONS, " in a parameter group")
+        if key not in known and key not in FOREIGN_KEYS:
+            raise ValueError(
+                f"a parameter group may hold known options only; got {key!r} in one{where}; {_meant(key)}"
+            )
+    check_options(group, known, f" in a parameter group{where}")
     for key in ("maximize", "capturable", "differentiable"):
         if group.get(key):
             raise ValueError(
-                f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out"
+                f"CurvaDion does not implement {key}; got {key}=True in a parameter group{where}; leave it "
+                "out"
+            )
+
+
+def check_rule(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], consensus: Consensus | type[Consensus]
+) -> None:
+    """Raise ValueError if a whole group of matrices sets an option that neither its rule nor the consensus
+    heeds.
+
+    Args:
+        defaults: the constructor's.
+    """
+    if group["algorithm"] != "dion":
+        return
+    name = group["local_update"]
+    heeded = {*RULES[name].own_options, *RULES[name].options, *consensus.group_options}
+    usual = {**defaults, **{option: declared.default for option, declared in _declared()[0].items()}}
+    for option in dict.fromkeys(o for rule in RULES.values() for o in (*rule.own_options, *rule.options)):
+        if option not in heeded and group[option] != usual[option]:
+            takers = [repr(n) for n, rule in RULES.items() if option in (*rule.own_options, *rule.options)]
+            raise ValueError(
+                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} "
+                f"with local_update={name!r}; leave it out, or set {option}={usual[option]!r} in that group"
             )
 
 
 def _meant(name: str) -> str:
-    close = difflib.get_close_matches(name, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS], n=1)
-    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
+    close = difflib.get_close_matches(name, [*group_options(), *optimizer_options()], n=1)
+    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
 
 
-def check_parameter(name: str, p: Tensor, algorithm: str) -> None:
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise if a parameter of the group cannot be updated by its algorithm."""
+    for position, p in enumerate(group["params"]):
+        name = group.get("param_names", {position: f"number {position}"})[position]
+        _check_parameter(name, p, group["algorithm"])
+
+
+def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
     """Raise if a parameter cannot be updated by the algorithm of its group."""
     if algorithm == "dion" and p.requires_grad and p.ndim != 2:
         raise ValueError(
             f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape "
             f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) does"
         )
+    if algorithm == "dion" and p.requires_grad and not p.numel():
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
+            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
+        )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
             "bfloat16"
-        )
-    if p.is_meta:
-        raise ValueError(
-            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; "
-            "to_empty() it"
         )

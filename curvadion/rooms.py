@@ -5,14 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from curvadion.options import GROUP_OPTIONS, Options
+from curvadion.algebra.newton_schulz import Iteration
+from curvadion.options import Options, group_options
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import check_replicas, local_tensor
 from curvadion.sharding.ledger import Ledger
+from curvadion.sharding.owners import Owners
 from curvadion.state.intake import Intake
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
@@ -32,6 +35,7 @@ class Rooms:
         table: which parameters there are, and how they are laid out.
         store: their state.
         exchange: who talks to other ranks.
+        owners: have work done on whole matrices.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         intake: reads parameters and gradients.
     """
@@ -40,6 +44,7 @@ class Rooms:
     table: Table
     store: Store
     exchange: Exchange
+    owners: Owners
     ops: Ops
     numbers: Numbers
     intake: Intake
@@ -50,25 +55,28 @@ class Rooms:
         options: Options,
         peers: Group | None,
         *,
+        uses_Q: bool,
         outer_momentum: bool,
         before: Mapping[Tensor, Mapping[str, Any]],
-        ledger: Ledger,
+        earlier: "Rooms | None",
     ) -> "Rooms":
         """Lay out all parameters and allocate state.
 
         Args:
             peers: this rank and its peers in the other replicas.
+            uses_Q: whether there is a Q of every matrix, also where the local rule uses none.
             outer_momentum: whether there is a U of every parameter.
             before: state so far, whose values go on.
-            ledger: where to count.
+            earlier: the rooms so far, whose ledger goes on.
 
         Raises:
             ValueError: layouts or options break a rule.
         """
         table = Table.of(groups)
-        ops = choose(options.kernels, table.device)
+        ops = choose("reference" if table.dry else options.kernels, table.device)
         logger.info("kernels: %s (%s)", ops.kernels, ops.why)
         check_replicas(peers.ranks if peers is not None else [], table.shards, table.layouts)
+        ledger = earlier.exchange.ledger if earlier is not None else Ledger()
         exchange = Exchange(table.shards, peers, table.device, ledger)
         most = options.schedule.max_local_steps
         if not table.matrices and table.params and exchange.replicas > 1 and most is None:
@@ -80,12 +88,15 @@ class Rooms:
             table,
             groups,
             [RULES[group["local_update"]].state for group in groups],
+            [uses_Q or RULES[group["local_update"]].uses_Q for group in groups],
             momentum_dtype=options.momentum_dtype,
             outer_momentum=outer_momentum,
             before=before,
+            own_Q=earlier.store.own_Q if earlier is not None else (),
         )
         intake = Intake(table, store.batches, exchange)
-        return Rooms(options, table, store, exchange, ops, Numbers(table.device), intake)
+        owners = Owners(exchange, options.owners, options.owner_dtype)
+        return Rooms(options, table, store, exchange, owners, ops, Numbers(table.device), intake)
 
     def X(self) -> list[Tensor]:
         """Return this rank's shards of all parameters; call it under `torch.no_grad()`."""
@@ -95,15 +106,20 @@ class Rooms:
         """Return a step of these shards and gradients; without them, one for what is done between steps."""
         X = Fixed(self.X()) if X is None else X
         G = Fixed([None] * len(X)) if G is None else G
-        room = (self.table, self.store, schedule, self.exchange, self.ops, self.numbers)
+        room = (self.table, self.store, schedule, self.exchange, self.owners, self.ops, self.numbers)
         return Step(X, G, groups, *room, self.options.payload_dtype)
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Return a text of all that must be equal on all ranks, kernels included: they round differently."""
-        options = {**self.options.given, "kernels": self.ops.kernels}
-        own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
+        """Return a text of all that must be equal on all ranks, what it found and what rounding depends on
+        included: kernels, dtypes, the precision of products."""
+        coarse = torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
+        options = {**self.options.given, "kernels": self.ops.kernels, "coarse products": coarse}
+        known = group_options()
+        own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
-        return repr((options, plain, self.table.describe(), self.exchange.replicas))
+        iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
+        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]
+        return repr((options, plain, found, self.table.describe(), self.exchange.replicas))
 
     @property
     def dense_bytes(self) -> int:

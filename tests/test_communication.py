@@ -13,6 +13,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from curvadion import CurvaDion
+from curvadion.sharding.exchange import Exchange
+from curvadion.sharding.group import TorchGroup, _Done
+from curvadion.sharding.layout import ShardMesh
+from curvadion.sharding.ledger import Ledger
 
 RANDOM: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 ALWAYS: dict[str, Any] = {"max_local_steps": 0}
@@ -111,8 +116,15 @@ def elements(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def p_and_r_elements(matrices: Shapes) -> int:
-    return sum((rows + cols) * rank_of((rows, cols)) for rows, cols in matrices.values())
+def p_and_r_elements(layout: Layout) -> int:
+    """Of one replica; and with each part of a P one number, that says whether the matrix has a gradient."""
+    total = 0
+    for name, (rows, cols) in layout.matrices.items():
+        placements = layout.placements.get(name, (Shard(0),) * len(layout.shards))
+        long = Shard(0 if rows >= cols else 1)
+        parts = [size for size, p in zip(layout.shards, placements, strict=True) if p == long]
+        total += (rows + cols) * rank_of((rows, cols)) + math.prod(parts)
+    return total
 
 
 def q_elements(matrices: Shapes) -> int:
@@ -166,8 +178,8 @@ def steps(layout: Layout, count: int, **options: Any) -> list[Step]:
 
 @dataclass(frozen=True)
 class Story:
-    """S L L S L L S and then L, with checks in the first and in the fifth step; and what synchronize() makes of
-    it."""
+    """S L L S L L S and then L, with checks in the first and in the fifth step; and what synchronize() makes
+    of it."""
 
     trace: list[Step]
     equal: list[dict[str, bool]]
@@ -219,7 +231,7 @@ def replica_total(traces: list[Any], layout: Layout, replica: int, step: int) ->
 @pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
 def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, local_update: str) -> None:
     layout = LAYOUTS[name]
-    norms = 4 * (len(layout.matrices) + 2)
+    norms = 4 * (2 * len(layout.matrices) + 2)
     for rank, trace in enumerate(story.trace for story in stories(name, local_update, "adamw")):
         for step in (1, 2, 5):
             synchronized, sent, _, _ = trace[step]
@@ -231,7 +243,9 @@ def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, loca
                 assert within == [], "there is no shard axis"
             elif local_update == "gradient":
                 one_sum = [Sent("shard", "all_reduce", norms)] * len(layout.shards)
-                assert within == one_sum, "one SUM of 4 (L + 2) bytes along each shard axis and nothing else"
+                assert within == one_sum, (
+                    "one SUM of 4 (2 L + 2) bytes along each shard axis and nothing else"
+                )
             else:
                 assert within[0] == Sent("shard", "all_reduce", norms)
 
@@ -283,7 +297,7 @@ def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name:
     for replica in range(layout.replicas):
         total = replica_total(traces, layout, replica, 1)
         assert total.pop("gate") == 8 * layout.shard_ranks
-        assert total.pop("factors") == item * p_and_r_elements(layout.matrices), (
+        assert total.pop("factors") == item * p_and_r_elements(layout), (
             f"{name}: each element of P and R crosses the replicate axis once per replica"
         )
         assert total.pop("gradients") == item * elements(DENSE), "AdamW gradients: dense, once per replica"
@@ -301,7 +315,7 @@ def test_an_open_gate_after_local_steps_sends_consensus_too(
     for replica in range(layout.replicas):
         total = replica_total(traces, layout, replica, 3)
         assert total.pop("gate") == 8 * layout.shard_ranks
-        assert total.pop("factors") == 4 * p_and_r_elements(layout.matrices)
+        assert total.pop("factors") == 4 * p_and_r_elements(layout)
         assert total.pop("gradients") == 4 * elements(DENSE)
         assert total.pop("parameters") == 4 * (elements(layout.matrices) + elements(DENSE)), (
             "each parameter once"
@@ -800,3 +814,76 @@ def test_ddp_style_replicas_through_a_process_group() -> None:
 def _no_group_in_the_parent() -> Iterator[None]:
     assert not dist.is_initialized(), "a process group in the parent would be inherited by the forked ranks"
     yield
+
+
+# ---- backends that add up in another order in every group
+
+
+@contextmanager
+def in_another_order(first: int) -> Iterator[None]:
+    """Let every group of this rank add floats up from rank `first` on, as NCCL may in one of its groups."""
+    original = TorchGroup.all_reduce
+
+    def all_reduce(group: TorchGroup, tensor: Tensor, op: Any, *, wait: bool = False) -> Any:
+        if op != dist.ReduceOp.SUM or not tensor.is_floating_point() or group.size < 3:
+            return original(group, tensor, op, wait=wait)
+        parts = [torch.empty_like(tensor) for _ in range(group.size)]
+        dist.all_gather(parts, tensor, group=group.group)
+        tensor.zero_()
+        for k in range(group.size):
+            tensor += parts[(k + first) % group.size]
+        return _Done()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchGroup, "all_reduce", all_reduce)
+        yield
+
+
+ORDER_CASES: list[dict[str, Any]] = [
+    {"max_local_steps": 0},
+    {"max_local_steps": 0, "right_factor": "qr"},
+    {"max_local_steps": 1, "tau": math.inf, "local_update": "muon"},
+]
+
+
+@pytest.mark.parametrize("options", ORDER_CASES, ids=str)
+def test_replicas_stay_equal_where_each_sums_its_shards_in_its_own_order(options: dict[str, Any]) -> None:
+    """NCCL promises all ranks of one call the same bits, and not the same order in another communicator."""
+    shapes = {"layers.0.weight": (40, 30), "layers.1.weight": (30, 50)}
+
+    def worker() -> Any:
+        replicate, mesh = grid(2, 3)
+        with in_another_order(replicate.get_local_rank()):
+            probe = torch.tensor([1.0, 1e8, -1e8][mesh.get_local_rank()])
+            TorchGroup(mesh.get_group()).all_reduce(probe, dist.ReduceOp.SUM).wait()
+            toy = Toy(mesh, matrices=shapes)
+            opt = CurvaDion(toy.groups(), replicate_mesh=replicate, check_every=1, **RANDOM, **options)
+            equal = []
+            for step in range(6):
+                toy.set_gradients(step, replicate.get_local_rank())
+                opt.step()
+                if opt.metrics()["curvadion/synchronized"]:
+                    equal.append(digest(toy.params.values()))
+            opt.synchronize()
+            return float(probe), equal, state_digest(opt)
+
+    results = run_ranks(6, worker)
+    assert results[0][0] != results[3][0], "the replicas should add up in different orders"
+    for shard in range(3):
+        assert results[shard][1:] == results[shard + 3][1:], f"shard {shard} differs between the replicas"
+    assert len(results[0][1]) >= 3
+
+
+def test_all_ranks_of_a_replica_get_one_sum_where_groups_side_by_side_add_up_differently() -> None:
+    """The gate's key has to be the same on all ranks of a replica, on a mesh of several axes too."""
+
+    def worker() -> Any:
+        mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("fsdp", "tp"))
+        toy = Toy(mesh, placements={})
+        with in_another_order(mesh.get_local_rank("fsdp")):
+            shards = ShardMesh(list(toy.params.values()))
+            exchange = Exchange(shards, None, torch.device("cpu"), Ledger())
+            mine = torch.randn(1000, generator=torch.Generator().manual_seed(dist.get_rank()))
+            return digest([exchange.sum_over_all_shards(mine, "norms")])
+
+    assert len(set(run_ranks(6, worker))) == 1

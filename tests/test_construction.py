@@ -99,6 +99,11 @@ def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
         CurvaDion([matrix()], **{option: choice})
 
 
+@pytest.mark.parametrize("option", ["gate", "local_update", "consensus", "outer_bits", "kernels"])
+def test_what_cannot_be_a_name_is_an_unknown_choice_too(option: str) -> None:
+    fails(ValueError, option, "['dion']", **{option: ["dion"]})
+
+
 def test_an_unknown_algorithm() -> None:
     fails(
         ValueError,
@@ -118,6 +123,18 @@ def test_a_dion_group_takes_matrices_only(shape: tuple[int, ...]) -> None:
     assert str(shape) in message or str(list(shape)) in message, (
         f"the message should give the shape: {message}"
     )
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_a_dion_group_takes_no_empty_matrices(shape: tuple[int, ...]) -> None:
+    named = [("blocks.3.weight", nn.Parameter(torch.empty(shape)))]
+    fails(ValueError, "blocks.3.weight", "elements", "adamw", str(shape), params=[{"params": named}])
+
+
+def test_a_group_that_is_no_dict_is_torchs_error() -> None:
+    opt = CurvaDion([matrix()])
+    with pytest.raises(TypeError, match="must be a dict"):
+        opt.add_param_group([matrix()])
 
 
 @pytest.mark.parametrize(
@@ -157,8 +174,8 @@ def test_keys_that_host_trainers_add_are_accepted() -> None:
 
 
 def test_an_option_is_not_accepted_and_ignored() -> None:
-    with pytest.raises(TypeError, match="nesterov"):
-        CurvaDion([matrix()], nesterov=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="dampening"):
+        CurvaDion([matrix()], dampening=True)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("value", ["replicate", 2, [0, 1], torch.ones(2)])
@@ -298,7 +315,7 @@ DIFFERENCES = [
     "order",
     "name",
 ]
-DIFFERENCES += ["algorithm", "dtype"]
+DIFFERENCES += ["algorithm", "dtype", "precision of products"]
 
 
 @pytest.mark.parametrize("what", DIFFERENCES)
@@ -326,6 +343,7 @@ def test_replicas_built_differently_all_raise_at_the_first_step(what: str) -> No
             if mine and what == "group lr":
                 groups[1]["lr"] = 0.5
             opt = CurvaDion(groups, replicate_mesh=replicate, **options)
+            torch.set_float32_matmul_precision("high" if mine and what.startswith("precision") else "highest")
             toy.set_gradients(0, 0)
             before = [local(param).detach().clone() for param in toy.params.values()]
             result = outcome(opt.step)

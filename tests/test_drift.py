@@ -4,6 +4,7 @@ replicas."""
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from support.ranks import run_ranks
 from support.wire import Wire, run_recorded
 
 from curvadion import CurvaDion, NonFiniteError
+from curvadion.sharding.group import ThreadGroup
 
 # The estimate is a difference of float32 sums.
 RTOL = 1e-4
@@ -134,3 +136,65 @@ def test_it_needs_replicas_that_are_equal_after_a_synchronized_step(options: dic
         ValueError, match="gate='drift' needs replicas that are equal after a synchronized step"
     ):
         CurvaDion(Toy().groups(), gate="drift", **options)
+
+
+def test_a_lag_is_refused_because_it_would_wait() -> None:
+    with pytest.raises(ValueError, match="gate='drift' waits for numbers of the other replicas.*gate_lag=1"):
+        CurvaDion(Toy().groups(), gate="drift", gate_lag=1)
+
+
+def test_a_group_added_while_replicas_are_apart_leaves_the_direction_common() -> None:
+    def replica(group: ThreadGroup) -> list[tuple[torch.Tensor, float, bool]]:
+        toy, extra = Toy(), torch.nn.Parameter(torch.ones(3, 2))
+        opt = CurvaDion(toy.groups(), replicate_mesh=group, gate="drift", tau=math.inf, warmup_steps=2)
+        trace = []
+        for step in range(8):
+            if step == 4:
+                opt.add_param_group({"params": [("extra.weight", extra)]})
+                extra.grad = torch.full((3, 2), 1.0 + group.rank)
+            X = torch.cat([p.detach().flatten() for p in [*toy.params.values(), extra]])
+            toy.set_gradients(step, group.rank)
+            opt.step()
+            trace.append((X, opt.gate_values()["variance"], bool(opt.metrics()["curvadion/synchronized"])))
+        return trace
+
+    one, other = ThreadGroup.run(2, replica)
+    X0 = one[0][0]
+    xi = torch.zeros_like(X0)
+    for step, ((a, seen, synchronized), (b, theirs, _)) in enumerate(zip(one, other, strict=True)):
+        if step and one[step - 1][2]:
+            assert torch.equal(a, b), "equal after a synchronized step"
+            xi, X0 = (a - X0) / (a - X0).norm(), a
+        u = torch.stack([a - X0, b - X0])
+        expected = float(u.square().sum(1).mean() - (u @ xi).mean().square())
+        assert seen == theirs == pytest.approx(expected, rel=RTOL, abs=1e-6)
+        assert synchronized == (step in (0, 1, 4)), "the step after add_param_group is synchronized"
+    assert expected > 0 and float((u @ xi).mean().abs()) > 0.01
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_a_parameter_of_another_shape_for_a_step_does_no_harm_later(view: bool) -> None:
+    def replica(group: ThreadGroup) -> list[float]:
+        toy = Toy()
+        wide = toy.params["layers.1.weight"]
+        options: dict[str, Any] = {"gate": "drift", "tau": math.inf, "on_nonfinite": "skip"}
+        opt = CurvaDion(toy.groups(), replicate_mesh=group, **options)
+        seen = []
+        for step in range(5):
+            toy.set_gradients(step, group.rank)
+            if step == 2:
+                opt.synchronize()  # the next step takes X_0 from the parameters
+                before = wide.data
+                if group.rank == 0:
+                    wide.grad, wide.data = None, before.T if view else before.T.clone()
+                with suppress(RuntimeError):  # if the memory is the same, the step is skipped
+                    opt.step()
+                wide.data = before
+                toy.set_gradients(step, group.rank)
+            opt.step()
+            seen.append(opt.gate_values()["variance"])
+        assert opt.metrics()["curvadion/step"] == 5 and opt.metrics()["curvadion/skipped_steps"] <= 1
+        return seen
+
+    one, other = ThreadGroup.run(2, replica)
+    assert one == other and all(map(math.isfinite, one)) and one[2] == 0 < one[4]

@@ -615,7 +615,70 @@ def test_bf16_parameters_with_fp32_momentum(local_update: str) -> None:
         torch.testing.assert_close(M.double(), expected.M[name], rtol=FP32_M, atol=FP32_M)
 
 
+MOMENTS = [(torch.float32, torch.float64), (torch.bfloat16, torch.float64), (torch.float64, torch.float32)]
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "lion"])
+@pytest.mark.parametrize(("dtype", "momentum_dtype"), MOMENTS)
+def test_moments_of_another_dtype_than_the_parameters(
+    algorithm: str, dtype: torch.dtype, momentum_dtype: torch.dtype
+) -> None:
+    """As in float64 throughout, but for how often a value is rounded when it is stored."""
+    values = {"embedding": draw(7, 3).to(dtype), "bias": draw(5).to(dtype)}
+    runs = []
+    for start, options in ((values, {"momentum_dtype": momentum_dtype}), ({}, {})):
+        start = start or {name: value.double() for name, value in values.items()}
+        optimizer, parameters = build(start, lr=0.03, algorithms=dict.fromkeys(values, algorithm), **options)
+        for t in range(4):
+            gradients = {name: draw(*p.shape, seed=t).to(dtype).to(p.dtype) for name, p in parameters.items()}
+            step(optimizer, parameters, **gradients)
+        runs.append(parameters)
+        assert options == {} or optimizer.state[parameters["bias"]]["exp_avg"].dtype == momentum_dtype
+    rounding = 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    for name, exact in runs[1].items():
+        assert runs[0][name].dtype == dtype
+        torch.testing.assert_close(runs[0][name].double(), exact, rtol=rounding, atol=rounding)
+
+
 # ---- as any torch optimizer
+
+
+@pytest.mark.parametrize("orthogonalization", ["cholesky_qr", "qr"])
+@pytest.mark.parametrize("branch", [ALWAYS_OPEN, {"tau": math.inf, "local_update": "muon"}])
+def test_autocast_around_a_step_changes_nothing(orthogonalization: str, branch: dict) -> None:
+    runs = []
+    for on in (False, True):
+        values = {"W": draw(64, 32, dtype=torch.float32), "b": draw(3, dtype=torch.float32)}
+        options = {"lr": 0.1, "algorithms": {"b": "adamw"}, "orthogonalization": orthogonalization}
+        optimizer, parameters = build(values, **options, **branch)
+        for t in range(3):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+                step(
+                    optimizer,
+                    parameters,
+                    W=draw(64, 32, seed=t, dtype=torch.float32),
+                    b=draw(3, seed=t, dtype=torch.float32),
+                )
+        runs.append(parameters)
+    for name in ("W", "b"):
+        assert torch.equal(runs[0][name], runs[1][name]), f"{name} feels the autocast"
+
+
+def test_a_compiled_training_step_calls_step_as_it_is() -> None:
+    runs = []
+    for compiled in (False, True):
+        optimizer, parameters = build({"W": draw(6, 4)}, lr=0.1, tau=0.2)
+        W = parameters["W"]
+
+        def train(scale: Tensor, W: nn.Parameter = W, optimizer: CurvaDion = optimizer) -> None:
+            W.grad = scale * torch.ones_like(W)
+            optimizer.step()
+
+        run = torch.compile(train, backend="eager") if compiled else train
+        for t in range(4):
+            run(torch.tensor(1.0 + t % 2, dtype=torch.float64))
+        runs.append(W)
+    assert torch.equal(*runs)
 
 
 def test_lr_may_be_a_tensor_and_may_change() -> None:

@@ -26,7 +26,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from curvadion import CurvaDion
+from curvadion import LOW_COMMUNICATION, CurvaDion
+from curvadion.sharding.group import ThreadGroup
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "tau": math.inf, "max_local_steps": 2}
 MATRIX_KEYS = {"step", "momentum", "Q", "last_norm", "local_steps", "synchronized_steps"}
@@ -224,6 +225,18 @@ def test_one_cycle_lr(tensor_lr: bool) -> None:
     )
 
 
+def test_a_hook_after_loading_sees_what_was_loaded() -> None:
+    toy, other = Toy(), Toy(seed=1)
+    opt, fresh = CurvaDion(toy.groups(), **OPTIONS), CurvaDion(other.groups(), **OPTIONS)
+    train(toy, opt, range(4))
+    told: list[dict[str, float]] = []
+    fresh.register_load_state_dict_post_hook(lambda loaded: told.append(loaded.metrics()))
+    fresh.load_state_dict(opt.state_dict())
+    keys = ["curvadion/step", "curvadion/sync_rate", "curvadion/steps_since_sync"]
+    assert [told[0][key] for key in keys] == [opt.metrics()[key] for key in keys]
+    assert told[0]["curvadion/step"] == 4
+
+
 def test_step_hooks_and_closure() -> None:
     toy = Toy()
     opt = CurvaDion(toy.groups(), **OPTIONS)
@@ -359,6 +372,30 @@ def test_add_param_group_in_the_middle_of_a_run() -> None:
         assert kept, "add_param_group must not touch the state of the others"
         assert trace == [(True, True), (False, False), (False, False), (True, True), (False, False)]
         assert names == ["late.0.weight", "late.1.weight"]
+
+
+def test_a_group_added_while_replicas_are_apart_leaves_the_others_as_they_are() -> None:
+    """Local Dion steps leave each replica a Q of its own, and the next synchronized one needs replica 0's."""
+
+    def run(added: bool) -> list[tuple[dict[str, Tensor], list[Tensor]]]:
+        def replica(group: ThreadGroup) -> tuple[dict[str, Tensor], list[Tensor]]:
+            toy = Toy()
+            options: dict[str, Any] = {"local_update": "dion", "max_local_steps": 2, "gate_every": None}
+            opt = CurvaDion(toy.groups(), replicate_mesh=group, **options)
+            train(toy, opt, range(3), group.rank)
+            Q = [opt.state[toy.params[name]]["Q"].clone() for name in toy.matrices]
+            if added:
+                opt.add_param_group({"params": [("extra.weight", nn.Parameter(torch.eye(5, 4)))]})
+            train(toy, opt, range(3, 4), group.rank)
+            return toy.whole(), Q
+
+        return ThreadGroup.run(2, replica)
+
+    (plain, _), _ = run(added=False)
+    (one, Q), (other, their_Q) = run(added=True)
+    assert not any(map(torch.equal, Q, their_Q))
+    for name, expected in plain.items():
+        assert torch.equal(one[name], expected) and torch.equal(other[name], expected), name
 
 
 def test_frozen_parameters_are_left_alone() -> None:
@@ -528,6 +565,55 @@ def test_dcp_round_trip_on_the_same_mesh_is_bitwise(
         assert momentum == {torch.float32}, "fp32 momentum must stay fp32 over bf16 parameters"
         assert rate == 0.02, "hyper-parameters come from the checkpoint"
         assert metrics["curvadion/step"] == 10.0, "counters survive through DCP"
+
+
+@pytest.mark.parametrize("how", ["torch.save", "deepcopy"])
+def test_a_sharded_state_dict_is_saved_and_copied(how: str, tmp_path: Path) -> None:
+    """Matrices of one shape share a stack of momenta; each rank saves its own file."""
+
+    def build(settings: dict[str, Any]) -> tuple[TinyGPT, CurvaDion, int]:
+        replicate, mesh = grid(2, 2)
+        model = sharded_model(mesh)
+        return (
+            model,
+            CurvaDion(model.groups(), replicate_mesh=replicate, **settings),
+            replicate.get_local_rank(),
+        )
+
+    def worker() -> list[str]:
+        wrong = []
+        for settings in (
+            OPTIONS | {"local_update": "normuon"},
+            LOW_COMMUNICATION,
+            LOW_COMMUNICATION(outer_delay=2),
+        ):
+            model, opt, replica = build(settings)
+            model_steps(model, opt, range(3), replica)
+            opt.synchronize()
+            state = opt.state_dict()
+            if how == "deepcopy":
+                state = copy.deepcopy(state)
+            else:
+                file = tmp_path / f"{dist.get_rank()}.pt"
+                torch.save(state, file)
+                state = torch.load(file, weights_only=True)
+            other, resumed, _ = build(settings)
+            resumed.load_state_dict(state)
+            with torch.no_grad():
+                for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+                    mine.copy_(theirs)
+            before = state_digest(opt)
+            if state_digest(resumed) != before:
+                wrong.append(f"{settings}: another state")
+            model_steps(other, resumed, range(3, 6), replica)
+            if state_digest(opt) != before:
+                wrong.append(f"{settings}: steps of the one change the other")
+            model_steps(model, opt, range(3, 6), replica)
+            if state_digest(opt) != state_digest(resumed):
+                wrong.append(f"{settings}: another run")
+        return wrong
+
+    assert run_ranks(4, worker) == [[]] * 4
 
 
 @pytest.mark.parametrize("local_update", ["gradient", "normuon"])

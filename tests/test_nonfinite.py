@@ -310,7 +310,7 @@ def test_a_dead_projection_wakes_up() -> None:
 
 
 def test_an_update_is_orthonormal_in_every_direction_it_uses() -> None:
-    """P has orthonormal columns and Q unit columns, so ||update|| = lr sqrt(m / n) sqrt(r) however small G is."""
+    """P has orthonormal columns and Q unit columns, so ||update|| = lr sqrt(m r / n) however small G is."""
     for scale in (1e-12, 1.0, 1e12):
         toy = Toy(matrices={"a": (9, 4)}, dense={}, dtype=torch.float64)
         opt = CurvaDion(toy.groups(), lr=0.1, weight_decay=0.0, rank_fraction=1.0, max_local_steps=0)

@@ -143,8 +143,9 @@ def test_newton_schulz_forgets_size_at_every_size(shape: tuple[int, int], dtype:
     expected = muon(M)
     for exponent in range(-44, 39):
         scaled = (M * (10.0**exponent / M.abs().max())).to(dtype)
-        [O] = newton_schulz([scaled.unsqueeze(0) if shape[0] >= shape[1] else scaled.mT.unsqueeze(0)])  # noqa: E741
-        got = (O[0] if shape[0] >= shape[1] else O[0].mT).double()
+        tall = scaled if shape[0] >= shape[1] else scaled.mT
+        result = newton_schulz([tall.unsqueeze(0)])[0][0]
+        got = (result if shape[0] >= shape[1] else result.mT).double()
         assert bool(got.isfinite().all()), f"1e{exponent}"
         if exponent < -39:
             assert float(got.abs().max()) < 1e-30, "no direction left"
@@ -670,3 +671,21 @@ def test_many_buckets_are_as_good_as_one(layout: Layout, options: dict) -> None:
     for (one, few), (many, lots) in run_ranks(layout.world_size(2), run_in_buckets, layout, options):
         assert one == many
         assert few < lots, "there were more of them"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"outer_fragments": 3}, {"outer_fragments": 2, "outer_delay": 1}], ids=str
+)
+def test_x_0_on_the_host_is_the_same_x_0(options: dict) -> None:
+    runs = []
+    for on_host in (False, True):
+        W, b = nn.Parameter(draw(6, 4)), nn.Parameter(draw(5))
+        groups = [{"params": [W]}, {"params": [b], "algorithm": "adamw"}]
+        outer = {"outer_lr": 0.7, "outer_momentum": 0.5, "outer_on_host": on_host}
+        opt = CurvaDion(groups, lr=0.1, **{**OUTER, **outer, **options})
+        for t in range(8):
+            W.grad, b.grad = draw(6, 4, seed=t), draw(5, seed=t)
+            opt.step()
+        runs.append((W, b))
+    for mine, other in zip(*runs, strict=True):
+        assert torch.equal(mine, other)

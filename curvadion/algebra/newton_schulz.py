@@ -1,35 +1,144 @@
 """Muon's orthogonalization by Newton-Schulz iteration, on local shards: pure mathematics, no ranks."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvadion.algebra.side import LOCAL, Side, Tensors
+from curvadion_kernels import reference
+from curvadion_kernels.reference import compute_dtype
 
-STEPS = 5
-A, B, C = 3.4445, -4.7750, 2.0315
 LEAST_SQUARE = (
     torch.finfo(torch.float32).tiny ** 2
 )  # below it M is as good as zero: such numbers have few digits and decay no further
 
 
-def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LOCAL) -> Tensors:
-    """Return U f(S) V^T for each M = U S V^T, all singular values f(s) near 1 (0.68 to 1.20 above 3e-3 of the
-    norm); next to 0 for ||M||_F < 1.2e-38.
+def _with_safety(triples: Sequence[tuple[float, float, float]], s: float) -> tuple[tuple[float, ...], ...]:
+    """Return p(x / s) for each p but the last."""
+    return (*((a / s, b / s**3, c / s**5) for a, b, c in triples[:-1]), triples[-1])
 
-        Y <- M / ||M||_F,    5 times:  G = Y^T Y,   Y <- Y (a I + b G + c G^2)
 
-    G is n x n and summed over the shards of the long side in each round. In bfloat16 on a GPU, as is usual,
-    in M's dtype elsewhere; the iteration forgives rounding, because each round starts from Y.
+# The names of the option `newton_schulz`: a, b, c of each round; the last serves all further ones.
+POLYNOMIALS: dict[str, tuple[tuple[float, ...], ...]] = {
+    # Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    "jordan": ((3.4445, -4.7750, 2.0315),),
+    # Amsel et al., "The Polar Express", arXiv:2505.16932, with its safety factor: each round has the best
+    # polynomial for the interval that the rounds before it leave of [1e-3, 1], widened by 1 % for rounding.
+    "polar_express": _with_safety(
+        (
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+            (1.875, -1.25, 0.375),
+        ),
+        1.01,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """How `newton_schulz` iterates; the same on all ranks.
+
+    Where every singular value is above 1e-3 of the norm, f takes it to (in float64)
+
+        rounds   "jordan"          "polar_express"
+        4        0.140 to 1.202    0.423 to 1.560
+        5        0.471 to 1.202    0.846 to 1.124
+        6        0.682 to 1.202    0.994 to 1.001
+        7        0.682 to 1.134    1.000 to 1.000
+
+    and above 3e-3 to 0.682 to 1.202 in five rounds of "jordan", 0.997 to 1.001 in six of "polar_express".
+
+    Attributes:
+        polynomials: a name in POLYNOMIALS.
+        steps: the number of rounds.
+        dtype: they are computed in; None for bfloat16 on a GPU unless M is float64, M's dtype elsewhere.
+    """
+
+    polynomials: str = "jordan"
+    steps: int = 5
+    dtype: torch.dtype | None = None
+
+    @staticmethod
+    def of(group: Mapping[str, Any], momentum: Tensor) -> "Iteration":
+        """Return what a group asks for.
+
+        Without a dtype, momenta in bfloat16 are iterated in bfloat16 on a CPU that has units for its products
+        too: they are several times as fast as float32's there, and the momenta have no more digits.
+        """
+        dtype = group["newton_schulz_dtype"]
+        if (
+            dtype is None
+            and momentum.dtype == torch.bfloat16
+            and momentum.is_cpu
+            and cpu_multiplies_bfloat16()
+        ):
+            dtype = torch.bfloat16
+        return Iteration(group["newton_schulz"], group["newton_schulz_steps"], dtype)
+
+    @property
+    def rounds(self) -> list[tuple[float, ...]]:
+        """The coefficients a, b, c of each round."""
+        triples = POLYNOMIALS[self.polynomials]
+        return [triples[min(k, len(triples) - 1)] for k in range(self.steps)]
+
+    def arithmetic(self, M: Tensor) -> torch.dtype:
+        """Return the dtype in which M is iterated."""
+        if self.dtype is not None:
+            return self.dtype
+        wide = compute_dtype(M.dtype)
+        return torch.bfloat16 if M.is_cuda and wide == torch.float32 else wide
+
+    def flops(self, m: float, n: float) -> float:
+        """Return the FLOPs of all rounds on (m, n), m >= n or the other way round."""
+        long, short = max(m, n), min(m, n)
+        return self.steps * (4 * long * short**2 + 2 * short**3)
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has matrix units for bfloat16 that this process may use.
+
+    Asks the CPU what it can do, and times nothing: all ranks must come to the same answer, also on a machine
+    that is busy.
+    """
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16")) and torch.cpu._init_amx()
+
+
+def newton_schulz(
+    M: Sequence[Tensor],
+    how: Iteration = Iteration(),
+    *,
+    rows: Side = LOCAL,
+    columns: Side = LOCAL,
+    product: Callable[..., Tensor] = reference.symmetric_product,
+) -> Tensors:
+    """Return U f(S) V^T for each M = U S V^T, all singular values f(s) near 1 (see `Iteration`); next to 0
+    for ||M||_F < 1.2e-38.
+
+        Y <- M / ||M||_F,    each round:  G = Y^T Y,   Y <- Y (a I + b G + c G^2)
+
+    G is n x n and summed over the shards of the long side in each round. The iteration forgives rounding,
+    because each round starts from Y.
 
     Args:
         M: batches (B, m, n) with m the longer side of the whole matrix; local shards.
+        how: the polynomials, the number of rounds, and their arithmetic.
         rows, columns: how m and n are spread over ranks.
+        product: returns alpha A^T A + beta A.
 
     Returns: batches of the same shapes and dtypes.
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the iteration
-    and a, b, c.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the iteration.
     """
     if not M:
         return []
@@ -44,11 +153,11 @@ def newton_schulz(M: Sequence[Tensor], *, rows: Side = LOCAL, columns: Side = LO
             for w, s in zip(whole, squared, strict=True)
         ]
         Y = [w * root * root for w, root in zip(whole, roots, strict=True)]
-        Y = [y.to(torch.bfloat16) if y.is_cuda and y.dtype == torch.float32 else y for y in Y]
-        for _ in range(STEPS):
-            grams = rows.sum([(y.mT @ y).to(w.dtype) for y, w in zip(Y, whole, strict=True)], "gram")
+        Y = [y.to(how.arithmetic(y)) for y in Y]
+        for a, b, c in how.rounds:
+            grams = rows.sum([product(y).to(w.dtype) for y, w in zip(Y, whole, strict=True)], "gram")
             for k, gram in enumerate(grams):
                 G = gram.to(Y[k].dtype)
-                Y[k] = torch.baddbmm(Y[k], Y[k], torch.baddbmm(G, G, G, beta=B, alpha=C), beta=A)
+                Y[k] = torch.baddbmm(Y[k], Y[k], product(G, alpha=c, beta=b), beta=a)
         result = [y.to(m.dtype).mT for y, m in zip(Y, M, strict=True)]
     return [y.mT for y in columns.take(result)]

@@ -1,13 +1,14 @@
 """AdamW and Lion for what is not a hidden matrix: embeddings, the head, norms and biases. Local shards only,
 no ranks."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from curvadion_kernels.reference import store_, upcast
+from curvadion_kernels.reference import store_
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
 
@@ -23,8 +24,8 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Take one AdamW step in place, with torch's own kernel, fused unless dtypes are mixed: decoupled weight
-    decay, eps outside the root.
+    """Take one AdamW step in place, with torch's own fused kernel: decoupled weight decay, eps outside the
+    root. In the widest dtype of parameter, gradient and moments, float32 at least.
 
     Args:
         params, grads: local shards of equal shapes.
@@ -33,11 +34,9 @@ def adamw_(
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
     """
-    x, first, second = (upcast(t) for t in (params, moments["exp_avg"], moments["exp_avg_sq"]))
-    g = upcast(grads)
-    fused = len({t.dtype for tensors in (x, g, first, second) for t in tensors}) == 1
+    x, g, first, second = _alike(params, grads, moments["exp_avg"], moments["exp_avg_sq"])
     # The fused kernel wants the counters beside the parameters; they are read, and the caller counts.
-    on_gpu = fused and x[0].is_cuda
+    on_gpu = x[0].is_cuda
     counters = (steps.pin_memory().to(x[0].device, non_blocking=True) if on_gpu else steps.clone()).unbind()
     adamw(
         x,
@@ -46,8 +45,7 @@ def adamw_(
         second,
         [],
         list(counters),
-        fused=fused,
-        foreach=not fused,
+        fused=True,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
@@ -76,7 +74,7 @@ def lion_(
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
     """
-    x, g, m = upcast(params), upcast(grads), upcast(moments["exp_avg"])
+    x, g, m = _alike(params, grads, moments["exp_avg"])
     direction = torch._foreach_lerp(m, g, 1 - betas[0])
     torch._foreach_sign_(direction)
     torch._foreach_mul_(x, 1 - lr * weight_decay)
@@ -84,3 +82,12 @@ def lion_(
     torch._foreach_lerp_(m, g, 1 - betas[1])
     store_(params, x)
     store_(moments["exp_avg"], m)
+
+
+def _alike(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the lists with the k-th tensors of all in their widest dtype, float32 at least."""
+    widest = [
+        functools.reduce(torch.promote_types, (t.dtype for t in row), torch.float32)
+        for row in zip(*lists, strict=True)
+    ]
+    return [[t.to(dtype) for t, dtype in zip(tensors, widest, strict=True)] for tensors in lists]

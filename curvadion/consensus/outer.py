@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from curvadion.consensus.base import Consensus
-from curvadion.consensus.codec import CODECS
+from curvadion.consensus.codec import codec_of
 from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
@@ -82,7 +82,7 @@ class Outer(Consensus):
         self._o = OuterOptions(**{name.removeprefix("outer_"): options[name] for name in self.own_options})
         self.keeps_momentum = self._o.momentum > 0
         self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
-        self._codec = CODECS[self._o.bits]
+        self._codec = codec_of(self._o.bits, options)
         self._X0: list[Tensor] = []
         self._stale = True  # X_0 is still to be taken from the parameters
         self._residuals = [Residuals() for _ in range(self._o.fragments)]
@@ -217,7 +217,17 @@ class Outer(Consensus):
             for part, x in zip(parts, moved, strict=True):
                 part.put(step.X[part.index], x)
         for part, x0 in zip(parts, X0, strict=True):
-            part.put(self._X0[part.index], x0)
+            self._keep(part, x0)
+
+    def _keep(self, part: Part, x0: Tensor) -> None:
+        """Put these values of a part into X_0. On the host only whole tensors arrive without a wait, so a
+        fragment is put where it comes from."""
+        kept = self._X0[part.index]
+        if part.whole or not self._o.on_host:
+            return part.put(kept, x0)
+        fetched = kept.to(x0.device, non_blocking=True)
+        part.put(fetched, x0)
+        kept.copy_(fetched, non_blocking=True)
 
     def _references(self, X: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
         """Return X_0 of these parts where X is. Cut there: on the host it may still be on its way."""

@@ -7,7 +7,10 @@ from torch import Tensor
 from curvadion.gate.key import Decision
 from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT
 
-RELOAD = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
+RELOAD = (
+    "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before "
+    "going on"
+)
 
 
 class NonFiniteError(RuntimeError):

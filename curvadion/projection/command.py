@@ -167,7 +167,7 @@ class Case:
         if compute is None:
             how = f"6 FLOP x parameters x {args.tokens:,.0f} tokens at {args.flops_per_gpu:g} FLOP/s a GPU"
             compute = 6 * model.parameters * args.tokens / (args.flops_per_gpu * args.shards)
-        moves_Q = RULES[args.local_update].moves_Q
+        moves_Q = RULES[args.local_update].uses_Q
         low_rank = {
             "rank_fraction": args.rank_fraction,
             "rank_multiple_of": args.rank_multiple_of,

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.side import Side, Tensors
+from curvadion.allowed import Option
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
+from curvadion.sharding.owners import Owners
 from curvadion.state.batch import Batch, StateSpec
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
@@ -30,6 +32,7 @@ class Step:
         table, store: which parameters there are, and their state.
         schedule: how many steps there were before this one.
         exchange: sums over shards, means over replicas.
+        owners: have work done on whole matrices.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         payload_dtype: of P, R and gradients between replicas; None for the tensor's own.
     """
@@ -41,6 +44,7 @@ class Step:
     store: Store
     schedule: Schedule
     exchange: Exchange
+    owners: Owners
     ops: Ops
     numbers: Numbers
     payload_dtype: torch.dtype | None
@@ -54,17 +58,22 @@ class Step:
         return [self.G[i] for i in batch.params]
 
     def move(self, batch: Batch, direction: Tensor) -> None:
-        """X <- (1 - lr wd) X - lr_local sqrt(rows / columns) direction.
+        """X <- (1 - lr wd) X - lr_local scale direction, with the group's `update_scale`.
+
+        An orthonormal direction is as large as ever where the momentum has all but gone. So a matrix without
+        a gradient in this step, missing or zero on all ranks of the replica, takes no step along it:
+        direction is 0.
 
         Args:
             direction: (B, rows, columns), this rank's shards.
         """
-        group = self.groups[batch.group]
+        group, live = self.groups[batch.group], self.store.live_in(batch)
+        size = local_lr(group) * scale(group, batch)
         self.ops.local_step_(
             [self.X[i] for i in batch.params],
             list(direction.contiguous().unbind()),
             decay=shrinkage(group),
-            step_size=local_lr(group) * scale(batch),
+            step_size=size if live is None else live * size,
         )
 
     def postpone_decay(self, batches: Sequence[Batch]) -> None:
@@ -74,9 +83,10 @@ class Step:
 
     # ---- the shards of batches
 
-    def side(self, batches: Sequence[Batch], dims: Sequence[int]) -> Side:
+    def side(self, batches: Sequence[Batch], dims: Sequence[int], *, synchronized: bool = False) -> Side:
         """Say how the rows of a factor, which run along dimension dims[k] of the matrices of batch k, are
-        spread."""
+        spread; synchronized, sums must be the same in all replicas, bit for bit."""
+        alike = (synchronized and self.exchange.replicas > 1) or any(b.layout.copied for b in batches)
         axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
 
         def gather(factors: Tensors) -> Tensors:
@@ -88,37 +98,74 @@ class Step:
             return self.exchange.sum_over_shards(whole, axes, "gram")
 
         return Side(
-            sum=lambda tensors, purpose: self.exchange.sum_over_shards(tensors, axes, purpose),
+            sum=lambda tensors, purpose: self.exchange.sum_over_shards(tensors, axes, purpose, alike=alike),
             gather=gather,
             take=lambda factors: [
                 b.layout.take(f, d, 1) for f, b, d in zip(factors, batches, dims, strict=True)
             ],
         )
 
-    def rows(self, batches: Sequence[Batch]) -> Side:
+    def rows(self, batches: Sequence[Batch], *, synchronized: bool = False) -> Side:
         """Say how the long sides of the matrices are spread."""
-        return self.side(batches, [b.layout.long for b in batches])
+        return self.side(batches, [b.layout.long for b in batches], synchronized=synchronized)
 
-    def columns(self, batches: Sequence[Batch]) -> Side:
+    def columns(self, batches: Sequence[Batch], *, synchronized: bool = False) -> Side:
         """Say how the short sides of the matrices are spread."""
-        return self.side(batches, [b.layout.short for b in batches])
+        return self.side(batches, [b.layout.short for b in batches], synchronized=synchronized)
 
     def reduction(
-        self, batches: Sequence[Batch], partial: Sequence[Axes], *, synchronized: bool, keep_own: bool = False
+        self,
+        batches: Sequence[Batch],
+        partial: Sequence[Axes],
+        *,
+        synchronized: bool,
+        keep_own: bool = False,
+        live_only: bool = False,
     ) -> Callable[[Tensors], tuple[Tensors, Tensors]]:
         """Return what sums factors over shards where they are partial and, if synchronized, averages over
-        replicas."""
+        replicas.
+
+        Args:
+            keep_own: the first of the two, without the mean, is wanted.
+            live_only: of a matrix without a gradient, in any replica if synchronized, the second is 0, for
+                the reason of `move`. Whether it has one travels with the factors, one number more.
+        """
         copied, dtype = [b.layout.copied for b in batches], self.payload_dtype
 
-        def reduce(factors: Tensors) -> tuple[Tensors, Tensors]:
+        def total(factors: Tensors) -> tuple[Tensors, Tensors]:
             if synchronized:
                 return self.exchange.mean_over_replicas(
-                    factors, partial, copied, "factors", payload_dtype=dtype, keep_own=keep_own
+                    factors,
+                    [*partial] * (len(factors) // len(batches)),
+                    [*copied] * (len(factors) // len(batches)),
+                    "factors",
+                    payload_dtype=dtype,
+                    keep_own=keep_own,
                 )
-            own = self.exchange.sum_over_shards(factors, partial, "factors")
+            own = self.exchange.sum_over_shards(factors, partial, "factors", alike=any(copied))
             return own, own
 
+        def reduce(factors: Tensors) -> tuple[Tensors, Tensors]:
+            live = [self.store.live_in(b) for b in batches] if live_only else []
+            if not live:
+                return total(factors)
+            if not synchronized:
+                own, mean = total(factors)
+                return own, [f if one is None else _masked(f, one) for f, one in zip(mean, live, strict=True)]
+            ones = [
+                f.new_ones(len(f)) if one is None else one.to(f.dtype)
+                for f, one in zip(factors, live, strict=True)
+            ]
+            own, mean = total([*factors, *ones])
+            count = len(batches)
+            pairs = zip(mean[:count], mean[count:], strict=True)
+            return own[:count], [_masked(f, one > 0) for f, one in pairs]
+
         return reduce
+
+
+def _masked(factors: Tensor, live: Tensor) -> Tensor:
+    return factors * live.to(factors.dtype).view(-1, 1, 1)
 
 
 def shrinkage(group: Mapping[str, Any]) -> float:
@@ -131,24 +178,39 @@ def local_lr(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * group["local_lr_scale"]
 
 
-def scale(batch: Batch) -> float:
-    """Return sqrt(rows / columns), which makes updates of all shapes alike."""
-    rows, columns = batch.layout.shape
-    return math.sqrt(rows / columns)
+# The names of the option `update_scale`: factors of an orthonormal update of rows x columns. The first makes
+# it change an output as much in all shapes (Bernstein), the second its entries as large as AdamW's (Liu et
+# al., "Muon is Scalable for LLM Training", arXiv:2502.16982), the third is Jordan's.
+UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda rows, columns: math.sqrt(rows / columns),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+}
+
+
+def scale(group: Mapping[str, Any], batch: Batch) -> float:
+    """Return the factor of the learning rate that the shape of the matrices asks for, sqrt(rows / columns) by
+    default."""
+    return UPDATE_SCALES[group["update_scale"]](*batch.layout.shape)
 
 
 class Rule:
     """What matrices do on a local step. One object serves all: a rule keeps nothing itself.
 
     Attributes:
+        own_options: options of a group that do not mean something under every rule, but do under this one;
+            under the others they are refused.
+        options: options of groups that it declares, `step.groups[batch.group][name]`.
         state: what it keeps for each matrix, `batch.kept[name]`.
-        moves_Q: whether it moves this replica's Q, which synchronized Dion steps need to be common.
+        uses_Q: whether it reads and moves this replica's Q; without it there may be none.
     """
 
+    own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
+    options: Mapping[str, Option] = {}
     state: tuple[StateSpec, ...] = ()
-    moves_Q = False
+    uses_Q = False
 
-    def begin(self, step: Step, key: Tensor) -> None:
+    def begin(self, step: Step, key: Tensor | int) -> None:
         """Enqueue what can be done before the host knows whether the step is local; the device looks at the
         key."""
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.rules.base import Rule, Step
+from curvadion.rules.orthonormal import ITERATION, Slices, orthonormalized
 from curvadion.sharding.layout import Layout
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
@@ -16,7 +16,7 @@ class Dion2(Rule):
         K       = the k slices of m_i with the largest L1 norms; of equal ones the first
         O       = newton_schulz(m_i[K])                                 (k, columns)  or  (rows, k)
         M_i[K]  <- mu m_i[K],  M_i <- m_i elsewhere                     what was not used does not decay
-        X       <- (1 - lr wd) X,  X[K] <- X[K] - lr_local sqrt(rows / columns) O
+        X       <- (1 - lr wd) X,  X[K] <- X[K] - lr_local scale O
 
     k is the rank of "dion": rank_fraction of the shorter side, rounded up to rank_multiple_of. For k = all
     it is "muon". Norms are of whole slices, so that K does not depend on how the matrix is sharded.
@@ -26,6 +26,8 @@ class Dion2(Rule):
     selects along the sharded dimension where there is one, in each shard by itself.
     """
 
+    own_options = (*ITERATION, "update_scale")
+
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
         dims = [0 if b.layout.shape[0] <= b.layout.shape[1] else 1 for b in batches]
         short, long = step.side(batches, dims), step.side(batches, [1 - dim for dim in dims])
@@ -34,19 +36,22 @@ class Dion2(Rule):
         # In float64 sums of float32 hardly depend on their order, and near ties not on the layout.
         sizes = long.sum([m.abs().sum(-1, keepdim=True, dtype=torch.float64) for m in M], "norms")
         pairs = zip(short.gather(sizes), batches, strict=True)
-        chosen = [_largest(size.squeeze(-1), b.Q.shape[-1]) for size, b in pairs]
+        chosen = [_largest(size.squeeze(-1), b.rank) for size, b in pairs]
         # Where the shorter side is sharded, each rank contributes the chosen slices that it has, and all get
         # all k: no more than k slices travel and are multiplied on any layout; "muon" gathers the whole side.
         parts = zip(M, chosen, batches, dims, strict=True)
         selected = short.sum([_select(m, c, b.layout, dim) for m, c, b, dim in parts], "gram")
-        directions = newton_schulz([s.mT for s in selected], rows=long)
-        for b, dim, m, c, direction in zip(batches, dims, momenta, chosen, directions, strict=True):
-            place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
-            # One slice of zeros more is what those that were not chosen take.
-            update = torch.nn.functional.pad(direction.mT, (0, 0, 0, 1)).gather(1, place.expand_as(m))
-            step.move(b, _slices_first(update, dim))
-            decay = torch.ones_like(place, dtype=direction.dtype)
-            m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
+        slices = [Slices(c.shape[1], dim) for c, dim in zip(chosen, dims, strict=True)]
+        for arrived in orthonormalized(step, batches, lambda stack: stack.of(selected[stack.index]), slices):
+            for stack, direction in arrived:
+                b, dim, c = batches[stack.index].part(stack), dims[stack.index], stack.of(chosen[stack.index])
+                m = stack.of(momenta[stack.index])
+                place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
+                # One slice of zeros more is what those that were not chosen take.
+                update = torch.nn.functional.pad(direction, (0, 0, 0, 1)).gather(1, place.expand_as(m))
+                step.move(b, _slices_first(update, dim))
+                decay = torch.ones_like(place, dtype=compute_dtype(m.dtype))
+                m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
 
 
 def _slices_first(matrices: Tensor, dim: int) -> Tensor:

@@ -9,7 +9,9 @@ from curvadion.state.batch import Batch
 class Gradient(Rule):
     """A plain gradient step, which the device takes by itself if the gate's key says "local"."""
 
-    def begin(self, step: Step, key: Tensor | None) -> None:
+    own_options = ()
+
+    def begin(self, step: Step, key: Tensor | int | None) -> None:
         members = step.store.matrices_with("gradient", step.groups)
         if not members:
             return

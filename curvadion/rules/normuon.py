@@ -3,21 +3,21 @@
 import torch
 from torch import Tensor
 
-from curvadion.rules.base import Rule, Step
-from curvadion.rules.muon import orthonormalized
+from curvadion.rules.base import Step
+from curvadion.rules.muon import Muon
 from curvadion.state.batch import Batch, StateSpec
 
 SECOND_MOMENT = StateSpec("second_moment", "rows")
 
 
-class NorMuon(Rule):
+class NorMuon(Muon):
     """Muon with rows (output neurons) of like size in the long run; the whole update is as large as Muon's.
 
-        O     = newton_schulz(m_i)                                          (rows, columns)
+        O     = newton_schulz(m_i), with nesterov of G_i + mu m_i           (rows, columns)
         v     <- beta2 v + (1 - beta2) mean of O^2 over the columns         (rows,)
         O_hat = O / (sqrt(v) + eps), row by row                             (rows, columns)
         M_i   <- mu m_i
-        X     <- (1 - lr wd) X - lr_local sqrt(rows / columns) (||O||_F / ||O_hat||_F) O_hat
+        X     <- (1 - lr wd) X - lr_local scale (||O||_F / ||O_hat||_F) O_hat
 
     beta2 is the group's betas[1], eps its eps. That v starts at zero needs no correction: 1 - beta2^t would
     be a factor of all rows, and the norms cancel it. Rows are the parameter's, even if it has fewer of them.
@@ -25,13 +25,14 @@ class NorMuon(Rule):
     Source: Li et al., "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, for v and O_hat.
     The paper steps by 0.2 lr sqrt(rows columns) / ||O_hat||_F, so that the root mean square of entries is
     0.2 lr; the authors' code, github.com/zichongli5/NorMuon, keeps ||O||_F, as this does: the learning rate
-    means what it does with "muon". Their momentum is an average, in the code with Nesterov; here, "muon"'s.
+    means what it does with "muon". Their momentum is an average, in the code with Nesterov, here an option.
     """
 
     state = (SECOND_MOMENT,)
 
-    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        directions = orthonormalized(step, batches, [b.M for b in batches])
+    def move(self, step: Step, batches: list[Batch], directions: list[Tensor]) -> None:
+        moments = [b.kept[SECOND_MOMENT.name] for b in batches]
+        directions = [d.to(v.dtype) for d, v in zip(directions, moments, strict=True)]
         over_rows, over_columns = (step.side(batches, [dim] * len(batches)) for dim in (0, 1))
         squares = over_columns.sum([d.square().sum(-1) for d in directions], "norms")
         factors = [_factor(step, b, s) for b, s in zip(batches, squares, strict=True)]
@@ -46,7 +47,6 @@ class NorMuon(Rule):
             before, after = norm.unbind(-1)
             rescaled = torch.where(after > 0, before / after, 0.0).sqrt().unsqueeze(-1) * factor
             step.move(b, direction * rescaled.unsqueeze(-1))
-        step.postpone_decay(batches)
 
 
 def _factor(step: Step, batch: Batch, squares: Tensor) -> Tensor:

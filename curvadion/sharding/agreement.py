@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.exchange import Exchange
 
 
@@ -46,8 +47,8 @@ class Agreement:
         if "config" in different:
             raise ReplicaMismatchError(
                 "all ranks must construct CurvaDion with the same options and the same list of parameters; "
-                "they differ on some rank; compare the arguments, the parameter groups and the model on "
-                "each of them"
+                "they differ on some rank; compare the arguments, the parameter groups, the model, "
+                "opt.kernels and torch's precision of float32 products on each of them"
             )
         if "step" in different:
             raise ReplicaMismatchError(
@@ -79,11 +80,11 @@ def hash_tensors(tensors: Iterable[Tensor], chunk: int = 1 << 22) -> int:
     """Return 62 bits that tell the tensors' contents apart: a weighted sum of their bits modulo 2^64, on
     their device.
 
-    0 for no tensors.
+    0 for no tensors, and in a dry run.
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     tensors = [t.contiguous().view(integer[t.element_size()]).reshape(-1) for t in tensors]
-    if not tensors:
+    if not tensors or has_no_values(tensors[0]):
         return 0
     longest = min(chunk, max(t.numel() for t in tensors))
     weights = torch.arange(longest, device=tensors[0].device).mul_(0x9E3779B97F4A7C1).add_(1).bitwise_or_(1)

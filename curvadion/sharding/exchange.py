@@ -3,38 +3,43 @@
 Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they
 branch only on the reduced gate key, and a missing gradient contributes zeros.
 
-    1. if due: agreement          MAX of six int64 over the replicas, then over the shards
-    2. if any: partial gradients  SUM over the axes they are partial on
-    3. norms and flags            one SUM over all shards
-    4. gate="drift", if asked     SUM of two numbers over the shards, mean over the replicas
-       gate                       one MAX of one int64 over the replicas; with gate_lag read one step later
-    5. synchronized step          parameters, moments      mean over replicas   (only after a local step)
-                                  Q                        replica 0's          (only after a local Dion step)
-                                  P                        sum over shards, mean over replicas
-                                  Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
-                                  R                        sum over shards, mean over replicas
-                                  column norms             one SUM over the shards of R's rows
-                                  Gram matrices            two SUMs over the shards of R's rows ("qr" only)
-                                  AdamW, Lion gradients    mean over replicas
-       local step                 each rule's own, over the shards only, in the order of RULES:
-                                  "dion"                   P, Gram, R, column norms as above
-                                  "muon"                   the short side gathered; norms and in each round Gram
-                                                           matrices, one SUM over the shards of the long side
-                                  "normuon"                as "muon"; norms of rows and of matrices: two SUMs
-                                  "dion2"                  norms of slices: summed, gathered; slices; as "muon"
+    1. if due: agreement      MAX of six int64 over the replicas, then over the shards
+    2. if partial: gradients  SUM over the axes they are partial on
+    3. norms and flags        one SUM over all shards
+    4. gate="drift"           if asked: SUM of two numbers over the shards, mean over the replicas
+       gate                   one MAX of one int64 over the replicas; with gate_lag read one step later
+    5. synchronized step      parameters, moments      mean over replicas   (only after a local step)
+                              Q                        replica 0's          (only after a local Dion step)
+                              P                        sum over shards, mean over replicas
+                              Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
+                              R                        sum over shards, mean over replicas
+                              column norms             one SUM over the shards of R's rows
+                              Gram matrices            two SUMs over the shards of R's rows ("qr" only)
+                              AdamW, Lion gradients    mean over replicas
+       local step             each rule's own, over the shards only, in the order of RULES:
+                              "dion"                   P, Gram, R, column norms as above
+                              "muon"                   matrices to their owners, updates back: two all-to-alls
+                                                       a bucket, see `owners`. Where that is dearer: the short
+                                                       side gathered; norms and in each round Gram matrices,
+                                                       one SUM over the shards of the long side
+                              "normuon"                as "muon"; norms of rows and of matrices: two SUMs
+                                                       after each bucket
+                              "dion2"                  norms of slices: summed, gathered; slices; as "muon"
        synchronized step with consensus="outer": a local step, then
-                                  pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
-                                                           replica its part of the mean (all-to-all), then all
-                                                           parts to all (all-gather); with outer_delay the
-                                                           first in this step, the second half of the delay
-                                                           later
+                              pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
+                                                       replica its part of the mean (all-to-all), then all
+                                                       parts to all (all-gather); with outer_delay the
+                                                       first in this step, the second half of the delay
+                                                       later
 
 What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on
 S shard ranks is reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges
-its piece with its peers in the other replicas, and the pieces are gathered inside the replica. Flat buffers:
-one call per set of axes and dtype, whatever the number of matrices, in buckets of at most BUCKET_BYTES. A sum
-over several axes is one collective after the other, so that the groups of the DeviceMesh suffice and none has
-to be made.
+its piece with its peers in the other replicas, and the pieces are gathered inside the replica. A SUM whose
+bits must be those that other groups of ranks get is an all-to-all and an all-gather where it has more than
+two summands: backends promise an order of summation within one call, not from one group to the next. Flat
+buffers: one call per set of axes and dtype, whatever the number of matrices, in buckets of at most
+BUCKET_BYTES. A sum over several axes is one collective after the other, so that the groups of the DeviceMesh
+suffice and none has to be made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +50,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
 from curvadion.sharding.journey import Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
@@ -65,10 +71,10 @@ class Answer:
     wait: Callable[[], object] | None = None
 
     def read(self) -> int:
-        """Wait for the key, and return it."""
+        """Wait for the key, and return it; in a dry run "local"."""
         if self.wait is not None:
             self.wait()
-        return int(self.key)
+        return 0 if has_no_values(self.key) else int(self.key)
 
 
 class Exchange:
@@ -91,20 +97,53 @@ class Exchange:
 
     # ---- inside one replica
 
-    def sum_over_shards(self, tensors: Sequence[Tensor], axes: Sequence[Axes], purpose: str) -> list[Tensor]:
-        """Return each tensor summed over its axes, in flat buffers; the same object where it has none."""
+    def sum_over_shards(
+        self, tensors: Sequence[Tensor], axes: Sequence[Axes], purpose: str, *, alike: bool = False
+    ) -> list[Tensor]:
+        """Return each tensor summed over its axes, in flat buffers; the same object where it has none.
+
+        Args:
+            alike: ranks that sum the same numbers in another group, such as another replica, must get the
+                same bits.
+        """
         result = list(tensors)
         for (over,), indices in buckets(tensors, [(a,) for a in axes]):
             if over:
                 flat = flatten(tensors, indices)
-                for axis in over:
-                    self._along(axis, "all_reduce", purpose, flat, ReduceOp.SUM)
+                for axis in over:  # after the first, groups side by side sum the same numbers
+                    flat = self._sum(flat, axis, purpose, alike=alike or axis != over[0])
                 unflatten(flat, tensors, indices, result)
         return result
 
-    def sum_over_all_shards(self, tensor: Tensor, purpose: str) -> Tensor:
+    def _sum(self, flat: Tensor, axis: int, purpose: str, *, alike: bool) -> Tensor:
+        """Return the sum of the flat buffers along an axis; alike, in the order of the ranks."""
+        part = self._part(flat.numel(), axis)
+        if part.parts == 2 or not alike:
+            self._along(axis, "all_reduce", purpose, flat, ReduceOp.SUM)
+            return flat
+        sent = pad(flat, part.chunk * part.parts)
+        received = torch.empty_like(sent)
+        self._along(axis, "all_to_all", purpose, received, sent)
+        return self._gather(received.view(part.parts, -1).sum(0), [axis], [part], purpose)
+
+    def sum_over_all_shards(self, tensor: Tensor, purpose: str, *, alike: bool = False) -> Tensor:
         """Return the tensor summed over the whole replica."""
-        return self.sum_over_shards([tensor], [self.shards.axes], purpose)[0]
+        return self.sum_over_shards([tensor], [self.shards.axes], purpose, alike=alike)[0]
+
+    def start_all_to_all(
+        self,
+        sent: Tensor,
+        sent_counts: Sequence[int],
+        received: Tensor,
+        received_counts: Sequence[int],
+        purpose: str,
+    ) -> Work:
+        """Start sending each rank of the replica its part of a flat buffer, as many elements as said."""
+        group, size = self.shards.everyone, sent.element_size()
+        self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
+        # As bytes, which every backend sends, whatever the dtype.
+        sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
+        return group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
 
     # ---- between replicas
 
@@ -128,7 +167,7 @@ class Exchange:
             keep_own: whether the caller wants `own`; without it, `own` is unspecified.
         """
         if self.replicas == 1:
-            own = self.sum_over_shards(tensors, partial, purpose)
+            own = self.sum_over_shards(tensors, partial, purpose, alike=any(copied))
             return own, own
 
         own, mean = list(tensors), list(tensors)
@@ -157,8 +196,8 @@ class Exchange:
         """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all
         replicas.
 
-            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i      first leg: the k-th part of c_i to replica k,
-            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean  second: which rounds the mean of that part and
+            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i      first leg: k-th part of c_i to replica k,
+            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean  second: which rounds the mean of it and
                                                                     sends it to all
 
         Each replica sends what an all-reduce of so many bits would send. Compute and residuals are in the
@@ -208,7 +247,7 @@ class Exchange:
         """Replace tensors by replica 0's."""
 
         def broadcast(piece: Tensor) -> Tensor:
-            self.over_replicas("broadcast", purpose, piece).wait()
+            self.over_replicas("broadcast", purpose, piece, wait=True)
             return piece
 
         if self.replicas > 1:
@@ -217,7 +256,7 @@ class Exchange:
     def max_over_replicas(self, key: Tensor) -> Tensor:
         """Return the MAX of the gate key over the replicas."""
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX, wait=True)
         return key
 
     def start_max_over_replicas(self, key: Tensor) -> Answer:
@@ -231,7 +270,7 @@ class Exchange:
         self._aside = self._aside or torch.cuda.Stream(key.device)
         self._aside.wait_stream(torch.cuda.current_stream(key.device))
         with torch.cuda.stream(self._aside):
-            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX).wait()
+            self.over_replicas("all_reduce", "gate", sent, ReduceOp.MAX, wait=True)
             host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
             host.copy_(sent, non_blocking=True)
             sent.record_stream(self._aside)
@@ -241,34 +280,38 @@ class Exchange:
         """Return which of step, config and weights differ somewhere: the same answer on every rank.
 
         MAX of x and of -x over the replicas, then over the shards; only the peers in other replicas hold
-        comparable weights.
+        comparable weights. A dry run finds no difference.
         """
         message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX).wait()
-        different = int(message[4] != -message[5])
+            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
+        different = (message[4] != -message[5]).to(message)
         message[4], message[5] = different, -different
         for axis in self.shards.axes:
             self._along(axis, "all_reduce", "check", message, ReduceOp.MAX)
+        if has_no_values(message):
+            return []
         found = message.tolist()
         differ = {"step": found[0] != -found[1], "config": found[2] != -found[3], "weights": found[4] != 0}
         return [name for name, differs in differ.items() if differs]
 
     # ---- how it is done
 
-    def over_replicas(self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> Work:
+    def over_replicas(
+        self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType, wait: bool = False
+    ) -> Work:
         """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
         assert self._peers is not None, "nothing crosses replicas where there is one"
         self._count(collective, self._peers, ("replicate", purpose), *args)
-        work: Work = getattr(self._peers, collective)(*args)
+        work: Work = getattr(self._peers, collective)(*args, wait=wait)
         return work
 
     def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
         """Do and count a collective inside the replica, along one axis."""
         group = self.shards.group(axis)
         self._count(collective, group, ("shard", purpose), *args)
-        getattr(group, collective)(*args).wait()
+        getattr(group, collective)(*args, wait=True)
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives
@@ -278,7 +321,9 @@ class Exchange:
         self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> Tensor:
         """Return the mean over the replicas; without copy the piece may be overwritten."""
-        return Mean(self, piece, purpose, payload_dtype, copy).next_leg() if piece.numel() else piece
+        if not piece.numel():
+            return piece
+        return Mean(self, piece, purpose, payload_dtype, copy, wait=True).next_leg()
 
     def _replace(
         self,

@@ -2,8 +2,9 @@
 process."""
 
 import threading
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ _reduce_scatter: Callable[..., Any] = (
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+T = TypeVar("T")
+
+
 class Work(Protocol):
     """A collective under way."""
 
@@ -28,6 +32,9 @@ class Group(Protocol):
     """The ranks of one collective. All of them make the same calls in the same order, with tensors of equal
     sizes.
 
+    Each call is waited for with `wait` of what it returns, also one that was made with wait=True: then the
+    result may be used at once, in order with what the device does next, and NCCL needs no other stream.
+
     Attributes:
         size, rank: how many there are, and which one this is.
         ranks: their global ranks; empty where there are none.
@@ -37,20 +44,36 @@ class Group(Protocol):
     rank: int
     ranks: list[int]
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType) -> Work:
+    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
         """Start replacing the tensor by the sum or the maximum of all ranks' tensors."""
 
-    def all_to_all(self, received: Tensor, sent: Tensor) -> Work:
-        """Start sending the k-th of `size` equal parts of `sent` to rank k."""
+    def all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_sizes: list[int] | None = None,
+        sent_sizes: list[int] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Work:
+        """Start sending the k-th part of `sent` to rank k: of `size` equal ones, or parts of these sizes."""
 
-    def all_gather(self, whole: Tensor, piece: Tensor) -> Work:
+    def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         """Start putting the pieces of all ranks, one after the other, into `whole`."""
 
-    def reduce_scatter(self, piece: Tensor, whole: Tensor) -> Work:
+    def reduce_scatter(self, piece: Tensor, whole: Tensor, *, wait: bool = False) -> Work:
         """Start putting this rank's part of the sum of all `whole` into `piece`."""
 
-    def broadcast(self, tensor: Tensor) -> Work:
+    def broadcast(self, tensor: Tensor, *, wait: bool = False) -> Work:
         """Start replacing the tensor by rank 0's."""
+
+
+class _Done:
+    def wait(self) -> None:
+        """Return: it is done."""
+
+
+_DONE = _Done()
 
 
 class TorchGroup:
@@ -61,33 +84,45 @@ class TorchGroup:
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.ranks: list[int] = dist.get_process_group_ranks(group)
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType) -> Work:
-        return dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
+    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
+        return dist.all_reduce(tensor, op=op, group=self.group, async_op=not wait) or _DONE
 
-    def all_to_all(self, received: Tensor, sent: Tensor) -> Work:
-        return dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+    def all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_sizes: list[int] | None = None,
+        sent_sizes: list[int] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Work:
+        work = dist.all_to_all_single(
+            received, sent, received_sizes, sent_sizes, group=self.group, async_op=not wait
+        )
+        return work or _DONE
 
-    def all_gather(self, whole: Tensor, piece: Tensor) -> Work:
-        return _all_gather(whole, piece, group=self.group, async_op=True)
+    def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
+        return _all_gather(whole, piece, group=self.group, async_op=not wait) or _DONE
 
-    def reduce_scatter(self, piece: Tensor, whole: Tensor) -> Work:
-        return _reduce_scatter(piece, whole, group=self.group, async_op=True)
+    def reduce_scatter(self, piece: Tensor, whole: Tensor, *, wait: bool = False) -> Work:
+        return _reduce_scatter(piece, whole, group=self.group, async_op=not wait) or _DONE
 
-    def broadcast(self, tensor: Tensor) -> Work:
-        return dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)
-
-
-class _Done:
-    def wait(self) -> None:
-        """Return: it is done."""
+    def broadcast(self, tensor: Tensor, *, wait: bool = False) -> Work:
+        return dist.broadcast(tensor, group=self.group, group_src=0, async_op=not wait) or _DONE
 
 
 class ThreadGroup:
     """One rank of a group whose ranks are threads of this process, each with tensors of its own.
 
     For simulations: K optimizers in K threads, `CurvaDion(..., replicate_mesh=group)`, take the steps of K
-    processes. `ThreadGroup.of(K)` returns one for each thread. Sums are taken in rank order. A thread that
-    gives up calls `abort`, and the others' next collective raises threading.BrokenBarrierError.
+    processes. `ThreadGroup.run(K, replica)` lets each of K threads call replica(group) with its own.
+
+    Sums are ((t_0 + t_1) + t_2) + ... in rank order, in the tensors' dtype. Two ranks are summed by gloo in
+    the same way, bitwise; more are added in another order by gloo and NCCL, which differs from one part of a
+    buffer to the next, so that results agree to rounding only. Maxima and copies are exact.
+
+    A thread must not leave the others waiting: used as a context manager, as `run` does, the group lets
+    their next collective raise threading.BrokenBarrierError if its body raises.
     """
 
     def __init__(self, size: int, rank: int, barrier: threading.Barrier, box: list[Any]):
@@ -101,36 +136,70 @@ class ThreadGroup:
         barrier = threading.Barrier(size, action=lambda: _perform(box))
         return [ThreadGroup(size, rank, barrier, box) for rank in range(size)]
 
+    @staticmethod
+    def run(size: int, replica: "Callable[[ThreadGroup], T]") -> list[T]:
+        """Return [replica(group of rank 0), replica(group of rank 1), ...], each called in a thread of its
+        own.
+
+        If one raises, the others' collectives do too, and then so does this, what that one raised.
+        """
+
+        def guarded(group: ThreadGroup) -> T:
+            with group:
+                return replica(group)
+
+        with ThreadPoolExecutor(size) as threads:
+            return results_of([threads.submit(guarded, group) for group in ThreadGroup.of(size)])
+
+    def __enter__(self) -> "ThreadGroup":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.abort()
+
     def abort(self) -> None:
         """Let the collectives of the other ranks raise rather than wait for this one."""
         self._barrier.abort()
 
-    def _meet(self, kind: str, mine: Tensor, target: Tensor) -> Work:
-        self._box[self.rank] = kind, mine, target
+    def _meet(self, kind: str, mine: Tensor, target: Tensor, sizes: list[int] | None = None) -> Work:
+        self._box[self.rank] = kind, mine, target, sizes
+        if mine.is_cuda:  # another thread, on a stream of its own, reads and writes them
+            torch.cuda.current_stream(mine.device).synchronize()
         self._barrier.wait()
-        return _Done()
+        return _DONE
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType) -> Work:
+    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
         return self._meet("max" if op == ReduceOp.MAX else "sum", tensor, tensor)
 
-    def all_to_all(self, received: Tensor, sent: Tensor) -> Work:
-        return self._meet("all_to_all", sent, received)
+    def all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_sizes: list[int] | None = None,
+        sent_sizes: list[int] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Work:
+        kind = "all_to_all" if sent_sizes is None else "all_to_all_uneven"
+        return self._meet(kind, sent, received, sent_sizes)
 
-    def all_gather(self, whole: Tensor, piece: Tensor) -> Work:
+    def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         return self._meet("all_gather", piece, whole)
 
-    def reduce_scatter(self, piece: Tensor, whole: Tensor) -> Work:
+    def reduce_scatter(self, piece: Tensor, whole: Tensor, *, wait: bool = False) -> Work:
         return self._meet("reduce_scatter", whole, piece)
 
-    def broadcast(self, tensor: Tensor) -> Work:
+    def broadcast(self, tensor: Tensor, *, wait: bool = False) -> Work:
         return self._meet("broadcast", tensor, tensor)
 
 
 @torch.no_grad()
 def _perform(box: list[Any]) -> None:
     """Do a collective for all ranks, once all are there; run by one of their threads."""
-    kinds, given, targets = zip(*box, strict=True)
-    if len(set(kinds)) > 1 or len({(t.numel(), t.dtype) for t in given}) > 1:
+    kinds, given, targets, sizes = zip(*box, strict=True)
+    uneven = kinds[0] == "all_to_all_uneven"
+    if len(set(kinds)) > 1 or len({(0 if uneven else t.numel(), t.dtype) for t in given}) > 1:
         what = [f"{kind} of {t.numel()} {t.dtype}" for kind, t in zip(kinds, given, strict=True)]
         raise RuntimeError(
             f"all ranks must take part in the same collective; got {', '.join(what)}; step them together"
@@ -145,10 +214,21 @@ def _perform(box: list[Any]) -> None:
         parts = [torch.stack(given).amax(0)] * size
     elif kind == "all_gather":
         parts = [torch.cat(given)] * size
-    elif kind == "all_to_all":
-        pieces = [t.chunk(size) for t in given]
+    elif kind in ("all_to_all", "all_to_all_uneven"):
+        pieces = [t.split(s) if uneven else t.chunk(size) for t, s in zip(given, sizes, strict=True)]
         parts = [torch.cat([theirs[rank] for theirs in pieces]) for rank in range(size)]
     else:
         parts = [given[0].clone()] * size
     for target, part in zip(targets, parts, strict=True):
         target.copy_(part)
+    for device in {target.device for target in targets if target.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def results_of(replicas: Sequence[Future[T]]) -> list[T]:
+    """Wait for all replicas, and return their results; raise what one raised, rather than what it broke."""
+    wait(replicas)
+    errors = [error for replica in replicas if (error := replica.exception()) is not None]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return [replica.result() for replica in replicas]

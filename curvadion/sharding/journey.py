@@ -62,7 +62,9 @@ class Replicas(Protocol):
 
     replicas: int
 
-    def over_replicas(self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> Work:
+    def over_replicas(
+        self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType, wait: bool = False
+    ) -> Work:
         """Count a collective over the replicas, and start it."""
 
 
@@ -89,11 +91,17 @@ class Mean:
     """One all-reduce, in `payload_dtype`; without copy the piece may be overwritten."""
 
     def __init__(
-        self, exchange: Replicas, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None, copy: bool
+        self,
+        exchange: Replicas,
+        piece: Tensor,
+        purpose: str,
+        payload_dtype: torch.dtype | None,
+        copy: bool,
+        wait: bool = False,
     ):
         self._sent, self._dtype = piece.to(payload_dtype or piece.dtype, copy=copy), piece.dtype
         self._replicas = exchange.replicas
-        self._work = exchange.over_replicas("all_reduce", purpose, self._sent, ReduceOp.SUM)
+        self._work = exchange.over_replicas("all_reduce", purpose, self._sent, ReduceOp.SUM, wait=wait)
 
     def next_leg(self) -> Tensor:
         self._work.wait()
@@ -132,6 +140,7 @@ class RoundedMean:
         parts = self._codec.decode(self._received, self._dtype)
         self._received = None
         self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
+        del parts  # as large as the buffer, and not wanted any more
         part = self._codec.encode(self._ours)
         self._ours.sub_(self._codec.decode(part, self._dtype))
         self._work = self._exchange.over_replicas("all_gather", self._purpose, self._sent, part)

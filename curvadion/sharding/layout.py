@@ -5,11 +5,14 @@ axes split which dimension of a parameter and over which it is copied. Optimizer
 DTensors here and nowhere else.
 """
 
+import functools
+import itertools
 import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,9 +21,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset,
+    compute_local_shape_and_global_offset,
+)
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
+from curvadion.sharding.dry import with_values
 from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
 
 Axes = tuple[int, ...]  # axes of the shard mesh, ascending
@@ -104,6 +111,24 @@ def reshard_gathered_modules() -> None:
             module.reshard()
 
 
+class Region(NamedTuple):
+    """The part of a tensor that a rank holds: where it begins, and its shape."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return this part of a whole matrix, or of a stack of them."""
+        for dim, (start, length) in enumerate(zip(self.offset, self.shape, strict=True), -len(self.shape)):
+            whole = whole.narrow(dim, start if length else 0, length)
+        return whole
+
+
 class ShardMesh:
     """The ranks that together hold one replica, and their axes (mesh dimensions of more than one rank).
 
@@ -118,9 +143,10 @@ class ShardMesh:
             if isinstance(p, DTensor) and all(p.device_mesh is not m for m in meshes):
                 meshes.append(p.device_mesh)
         self.mesh = max(meshes, key=lambda m: m.size(), default=None)
-        self.ranks: tuple[int, ...] = (
-            tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
-        )
+        with with_values():
+            self.ranks: tuple[int, ...] = (
+                tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
+            )
         self.names: list[str] = []
         self._axis_ranks: list[tuple[int, ...]] = []
         self._groups: list[Group] = []
@@ -134,6 +160,7 @@ class ShardMesh:
         self.axes: Axes = tuple(range(len(self.names)))
         self._axis_of_dim = {id(m): self._match(m) for m in meshes}
         self._meshes = meshes  # keeps the ids above alive
+        self._regions: dict[tuple, tuple[Region, ...]] = {}
 
     def _match(self, mesh: DeviceMesh) -> dict[int, int]:
         """Return the axis of each dimension of a parameter's mesh (dimensions of size 1 have none)."""
@@ -144,10 +171,64 @@ class ShardMesh:
                     "the meshes of all parameters must be sub-meshes of one mesh, which holds one replica; "
                     f"got a parameter on {mesh} beside one on {self.mesh}. Build one DeviceMesh, for "
                     "instance with dimensions "
-                    '("replicate", "shard", "tp"), and slice the meshes for fully_shard and parallelize_module from it'
+                    '("replicate", "shard", "tp"), and slice the meshes for fully_shard and '
+                    "parallelize_module from it"
                 )
             found[dim] = self._axis_ranks.index(ranks)
         return found
+
+    @property
+    def size(self) -> int:
+        """The number of ranks of a replica."""
+        return max(1, len(self.ranks))
+
+    @functools.cached_property
+    def everyone(self) -> Group:
+        """The ranks of the replica as one group: the axis if there is one, else a group that they make now,
+        all of them together."""
+        if len(self.axes) == 1:
+            return self._groups[0]
+        return TorchGroup(_group_of(tuple(sorted(self.ranks))))
+
+    @functools.cached_property
+    def members(self) -> list[int]:
+        """The global ranks of `everyone`, in its order."""
+        if not self.axes:
+            return [dist.get_rank() if dist.is_initialized() else 0]
+        return self.everyone.ranks
+
+    @functools.cached_property
+    def index(self) -> int:
+        """This rank's place among them."""
+        return self.everyone.rank if self.axes else 0
+
+    @functools.cached_property
+    def coordinates(self) -> list[tuple[int, ...]]:
+        """The place along each axis of each rank of `everyone`."""
+        if self.mesh is None or not self.axes:
+            return [()]
+        sizes = tuple(self.mesh.shape)
+        place_of = dict(zip(self.ranks, itertools.product(*map(range, sizes)), strict=True))
+        wide = [dim for dim, size in enumerate(sizes) if size > 1]
+        return [tuple(place_of[rank][dim] for dim in wide) for rank in self.members]
+
+    def regions(self, layout: "Layout") -> tuple[Region, ...]:
+        """Return the part of a parameter that each rank of `everyone` holds."""
+        key = (layout.shape, id(layout.mesh), str(layout.placements))
+        if key not in self._regions:
+            self._regions[key] = tuple(self._region(layout, place) for place in self.coordinates)
+        return self._regions[key]
+
+    def _region(self, layout: "Layout", place: tuple[int, ...]) -> Region:
+        if layout.mesh is None:
+            return Region((0,) * len(layout.shape), layout.shape)
+        axes = [self.axis_of(layout.mesh, dim) for dim in range(layout.mesh.ndim)]
+        coordinate = [0 if axis is None else place[axis] for axis in axes]
+        with with_values():
+            shape, offset = _compute_local_shape_and_global_offset(
+                layout.shape, tuple(layout.mesh.shape), coordinate, layout.placements
+            )
+        return Region(tuple(offset), tuple(shape))
 
     def axis_of(self, mesh: DeviceMesh, dim: int) -> int | None:
         """Return the axis that a dimension of a parameter's mesh is, None if it has one rank."""
@@ -168,6 +249,24 @@ class ShardMesh:
     def is_first(self, axes: Axes) -> bool:
         """Say whether this rank is at coordinate 0 of all the given axes."""
         return all(self._groups[axis].rank == 0 for axis in axes)
+
+
+# Optimizers come and go, and share them.
+_GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
+
+
+def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
+    """Return a group of these ranks, all of which call this together; nobody else has to."""
+    if len(ranks) == dist.get_world_size():
+        assert dist.group.WORLD is not None, "a mesh has process groups"
+        return dist.group.WORLD
+    try:
+        dist.get_process_group_ranks(_GROUPS[ranks])
+    except (KeyError, ValueError, RuntimeError):  # not made yet; or destroyed, with all others
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert isinstance(group, ProcessGroup), "this rank is one of them"
+        _GROUPS[ranks] = group
+    return _GROUPS[ranks]
 
 
 def _dims(mesh: DeviceMesh) -> list[tuple[int, tuple[int, ...]]]:
@@ -212,9 +311,10 @@ class Layout:
             if not isinstance(placement, (Shard, _StridedShard)):
                 raise ValueError(f"parameters must be placed Shard or Replicate; got {param.placements}")
             sharded[placement.dim].append(axis)
-        local_shape, offset = compute_local_shape_and_global_offset(
-            param.shape, param.device_mesh, param.placements
-        )
+        with with_values():
+            local_shape, offset = compute_local_shape_and_global_offset(
+                param.shape, param.device_mesh, param.placements
+            )
         used = {axis for axes in sharded for axis in axes}
         return Layout(
             shape,
@@ -249,12 +349,7 @@ class Layout:
     def wrap(self, local: Tensor) -> Tensor:
         """Return a state tensor of the parameter's own shape as the user sees it: a DTensor placed like the
         parameter."""
-        if self.mesh is None:
-            return local
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
-        )
+        return local if self.mesh is None else _wrapped(local, self.mesh, self.placements, self.shape)
 
     def wrap_along(self, local: Tensor, dim: int) -> Tensor:
         """Return a tensor whose rows belong to the rows (dim 0) or columns (1) of the parameter, as a
@@ -262,9 +357,7 @@ class Layout:
         if self.mesh is None:
             return local
         placements = tuple(_along(p, dim) for p in self.placements)
-        shape = torch.Size((self.shape[dim], *local.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+        return _wrapped(local, self.mesh, placements, (self.shape[dim], *local.shape[1:]))
 
     def take(self, whole: Tensor, dim: int, tensor_dim: int) -> Tensor:
         """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's
@@ -273,6 +366,22 @@ class Layout:
             return whole
         length = self.local_shape[dim]
         return whole.narrow(tensor_dim, self.offset[dim] if length else 0, length)
+
+
+def _wrapped(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> Tensor:
+    """Return a DTensor of this local part, which may be a view of a stack.
+
+    torch copies and pickles a DTensor by the storage that it pretends to have if its local part does not
+    begin where its storage does; so it is made of another local part first.
+    """
+    stride = torch.empty(shape, device="meta").stride()
+    tensor = DTensor.from_local(
+        torch.empty_like(local), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    tensor._local_tensor = local
+    return tensor
 
 
 def _along(placement: Placement, dim: int) -> Placement:
@@ -316,7 +425,10 @@ def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Ite
     """Raise ValueError if the replicate axis is inside a parameter's mesh, or a mesh axis splits no parameter
     at all."""
     shared = sorted(set(replica_ranks) & set(shards.ranks) - {dist.get_rank()}) if shards.ranks else []
-    remedy = 'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must not see the replicate axis'
+    remedy = (
+        'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must '
+        "not see the replicate axis"
+    )
     if shared:
         raise ValueError(
             "replicate_mesh must not overlap the mesh that the parameters are sharded on; "

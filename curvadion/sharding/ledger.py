@@ -10,7 +10,7 @@ Key = tuple[str, str]  # axis, "replicate" or "shard", and purpose
 
 @dataclass(frozen=True)
 class Purpose:
-    """What is sent, in a reader's words, and over which axes."""
+    """What is sent, in a reader's words, and over which axes it has a row before anything was sent."""
 
     words: str
     axes: tuple[str, ...] = ("replicate", "shard")
@@ -30,7 +30,9 @@ PURPOSES = {
     "norms": Purpose("norms and flags"),
     "partial_gradients": Purpose("gradients that tensor parallelism leaves partial", ("shard",)),
     "gram": Purpose("Gram matrices", ("shard",)),
+    "matrices": Purpose("whole matrices, to their owners and back", ("shard",)),
     "column_norms": Purpose("column norms", ("shard",)),
+    "drift": Purpose("drift, for the gate", ()),
 }
 
 
@@ -47,6 +49,7 @@ WIRE: dict[str, Callable[[int], float]] = {
     "reduce_scatter": lambda k: (k - 1) / k,
     "all_gather": lambda k: k - 1,
     "all_to_all": lambda k: (k - 1) / k,
+    "all_to_all_uneven": lambda k: 1.0,  # what a rank has for itself is not in it
     "broadcast": lambda k: (k - 1) / k,
 }
 
@@ -67,8 +70,8 @@ class Ledger:
     """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard"; the same keys on every
     rank.
 
-    A purpose that PURPOSES does not know, of a rule or a gate added later, has its row from the first call
-    on.
+    A purpose that PURPOSES does not know, of a rule or a gate added later, and "drift" have their row from
+    the first call on.
 
     Attributes:
         calls: collectives.

@@ -2,7 +2,7 @@
 them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvadion.algebra.power_iteration import initial_right_factor, rank_of
 from curvadion.sharding.layout import Axes, Layout, ShardMesh
+from curvadion.sharding.owners import Stack
 from curvadion.state.table import Table
 from curvadion_kernels.reference import compute_dtype
 
@@ -53,7 +54,9 @@ class Batch:
         group: index of the parameter group.
         params: positions in the optimizer's list of parameters.
         layout: of each of them.
-        momentum: (B, rows, cols), local shards; Q: (B, n, r), local rows.
+        momentum: (B, rows, cols), local shards.
+        rank: r, of P, Q and R.
+        Q: (B, n, r), local rows; None where neither the local rule nor the consensus uses it.
         specs, kept: what the local rule keeps; by name, (B, *local shape).
         common_Q: whether Q is the same on all replicas.
         decay: factor of the momentum that was left for the next pass over it.
@@ -63,11 +66,22 @@ class Batch:
     params: list[int]
     layout: Layout
     momentum: Tensor
-    Q: Tensor
+    rank: int
+    Q: Tensor | None = None
     specs: tuple[StateSpec, ...] = ()
     kept: dict[str, Tensor] = field(default_factory=dict)
     common_Q: bool = True
     decay: float = 1.0
+
+    def part(self, stack: Stack) -> "Batch":
+        """Return some of the matrices, as views: to move them and what is kept, not to be kept itself."""
+        return replace(
+            self,
+            params=self.params[stack.start : stack.stop],
+            momentum=stack.of(self.momentum),
+            Q=None if self.Q is None else stack.of(self.Q),
+            kept={name: stack.of(tensor) for name, tensor in self.kept.items()},
+        )
 
     @property
     def M(self) -> Tensor:
@@ -75,6 +89,13 @@ class Batch:
         computation."""
         M = self.momentum.mT if self.layout.transposed else self.momentum
         return M.to(compute_dtype(M.dtype))
+
+    @property
+    def right_factor(self) -> Tensor:
+        """Q, of a rule or a consensus that has said that it uses it."""
+        if self.Q is None:
+            raise RuntimeError("there is a Q only where uses_Q says so; set it on the rule or the consensus")
+        return self.Q
 
     @property
     def rows(self) -> Axes:
@@ -91,13 +112,14 @@ def make_batches(
     table: Table,
     groups: Sequence[Mapping[str, Any]],
     specs: Sequence[tuple[StateSpec, ...]],
+    uses_Q: Sequence[bool],
     momentum_dtype: torch.dtype | None,
 ) -> list[Batch]:
     """Stack matrices that are equal in group, shape, dtype and layout, with their first state; the same on
     all ranks.
 
     Args:
-        specs: for each group, what its local rule keeps.
+        specs, uses_Q: for each group, what its local rule keeps, and whether there is a Q.
     """
     alike: dict[Any, list[int]] = {}
     for i in table.matrices:
@@ -107,12 +129,23 @@ def make_batches(
     batches = []
     for stack in alike.values():
         like, layout, index = table.params[stack[0]], table.layouts[stack[0]], table.group_of[stack[0]]
-        n, group = layout.shape[layout.short], groups[index]
-        r = rank_of(n, group["rank_fraction"], group["rank_multiple_of"])
-        first = [layout.take(initial_right_factor(table.names[i], n, r), layout.short, 0) for i in stack]
-        dtype = momentum_dtype or like.dtype
+        group, dtype = groups[index], momentum_dtype or like.dtype
+        r = rank_of(min(layout.shape), group["rank_fraction"], group["rank_multiple_of"])
         momentum = torch.zeros((len(stack), *layout.local_shape), dtype=dtype, device=like.device)
-        Q = torch.stack(first).to(device=like.device, dtype=compute_dtype(momentum.dtype))
-        kept = {spec.name: Q.new_zeros((len(stack), *spec.local_shape(layout))) for spec in specs[index]}
-        batches.append(Batch(index, stack, layout, momentum, Q, tuple(specs[index]), kept))
+        wide = compute_dtype(dtype)
+        Q = None
+        if uses_Q[index]:
+            Q = momentum.new_empty((len(stack), layout.local_shape[layout.short], r), dtype=wide)
+            for q, i in zip(Q, () if like.is_meta else stack, strict=False):
+                q.copy_(first_right_factor(table.names[i], layout, r))
+        kept = {
+            spec.name: momentum.new_zeros((len(stack), *spec.local_shape(layout)), dtype=wide)
+            for spec in specs[index]
+        }
+        batches.append(Batch(index, stack, layout, momentum, r, Q, tuple(specs[index]), kept))
     return batches
+
+
+def first_right_factor(name: str, layout: Layout, r: int) -> Tensor:
+    """Return this rank's rows of the first Q of a matrix."""
+    return layout.take(initial_right_factor(name, min(layout.shape), r), layout.short, 0)

@@ -1,7 +1,7 @@
 """Optimizer state as tensors: stacked for the arithmetic, and one by one in `optimizer.state` for everybody
 else."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from curvadion.algebra.scalar import MOMENTS
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import local_tensor, reshard_gathered_modules
-from curvadion.state.batch import StateSpec, make_batches
+from curvadion.state.batch import Batch, StateSpec, make_batches
 from curvadion.state.numbers import Numbers
 from curvadion.state.table import Table
 from curvadion_kernels import Ops
@@ -28,10 +28,12 @@ class Store:
     Args:
         table: the parameters.
         groups: their groups.
-        specs: for each group, what its local rule keeps.
+        specs, uses_Q: for each group, what its local rule keeps, and whether there is a Q.
         momentum_dtype: of momentum and moments; None for the parameter's own.
         outer_momentum: whether there is a U of every parameter.
-        before: `optimizer.state` so far, whose values go on; it is left as it was.
+        before: `optimizer.state` so far, whose values go on where there is still a place for them; it is
+            left as it was.
+        own_Q: parameters whose Q in it is this replica's own.
 
     Attributes:
         states: what `optimizer.state` is to hold.
@@ -41,6 +43,8 @@ class Store:
         counters: (3, parameters) float32 on the CPU: steps, local steps in a row, synchronized steps.
         moments: of AdamW and Lion, by parameter and key.
         outer_momenta: U of every parameter, none without outer momentum.
+        live: (L,) bool, the matrices whose gradient in this step is not missing or zero on all ranks of the
+            replica.
     """
 
     def __init__(
@@ -48,19 +52,24 @@ class Store:
         table: Table,
         groups: Sequence[Mapping[str, Any]],
         specs: Sequence[tuple[StateSpec, ...]],
+        uses_Q: Sequence[bool],
         *,
         momentum_dtype: torch.dtype | None,
         outer_momentum: bool,
         before: Mapping[Tensor, Mapping[str, Any]],
+        own_Q: Collection[Tensor] = (),
     ):
         self.table, self.states = table, States()
         self.last_norm = torch.full((len(table.matrices),), NO_NORM, dtype=torch.float32, device=table.device)
         self.counters = torch.zeros(3, len(table.params), dtype=torch.float32, device="cpu")
-        self.batches = make_batches(table, groups, specs, momentum_dtype)
+        self.batches = make_batches(table, groups, specs, uses_Q, momentum_dtype)
         views = {i: m for b in self.batches for i, m in zip(b.params, b.momentum, strict=True)}
         self.momenta = Fixed(views[i] for i in table.matrices)
         batch_of = {i: k for k, b in enumerate(self.batches) for i in b.params}
         self.batch_of = [batch_of[i] for i in table.matrices]
+        self.live = torch.ones(len(table.matrices), dtype=torch.bool, device=table.device)
+        self._place_of = {position: index for index, position in enumerate(table.matrices)}
+        self._places: dict[tuple[int, ...], Tensor] = {}  # in `live`, of a batch's matrices
         self.moments: dict[int, dict[str, Tensor]] = {}
         self._members: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
         self.outer_momenta: list[Tensor] = []
@@ -70,16 +79,12 @@ class Store:
 
         norm_of = {position: self.last_norm[index] for index, position in enumerate(table.matrices)}
         for b in self.batches:
+            b.common_Q = b.Q is None or not any(table.params[i] in own_Q for i in b.params)
             for k, i in enumerate(b.params):
                 own = {spec.name: spec.wrap(b.kept[spec.name][k], b.layout) for spec in b.specs}
-                self._set(
-                    i,
-                    before,
-                    momentum=b.layout.wrap(views[i]),
-                    Q=b.layout.wrap_along(b.Q[k], b.layout.short),
-                    last_norm=norm_of[i],
-                    **own,
-                )
+                if b.Q is not None:
+                    own["Q"] = b.layout.wrap_along(b.Q[k], b.layout.short)
+                self._set(i, before, momentum=b.layout.wrap(views[i]), last_norm=norm_of[i], **own)
         for i in table.scalars:
             layout, dtype = table.layouts[i], momentum_dtype or table.params[i].dtype
             self.moments[i] = {
@@ -101,8 +106,25 @@ class Store:
             **tensors,
         }
         for key, value in before.get(p, {}).items():
-            assign(fresh[key], value)
+            if key in fresh:  # not what a rule has kept that is no longer its group's
+                assign(fresh[key], value)
         self.states[p] = fresh
+
+    @property
+    def own_Q(self) -> set[Tensor]:
+        """The parameters whose Q is this replica's own, as local Dion steps leave it."""
+        return {self.table.params[i] for b in self.batches if not b.common_Q for i in b.params}
+
+    def live_in(self, batch: Batch) -> Tensor | None:
+        """Return which matrices of a batch have a gradient in this step: (B,) float64, 1 or 0; None if it is
+        known that all have one."""
+        if self.live.is_cpu and bool(self.live.all()):
+            return None
+        members = tuple(batch.params)
+        if members not in self._places:
+            places = torch.tensor([self._place_of[i] for i in members], device="cpu")
+            self._places[members] = places.to(self.live.device)
+        return self.live[self._places[members]].to(torch.float64)
 
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Return the positions of the matrices whose group's local rule this is: the same object when asked
@@ -125,8 +147,10 @@ class Store:
         self.counters[1].fill_(schedule.local_steps)
         self.counters[2].fill_(schedule.synchronized_steps)
 
-    def read_counters(self, schedule: Schedule) -> None:
-        """Let the schedule go on from the state that was loaded."""
+    def loaded(self, schedule: Schedule) -> None:
+        """Let the schedule go on from the state that was loaded, whose Q are common."""
+        for b in self.batches:
+            b.common_Q = True
         steps, local, synchronized = self.counters.amax(dim=1).tolist() if self.table.params else (0, 0, 0)
         schedule.steps, schedule.local_steps, schedule.synchronized_steps = (
             int(steps),
@@ -146,7 +170,8 @@ class Store:
                 b.decay = 1.0
 
     def accumulate(self, G: Fixed[Tensor | None], ops: Ops, numbers: Numbers, *, store: bool) -> Tensor:
-        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, and whether another gradient is not finite.
+        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, whether another gradient is not finite, and
+        which gradients of matrices are not zero.
 
         With store=False only the message, for a step that may be skipped.
         """
@@ -163,8 +188,8 @@ class Store:
     def _momentum_norms(self, ops: Ops, exchange: Exchange) -> Tensor:
         """Return ||M_i||_F of every matrix, (L,) float32."""
         nothing = [None] * len(self.momenta)
-        sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[:-2].to(self.table.device)
-        return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms").sqrt()
+        sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[: len(nothing)].to(self.table.device)
+        return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms", alike=True).sqrt()
 
     # ---- between replicas
 
@@ -184,7 +209,7 @@ class Store:
             exchange.average_([m for m, _ in moments], [copied for _, copied in moments], "moments")
         differ = [b for b in self.batches if not b.common_Q]
         copied = [table.shards.complement(b.columns) for b in differ]
-        exchange.broadcast_([b.Q for b in differ], copied, "right_factor")
+        exchange.broadcast_([b.right_factor for b in differ], copied, "right_factor")
         for b in differ:
             b.common_Q = True
 

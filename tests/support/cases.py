@@ -103,6 +103,7 @@ CASES = [
     Case("steered_later", {"gate_lag": 1, "target_sync_rate": 0.5, "tau": 0.8}, gate_only=True),
     Case("steered", {"target_sync_rate": 0.5, "tau": 1.5}, gate_only=True),
     Case("muon", {"local_update": "muon", "local_lr_scale": 0.5}),
+    Case("muon_together", {"local_update": "muon", "owners": "never"}, everywhere=True),
     # The reference's SVD leaves 1e-16 in rows of zeros, which a division by less than eps would show.
     Case(
         "normuon",
@@ -125,6 +126,29 @@ CASES = [
         "dion2_outer",
         {"local_update": "dion2", "consensus": "outer", "outer_lr": 0.8},
         synchronize_after=4,
+    ),
+    Case(
+        "conventions",
+        {
+            "local_update": "muon",
+            "nesterov": True,
+            "newton_schulz": "polar_express",
+            "newton_schulz_steps": 6,
+            "update_scale": "original",
+        },
+        {
+            "tall.weight": {"newton_schulz_steps": 9},  # more than there are polynomials
+            "wide.weight": {"newton_schulz": "jordan", "update_scale": "match_rms_adamw"},
+            "twin.weight": {"local_update": "normuon", "eps": 1e-6, "newton_schulz_steps": 3},
+            "square.weight": {"local_update": "dion2", "nesterov": False, "update_scale": "match_rms_adamw"},
+            "odd.weight": {
+                "local_update": "dion",
+                "nesterov": False,
+                "newton_schulz": "jordan",
+                "newton_schulz_steps": 5,
+            },
+        },
+        everywhere=True,
     ),
     Case("outer", {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6}),
     Case(
@@ -279,7 +303,8 @@ def trajectory(case: Case, replicas: int) -> list[Moment]:
     options = {**BASE, **case.options}
     groups = {n: {"algorithm": ALGORITHMS.get(n, "dion"), **case.groups.get(n, {})} for n in SHAPES}
     for group in (options, *groups.values()):  # what only the method knows
-        group.pop("orthogonalization", None)
+        for option in ("orthogonalization", "owners"):
+            group.pop(option, None)
     in_order = {
         name: value for group in groups_of(initial_values().items(), case) for name, value in group["params"]
     }
@@ -359,7 +384,8 @@ def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
 
 
 def run_case(placed: Placed, parts: list[dict[str, Tensor | None]], case: Case, replicas: int) -> list[str]:
-    """Run a case on this rank, which gets these gradients step by step; every difference from the reference."""
+    """Run a case on this rank, which gets these gradients step by step; all differences from the
+    reference."""
     placed.set_values(initial_values())
     optimizer = make_optimizer(placed, case)
     for name, parameter in placed.bag.named_parameters():

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # DTensor imports it on first use, for over a second: once here, not in every forked rank
+import torch._dynamo  # DTensor imports it on first use, for over a second: here, not in every rank
 import torch.distributed as dist
 import torch.multiprocessing
 

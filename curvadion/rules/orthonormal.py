@@ -1,0 +1,156 @@
+"""Newton-Schulz on matrices that are sharded: of each on one rank, its owner, or on all ranks at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from curvadion.algebra.newton_schulz import Iteration, newton_schulz
+from curvadion.algebra.side import LOCAL
+from curvadion.rules.base import Step
+from curvadion.sharding.layout import Region
+from curvadion.sharding.owners import Spread, Stack
+from curvadion.state.batch import Batch
+from curvadion_kernels.reference import compute_dtype
+
+# The options of a group that `Iteration.of` reads.
+ITERATION = ("newton_schulz", "newton_schulz_steps", "newton_schulz_dtype")
+
+
+@dataclass(frozen=True)
+class Slices:
+    """So many rows (along=0) or columns (1) of a matrix, as the rows of another one."""
+
+    number: int
+    along: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank does in a second: FLOPs of products, bytes that leave it in an all-reduce and in an
+    all-to-all. Round figures; they choose between two ways, so only their ratios count."""
+
+    flops: float
+    all_reduce: float
+    all_to_all: float
+
+
+# A GPU with bfloat16 products, NVLink inside its machine and a network card to others; a CPU core in float32.
+RATES = {"cuda": Rates(5e14, 2e11, 5e10), "cpu": Rates(5e10, 1e9, 1e9)}
+
+
+def orthonormalized(
+    step: Step,
+    batches: Sequence[Batch],
+    matrices: Callable[[Stack], Tensor],
+    slices: Sequence[Slices] = (),
+) -> Iterator[list[tuple[Stack, Tensor]]]:
+    """Yield newton_schulz of the matrices of all batches, some at a time, iterated as their groups ask.
+
+    Args:
+        matrices: returns this rank's part, (b, rows, columns), of those in a stack, whose `index` is a
+            batch's.
+        slices: for each batch, if they are slices of its matrices: (b, count, local length), the same on all
+            ranks that have the same part of their length.
+
+    Yields: (stack, this rank's part of what came out, of the same shape).
+    """
+    hows = [Iteration.of(step.groups[b.group], b.momentum) for b in batches]
+    cut: Sequence[Slices | None] = slices or [None] * len(batches)
+    spreads = [_spread(step, b, s, how) for b, s, how in zip(batches, cut, hows, strict=True)]
+    wire = [step.owners.dtype or how.arithmetic(b.momentum) for b, how in zip(batches, hows, strict=True)]
+    total = sum(len(b.params) for b in batches)
+    owned, alike = [], dict[Iteration, list[int]]()
+    for i, (b, how) in enumerate(zip(batches, hows, strict=True)):
+        if _has_owner(step, b, spreads[i], how, wire[i], total, cut[i]):
+            owned.append(i)
+        else:
+            alike.setdefault(how, []).append(i)
+
+    def at_home(i: int, whole: Tensor) -> Tensor:
+        flat = whole.shape[1] < whole.shape[2]
+        tall, product = whole.mT if flat else whole, step.ops.symmetric_product
+        [direction] = newton_schulz([tall], hows[owned[i]], product=product)
+        return direction.mT if flat else direction
+
+    plan = step.owners.plan(
+        [spreads[i] for i in owned], [batches[i].params for i in owned], [wire[i] for i in owned]
+    )
+    for arrived in step.owners.carry_out(
+        plan, lambda stack: matrices(replace(stack, index=owned[stack.index])), at_home
+    ):
+        yield [(replace(stack, index=owned[stack.index]), direction) for stack, direction in arrived]
+    for how, members in alike.items():
+        stacks = [Stack(i, 0, len(batches[i].params)) for i in members]
+        yield list(zip(stacks, _together(step, how, batches, stacks, matrices, slices), strict=True))
+
+
+def _together(
+    step: Step,
+    how: Iteration,
+    batches: Sequence[Batch],
+    stacks: Sequence[Stack],
+    matrices: Callable[[Stack], Tensor],
+    slices: Sequence[Slices],
+) -> list[Tensor]:
+    """Return newton_schulz of matrices on which all ranks work at once."""
+    chosen = [batches[stack.index] for stack in stacks]
+    if slices:
+        along = [slices[stack.index].along for stack in stacks]
+        flat, rows, columns = [True] * len(along), step.side(chosen, [1 - dim for dim in along]), LOCAL
+    else:
+        flat, rows, columns = [b.layout.transposed for b in chosen], step.rows(chosen), step.columns(chosen)
+    M = [m.mT if f else m for f, m in zip(flat, map(matrices, stacks), strict=True)]
+    wide, product = [m.to(compute_dtype(m.dtype)) for m in M], step.ops.symmetric_product
+    directions = newton_schulz(wide, how, rows=rows, columns=columns, product=product)
+    return [d.mT if f else d for f, d in zip(flat, directions, strict=True)]
+
+
+def _spread(step: Step, batch: Batch, slices: Slices | None, how: Iteration) -> Spread:
+    """Return how the matrices of a batch are spread over the ranks of the replica, or slices of them."""
+    key = (id(batch.layout), slices, how)
+    spreads = step.owners.spreads
+    if key not in spreads:
+        layout = batch.layout
+        regions, split, (rows, columns) = step.exchange.shards.regions(layout), layout.split, layout.shape
+        if slices is not None:
+            dim = 1 - slices.along
+            regions = tuple(Region((0, r.offset[dim]), (slices.number, r.shape[dim])) for r in regions)
+            split, (rows, columns) = layout.sharded[dim], (slices.number, layout.shape[dim])
+        spreads[key] = Spread((rows, columns), regions, split, how.flops(rows, columns))
+    return spreads[key]
+
+
+def _has_owner(
+    step: Step,
+    batch: Batch,
+    spread: Spread,
+    how: Iteration,
+    wire: torch.dtype,
+    total: int,
+    slices: Slices | None,
+) -> bool:
+    """Say whether each matrix goes to one rank, or all ranks work on it together: what takes less time.
+
+    Args:
+        total: how many matrices there are; with fewer than ranks, some ranks have nothing to do.
+    """
+    ranks = step.owners.ranks
+    if ranks == 1 or step.owners.when != "auto":
+        return ranks == 1 or step.owners.when == "always"
+    rates = RATES.get(step.exchange.device.type, RATES["cuda"])
+    count, sharded = step.exchange.shards.count, batch.layout.sharded
+    m, n = max(spread.shape), min(spread.shape)
+    dim = 1 - slices.along if slices is not None else batch.layout.long
+    long, short = count(sharded[dim]), count(sharded[1 - dim]) if slices is None else 1
+    parts = count(spread.split)
+
+    share = max(1 / ranks, 1 / total)
+    sent = wire.itemsize * m * n / parts * ((parts - 1) + (ranks - 1))
+    alone = share * (spread.flops / rates.flops + sent / rates.all_to_all)
+
+    summed = 2 * 4 * (how.steps * n * n * (long - 1) / long + m / long * n * (short - 1) / short)
+    products = how.steps * (4 * m / long * n**2 + 2 * n**3)  # of which every rank does the second part
+    together = products / rates.flops + summed / rates.all_reduce
+    return alone <= together
