@@ -2,7 +2,7 @@
 
 An orthonormal update does not shrink with its momentum, so nothing may move along one that has no gradient.
 That all layouts do the same, with replicas that have a gradient and others that have none, is in
-test_mesh_parity.py. """
+test_mesh_parity.py."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ def test_untested_versions_are_named() -> None:
 
 
 def first_gradients(config: str, options: Sequence[object]) -> dict[str, Any]:
-    """Return the initial weights, and the gradients that the optimizer sees in the first step (`UNCLIPPED`)."""
+    """Return the initial weights, and the gradients that the optimizer sees in the first step."""
     trainer = trainer_for(config, *options)
     start, seen = weights(trainer), {}
 
