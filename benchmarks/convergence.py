@@ -175,8 +175,13 @@ class Run:
         return json.dumps(values, sort_keys=True)
 
 
-def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
-    """Train all replicas in this process and return what came out; `count` is a shared counter of steps."""
+def simulate(run: Run, device: str, count: Any = None, evaluations: float = math.inf) -> dict[str, Any]:
+    """Train all replicas in this process and return what came out.
+
+    Args:
+        count: a shared counter of steps.
+        evaluations: stop after so many of the run's, the one before its first step not counted.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     text = ByteText(Path(run.text) if run.text else None, max_bytes=20_000_000)
@@ -215,7 +220,7 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
             signals.append([step, replicas.signal, synchronized])
         if step % max(1, run.steps // 6) == 0 or step == run.steps:
             curve.append([step, held_out_loss()])
-            if not math.isfinite(curve[-1][1]):
+            if not math.isfinite(curve[-1][1]) or len(curve) > evaluations:
                 break
         if count is not None:
             count.value = step
@@ -364,9 +369,10 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
     }
 
 
-def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
+def execute(run: Run, device: str, count: Any = None, evaluations: float = math.inf) -> dict[str, Any]:
     """Train, and return the run's line."""
-    result = simulate(run, device, count) if run.backend == "simulation" else train(run, count)
+    simulated = run.backend == "simulation"
+    result = simulate(run, device, count, evaluations) if simulated else train(run, count)
     sent = result.pop("sent")
     return {
         "study": "convergence",
@@ -490,6 +496,13 @@ def parse_args() -> argparse.Namespace:
         help="take this file's runs at these seeds and conditions again, and compare",
     )
     add(
+        "--evaluations",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="with --check: end each run after so many of its evaluations (a run has six)",
+    )
+    add(
         "--out",
         type=Path,
         default=Path("runs/convergence.jsonl"),
@@ -589,7 +602,7 @@ def run_of(line: dict[str, Any]) -> Run:
 
 def check(args: argparse.Namespace) -> None:
     """Take a file's simulated runs at these seeds and conditions again, and print what came out then and
-    now."""
+    now, at the evaluation that both have last."""
     runs = []
     for line in read(args.check):
         run = run_of(line)
@@ -599,16 +612,22 @@ def check(args: argparse.Namespace) -> None:
             runs.append((run, line))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs if args.device == "cpu" else 1, mp_context=context) as pool:
-        futures = [(pool.submit(execute, run, args.device), run, then) for run, then in runs]
+        futures = [
+            (pool.submit(execute, run, args.device, None, args.evaluations), run, then) for run, then in runs
+        ]
         for future, run, then in futures:
             now = future.result()
+            step, loss = now["curve"][-1]
+            before = dict(then["curve"])[step]
             share = [f"{line['wire'] / max(line['dense_wire'], 1):.2%}" for line in (then, now)]
+            whole = (
+                f"; {then['synchronized']}, {now['synchronized']} synchronized; "
+                f"{', '.join(share)} of dense bytes"
+            )
             print(
-                f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed "
-                f"{run.seed}: loss {then['loss']:.4f} then, {now['loss']:.4f} now "
-                f"({now['loss'] - then['loss']:+.4f}); {then['synchronized']}, {now['synchronized']} "
-                f"synchronized; {', '.join(share)} of dense bytes; {then['seconds']:.0f}, "
-                f"{now['seconds']:.0f} s",
+                f"{run.setting.name}, K={run.replicas}, batch {run.batch}, seed {run.seed}, step {step} of "
+                f"{run.steps}: loss {before:.4f} then, {loss:.4f} now ({loss - before:+.4f})"
+                f"{whole if step == run.steps else ''}; {now['seconds']:.0f} s",
                 flush=True,
             )
 

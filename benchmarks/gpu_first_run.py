@@ -206,7 +206,7 @@ def run_tests(arguments: argparse.Namespace, deadline: float, folder: Path) -> l
     if arguments.device != "cuda" or find_spec("pytest") is None:
         words = "pytest is not installed" if arguments.device == "cuda" else "needs a GPU"
         return [{"name": name, "holds": None, "found": words}]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-n0"] if find_spec("xdist") is not None else []
     file = str(timing.ROOT / "tests" / "test_kernels.py")
     command += [f"--rootdir={timing.ROOT}", "-c", str(timing.ROOT / "pyproject.toml"), file]

@@ -185,7 +185,7 @@ LOW_COMMUNICATION = Preset(
 @dataclass(frozen=True)
 class Options:
     """What is common to all groups, as the rooms of the optimizer want it; the names are the
-    constructor's."""
+    constructor's. `given` has all of it by name, `defaults` every option's default."""
 
     gate: str
     schedule: ScheduleOptions
@@ -198,6 +198,7 @@ class Options:
     check_every: int
     kernels: str
     given: dict[str, Any]
+    defaults: dict[str, Any]
 
     @staticmethod
     def of(given: Mapping[str, Any], constructor: Callable[..., Any]) -> "Options":
@@ -208,10 +209,11 @@ class Options:
             constructor: whose defaults are the options'.
         """
         check_options(given, optimizer_options())
-        check_together(given, defaults_of(constructor))
+        defaults = defaults_of(constructor)
+        check_together(given, defaults)
         schedule = ScheduleOptions(**{name: given[name] for name in ScheduleOptions.__dataclass_fields__})
         own = {name: given[name] for name in Options.__dataclass_fields__ if name in given}
-        return Options(schedule=schedule, given=dict(given), **own)
+        return Options(schedule=schedule, given=dict(given), defaults=defaults, **own)
 
 
 def sort_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,6 +20,7 @@ ROWS = [
     {"curvadion.projection"},
     {"curvadion"},
     {"curvadion.optimizer", "curvadion.param_groups"},
+    {"curvadion.stateful"},
     {"curvadion.view"},
     {"curvadion.rooms"},
     {"curvadion.metrics", "curvadion.state.intake", "curvadion.state.checkpoint"},

@@ -144,7 +144,7 @@ with open(lines, "a") as out:
     print(json.dumps({{"name": "good", "holds": True, "found": "fine"}}), file=out, flush=True)
 """)
     monkeypatch.setattr(gpu_first_run, "__file__", str(program))
-    arguments = SimpleNamespace(device="cpu", interpret=False, quick=True, longest=1.0)
+    arguments = SimpleNamespace(device="cpu", interpret=False, quick=True, longest=4.0)
     rows = gpu_first_run.run_part("modes", arguments, time.time() + 30, tmp_path)  # type: ignore[arg-type]
     assert [(row["name"], row["holds"]) for row in rows] == [("bad", False), ("good", True)]
     assert {"hangs": "did not end", "dies": "exit code 9"}[how] in rows[0]["found"]

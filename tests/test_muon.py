@@ -91,7 +91,16 @@ def test_every_size_is_iterated_alike_or_is_next_to_zero(polynomials: str, dtype
             torch.testing.assert_close(O[0].double(), expected, rtol=0, atol=0.03)
 
 
-def test_what_cannot_be_told_apart_in_float64_is_one_function_of_the_singular_values() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_a_matrix_that_came_in_bfloat16_is_iterated_as_one_of_float32(dtype: torch.dtype | None) -> None:
+    """As from other ranks: norms and sums of products have more digits than what they are of."""
+    M = draw(40, 24).to(torch.bfloat16).unsqueeze(0)
+    how = Iteration("polar_express", 6, dtype)
+    [got], [expected] = newton_schulz([M], how), newton_schulz([M.float()], how)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected.to(torch.bfloat16))
+
+
+def test_any_number_of_rounds() -> None:
     for polynomials in POLYNOMIALS:
         for steps in (1, 2, 8, 11):
             M = draw(12, 5)

@@ -311,7 +311,7 @@ def run_parts(layout: Layout) -> None:
                 mine = part.take(shard).flatten()
                 assert fragments == 1 or bool((mine % fragments == k).all())
                 share = shard.numel() / fragments
-                assert abs(len(mine) - share) <= max(1, shard.shape[0] if part.elements is not None else 1)
+                assert abs(len(mine) - share) <= max(1, shard.shape[0] if part.run is None else 1)
                 seen.append(mine.clone())
                 copy = torch.zeros_like(shard)
                 part.put(copy, part.take(shard))

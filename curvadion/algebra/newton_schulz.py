@@ -143,7 +143,7 @@ def newton_schulz(
     if not M:
         return []
     with torch.autocast(M[0].device.type, enabled=False):
-        whole = [w.mT for w in columns.gather([m.mT for m in M])]
+        whole = [w.mT.to(compute_dtype(w.dtype)) for w in columns.gather([m.mT for m in M])]
         # Of any size from 1e-38 to 1e38: squares in float64, and the root of 1 / ||M|| twice, for 1 / ||M||
         # itself may overflow float32.
         norms = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=torch.float64) for w in whole]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvadion.allowed import Option
 from curvadion.rules.base import Step
+from curvadion.state.store import Store
 
 
 class Consensus:
@@ -68,6 +69,11 @@ class Consensus:
 
     def forget(self) -> None:
         """Start anew: replicas are equal."""
+
+    def common(self, store: Store) -> Mapping[str, Sequence[Tensor]]:
+        """Return what is the same in all replicas between any two steps, by what it is: one tensor of each
+        parameter."""
+        return {}
 
     def drift(self) -> Tensor | None:
         """Return sums of squares of this replica's own way minus the common one, and of that; None if

@@ -29,7 +29,7 @@ class Grid:
         value = (code + 1/2 - 2^(bits-1)) step
         1 bit: step = 2 mean|x|    2 bits: step = 0.996 sqrt(mean x^2)    4, 8 bits: step = 2 max|x| / 2^bits
 
-    The step is a bfloat16. A block of zeros is exact, and one with a NaN or an infinity decodes to NaN.
+    The step is a bfloat16. A block of zeros is exact, one with a NaN or an infinity to none that are finite.
 
     Attributes:
         bits: 1, 2, 4 or 8.

@@ -14,7 +14,7 @@ from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
 from curvadion.sharding.journey import Residuals, RoundedMean, UnderWay
-from curvadion.state.store import copy_into
+from curvadion.state.store import Store, copy_into
 from curvadion_kernels.reference import compute_dtype
 
 
@@ -104,6 +104,11 @@ class Outer(Consensus):
 
     def drift(self) -> Tensor | None:
         return self._apart
+
+    def common(self, store: Store) -> Mapping[str, Sequence[Tensor]]:
+        if self._stale:
+            return {}
+        return {"X_0": self._X0} | ({"U": store.outer_momenta} if self.keeps_momentum else {})
 
     def allocate(self, X: Sequence[Tensor]) -> None:
         if [x.shape for x in X] == [x0.shape for x0 in self._X0]:

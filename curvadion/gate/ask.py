@@ -14,7 +14,7 @@ from curvadion.gate.trouble import Trouble
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Answer
 from curvadion.signals.base import Signal
-from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, SYNCHRONIZE_BIT
+from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, OUTSIDE_KEY, SYNCHRONIZE_BIT
 
 
 class Gate:
@@ -128,11 +128,19 @@ class Gate:
 
         return wait
 
-    def tell(self, trouble: Trouble, step: Step, consensus: Consensus) -> None:
+    def tell(self, trouble: Trouble, step: Step, consensus: Consensus, *, look: bool) -> None:
         """Tell the other replicas outside of a step what this one met since they were asked last; all raise
-        or skip if some did."""
+        or skip if some did.
+
+        Args:
+            look: whether to look for NaN and infinities in the parameters too.
+        """
         self.last_answer()
         told = torch.tensor(trouble.key, dtype=torch.int64, device=step.exchange.device)
+        if look:
+            seen = step.ops.momentum_norm_((), (), watch=step.X).to(step.exchange.device)
+            seen = step.exchange.sum_over_all_shards(seen, "norms")
+            told = torch.where((seen[0] > 0) & (told == OUTSIDE_KEY), told + 1, told)
         decision = decode(int(step.exchange.max_over_replicas(told)))
         if decision.trouble:
             self.meet(trouble, decision, ASKED, None, step, consensus)
@@ -159,8 +167,13 @@ class Gate:
         """
 
         def names() -> list[str]:
-            pairs = zip(step.table.names, step.G, strict=True)
-            return [name for name, g in pairs if g is not None and not bool(g.isfinite().all())]
+            found = []
+            for name, x, g in zip(step.table.names, step.X, step.G, strict=True):
+                if not bool(x.isfinite().all()):
+                    found.append(f"the parameter {name}")
+                if g is not None and not bool(g.isfinite().all()):
+                    found.append(f"the gradient of {name}")
+            return found
 
         asked = plan.ask or step.exchange.replicas == 1
         if asked:

@@ -79,6 +79,14 @@ class Schedule:
         return self.forced or self.warming_up or (most is not None and self.local_steps >= most)
 
     @property
+    def may_ask(self) -> bool:
+        """Whether the next step may ask the other replicas, and send them something: as far as is known
+        without what they answered last."""
+        every = self.options.gate_every
+        due = self.bound or (every is not None and self.steps % every == 0)
+        return due or self.options.gate_lag > 0
+
+    @property
     def asks_seldom(self) -> bool:
         """Whether there are steps in which a replica cannot tell the others what it met."""
         return self.options.gate_every != 1 or self.options.gate_lag > 0

@@ -296,6 +296,18 @@ class Exchange:
         differ = {"step": found[0] != -found[1], "config": found[2] != -found[3], "weights": found[4] != 0}
         return [name for name, differs in differ.items() if differs]
 
+    def differing(self, hashes: Sequence[int]) -> list[int]:
+        """Return the positions of the numbers that differ between replicas somewhere: the same on every
+        rank."""
+        message = torch.tensor([*hashes, *(-h for h in hashes)], dtype=torch.int64).to(self.device)
+        if self.replicas > 1:
+            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
+        most, least = message.view(2, -1)
+        differs = (most != -least).to(torch.int64)
+        for axis in self.shards.axes:
+            self._along(axis, "all_reduce", "check", differs, ReduceOp.MAX)
+        return differs.nonzero().flatten().tolist()
+
     # ---- how it is done
 
     def over_replicas(

@@ -169,11 +169,20 @@ class Store:
             for b in late:
                 b.decay = 1.0
 
-    def accumulate(self, G: Fixed[Tensor | None], ops: Ops, numbers: Numbers, *, store: bool) -> Tensor:
+    def accumulate(
+        self,
+        G: Fixed[Tensor | None],
+        ops: Ops,
+        numbers: Numbers,
+        *,
+        store: bool,
+        also: Sequence[Tensor] = (),
+    ) -> Tensor:
         """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, whether another gradient is not finite, and
         which gradients of matrices are not zero.
 
-        With store=False only the message, for a step that may be skipped.
+        With store=False only the message, for a step that may be skipped. `also` is looked at as gradients
+        are.
         """
         decay = numbers.each(
             "decay", [b.decay for b in self.batches], self.batch_of
@@ -181,7 +190,7 @@ class Store:
         if store:
             for b in self.batches:
                 b.decay = 1.0
-        watch, matrices = G.take(self.table.scalars).present, G.take(self.table.matrices)
+        watch, matrices = [*G.take(self.table.scalars).present, *also], G.take(self.table.matrices)
         message = ops.momentum_norm_(self.momenta, matrices, decay=decay, watch=watch, store=store)
         return message.to(self.table.device)
 

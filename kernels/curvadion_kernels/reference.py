@@ -24,6 +24,9 @@ SYNCHRONIZE_BIT = 1 << 61
 INDEX_BITS = 30
 INDEX_MASK = (1 << INDEX_BITS) - 1
 FAILED_KEY = (1 << 63) - 1  # larger than any regular key: a rank could not do its part of the step
+OUTSIDE_KEY = (
+    FAILED_KEY - 2
+)  # the same of a replica that is between steps; plus 1: it has seen a non-finite value
 
 Scalar = float | Tensor
 T = TypeVar("T", bound=Tensor | None, covariant=True)
