@@ -618,7 +618,7 @@ def test_a_sharded_state_dict_is_saved_and_copied(how: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("local_update", ["gradient", "normuon"])
 def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
-    tmp_path: Path, local_update: str
+    tmp_path: Path, local_update: str, quick: bool
 ) -> None:
     """DCP reshards; momentum, Q, what a rule keeps, and counters arrive whole, and the run goes on as on the
     first mesh."""
@@ -664,7 +664,7 @@ def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
         world = dist.get_world_size()
         written = save() if world == 4 else None
         dist.barrier()
-        return written, {shape: load(*shape) for shape in ((1, world), (world, 1))}
+        return written, {shape: load(*shape) for shape in ((1, world), (world, 1))[: 1 if quick else 2]}
 
     four = run_ranks(4, worker)
     saved, continued = four[0][0]
@@ -677,7 +677,7 @@ def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
         for rank, (_, by_shape) in enumerate(ranks)
         for shape, result in by_shape.items()
     ]
-    assert len(results) == 2 * 4 + 2 * 2
+    assert len(results) == (6 if quick else 12)
     for where, loaded, went_on in results:
         assert saved.keys() == loaded.keys()
         for key, value in saved.items():
