@@ -188,3 +188,50 @@ def test_gradients_that_are_averaged_already_are_noticed(averaged_by: str, shard
     for messages in run_ranks(4 if sharded else 2, gradients_of, averaged_by, sharded):
         assert len(messages) == told, messages
         assert all("DistributedDataParallel" in message for message in messages)
+
+
+# ---- parameters that FSDP2 has gathered
+
+
+def gather(model: TinyGPT, how: str) -> None:
+    if how == "forward":
+        with torch.no_grad():
+            model(torch.zeros(2, 3, dtype=torch.long))
+    elif how == "unshard":
+        for module in (*model.layers, model):
+            module.unshard()  # type: ignore[operator]
+
+
+def weights_after(how: str, shards: int, options: str, call: str) -> list[bytes] | str:
+    """Parameters after three steps, of an optimizer built when FSDP2 has gathered them so."""
+    replicate, mesh = grid(1, shards)
+    model = shard(gpt(), mesh)
+    gather(model, how)
+    listed = list(model.named_parameters())
+    if call == "groups":
+        opt = CurvaDion(param_groups_for(model), replicate_mesh=replicate, **OPTIONS[options])
+    elif call == "listed":
+        return outcome(lambda: CurvaDion([{"params": listed, "algorithm": "adamw"}]))[1]
+    else:
+        groups = param_groups_for(model)
+        opt = CurvaDion(groups[:1], replicate_mesh=replicate, **OPTIONS[options])
+        gather(model, how)
+        late = [p for p in model.named_parameters() if not p[0].startswith("layers.")]
+        added = lambda: opt.add_param_group({"params": late, "algorithm": "adamw"})  # noqa: E731
+        return outcome(added)[1]
+    train(model, opt, 3)
+    return [p.full_tensor().detach().numpy().tobytes() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("how", ["forward", "unshard"])
+def test_gathered_parameters_are_sharded_again(how: str, options: str) -> None:
+    expected = run_ranks(2, weights_after, "no", 2, options, "groups")
+    assert run_ranks(2, weights_after, how, 2, options, "groups") == expected
+
+
+@pytest.mark.parametrize("call", ["listed", "added"])
+@pytest.mark.parametrize("how", ["forward", "unshard"])
+def test_gathered_parameters_are_refused(how: str, call: str) -> None:
+    for message in run_ranks(2, weights_after, how, 2, "defaults", call):
+        assert "call module.reshard() before" in message and "embedding.weight" in message, message

@@ -104,8 +104,8 @@ class Agreement:
             )
         if "no gradient" in different:
             raise RuntimeError(
-                f"some parameter must have a gradient in the first step; none of all {len(gradients)} has one "
-                "on any rank: they are no longer those of the model, which fully_shard(), DDP, .to() or a "
+                f"some parameter must have a gradient in the first step; none of {len(gradients)} has one on "
+                "any rank: they are no longer those of the model, which fully_shard(), DDP, .to() or a "
                 "wrapper has replaced, or nobody called backward(); construct CurvaDion after the model is "
                 "sharded, wrapped and moved, and call step() after backward()"
             )
