@@ -186,7 +186,8 @@ class CurvaDion(Stateful):
         Raises:
             NonFiniteError: on every rank, see `on_nonfinite`.
             ReplicaMismatchError: on every rank, see `check_every`.
-            RuntimeError: on every rank, when one of them could not do its part.
+            RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
+                first step.
         """
         loss = None
         if closure is not None:
@@ -202,7 +203,9 @@ class CurvaDion(Stateful):
     def _take_step(self) -> None:
         self.ledger.begin_step()
         config = partial(self._built.describe, self.param_groups)
-        self._agreement.check_if_due(self._built.exchange, self._schedule.steps, config, self._common_weights)
+        self._agreement.check_if_due(
+            self._built.exchange, self._schedule.steps, config, self._common_weights, self._gradients
+        )
 
         with record_function("curvadion::gate"):
             step, failure = self._take_in()
@@ -281,7 +284,7 @@ class CurvaDion(Stateful):
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
             self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
             config = partial(self._built.describe, self.param_groups)
-            self._agreement.check(exchange, self._schedule.steps, config, {})
+            self._agreement.check(exchange, self._schedule.steps, config, {}, ())
         self._settle(step)
 
     @contextmanager
@@ -327,6 +330,10 @@ class CurvaDion(Stateful):
         Loaders such as torch.distributed.checkpoint ask for `state_dict()`, refused while replicas differ.
         """
         self._schedule.diverged = False
+
+    def _gradients(self) -> list[tuple[str, Tensor | None]]:
+        table = self._built.table
+        return [(name, p.grad) for name, p in zip(table.names, table.params, strict=True)]
 
     def _common_weights(self) -> dict[str, Tensor]:
         """Return what must be equal in all replicas by now, by name."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from curvadion.sharding.layout import canonical_name
+from curvadion.sharding.layout import canonical_name, reshard_gathered_modules
 
 # The last word of the path of a module that turns hidden states into logits, in the model zoos people start
 # from.
@@ -65,7 +65,8 @@ def param_groups_for(
 
     Sharded parameters (``DTensor``), wrapped modules (``torch.compile``, activation checkpointing, DDP) and a
     list of model parts (pipeline stages) are understood. Frozen parameters are left out, and so are empty
-    groups. Call it after ``fully_shard``, ``parallelize_module`` and the like, which replace parameters.
+    groups. Call it after ``fully_shard``, ``parallelize_module`` and the like, which replace parameters. What
+    FSDP2 keeps gathered, after a forward without a backward say, is resharded.
 
     ``transformers.pytorch_utils.Conv1D`` stores its weight as in x out. Such a weight is a matrix like any
     other, but the scale sqrt(rows / columns) of its update is then that of the transposed layer.
@@ -98,6 +99,7 @@ def param_groups_for(
         *(_override(pattern, value) for pattern, value in (overrides or {}).items()),
         (re.compile(""), {}),
     ]
+    reshard_gathered_modules()  # or parameters would be copies that FSDP2 frees
     # Frozen ones are placed too: a frozen embedding still tells which layer is the head.
     parameters = [
         parameter for parameter in _placed_parameters(_parts(model)) if parameter.tensor.requires_grad

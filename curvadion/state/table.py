@@ -12,7 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from curvadion.sharding.dry import has_no_values
-from curvadion.sharding.layout import Axes, Layout, ShardMesh, canonical_name, local_tensor
+from curvadion.sharding.layout import (
+    Axes,
+    Layout,
+    ShardMesh,
+    canonical_name,
+    local_tensor,
+    refuse_gathered,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Table:
         ]
         live = [(name or str(i), p, index) for i, (name, p, index) in enumerate(named) if p.requires_grad]
         params = [p for _, p, _ in live]
+        refuse_gathered((name, p) for name, p, _ in live)
         group_of = [index for _, _, index in live]
         is_matrix = [groups[index]["algorithm"] == "dion" for index in group_of]
         devices = {local_tensor(p).device for p in params}
