@@ -23,7 +23,7 @@ ROWS = [
     {"curvadion.stateful"},
     {"curvadion.view"},
     {"curvadion.rooms"},
-    {"curvadion.metrics", "curvadion.state.intake", "curvadion.state.checkpoint"},
+    {"curvadion.metrics", "curvadion.placement", "curvadion.state.intake", "curvadion.state.checkpoint"},
     {"curvadion.options"},
     {"curvadion.gate.ask"},
     {"curvadion.consensus"},
