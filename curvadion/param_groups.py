@@ -51,6 +51,9 @@ def param_groups_for(
     Gates are linear layers with one row or column; with as many outputs as there are experts beside them; and
     those called ``router``, or ``gate`` if they have no more than half as many outputs as inputs.
 
+    Matrices stored as in x out, such as those of the ``Conv1D`` of transformers, have a group of their own,
+    with ``weight_layout="in_out"``.
+
     What was found, and by what, is logged at INFO by ``curvadion.param_groups``. A parameter with
     ``_no_weight_decay = True``, or named by a module's ``no_weight_decay()``, has no weight decay.
 
@@ -91,17 +94,18 @@ def param_groups_for(
     if not parameters:
         raise ValueError("A model must have a trainable parameter; this one has none. Is all of it frozen?")
 
-    members: dict[tuple[int, int, bool], list[Placed]] = {}
+    members: dict[tuple[int, int, bool, bool], list[Placed]] = {}
     unplaced: list[Placed] = []
     for parameter in parameters:
         rule = next(i for i, (pattern, _) in enumerate(rules) if any(map(pattern.search, parameter.names)))
         if parameter.kind == UNPLACED and "algorithm" not in rules[rule][1]:
             unplaced.append(parameter)
         undecayed = parameter.undecayed and parameter.kind not in UNDECAYED
-        members.setdefault((KINDS.index(parameter.kind), rule, undecayed), []).append(parameter)
+        key = KINDS.index(parameter.kind), rule, undecayed, parameter.in_out
+        members.setdefault(key, []).append(parameter)
     if unplaced:
         raise ValueError(_unplaced_message(unplaced, len(parameters)))
-    used = {rule for _, rule, _ in members}
+    used = {rule for _, rule, *_ in members}
     if idle := [repr(pattern.pattern) for i, (pattern, _) in enumerate(rules[:-1]) if i not in used]:
         raise ValueError(
             f"Every pattern in overrides must decide at least one trainable parameter; {', '.join(idle)} "
@@ -111,9 +115,9 @@ def param_groups_for(
         )
 
     groups = []
-    for (index, rule, undecayed), group_members in sorted(members.items(), key=lambda item: item[0]):
+    for (index, rule, undecayed, in_out), group_members in sorted(members.items(), key=lambda item: item[0]):
         kind, (pattern, changes) = KINDS[index], rules[rule]
-        label = f"{kind} without decay" if undecayed else kind
+        label = kind + " stored as in x out" * in_out + " without decay" * undecayed
         group: dict[str, Any] = {
             "name": f"{label}: {pattern.pattern}" if pattern.pattern else label,
             "params": [(parameter.given_name, parameter.tensor) for parameter in group_members],
@@ -124,6 +128,8 @@ def param_groups_for(
             group["lr"] = adamw_lr.clone() if isinstance(adamw_lr, Tensor) else adamw_lr
         if undecayed or kind in UNDECAYED:
             group["weight_decay"] = 0.0
+        if in_out and group["algorithm"] == "dion":
+            group["weight_layout"] = "in_out"
         groups.append(group | changes)
         _log(groups[-1], group_members)
     return groups

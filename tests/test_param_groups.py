@@ -366,7 +366,8 @@ def test_layers_of_other_libraries_by_class_name() -> None:
         }
     )
     assert placed(param_groups_for(model)) == {
-        "matrices": ["a.weight", "b.weight", "c.weight"],
+        "matrices": ["b.weight", "c.weight"],
+        "matrices stored as in x out": ["a.weight"],
         "embeddings": ["d.weight"],
         "norms_and_biases": ["a.bias"],
     }
@@ -886,9 +887,26 @@ def test_what_is_no_hidden_matrix(architecture: Any) -> None:
     for name, parameter in model.named_parameters():
         others = ("embeddings", "unplaced without decay: A_log")
         if parameter.ndim == 2 and name not in told and where[name] not in others:
-            assert where[name] == "matrices", name
+            assert where[name].startswith("matrices"), name
     for kind in ("head", "gates"):
         assert [name for name, group in where.items() if group == kind] == wanted.get(kind, [])
+
+
+def test_layers_that_are_stored_as_in_x_out() -> None:
+    class LinearOfAnotherLibrary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.zeros(4, 16)), nn.Parameter(torch.zeros(16))
+
+    model = gpt2_of_transformers()
+    model.other, model.plain = LinearOfAnotherLibrary(), linear(16, 16)
+    groups = param_groups_for(model, overrides={r"h\.1\.mlp": "adamw"})
+    in_out = {
+        name for group in groups if group.get("weight_layout") == "in_out" for name, _ in group["params"]
+    }
+    of_blocks = {name for name, p in model.named_parameters() if ".h." in name and p.ndim == 2}
+    assert in_out == {name for name in of_blocks if "h.1.mlp" not in name} | {"other.weight"}
+    assert options(groups)["matrices stored as in x out"] == {"algorithm": "dion", "weight_layout": "in_out"}
 
 
 def test_overrides_win_over_what_was_found() -> None:

@@ -57,7 +57,8 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
                 scale=f.scale,
                 transposed=b.layout.transposed,
                 decay=shrinkage(group),
-                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(group, b),
+                step_size=(float(group["lr"]) if synchronized else local_lr(group))
+                * scale(group, b.layout.shape),
                 feedback=1 - group["momentum"],
             )
             b.right_factor.copy_(f.Q)
