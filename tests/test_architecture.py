@@ -22,6 +22,7 @@ ROWS = [
     {"curvadion.optimizer", "curvadion.param_groups"},
     {"curvadion.stateful"},
     {"curvadion.view"},
+    {"curvadion.explain"},
     {"curvadion.rooms"},
     {"curvadion.metrics", "curvadion.placement", "curvadion.state.intake", "curvadion.state.checkpoint"},
     {"curvadion.options"},

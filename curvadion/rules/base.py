@@ -218,12 +218,14 @@ class Rule:
         options: options of groups that it declares, `step.groups[batch.group][name]`.
         state: what it keeps for each matrix, `batch.kept[name]`.
         uses_Q: whether it reads and moves this replica's Q; without it there may be none.
+        uses_rank: whether the rank, of rank_fraction, means something to it.
     """
 
     own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
     options: Mapping[str, Option] = {}
     state: tuple[StateSpec, ...] = ()
     uses_Q = False
+    uses_rank = False
 
     def state_of(self, group: Mapping[str, Any]) -> tuple[StateSpec, ...]:
         """Return what it keeps for each matrix of a group."""

@@ -18,7 +18,7 @@ class Dion(Rule):
     X   <- (1 - lr wd) X - lr_local scale P Q^T
     """
 
-    uses_Q = True
+    uses_Q = uses_rank = True
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
         dion_step(step, batches, synchronized=False)

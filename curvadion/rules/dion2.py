@@ -28,6 +28,7 @@ class Dion2(Rule):
     """
 
     own_options = (*ITERATION, "update_scale")
+    uses_rank = True
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
         dims = [_side(b.layout, output_dim(step.groups[b.group])) for b in batches]

@@ -215,6 +215,7 @@ class CurvaDionOptimizer(OptimizersContainer):
         options |= {name: getattr(torch, options[name]) for name in DTYPES if options[name] is not None}
         options |= self.config.own
         opt = CurvaDion(self._groups, replicate_mesh=replicate_mesh, **options)
+        logger.info(f"CurvaDion: what becomes of each parameter:\n{opt.explain()}")
         if opt.replicas > 1:
             opt.broadcast_parameters()
         self.optimizers = [opt]
