@@ -68,6 +68,8 @@ class CurvaDion(Stateful):
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
         update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
+        weight_layout [g]: how matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or
+            "in_out", the transpose of that, as in the Conv1D of transformers.
         nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
         newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
             "polar_express" makes singular values equal within 1 % in six rounds.
@@ -133,6 +135,7 @@ class CurvaDion(Stateful):
         local_update: str = "gradient",
         local_lr_scale: float = 1.0,
         update_scale: str = "spectral",
+        weight_layout: str = "out_in",
         nesterov: bool = False,
         newton_schulz: str = "jordan",
         newton_schulz_steps: int = 5,

@@ -19,7 +19,7 @@ from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
-from curvadion.rules.base import UPDATE_SCALES
+from curvadion.rules.base import UPDATE_SCALES, WEIGHT_LAYOUTS
 from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
@@ -72,6 +72,7 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     "local_update": _one_of(RULES),
     "local_lr_scale": _not_negative("try 1.0"),
     "update_scale": _one_of(UPDATE_SCALES),
+    "weight_layout": _one_of(WEIGHT_LAYOUTS),
     "nesterov": _flag("try False"),
     "newton_schulz": _one_of(POLYNOMIALS),
     "newton_schulz_steps": _integer(1, "try 5, or 6 with newton_schulz='polar_express'"),

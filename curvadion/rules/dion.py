@@ -18,7 +18,7 @@ class Dion(Rule):
     X   <- (1 - lr wd) X - lr_local scale P Q^T
     """
 
-    uses_Q = True
+    uses_Q = uses_rank = True
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
         dion_step(step, batches, synchronized=False)
@@ -57,7 +57,8 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
                 scale=f.scale,
                 transposed=b.layout.transposed,
                 decay=shrinkage(group),
-                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(group, b),
+                step_size=(float(group["lr"]) if synchronized else local_lr(group))
+                * scale(group, b.layout.shape),
                 feedback=1 - group["momentum"],
             )
             b.right_factor.copy_(f.Q)

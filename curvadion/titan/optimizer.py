@@ -84,6 +84,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         update_scale: Literal["spectral", "match_rms_adamw", "original"] | str = "spectral"
         """Factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
         "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n))."""
+        weight_layout: Literal["out_in", "in_out"] | str = "out_in"
+        """How matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or "in_out", the
+        transpose of that, as in the Conv1D of transformers."""
         nesterov: bool = False
         """"muon" and "normuon" take G_i + mu m_i for m_i."""
         newton_schulz: Literal["jordan", "polar_express"] | str = "jordan"
@@ -212,6 +215,7 @@ class CurvaDionOptimizer(OptimizersContainer):
         options |= {name: getattr(torch, options[name]) for name in DTYPES if options[name] is not None}
         options |= self.config.own
         opt = CurvaDion(self._groups, replicate_mesh=replicate_mesh, **options)
+        logger.info(f"CurvaDion: what becomes of each parameter:\n{opt.explain()}")
         if opt.replicas > 1:
             opt.broadcast_parameters()
         self.optimizers = [opt]
