@@ -1,9 +1,9 @@
-"""Measure optimizer steps on sharded matrices, rank by rank: time, CPU time, bytes over the shards, collectives,
-FLOPs, memory, of CurvaDion and of its peers, in turns.
+"""Measure optimizer steps on sharded matrices, rank by rank: time, CPU time, bytes over the shards,
+collectives, FLOPs, memory, of CurvaDion and of its peers, in turns.
 
-    python benchmarks/sharded.py                                 # on a CPU: 2 and 4 processes, gloo, the model 12m
-    python benchmarks/sharded.py --ranks 4 --only muon           # local Muon steps, and microsoft/dion's
-    python benchmarks/sharded.py --device cuda --models 1b3      # as many processes as there are GPUs, NCCL
+    python benchmarks/sharded.py                              # on a CPU: 2 and 4 processes, gloo, 12m
+    python benchmarks/sharded.py --ranks 4 --only muon        # local Muon steps, and microsoft/dion's
+    python benchmarks/sharded.py --device cuda --models 1b3   # as many processes as GPUs, NCCL
 
 Parameters are DTensors, Shard(0) over all ranks, as FSDP2 leaves them. Families:
 
@@ -11,16 +11,17 @@ Parameters are DTensors, Shard(0) over all ranks, as FSDP2 leaves them. Families
                 microsoft/dion's Muon, in its bfloat16 and with CurvaDion's Newton-Schulz in float32
     dion        local_update="dion", tau=inf, of rank 1/4 and 1; microsoft/dion's Dion
     gradient    local_update="gradient", tau=inf; fused AdamW
-    ceilings    what the rates of `curvadion project --hardware` are: products of matrices as large as the model's, a
-                copy, and collectives of 8 MB a rank; their rate a second of CPU time is noted
+    ceilings    the rates that `curvadion project --hardware` assumes: products of matrices as large as the
+                model's, a copy, and collectives of 8 MB a rank; per second of CPU time
     outer       LOW_COMMUNICATION on two replicas of half of the ranks: its local step, and its synchronized
                 step in 1 and in 32 bits
     torch       torch.optim.Muon on DTensors, which takes seconds a step; only where asked for
 
 In each round every variant takes one step, in an order that is drawn anew. `ms` is the time of the slowest
-rank in a step, `cpu_ms` the mean over ranks of what a process was given of the CPU: on a machine that is busy,
-or with fewer cores than ranks, the one that says more. Bytes leave the rank that sends most. The transient is
-what is allocated in a step on top of what there was, on the rank with the most; on CPUs by the profiler.
+rank in a step, `cpu_ms` the mean over ranks of what a process was given of the CPU: on a machine that is
+busy, or with fewer cores than ranks, the one that says more. Bytes leave the rank that sends most. The
+transient is what is allocated in a step on top of what there was, on the rank with the most; on CPUs by the
+profiler.
 microsoft/dion runs eagerly (it compiles for minutes), in its disfavour; on CPUs with random numbers of ours,
 since DTensor has none.
 """
@@ -72,8 +73,8 @@ IN_PLACE = {
 }
 CEILINGS = ("product float32", "product bfloat16", "product float64", "copy", "all_to_all", "all_reduce")
 Optimizers = list[Any]
-# Collectives by their names in torch.ops.c10d and torch.ops._c10d_functional: what they are, and which of their
-# arguments is sent.
+# Collectives by their names in torch.ops.c10d and torch.ops._c10d_functional: what they are, and which of
+# their arguments is sent.
 KINDS = {
     "allreduce_": ("all_reduce", 0),
     "allgather_": ("all_gather", 1),

@@ -20,6 +20,7 @@ from variants import codec_of, outer_of
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.sharding.group import ThreadGroup, results_of
+from curvadion.sharding.ledger import WIRE
 
 STEERED = ("rmmc", "directional", "drift")
 NEVER = 10**9
@@ -259,7 +260,7 @@ class Replicas:
     def wire(self) -> float:
         """Bytes so far that left one replica for it."""
         if self.setting.baseline:
-            return sum(self.sent.values()) * 2 * (self.K - 1) / self.K
+            return sum(self.sent.values()) * WIRE["all_reduce"](self.K)
         return sum(n for (axis, _), n in self._replicas[0].opt.ledger.wire.items() if axis == "replicate")
 
     @torch.no_grad()

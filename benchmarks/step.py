@@ -4,21 +4,22 @@ microsoft/dion.
     python benchmarks/step.py                            # 160M and 1.3B, under 8 minutes on one GPU
     python benchmarks/step.py --models 160m --seconds 120
     python benchmarks/step.py --device cpu               # a small model, without the Triton kernels
-    python benchmarks/step.py --device cpu --interpret   # with them, in Triton's interpreter: a test, not a measurement
+    python benchmarks/step.py --device cpu --interpret   # with them, interpreted: a test, not a measurement
 
 One shard, float32 parameters and gradients of a Llama-style model, embedding, head and norms included.
-Nothing leaves the process: what is measured is the arithmetic and the host; benchmarks/sharded.py measures several
-ranks. Operations:
+Nothing leaves the process: what is measured is the arithmetic and the host; benchmarks/sharded.py measures
+several ranks. Operations:
 
     local           the gate stays closed: local_update="gradient", tau=inf
     local_dion      the gate stays closed: local_update="dion", tau=inf
     local_muon      the gate stays closed: local_update="muon", consensus="outer", tau=inf
     outer           LOW_COMMUNICATION, each step synchronized: two replicas in two threads, the time of both
     synchronized    the gate is always open: max_local_steps=0
-    peer            fused AdamW; torch.optim.Muon, microsoft/dion's Muon and Dion, each with AdamW for what is not a
-                    hidden matrix; microsoft/dion's are compiled where that takes no more than a tenth of the time
-                    that is left, otherwise, and on CPUs, they run eagerly
-    local_branch    the kernels of `local` alone (momentum_norm_, gate_key, local_step_), matrices only, eager and as a CUDA graph
+    peer            fused AdamW; torch.optim.Muon, microsoft/dion's Muon and Dion, each with AdamW for what is
+                    not a hidden matrix; microsoft/dion's are compiled where that takes no more than a tenth
+                    of the time that is left, otherwise, and on CPUs, they run eagerly
+    local_branch    the kernels of `local` alone (momentum_norm_, gate_key, local_step_), matrices only, eager
+                    and as a CUDA graph
 
 The step waits for the gate's value once, so its host time includes the kernels before it. Peak memory is what
 a step allocates on top of parameters, gradients and state.

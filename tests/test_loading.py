@@ -1,4 +1,4 @@
-"""What load_state_dict refuses: all of it before anything changes, with a sentence; and what it puts in order."""
+"""What load_state_dict refuses, before anything changes and with a sentence; and what it puts in order."""
 
 from __future__ import annotations
 

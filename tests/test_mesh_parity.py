@@ -45,8 +45,8 @@ from curvadion import CurvaDion
 
 
 def runs_on(layout: Layout, replicas: int) -> list[Case]:
-    """The cases of a layout. All of them where tensors are plain and with FSDP2; each on half of the layouts of
-    tensor parallelism; on the layouts of 8 ranks, where a run takes longest, and with another layout's
+    """The cases of a layout. All of them where tensors are plain and with FSDP2; each on half of the layouts
+    of tensor parallelism; on the layouts of 8 ranks, where a run takes longest, and with another layout's
     code alone, those that run everywhere. One replica has no use for a consensus."""
     if layout.name in ("plain_mesh", "fsdp2") and replicas == 2:
         return CASES

@@ -29,8 +29,8 @@ BANDS = {
     ("polar_express", 7): (1.000, 1.000),
     ("polar_express", 12): (1.000, 1.000),
 }
-# Rounding of Y moves its singular values by about an ulp (bfloat16: 0.4 %), which the next polynomials magnify
-# as they do small ones.
+# Rounding of Y moves its singular values by about an ulp (bfloat16: 0.4 %), which the next polynomials
+# magnify as they do small ones.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 6e-3}
 ALWAYS_MUON = {
     "local_update": "muon",
@@ -91,7 +91,16 @@ def test_every_size_is_iterated_alike_or_is_next_to_zero(polynomials: str, dtype
             torch.testing.assert_close(O[0].double(), expected, rtol=0, atol=0.03)
 
 
-def test_what_cannot_be_told_apart_in_float64_is_one_function_of_the_singular_values() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_a_matrix_that_came_in_bfloat16_is_iterated_as_one_of_float32(dtype: torch.dtype | None) -> None:
+    """As from other ranks: norms and sums of products have more digits than what they are of."""
+    M = draw(40, 24).to(torch.bfloat16).unsqueeze(0)
+    how = Iteration("polar_express", 6, dtype)
+    [got], [expected] = newton_schulz([M], how), newton_schulz([M.float()], how)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected.to(torch.bfloat16))
+
+
+def test_any_number_of_rounds() -> None:
     for polynomials in POLYNOMIALS:
         for steps in (1, 2, 8, 11):
             M = draw(12, 5)
@@ -251,8 +260,8 @@ def jordan(M: Tensor) -> Tensor:
     ids=["Jordan", "Moonlight", "microsoft/dion"],
 )
 def test_muon_written_out(momentum_is: str, scale: str, nesterov: bool) -> None:
-    """github.com/KellerJordan/Muon, github.com/MoonshotAI/Moonlight and github.com/microsoft/dion, in lines of
-    their own: how the momentum is kept, what is orthonormalized, and how large the step is."""
+    """github.com/KellerJordan/Muon, github.com/MoonshotAI/Moonlight and github.com/microsoft/dion, in lines
+    of their own: how the momentum is kept, what is orthonormalized, and how large the step is."""
     lr, wd, mu = 0.02, 0.1, 0.95
     parameters = [X.detach().clone() for X in start()]
     momenta = [torch.zeros_like(X) for X in parameters]

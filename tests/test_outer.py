@@ -143,8 +143,9 @@ def test_newton_schulz_forgets_size_at_every_size(shape: tuple[int, int], dtype:
     expected = muon(M)
     for exponent in range(-44, 39):
         scaled = (M * (10.0**exponent / M.abs().max())).to(dtype)
-        [O] = newton_schulz([scaled.unsqueeze(0) if shape[0] >= shape[1] else scaled.mT.unsqueeze(0)])  # noqa: E741
-        got = (O[0] if shape[0] >= shape[1] else O[0].mT).double()
+        tall = scaled if shape[0] >= shape[1] else scaled.mT
+        result = newton_schulz([tall.unsqueeze(0)])[0][0]
+        got = (result if shape[0] >= shape[1] else result.mT).double()
         assert bool(got.isfinite().all()), f"1e{exponent}"
         if exponent < -39:
             assert float(got.abs().max()) < 1e-30, "no direction left"
@@ -310,7 +311,7 @@ def run_parts(layout: Layout) -> None:
                 mine = part.take(shard).flatten()
                 assert fragments == 1 or bool((mine % fragments == k).all())
                 share = shard.numel() / fragments
-                assert abs(len(mine) - share) <= max(1, shard.shape[0] if part.elements is not None else 1)
+                assert abs(len(mine) - share) <= max(1, shard.shape[0] if part.run is None else 1)
                 seen.append(mine.clone())
                 copy = torch.zeros_like(shard)
                 part.put(copy, part.take(shard))

@@ -1,4 +1,5 @@
-"""The benchmark of sharded steps counts what happens: collectives and bytes as the optimizer's ledger does."""
+"""The benchmark of sharded steps counts what happens: collectives and bytes as the optimizer's ledger
+does."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,10 +111,14 @@ def test_work_of_owners_falls_with_the_shards_and_that_of_all_together_does_not(
 
 def test_seconds_by_hand() -> None:
     rates = Rates(bfloat16=10, float32=5, float64=2, memory=100, inside=20, across=4)
-    work = Work({"bfloat16": 30, "float32": 10, "float64": 6}, 250, 40, 60, solved=2)
+    flops, solved = {"bfloat16": 30, "float32": 5, "float64": 6}, {"float32": 5, "float64": 2}
+    work = Work(flops, 250, 40, 60, buckets=1, solved=solved)
     parts = {"products": 5.0, "float64": 4.0, "memory": 2.5, "shard traffic": 5.0}
     assert work.seconds(rates, shards=8, gpus_per_node=8) == parts
     assert work.seconds(rates, shards=9, gpus_per_node=8) == parts | {"shard traffic": 17.0}
+    # Three of four buckets travel behind 5 seconds of products, of 3 seconds inside a machine.
+    hidden = replace(work, buckets=4).seconds(rates, shards=8, gpus_per_node=8)
+    assert hidden == parts | {"shard traffic": 5.0 - 3 * 3 / 4}
 
 
 def test_a_synchronized_step_is_a_local_one_and_what_it_sends() -> None:

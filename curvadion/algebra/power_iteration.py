@@ -11,7 +11,7 @@ right factor of this step.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,8 @@ INDEPENDENT = 1e-2
 NOISE_ULPS = 64
 # ... and, where every entry was rounded to a coarser format than it was summed in, in units of that format's.
 COARSE_NOISE_ULPS = 2
+# Elements that are worked on at a time, by kind of device.
+PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def initial_right_factor(name: str, n: int, r: int) -> Tensor:
     Q = torch.randn(
         n, r, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
     )
-    return Q / Q.norm(dim=0)
+    # Not norm(): down columns it takes ten times as long. In float64, so that any order of the sum gives
+    # these.
+    return Q.div_(Q.square().sum(dim=0, dtype=torch.float64).sqrt_().to(Q.dtype))
 
 
 def power_iteration(
@@ -124,7 +128,7 @@ def power_iteration(
         new = column_normalize(R, sumsq)
         scales = [s if r_i is r else None for s, r_i, r in zip(lengths, own, R, strict=True)]
     return [
-        Factors(p * alive, r_i, torch.where(alive, q, old), scale)
+        Factors(p.mul_(alive), r_i, torch.where(alive, q, old), scale)
         for p, r_i, alive, q, old, scale in zip(P, own, live, new, Q, scales, strict=True)
     ]
 
@@ -187,47 +191,114 @@ def _orthonormal_columns(
         pairs = [_householder(p, floor) for p, floor in zip(side.gather(list(P)), floors, strict=True)]
         return side.take([basis for basis, _ in pairs]), [live for _, live in pairs]
     bases, live = [], []
-    wide = [p.to(torch.float64) for p in P]
-    for w, gram, floor in zip(wide, side.sum([w.mT @ w for w in wide], "gram"), floors, strict=True):
-        L, pivots = _shifted_cholesky(gram)
-        # Noise must not pass for a direction: what later columns have along it would be lost.
-        above = pivots > floor**2 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
-        L, _ = _shifted_cholesky(gram * above * above.mT)
-        bases.append(_solve(w * above, L))
-    for k, gram in enumerate(side.sum([w.mT @ w for w in bases], "gram")):
-        # Independent columns are nearly orthonormal by now. Others are noise over a pivot that the shift
-        # keeps away from zero.
-        independent = _shifted_cholesky(gram)[1] > INDEPENDENT
-        gram = gram * independent * independent.mT + torch.diag_embed(
-            (~independent).squeeze(-2).to(gram.dtype)
-        )
-        L, info = torch.linalg.cholesky_ex(gram)
-        live.append(independent & (info == 0).view(-1, 1, 1))
-        L = torch.where((info == 0).view(-1, 1, 1), L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
-        bases[k] = _solve(bases[k] * live[k], L).to(P[k].dtype)
+    grams = side.sum([_gram(p, torch.float64) for p in P], "gram")
+    for p, gram, floor in zip(P, _handed_over(grams), floors, strict=True):
+        L, kept = _first_factor(gram, floor)
+        # The first pass leaves columns that are orthonormal to its rounding, unless the shift has held some
+        # of them down: then the second one needs as many digits.
+        exact = floor**2 > 10 * GRAM_SHIFT * L.shape[-1]
+        bases.append(_solve(p, L, p.dtype if exact else torch.float64))
+        live.append(kept)
+        del L
+    grams = side.sum([_gram(w, w.dtype) for w in bases], "gram")
+    for k, gram in enumerate(_handed_over(grams)):
+        L, live[k] = _second_factor(gram, live[k])
+        bases[k] = _solve(bases[k], L, P[k].dtype, live[k])
     return bases, live
 
 
-def _solve(P: Tensor, L: Tensor) -> Tensor:
-    """Return P L^-T."""
-    return torch.linalg.solve_triangular(L.mT, P, upper=True, left=False)
+def pieces(number: int, elements: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Cut a stack of `number` matrices of so many elements: yield from where to where, of a size at which
+    copies are cheap."""
+    step = max(1, piece_elements(device) // max(1, elements))
+    for start in range(0, number, step):
+        yield start, min(start + step, number)
 
 
-def _shifted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return L of G + sI = L L^T and its squared pivots, (B, 1, r): what is left of each column after those
-    before it.
+def piece_elements(device: torch.device) -> int:
+    """Return how many elements to work on at a time: a GPU wants many, a CPU's caches hold few."""
+    return PIECE_ELEMENTS.get(device.type, PIECE_ELEMENTS["cuda"])
 
-    Where G + sI is not positive definite in spite of the shift, L is the identity and the pivots are 0: no
-    direction, no update.
+
+def _blocks(P: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, m, r) into pieces: some matrices, or some rows of one of them."""
+    m, r = P.shape[1:]
+    rows = max(1, min(m, piece_elements(P.device) // max(1, r)))
+    for start, stop in pieces(len(P), m * r, P.device):
+        for row in range(0, m, rows):
+            yield slice(start, stop), slice(row, row + rows)
+
+
+def _handed_over(tensors: Tensors) -> Iterator[Tensor]:
+    """Yield tensors and keep none."""
+    while tensors:
+        yield tensors.pop(0)
+
+
+def _gram(P: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return P^T P, (B, r, r), computed in this dtype piece by piece."""
+    gram = P.new_zeros((len(P), P.shape[-1], P.shape[-1]), dtype=dtype)
+    for some, rows in _blocks(P):
+        w = P[some, rows].to(dtype)
+        gram[some].baddbmm_(w.mT, w)
+    return gram
+
+
+def _solve(P: Tensor, L: Tensor, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:
+    """Return P L^-T in this dtype, computed in L's piece by piece; columns that are not live are zero."""
+    result = torch.empty_like(P, dtype=dtype)
+    for some, rows in _blocks(P):
+        solved = torch.linalg.solve_triangular(L[some].mT, P[some, rows].to(L.dtype), upper=True, left=False)
+        if live is not None:
+            solved.masked_fill_(~live[some], 0.0)  # also where it is not finite
+        result[some, rows] = solved
+    return result
+
+
+def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Return L of G + sI = L L^T, of independent columns alone, and which those are, (B, 1, r) bool.
+
+    Rows and columns of others are the identity's. Where G + sI is not positive definite in spite of the
+    shift,
+    none is independent: no direction, no update. Overwrites G.
     """
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    shift = (GRAM_SHIFT * trace + torch.finfo(gram.dtype).tiny).unsqueeze(-1)
-    L, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand(gram.shape[:-1])))
-    positive = (info == 0).view(-1, 1, 1)
-    pivots = L.diagonal(dim1=-2, dim2=-1).square().unsqueeze(-2)
-    return torch.where(positive, L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)), torch.where(
-        positive, pivots, 0.0
-    )
+    squares = gram.diagonal(dim1=-2, dim2=-1).clone()
+    _, pivots, positive = _cholesky(gram, _shifted(squares))
+    above = pivots > floor**2 * squares.amax(-1, keepdim=True)
+    # Noise must not pass for a direction: what later columns have along it would be lost.
+    live = above & positive
+    L, _, positive = _cholesky(_restrict(gram, live), torch.where(live, _shifted(squares * live), 1.0))
+    return L, (live & positive).unsqueeze(-2)
+
+
+def _second_factor(gram: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L of G = L L^T and which columns are independent, like `_first_factor`, of columns that are
+    nearly orthonormal, or noise over a pivot that the shift has kept away from zero."""
+    live = live.squeeze(-2)
+    squares = torch.where(live, gram.diagonal(dim1=-2, dim2=-1), 1.0)
+    if gram.dtype == torch.float64:
+        _, pivots, positive = _cholesky(_restrict(gram, live), _shifted(squares))
+        live = live & positive & (pivots > INDEPENDENT)
+        squares = torch.where(live, squares, 1.0)
+    L, _, positive = _cholesky(_restrict(gram, live), squares)
+    return L, (live & positive).unsqueeze(-2)
+
+
+def _restrict(gram: Tensor, live: Tensor) -> Tensor:
+    """Make the rows and columns of others than live ones zero, in place."""
+    return gram.masked_fill_(~(live.unsqueeze(-1) & live.unsqueeze(-2)), 0.0)
+
+
+def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return L of G = L L^T with G's diagonal replaced, its squared pivots (what is left of each column after
+    those before it), (B, r), and whether G is positive definite, (B, 1); if not, L means nothing."""
+    gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
+    L, info = torch.linalg.cholesky_ex(gram)
+    return L, L.diagonal(dim1=-2, dim2=-1).square(), (info == 0).unsqueeze(-1)
+
+
+def _shifted(squares: Tensor) -> Tensor:
+    return squares + (GRAM_SHIFT * squares.sum(-1, keepdim=True) + torch.finfo(squares.dtype).tiny)
 
 
 def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     )
     add("--owners", choices=("auto", "always", "never"), default="auto", help=about)
     add("--newton-schulz-steps", type=int, default=5, help="rounds of Muon steps (default %(default)s)")
+    about = "time of a symmetric product, of which one triangle is enough, to that of a full one (default 1)"
+    add("--symmetric-share", type=float, default=1.0, help=about)
     about = "of Newton-Schulz and on the way to owners (default %(default)s)"
     add("--newton-schulz-dtype", choices=("bfloat16", "float32"), default="bfloat16", help=about)
 
@@ -286,6 +288,7 @@ def work_of(args: argparse.Namespace, model: Model, rates: Rates) -> dict[str, W
     settings = Settings(
         args.shards,
         Iteration(steps=args.newton_schulz_steps, dtype=dtype),
+        args.symmetric_share,
         args.owners,
         rank_fraction=args.rank_fraction,
         rank_multiple_of=args.rank_multiple_of,
@@ -334,6 +337,7 @@ def check(args: argparse.Namespace, sizes: Sequence[int], interval: float) -> No
         ),
         (args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1"),
         (args.block >= 1, "--block must be >= 1", args.block, "128"),
+        (0 < args.symmetric_share <= 1, "--symmetric-share must be in (0, 1]", args.symmetric_share, "1"),
         (args.gpus_per_node >= 1, "--gpus-per-node must be >= 1", args.gpus_per_node, "8"),
         (args.newton_schulz_steps >= 1, "--newton-schulz-steps must be >= 1", args.newton_schulz_steps, "5"),
         *(
@@ -405,7 +409,7 @@ def print_work(case: Case) -> None:
     for name, work in case.work.items():
         parts = case.seconds(work)
         whole = sum(parts.values())
-        flops = sum(work.flops.values()) + work.solved
+        flops = sum(work.arithmetic.values())
         counts = [f"{flops / 1e9:,.1f}", f"{work.sent / 1e6:,.1f}", f"{work.transient / 1e6:,.0f}"]
         times = [f"{1e3 * t:.2f}" for t in (*parts.values(), whole)]
         rows.append([name, *counts, *times, f"{whole / case.compute:.1%}"])

@@ -18,8 +18,8 @@ with compute: a dense all-reduce, whose gradients leave while others are still c
 (an even number), the two halves of a synchronization, each with half of the steps of the delay. Everything
 else starts when all gradients are there. T_compute is 6 FLOP per parameter and token, unless given. T_x is a
 ring's, T_gate that of recursive doubling (Thakur et al., "Optimization of Collective Communication Operations
-in MPICH", 2005). T_own is the optimizer's own work on a GPU and inside a replica, see `curvadion.projection.work`.
-Not in the formulas: FSDP's traffic, congestion, stragglers, packet loss.
+in MPICH", 2005). T_own is the optimizer's own work on a GPU and inside a replica, see
+`curvadion.projection.work`. Not in the formulas: FSDP's traffic, congestion, stragglers, packet loss.
 """
 
 import math
@@ -130,6 +130,7 @@ def payload(
     element: int = 4,
     moves_Q: bool = True,
     block: int = BLOCK,
+    shards: int = 1,
 ) -> dict[str, Sent]:
     """Return what a synchronized step sends, by the ledger's purposes, the gate left out.
 
@@ -142,6 +143,8 @@ def payload(
         element: bytes of an element of P, R and AdamW gradients, 2 for `payload_dtype=torch.bfloat16`.
         moves_Q: whether local Dion steps came before, which move Q.
         block: values that share a scale in "outer-8" and fewer bits.
+        shards: ranks over which the rows of matrices are split; each sends with its part of a P one number,
+            whether the matrix has a gradient.
 
     Raises:
         ValueError: `what` is none of PAYLOADS.
@@ -166,7 +169,8 @@ def payload(
         sent = {"parameters": Sent(4 * model.parameters), "moments": Sent(2 * 4 * model.scalars)}
     if moves_Q:
         sent["right_factor"] = Sent(4 * of_Q, collective="broadcast")
-    sent["factors"] = Sent(element * of_P_and_R, calls=2)
+    flags = sum(shards if m >= n else 1 for m, n in model.matrices)
+    sent["factors"] = Sent(element * (of_P_and_R + flags), calls=2)
     sent["gradients"] = Sent(element * model.scalars)
     return sent
 

@@ -1,28 +1,29 @@
 """What the optimizer's own steps take of a GPU, by formulas: products, memory, and traffic inside a replica.
 
 Parameters are sharded by rows over the S GPUs of a replica, as FSDP2 does, and the busiest GPU counts. For
-matrices m x n of elements w bytes on the way (m the longer side, m_s rows on this GPU, `wide` if n are rows)::
+matrices m x n of elements w bytes on the way (m the longer side, m_s rows on this GPU, "wide" where the rows
+are the shorter side)::
 
     Muon, owners      FLOPs  of the matrices it owns: rounds (4 m n^2 + 2 n^3) each
                       sent   w times its part of others' matrices, and the others' part of its own
     Muon, together    FLOPs  rounds (4 m_s n^2 + 2 n^3); wide: rounds (4 m n^2 + 2 n^3)
                       sent   2 (S-1)/S (rounds 4 n^2 + 8); wide: 2 (S-1)/S 4 m n
-    Dion of rank r    FLOPs  8 m n r / S, and in float64 two passes of 2 p r^2 (Gram), p r^2 (triangular solve)
-                             and two r^3 / 3 (Cholesky), p = m_s; wide: p = m
-                      sent   2 (S-1)/S (4 n r + 16 r^2); wide: 2 (S-1)/S 4 (m + 1) r
-    memory            bytes read and written: 24 of an element of a matrix, 28 of one that is AdamW's (or of all,
-                      in a dense step), and what is packed, unpacked and rescaled on the way to owners and back
+    Dion of rank r    FLOPs  8 m n r / S + 2 p r^2 (Gram) + p r^2 (triangular solve) + r^3 / 3 (Cholesky), and
+                             in float64 2 p r^2 + p r^2 + 2 r^3 / 3; p = m_s, wide: p = m
+                      sent   2 (S-1)/S (4 n r + 12 r^2); wide: 2 (S-1)/S 4 (m + 1) r
+    memory            bytes read and written: 24 of an element of a matrix, 28 of one that is AdamW's (or of
+                      all, in a dense step), and what is packed, unpacked and rescaled for owners
 
     seconds = FLOPs / rate + sent / rate + bytes / rate
 
-One after the other: what owners send overlaps with their products from the second bucket on, and is counted
-in full. FLOPs and bytes are those that FLOP counter and ledger count (a test compares them); Cholesky and
-triangular solves are not counted there. Rates are assumptions.
+One after the other, but for what owners send: of that only the first bucket's waits for nobody, the others
+travel behind products. FLOPs and bytes are those that FLOP counter and ledger count (a test compares them),
+but for Cholesky and triangular solves, which are not counted there. Rates are assumptions.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -80,7 +81,8 @@ class Work:
         flops: by dtype.
         memory: bytes read and written.
         all_reduce, all_to_all: bytes that leave it inside the replica.
-        solved: FLOPs of Cholesky and triangular solves, which FLOP counters leave out; float64.
+        buckets: in which matrices travel to owners.
+        solved: FLOPs of Cholesky and triangular solves, which FLOP counters leave out, by dtype.
         transient: bytes that are allocated in between, an estimate.
         owned: how many matrices of the replica have an owner.
     """
@@ -89,15 +91,21 @@ class Work:
     memory: float = 0.0
     all_reduce: float = 0.0
     all_to_all: float = 0.0
-    solved: float = 0.0
+    buckets: int = 0
+    solved: Mapping[str, float] = field(default_factory=dict)
     transient: float = 0.0
     owned: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[1:]}
-        sums["transient"] = max(self.transient, other.transient)
-        names = {*self.flops, *other.flops}
-        return Work({d: self.flops.get(d, 0.0) + other.flops.get(d, 0.0) for d in names}, **sums)
+        names = ("memory", "all_reduce", "all_to_all", "buckets", "owned")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        sums |= {name: _added(getattr(self, name), getattr(other, name)) for name in ("flops", "solved")}
+        return Work(**sums, transient=max(self.transient, other.transient))
+
+    @property
+    def arithmetic(self) -> Mapping[str, float]:
+        """All FLOPs, by dtype."""
+        return _added(self.flops, self.solved)
 
     @property
     def sent(self) -> float:
@@ -106,13 +114,20 @@ class Work:
 
     def seconds(self, rates: Rates, shards: int, gpus_per_node: int) -> dict[str, float]:
         """Return how long its parts take."""
+        flops = self.arithmetic
+        products = sum(n / getattr(rates, d) for d, n in flops.items() if d != "float64")
+        crossing = self.all_to_all / (rates.inside if shards <= gpus_per_node else rates.across)
+        behind = (1 - 1 / self.buckets) * min(crossing, products) if self.buckets else 0.0
         return {
-            "products": sum(n / getattr(rates, d) for d, n in self.flops.items() if d != "float64"),
-            "float64": (self.flops.get("float64", 0.0) + self.solved) / rates.float64,
+            "products": products,
+            "float64": flops.get("float64", 0.0) / rates.float64,
             "memory": self.memory / rates.memory,
-            "shard traffic": self.all_reduce / rates.inside
-            + self.all_to_all / (rates.inside if shards <= gpus_per_node else rates.across),
+            "shard traffic": self.all_reduce / rates.inside + crossing - behind,
         }
+
+
+def _added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {*one, *other}}
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,13 @@ class Settings:
 
     Attributes:
         shards: S.
+        triangle: how long a symmetric product takes, of which one triangle is enough, relative to a full one.
         device: "cuda" or "cpu", for the choice between owners and all together.
     """
 
     shards: int
     how: Iteration = field(default_factory=lambda: Iteration(dtype=torch.bfloat16))
+    triangle: float = 1.0
     owners: str = "auto"
     owner_dtype: torch.dtype | None = None
     rank_fraction: float = 0.25
@@ -139,14 +156,19 @@ def rows_of(rows: int, shards: int) -> list[int]:
     return [max(0, min(chunk, rows - rank * chunk)) for rank in range(shards)]
 
 
-def spread_of(shape: tuple[int, int], how: Iteration, shards: int) -> Spread:
+def spread_of(shape: tuple[int, int], flops: float, shards: int) -> Spread:
     """Return how a matrix lies over ranks that split its rows."""
     chunk = math.ceil(shape[0] / shards)
     regions = [
         Region((min(rank * chunk, shape[0]), 0), (rows, shape[1]))
         for rank, rows in enumerate(rows_of(shape[0], shards))
     ]
-    return Spread(shape, tuple(regions), (0,) if shards > 1 else (), how.flops(*shape))
+    return Spread(shape, tuple(regions), (0,) if shards > 1 else (), flops)
+
+
+def rounds_of(s: Settings, rows: float, n: float) -> float:
+    """Return the FLOPs of all rounds on `rows` rows of matrices, in full products' time."""
+    return s.how.steps * (s.triangle * (2 * rows * n**2 + 2 * n**3) + 2 * rows * n**2)
 
 
 def counts_of(model: Model) -> dict[tuple[int, int], int]:
@@ -175,7 +197,10 @@ def muon(model: Model, s: Settings) -> list[Work]:
     width = (s.how.dtype or torch.float32).itemsize
     owned, work = dict[tuple[int, int], Spread](), [Work() for _ in range(s.shards)]
     for shape, count in counts.items():
-        spread, (m, n) = spread_of(shape, s.how, s.shards), (max(shape), min(shape))
+        spread, (m, n) = (
+            spread_of(shape, rounds_of(s, max(shape), min(shape)), s.shards),
+            (max(shape), min(shape)),
+        )
         wide = shape[0] < shape[1]
         sides = (1, s.shards) if wide else (s.shards, 1)
         alone = cost_alone(spread, wire, s.shards, len(model.matrices))
@@ -185,7 +210,7 @@ def muon(model: Model, s: Settings) -> list[Work]:
             continue
         for rank, rows in enumerate(rows_of(shape[0], s.shards)):
             cost = cost_together(s.how, m, n, *sides)
-            flops = s.how.flops(m, n) if wide else s.how.steps * (4 * rows * n**2 + 2 * n**3)
+            flops = rounds_of(s, m if wide else rows, n)
             elements = count * (m * n if wide else rows * n)
             work[rank] += Work(
                 {name: count * flops},
@@ -214,6 +239,7 @@ def muon(model: Model, s: Settings) -> list[Work]:
             {name: load[rank]},
             memory=copied + mine * (12 + (4 + s.how.steps) * width),
             all_to_all=wire * sent,
+            buckets=max(1, math.ceil(mine / BUCKET_ELEMENTS)),
             transient=at_once,
             owned=sum(counts[x] for x in shapes),
         )
@@ -228,14 +254,17 @@ def dion(model: Model, s: Settings) -> list[Work]:
     for shape, count in counts_of(model).items():
         m, n = max(shape), min(shape)
         r, wide = rank_of(n, s.rank_fraction, s.rank_multiple_of), shape[0] < shape[1]
-        sent = summed * (4 * (m + 1) * r if wide else 4 * n * r + 2 * 8 * r * r)
+        sent = summed * (4 * (m + 1) * r if wide else 4 * n * r + (8 + 4) * r * r)
         for rank, rows in enumerate(rows_of(shape[0], s.shards)):
             p, part = (m if wide else rows), rows * shape[1]
             work[rank] += Work(
-                {"float32": count * 8 * part * r, "float64": count * 4 * p * r * r},
+                {"float32": count * (8 * part * r + 2 * p * r * r), "float64": count * 2 * p * r * r},
                 memory=count * (16 * part + 60 * p * r),
                 all_reduce=count * sent,
-                solved=count * (2 * p * r * r + 4 * r**3 / 3),
+                solved={
+                    "float32": count * (p * r * r + r**3 / 3),
+                    "float64": count * (p * r * r + 2 * r**3 / 3),
+                },
             )
             kept = work[rank].transient + count * (24 * p * r + 20 * r * r)
             work[rank] = replace(work[rank], transient=kept)

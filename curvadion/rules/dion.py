@@ -1,10 +1,11 @@
 """local_update="dion", the released code's rule, and Dion's synchronized step, which is the same with
 means."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from curvadion.algebra.power_iteration import power_iteration
+from curvadion.algebra.power_iteration import piece_elements, pieces, power_iteration
 from curvadion.rules.base import Rule, Step, local_lr, scale, shrinkage
+from curvadion.sharding.owners import Stack
 from curvadion.state.batch import Batch
 
 
@@ -26,14 +27,16 @@ class Dion(Rule):
 def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> None:
     """Do what `Dion` says on this replica alone; synchronized, with E_i[P], E_i[R] and lr in place of
     lr_local."""
-    for chosen in _by_method(step, batches):
+    for chosen in _pieces(step, batches, synchronized=synchronized):
         method = step.groups[chosen[0].group]
         factors = power_iteration(
             [b.M for b in chosen],
             [b.right_factor for b in chosen],
             rows=step.rows(chosen, synchronized=synchronized),
             columns=step.columns(chosen, synchronized=synchronized),
-            reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
+            reduce_P=step.reduction(
+                chosen, [b.columns for b in chosen], synchronized=synchronized, live_only=True
+            ),
             reduce_R=step.reduction(
                 chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True
             ),
@@ -57,16 +60,32 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
                 step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(group, b),
                 feedback=1 - group["momentum"],
             )
-            if not feedback:
-                step.postpone_decay([b])
             b.right_factor.copy_(f.Q)
-            b.common_Q = synchronized
+    step.postpone_decay([b for b in batches if not step.groups[b.group]["error_feedback"]])
+    for b in batches:
+        b.common_Q = synchronized
 
 
-def _by_method(step: Step, batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Split batches by what `power_iteration` takes one value of."""
+def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iterator[list[Batch]]:
+    """Yield batches in lists for each of which `power_iteration` is called once: with one value of its
+    options, and where no sum or mean has to serve all matrices at once, with few of them."""
     chosen: dict[tuple[str, str], list[Batch]] = {}
     for b in batches:
         group = step.groups[b.group]
         chosen.setdefault((group["orthogonalization"], group["right_factor"]), []).append(b)
-    return [chosen[key] for key in sorted(chosen)]
+    alone = step.owners.ranks == 1 and not (synchronized and step.exchange.replicas > 1)
+    for key in sorted(chosen):
+        if not alone:
+            yield chosen[key]
+            continue
+        piece, size = list[Batch](), 0
+        for k, b in enumerate(chosen[key]):
+            elements = b.layout.shape[b.layout.long] * b.rank
+            for start, stop in pieces(len(b.params), elements, b.momentum.device):
+                added = (stop - start) * elements
+                if piece and size + added > piece_elements(b.momentum.device):
+                    yield piece
+                    piece, size = [], 0
+                piece.append(b.part(Stack(k, start, stop)))
+                size += added
+        yield piece

@@ -56,7 +56,7 @@ class Group(Protocol):
         *,
         wait: bool = False,
     ) -> Work:
-        """Start sending the k-th part of `sent` to rank k: of `size` equal ones, or of parts of these sizes."""
+        """Start sending the k-th part of `sent` to rank k: of `size` equal ones, or parts of these sizes."""
 
     def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         """Start putting the pieces of all ranks, one after the other, into `whole`."""

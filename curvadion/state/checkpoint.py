@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.power_iteration import rank_of
-from curvadion.options import GROUP_OPTIONS, check_group
+from curvadion.options import check_group, group_options
 from curvadion.rules import RULES
 from curvadion.sharding.layout import canonical_name, local_tensor
 from curvadion.state.batch import first_right_factor
@@ -61,8 +61,9 @@ def load(
     def restore(_: torch.optim.Optimizer) -> None:
         optimizer.state = own  # type: ignore[assignment]  # torch made copies, cast to the parameters' dtype
         for group, before in zip(optimizer.param_groups, groups, strict=True):
-            for key in GROUP_OPTIONS:
-                group.setdefault(key, before[key])
+            for key in group_options():
+                if key in before:
+                    group.setdefault(key, before[key])
         for name, layout, (p, values) in zip(table.names, table.layouts, saved_states(), strict=True):
             for key, value in values.items():
                 if key in own[p]:
@@ -151,16 +152,16 @@ def check_loadable(
         for key in ("algorithm", "local_update"):
             if saved.get(key, group[key]) != group[key]:
                 raise ValueError(
-                    f"a checkpoint must have been saved with the {key} of each group; got {saved[key]!r} for a "
-                    f"group with {group[key]!r}; build the groups as they were when it was saved; to change "
-                    "the rule, set it in opt.param_groups after loading"
+                    f"a checkpoint must have been saved with the {key} of each group; got {saved[key]!r} for "
+                    f"a group with {group[key]!r}; build the groups as they were when it was saved; to "
+                    "change the rule, set it in opt.param_groups after loading"
                 )
         tau, before = saved.get("tau", group["tau"]), group["tau"]
         if math.isinf(tau) != math.isinf(before):
             raise ValueError(
-                "a checkpoint of a gate that never opens by itself belongs to an optimizer of that kind, and no "
-                f"other: got tau={tau} for a group with tau={before}; build the optimizer with the options of "
-                "the run that saved it; tau may be changed in opt.param_groups after loading"
+                "a checkpoint of a gate that never opens by itself belongs to an optimizer of that kind, and "
+                f"no other: got tau={tau} for a group with tau={before}; build the optimizer with the "
+                "options of the run that saved it; tau may be changed in opt.param_groups after loading"
             )
     for name, index, saved, own in states:
         rule = RULES[saved_groups[index].get("local_update", groups[index]["local_update"])]
@@ -189,8 +190,8 @@ def check_loadable(
             )
             if saved_rank != rank:
                 raise ValueError(
-                    f"a checkpoint must be of the same rank; got r = {saved_rank} for {name!r}, expected {rank}; "
-                    "construct with the rank_fraction and rank_multiple_of it was saved with"
+                    f"a checkpoint must be of the same rank; got r = {saved_rank} for {name!r}, expected "
+                    f"{rank}; construct with the rank_fraction and rank_multiple_of it was saved with"
                 )
 
 

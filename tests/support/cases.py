@@ -384,7 +384,8 @@ def compare(optimizer: CurvaDion, placed: Placed, moment: Moment) -> list[str]:
 
 
 def run_case(placed: Placed, parts: list[dict[str, Tensor | None]], case: Case, replicas: int) -> list[str]:
-    """Run a case on this rank, which gets these gradients step by step; every difference from the reference."""
+    """Run a case on this rank, which gets these gradients step by step; all differences from the
+    reference."""
     placed.set_values(initial_values())
     optimizer = make_optimizer(placed, case)
     for name, parameter in placed.bag.named_parameters():

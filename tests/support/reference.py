@@ -5,21 +5,25 @@ process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, 
 
     synchronized step (rho > tau):                          local step (rho <= tau):
       P   =  orthogonalize( E_i[ m_i Q ] )                    "gradient":  M_i <- mu m_i
-      R_i =  m_i^T P ;  R = E_i[ R_i ]                                     X_i <- (1 - eta wd) X_i - eta_local G_i
-      M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":      the synchronized lines without E_i[.],
-      Q   <- column_normalize(R)      or  orthogonalize(R)                 on this replica's own m_i and Q_i,
-      X_i <- consensus(X_i)                                                eta_local in place of eta
+      R_i =  m_i^T P ;  R = E_i[ R_i ]                                   X_i <- (1 - eta wd) X_i - eta_l G_i
+      M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":    synchronized lines without E_i[.],
+      Q   <- column_normalize(R)      or  orthogonalize(R)               on this replica's own m_i and Q_i,
+      X_i <- consensus(X_i)                                              eta_l in place of eta
       X   <- (1 - eta wd) X - eta s P Q^T                   "muon":      M_i <- mu m_i
-                                                                        X_i <- (1 - eta wd) X_i - eta_local s muon(m_i)
-                                                            "normuon":  as "muon", with normuon(muon(m_i)) in place of muon(m_i)
-                                                            "dion2":    only the largest slices of m_i, see `dion2`
+                                                              X_i <- (1 - eta wd) X_i - eta_l s muon(m_i)
+                                                            "normuon":  as "muon", with normuon(muon(m_i))
+                                                            "dion2":    only m_i's largest slices, see `dion2`
 
     s, by update_scale: "spectral": sqrt(rows/cols); "match_rms_adamw": 0.2 sqrt(max(rows, cols)); "original":
     sqrt(max(1, rows/cols)). With nesterov "muon" and "normuon" have muon(G_i + mu m_i) in place of muon(m_i).
 
+    no gradient (zero, or missing) in this replica, in a Dion step with E_i[.] in any: 0 in place of the
+    update, P and R
+
     consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas
     were equal last,
-      D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),  C rounding with error feedback
+      D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),
+    C rounding with error feedback;
     with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was)
 """
 
@@ -378,7 +382,8 @@ class ReferenceReplicas:
         for name in self.matrices:
             Q = self.replicas[0].Q[name]
             replicas = range(len(self.replicas))
-            self._dion(name, [m[i][name] for i in replicas], Q, replicas, lr=self.group[name]["lr"])
+            ms, gs = ([each[i][name] for i in replicas] for each in (m, G))
+            self._dion(name, ms, gs, Q, replicas, lr=self.group[name]["lr"])
         for name in self.others:
             mean = sum(g[name] for g in G) / len(G)
             for replica in self.replicas:
@@ -392,7 +397,7 @@ class ReferenceReplicas:
                 group = self.group[name]
                 eta, eta_local = group["lr"], group["local_lr_scale"] * group["lr"]
                 if group["local_update"] == "dion":
-                    self._dion(name, [m[i][name]], replica.Q[name], [i], lr=eta_local)
+                    self._dion(name, [m[i][name]], [G[i][name]], replica.Q[name], [i], lr=eta_local)
                 elif group["local_update"] in ("muon", "normuon", "dion2"):
                     rows, cols = m[i][name].shape
                     how = group["newton_schulz"], group["newton_schulz_steps"]
@@ -411,6 +416,8 @@ class ReferenceReplicas:
                         )
                     decay = 1 - eta * group["weight_decay"]
                     s = scale(group["update_scale"], rows, cols)
+                    if not G[i][name].any():  # a momentum without a gradient moves nothing
+                        update = torch.zeros_like(update)
                     replica.X[name] = decay * replica.X[name] - eta_local * s * update
                 else:
                     replica.M[name] = group["momentum"] * m[i][name]
@@ -465,9 +472,17 @@ class ReferenceReplicas:
             replica.U = dict(self.U)
 
     def _dion(
-        self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float
+        self,
+        name: str,
+        ms: Sequence[Tensor],
+        gs: Sequence[Tensor],
+        Q: Tensor,
+        replicas: Sequence[int],
+        *,
+        lr: float,
     ) -> None:
-        """The synchronized step's P, R, M, Q and X lines over the given replicas and their m_i."""
+        """The synchronized step's P, R, M, Q and X lines over the given replicas, their m_i and G_i; if no
+        replica has a gradient, P and R are 0 and Q stays."""
         group = self.group[name]
         rows, cols = ms[0].shape
         wide = (
@@ -475,7 +490,11 @@ class ReferenceReplicas:
         )  # P lives on the longer side, ties: rows; a wide matrix is treated as its transpose
         if wide:
             ms = [m.T for m in ms]
-        P, update, Q, R = power_iteration(ms, Q, group["right_factor"])
+        if any(bool(g.any()) for g in gs):
+            P, update, Q, R = power_iteration(ms, Q, group["right_factor"])
+        else:
+            P, update = ms[0].new_zeros(len(ms[0]), Q.shape[1]), torch.zeros_like(ms[0])
+            R = [torch.zeros_like(Q) for _ in ms]
         for i, m_i, R_i in zip(replicas, ms, R, strict=True):
             replica, mu = self.replicas[i], group["momentum"]
             M_i = m_i - (1 - mu) * P @ R_i.T if group["error_feedback"] else mu * m_i
