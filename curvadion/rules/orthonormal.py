@@ -28,16 +28,22 @@ class Slices:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank does in a second: FLOPs of products, bytes that leave it in an all-reduce and in an
-    all-to-all. Round figures; they choose between two ways, so only their ratios count."""
+    """What a rank does in a second: FLOPs of products, and in float64; bytes that leave it in an all-reduce and
+    in an all-to-all. Round figures; they choose between two ways, so only their ratios count."""
 
     flops: float
+    float64: float
     all_reduce: float
     all_to_all: float
 
+    @staticmethod
+    def of(device: torch.device) -> "Rates":
+        """Return a device's."""
+        return RATES.get(device.type, RATES["cuda"])
+
 
 # A GPU with bfloat16 products, NVLink inside its machine and a network card to others; a CPU core in float32.
-RATES = {"cuda": Rates(5e14, 2e11, 5e10), "cpu": Rates(5e10, 1e9, 1e9)}
+RATES = {"cuda": Rates(5e14, 4e13, 2e11, 5e10), "cpu": Rates(5e10, 2.5e10, 1e9, 1e9)}
 
 
 def orthonormalized(
@@ -136,7 +142,7 @@ def _has_owner(
     ranks = step.owners.ranks
     if ranks == 1 or step.owners.when != "auto":
         return ranks == 1 or step.owners.when == "always"
-    rates = RATES.get(step.exchange.device.type, RATES["cuda"])
+    rates = Rates.of(step.exchange.device)
     count, sharded = step.exchange.shards.count, batch.layout.sharded
     m, n = max(spread.shape), min(spread.shape)
     dim = 1 - slices.along if slices is not None else batch.layout.long
