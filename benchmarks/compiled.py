@@ -24,6 +24,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated
 
+import torch
 import triton
 import triton.backends.nvidia
 import triton.language as tl
@@ -55,7 +56,7 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
             yield (
                 f"momentum_norm ({names}{'' if store else ', norms only'})",
                 T.momentum_norm_kernel,
-                {**chunked, **strides, "partial": "*fp32"},
+                {**chunked, **strides, "partial": "*fp32", "live": "*fp32"},
                 {"M_TYPE": state, "G_TYPE": grad, "TYPE": tl.float32, "STORE": store, **cut},
                 T.ELEMENTWISE,
             )
@@ -76,7 +77,7 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
     yield (
         "segment_sum",
         T.segment_sum_kernel,
-        {"partial": "*fp32", "segments": "*i64", "sums": "*fp32", "count": "i32"},
+        {"partial": "*fp32", "live": "*fp32", "segments": "*i64", "sums": "*fp32", "count": "i32"},
         {"BLOCK": T.SUM_BLOCK},
         {"num_warps": 4},
     )
@@ -131,6 +132,27 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
         {"TYPE": tl.float32, "ROWS": T.COLUMN_ROWS, "TILE": T.COLUMN_TILE[0], "COLS": T.COLUMN_TILE[1]},
         {"num_warps": 4},
     )
+    for kind, dtype in ((tl.float32, torch.float32), (tl.bfloat16, torch.bfloat16)):
+        precision = "tf32x3" if target.backend == "cuda" and kind == tl.float32 else "ieee"
+        tile = T.symmetric_tile(dtype, precision, hip=target.backend == "hip")
+        for what, contiguous in (("Y", "col_stride"), ("Y, column-major", "row_stride"), ("G", "col_stride")):
+            yield (
+                f"symmetric_product ({NAMES[kind]}, of {what})",
+                T.symmetric_product_kernel,
+                {
+                    **dict.fromkeys(("A", "C"), POINTERS[kind]),
+                    **dict.fromkeys(("rows", "n", "batch_stride", "row_stride", "col_stride"), "i32"),
+                    **dict.fromkeys(("alpha", "beta"), "fp32"),
+                },
+                {
+                    contiguous: 1,
+                    "ADD": what == "G",
+                    "PRECISION": precision,
+                    "TILE": tile["TILE"],
+                    "DEPTH": tile["DEPTH"],
+                },
+                {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
+            )
 
 
 def build(
@@ -140,7 +162,9 @@ def build(
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    aligned = [name for name in names if types.get(name, "").startswith("*") or name in ("rows", "cols", "r")]
+    sizes = ("rows", "cols", "r", "n", "batch_stride", "row_stride", "col_stride")
+    aligned = [name for name in names if types.get(name, "").startswith("*") or name in sizes]
+    aligned = [name for name in aligned if name not in constants]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=target, options=options)
@@ -148,9 +172,11 @@ def build(
 
 def in_quick(name: str, label: str) -> bool:
     """Say whether the quick report has it: each kernel once; all low-rank modes and mixed dtypes on sm_90;
-    bfloat16 on gfx942."""
+    bfloat16 on gfx942; symmetric products of bfloat16, all on sm_90."""
     if "norms only" in name:
         return False
+    if name.startswith("symmetric_product"):
+        return label == "sm_90" or "bf16, of G" in name
     if name.startswith("low_rank_apply"):
         scaled = "Q = R scale" in name
         return (
@@ -245,7 +271,7 @@ def main() -> None:
                 continue
             compiled = build(kernel, types, constants, target, options)
             disassemble = not arguments.quick or name.startswith(
-                ("momentum_norm", "local_step", "low_rank_apply")
+                ("momentum_norm", "local_step", "low_rank_apply", "symmetric_product")
             )
             found = inspect_cuda(compiled, disassemble) if target.backend == "cuda" else inspect_hip(compiled)
             row = {
@@ -259,7 +285,8 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
             else:
                 instructions = " ".join(f"{key}:{value}" for key, value in found["instructions"].items())
-                sizes = f"{found['registers']:4} registers {found['stack']:4} stack {found['spills']:3} spills {row['shared']:7} shared"
+                counts = (("registers", 4), ("stack", 4), ("spills", 3), ("shared", 7))
+                sizes = " ".join(f"{ {**row, **found}[key]:{width}} {key}" for key, width in counts)
                 print(f"{label:7} {name:58} {sizes}  {instructions}", flush=True)
 
 

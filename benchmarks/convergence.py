@@ -2,7 +2,7 @@ r"""Loss against bytes: K replicas of a small GPT under a list of settings, at e
 that keep it honest.
 
     python benchmarks/convergence.py --tables headline --seeds 0 1 2 --text FOLDER
-    python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # the same through scripts/train.py, gloo or NCCL
+    python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # scripts/train.py's
     python benchmarks/convergence.py --check benchmarks/results/convergence.jsonl    # the same losses today?
     curvadion report benchmarks/results/convergence.jsonl
 
@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
+from curvadion.sharding.ledger import WIRE
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -57,9 +58,13 @@ BEST = replace(MUON, name="Muon every step, Nesterov", lr=0.03, momentum=0.8, ne
 NEVER = Setting("no synchronization", interval=math.inf, momentum=0.8, **SHARED_LR)
 CONTROLS = [MUON, Setting("AdamW every step", baseline=True, rule="adamw", adamw_lr=3e-3), NEVER]
 OURS = Setting("1 bit every 8 steps", momentum=0.8, lr=0.03, adamw_lr=1e-2, bits=1, interval=8, outer_lr=1.4)
-RELEASED = Setting("the released code's rule, tau 0.3", rule="dion", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc",
-                   tau=0.3, warmup=20, **SHARED_LR)  # fmt: skip
+SHARED_RULE = {"rank_fraction": 0.25, "momentum": 0.95, "consensus": "average", "gate": "rmmc", "tau": 0.3}
+RELEASED = Setting("the released code's rule, tau 0.3", rule="dion", warmup=20, **SHARED_RULE, **SHARED_LR)
+PAPER = Setting("the paper's text, tau 0.3", rule="gradient", warmup=20, **SHARED_RULE, **SHARED_LR)
 PLAIN = replace(OURS, name="1 bit every 8 steps, outer 1.0", outer_lr=1.0)
+
+
+POLAR = {"newton_schulz": "polar_express"}
 
 
 def variant(name: str, of: Setting = OURS, **changes: Any) -> Setting:
@@ -71,9 +76,8 @@ TABLES: dict[str, list[Setting]] = {
     "headline": [
         BEST,
         Setting("Dion every step, full rank", baseline=True, rule="dion", momentum=0.9, **SHARED_LR),
-        Setting("Dion every step, rank 1/4", baseline=True, rule="dion", rank_fraction=0.25, momentum=0.95, **SHARED_LR),
-        Setting("the paper's text, tau 0.3", rule="gradient", rank_fraction=0.25, momentum=0.95, consensus="average", gate="rmmc", tau=0.3,
-                warmup=20, **SHARED_LR),
+        Setting("Dion every step, rank 1/4", True, "dion", rank_fraction=0.25, momentum=0.95, **SHARED_LR),
+        PAPER,
         RELEASED,
         variant("32 bits every 100 steps", PLAIN, bits=32, interval=100, lr=0.02),
         OURS,
@@ -82,7 +86,8 @@ TABLES: dict[str, list[Setting]] = {
         *(variant(f"1 bit, {gate} gate", gate=gate) for gate in ("rmmc", "directional", "drift")),
         variant("1 bit, rmmc gate, tau ~ lr²", gate="rmmc", threshold_power=2),
         variant("1 bit, drift gate, threshold ~ lr", gate="drift", threshold_power=1),
-        variant("1 bit, qsr gate", gate="qsr", interval=3.4),  # these two give about as many synchronizations as every 8th step
+        # These two give about as many synchronizations as every 8th step.
+        variant("1 bit, qsr gate", gate="qsr", interval=3.4),
         variant("1 bit, late gate", gate="late", interval=16),
     ],
     "bits": [
@@ -118,6 +123,14 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit every 16 steps", interval=16),
         *(variant(f"the released code's rule, tau {tau}", RELEASED, tau=tau) for tau in (0.1, 0.6, 1.0)),
         variant("1 bit, Dion of rank 1/2", rule="dion", rank_fraction=0.5),
+    ],
+    "polynomials": [
+        MUON,
+        OURS,
+        variant("Muon every step, Polar Express", MUON, **POLAR),
+        variant("Muon every step, Polar Express in 6 rounds", MUON, newton_schulz_steps=6, **POLAR),
+        variant("1 bit, Polar Express", **POLAR),
+        variant("1 bit, Polar Express in 6 rounds", newton_schulz_steps=6, **POLAR),
     ],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),
@@ -162,8 +175,13 @@ class Run:
         return json.dumps(values, sort_keys=True)
 
 
-def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
-    """Train all replicas in this process and return what came out; `count` is a shared counter of steps."""
+def simulate(run: Run, device: str, count: Any = None, evaluations: float = math.inf) -> dict[str, Any]:
+    """Train all replicas in this process and return what came out.
+
+    Args:
+        count: a shared counter of steps.
+        evaluations: stop after so many of the run's, the one before its first step not counted.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     text = ByteText(Path(run.text) if run.text else None, max_bytes=20_000_000)
@@ -202,7 +220,7 @@ def simulate(run: Run, device: str, count: Any = None) -> dict[str, Any]:
             signals.append([step, replicas.signal, synchronized])
         if step % max(1, run.steps // 6) == 0 or step == run.steps:
             curve.append([step, held_out_loss()])
-            if not math.isfinite(curve[-1][1]):
+            if not math.isfinite(curve[-1][1]) or len(curve) > evaluations:
                 break
         if count is not None:
             count.value = step
@@ -351,10 +369,10 @@ def train(run: Run, count: Any = None) -> dict[str, Any]:
     }
 
 
-def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
+def execute(run: Run, device: str, count: Any = None, evaluations: float = math.inf) -> dict[str, Any]:
     """Train, and return the run's line."""
-    result = simulate(run, device, count) if run.backend == "simulation" else train(run, count)
-    ring = 2 * (run.replicas - 1) / run.replicas
+    simulated = run.backend == "simulation"
+    result = simulate(run, device, count, evaluations) if simulated else train(run, count)
     sent = result.pop("sent")
     return {
         "study": "convergence",
@@ -369,7 +387,7 @@ def execute(run: Run, device: str, count: Any = None) -> dict[str, Any]:
         "steps": run.steps,
         "tokens": run.steps * run.batch * run.seq * run.replicas,
         "wire": result.pop("wire"),
-        "dense_wire": 2 * result["parameters"] * run.steps * ring,
+        "dense_wire": 2 * result["parameters"] * run.steps * WIRE["all_reduce"](run.replicas),
         "bytes": sent,
         **result,
         "valid": None,
@@ -478,6 +496,13 @@ def parse_args() -> argparse.Namespace:
         help="take this file's runs at these seeds and conditions again, and compare",
     )
     add(
+        "--evaluations",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="with --check: end each run after so many of its evaluations (a run has six)",
+    )
+    add(
         "--out",
         type=Path,
         default=Path("runs/convergence.jsonl"),
@@ -577,7 +602,7 @@ def run_of(line: dict[str, Any]) -> Run:
 
 def check(args: argparse.Namespace) -> None:
     """Take a file's simulated runs at these seeds and conditions again, and print what came out then and
-    now."""
+    now, at the evaluation that both have last."""
     runs = []
     for line in read(args.check):
         run = run_of(line)
@@ -587,16 +612,22 @@ def check(args: argparse.Namespace) -> None:
             runs.append((run, line))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs if args.device == "cpu" else 1, mp_context=context) as pool:
-        futures = [(pool.submit(execute, run, args.device), run, then) for run, then in runs]
+        futures = [
+            (pool.submit(execute, run, args.device, None, args.evaluations), run, then) for run, then in runs
+        ]
         for future, run, then in futures:
             now = future.result()
+            step, loss = now["curve"][-1]
+            before = dict(then["curve"])[step]
             share = [f"{line['wire'] / max(line['dense_wire'], 1):.2%}" for line in (then, now)]
+            whole = (
+                f"; {then['synchronized']}, {now['synchronized']} synchronized; "
+                f"{', '.join(share)} of dense bytes"
+            )
             print(
-                f"{run.setting.name}, K={run.replicas}, batch {run.batch}, {run.steps} steps, seed "
-                f"{run.seed}: loss {then['loss']:.4f} then, {now['loss']:.4f} now "
-                f"({now['loss'] - then['loss']:+.4f}); {then['synchronized']}, {now['synchronized']} "
-                f"synchronized; {', '.join(share)} of dense bytes; {then['seconds']:.0f}, "
-                f"{now['seconds']:.0f} s",
+                f"{run.setting.name}, K={run.replicas}, batch {run.batch}, seed {run.seed}, step {step} of "
+                f"{run.steps}: loss {before:.4f} then, {loss:.4f} now ({loss - before:+.4f})"
+                f"{whole if step == run.steps else ''}; {now['seconds']:.0f} s",
                 flush=True,
             )
 

@@ -1,17 +1,18 @@
 """Measure the Triton kernels against torch: time, effective bandwidth, launches and host time.
 
     python benchmarks/kernels.py                            # everything, under 8 minutes on one GPU
-    python benchmarks/kernels.py --only low_rank_apply      # one operation: momentum_norm, local_step, local_update, low_rank_apply
+    python benchmarks/kernels.py --only low_rank_apply      # one operation, by its name below
     python benchmarks/kernels.py --device cpu               # torch's variants on a small model
-    python benchmarks/kernels.py --device cpu --interpret   # the kernels too, in Triton's interpreter: a test, not a measurement
+    python benchmarks/kernels.py --device cpu --interpret   # the kernels too, interpreted: no measurement
 
 Operations, and the bytes per element in float32 that each must move at least; every variant is divided by the
 same number:
 
     momentum_norm_    m <- c m + g and the norms of all m           12
     local_step_       X <- a X - b G                                12
-    local_update      both and the gate between them                24   (peers: SGD with momentum moves 20, AdamW 28)
-    low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q = R diag(scale) not read
+    local_update      both and the gate between them                24   (SGD with momentum 20, AdamW 28)
+    low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q not read
+    symmetric_product A^T A, and b A + c A^2 of square ones         (bfloat16) 2 (m n + n^2), once each
 
 A shard of 1/8 is the first of 8 ranks' rows of every matrix. Products run at two precisions: tf32, against
 the kernel with one TF32 product, and highest, against the kernel with three (tf32x3). The crossover is the
@@ -48,7 +49,8 @@ from timing import (
 from torch import Tensor
 from torch.testing import assert_close
 
-OPERATIONS = ("momentum_norm", "local_step", "local_update", "low_rank_apply")
+OPERATIONS = ("momentum_norm", "local_step", "local_update", "low_rank_apply", "symmetric_product")
+ELEMENTWISE = OPERATIONS[:3]
 PRECISIONS = {
     "tf32": "high",
     "highest": "highest",
@@ -241,10 +243,12 @@ def check_elementwise(variant: Variant) -> None:
     assert_close(got.x, expected.x, **tolerance)
     if sums is not None:
         squares = (
-            result[:-2] if isinstance(result, Tensor) else torch.stack([n.float() for n in result]).square()
+            result[: len(got.m)]
+            if isinstance(result, Tensor)
+            else torch.stack([n.float() for n in result]).square()
         )
         loose = 1e-4 if got.m[0].dtype == torch.float32 else 2e-2
-        assert_close(squares, sums[:-2], rtol=loose, atol=loose)
+        assert_close(squares, sums[: len(got.m)], rtol=loose, atol=loose)
 
 
 # ---- low rank
@@ -345,6 +349,87 @@ def check_low_rank(variant: Variant) -> None:
     assert_close(got.momentum, expected.momentum, rtol=0, atol=atol)
 
 
+# ---- symmetric products
+
+
+def symmetric_shapes(on_gpu: bool) -> list[tuple[int, int, int]]:
+    """Return (B, m, n) around the sizes from which the kernel is used, at most 2^28 numbers each."""
+    if not on_gpu:
+        return [(2, 96, 80), (1, 150, 150)]
+    sizes = [2**k for k in range(9, 14)]
+    shapes = [(B, ratio * n, n) for n in sizes for B in (1, 4, 16) for ratio in (1, 4)]
+    return [(B, m, n) for B, m, n in shapes if B * m * n <= 2**28]
+
+
+def symmetric_variants(
+    shape: tuple[int, int, int], device: torch.device, triton_ops: Any, copies: int | None
+) -> list[Variant]:
+    """Return both ways to multiply a batch of matrices with themselves, as a round of Newton-Schulz does."""
+    from curvadion_kernels import reference
+
+    B, m, n = shape
+    moved = 2 * B * (m * n + n * n)
+    states = []
+    for _ in range(copies or copies_needed(moved, device)):
+        A = torch.randn(B, m, n, device=device) / math.sqrt(m)
+        if m == n:
+            A = (A + A.mT) / 2
+        # Triton's interpreter has no arithmetic of bfloat16.
+        interpreted = triton_ops is not None and triton_ops.interpreted()
+        states.append(A if interpreted else A.to(torch.bfloat16))
+    ways = {"products": reference.symmetric_product}
+    if triton_ops is not None:
+        ways["triton"] = triton_ops.fused_symmetric_product
+    factors = {"alpha": 2.0315, "beta": -4.7750} if m == n else {"alpha": 1.0, "beta": 0.0}
+    return [
+        Variant(
+            "symmetric_product",
+            name,
+            lambda A, f=function: f(A, **factors),
+            states,
+            moved,
+            moved,
+            2 * B * m * n * n,
+            {"shape": f"{B}x{m}x{n}", "n": n, "batch": B},
+        )
+        for name, function in ways.items()
+    ]
+
+
+def check_symmetric(variant: Variant) -> None:
+    """Compare a variant with the reference in float32; bfloat16 rounds the result once."""
+    from curvadion_kernels import reference
+
+    A = variant.states[0]
+    square = A.shape[1] == A.shape[2]
+    expected = reference.symmetric_product(
+        A.float(), **({"alpha": 2.0315, "beta": -4.7750} if square else {})
+    )
+    assert_close(variant.run(A).float(), expected, rtol=2**-7, atol=1e-2)
+
+
+def print_symmetric(rows: list[dict[str, Any]], triton_ops: Any) -> None:
+    """Print where one triangle is faster than the whole product, beside where the library takes it."""
+    times: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in rows:
+        if row["operation"] == "symmetric_product":
+            key = (row["shape"], row["batch"], row["n"])
+            times.setdefault(key, {})[row["variant"]] = row["device_ms"]["median"]
+    shown = {key: both for key, both in times.items() if {"triton", "products"} <= both.keys()}
+    if shown:
+        print(
+            "\nsymmetric_product, times as fast as whole products; the library takes the kernel from "
+            f"SYMMETRIC_SIZE = {triton_ops.SYMMETRIC_SIZE} and "
+            f"SYMMETRIC_TILES = {triton_ops.SYMMETRIC_TILES} on"
+        )
+    for (shape, B, n), both in shown.items():
+        side = math.ceil(n / triton_ops.symmetric_tile(torch.bfloat16, "ieee")["TILE"])
+        tiles = B * side * (side + 1) // 2
+        taken = n >= triton_ops.SYMMETRIC_SIZE and tiles >= triton_ops.SYMMETRIC_TILES
+        gain = both["products"] / both["triton"]
+        print(f"{shape:18} {tiles:6} tiles {gain:5.2f}   {'kernel' if taken else 'cuBLAS'}")
+
+
 def ranks(dim: int) -> list[int]:
     """Return the powers of two from 16 to the dimension, and that."""
     return sorted({*(2**k for k in range(4, dim.bit_length())), dim})
@@ -385,7 +470,7 @@ def make_cases(
                     for (m, n), count in MODELS[model].matrices().items()
                     for _ in range(count)
                 ]
-            some = [o for o in operations if o != "low_rank_apply"]
+            some = [o for o in operations if o in ELEMENTWISE]
             if some:
                 # Compiling hundreds of tensors takes a while: once for a model, once for the tiny tensors.
                 wanted = (
@@ -419,7 +504,11 @@ def make_cases(
                             low_rank.append(
                                 Case(model, shard, torch.float32, count, build, check_low_rank, precision)
                             )
-    return elementwise + low_rank
+    symmetric: list[Case] = []
+    for shape in symmetric_shapes(device.type == "cuda") if "symmetric_product" in operations else ():
+        ways = partial(symmetric_variants, shape, device, triton_ops)
+        symmetric.append(Case("", 1, torch.bfloat16, math.prod(shape), ways, check_symmetric))
+    return elementwise + symmetric + low_rank
 
 
 def print_crossovers(rows: list[dict[str, Any]], constant: int | None) -> None:
@@ -575,6 +664,7 @@ def main() -> None:
         constant = None if triton_ops is None else triton_ops.FUSED_RANK_TF32
         if triton_ops is not None and on_gpu:
             print_crossovers(results.rows, constant)
+            print_symmetric(results.rows, triton_ops)
     if wrong:
         raise SystemExit("\n".join(["left out, because they failed or differ from the reference:", *wrong]))
 

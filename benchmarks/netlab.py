@@ -223,13 +223,22 @@ class Wire:
 def why_not() -> str | None:
     """Return why this process cannot make sites, and what to try; None if it can."""
     if platform.system() != "Linux":
-        return f"sites are network namespaces, which Linux alone has; this is {platform.system()}; try a Linux machine or container"
+        return (
+            f"sites are network namespaces, which Linux alone has; this is {platform.system()}; try a Linux "
+            "machine or container"
+        )
     if os.geteuid() != 0:
-        return f"making network namespaces needs root; this is user {os.geteuid()}; try sudo, with the same python"
+        return (
+            f"making network namespaces needs root; this is user {os.geteuid()}; try sudo, with the same "
+            "python"
+        )
     if shutil.which("ip") is None:
         return "sites are made with the command `ip`, which is not there; install the package iproute2"
     if not Path("/dev/net/tun").exists():
-        return "the wire needs /dev/net/tun, which is not there; try `modprobe tun`, or for a container --device /dev/net/tun"
+        return (
+            "the wire needs /dev/net/tun, which is not there; try `modprobe tun`, or for a container "
+            "--device /dev/net/tun"
+        )
     return None
 
 

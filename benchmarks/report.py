@@ -38,6 +38,7 @@ COLORS = {
 GREY = "#8a8a8a"
 MARKERS = {"triton": "o", "products": "s", "reference": "s", "addmm": "^", "baddbmm_stacked": "v"}
 ELEMENTWISE = ("momentum_norm_", "local_step_", "local_update")
+MODELWISE = (*ELEMENTWISE, "low_rank_apply_")  # on the shapes of a model
 
 
 def read(files: Sequence[Path]) -> list[Row]:
@@ -188,7 +189,7 @@ def roofline(axis: Any, rows: list[Row]) -> None:
     points = [
         r
         for r in rows
-        if r.get("flops") and r["operation"] != "matmul" and r["shard"] == 1 and r["model"] != "tiny"
+        if r.get("flops") and r["operation"] in MODELWISE and r["shard"] == 1 and r["model"] != "tiny"
     ]
     ceilings = {
         r["precision"]: r["flops"] / r["device_ms"]["median"] / 1e9
@@ -385,7 +386,8 @@ def draw(rows: list[Row], file: Path) -> None:
     step = [r for r in rows if r["benchmark"] == "step"]
     panels: list[tuple[float, Any]] = []
     operations = {r["operation"] for r in kernels}
-    if "copy" in operations and any(r.get("shard") == 1 and r["model"] != "tiny" for r in kernels):
+    whole = [r for r in kernels if r.get("shard") == 1 and r["model"] != "tiny"]
+    if "copy" in operations and any(r["operation"] in MODELWISE for r in whole):
         panels.append((4.2, lambda axis: roofline(axis, kernels)))
     if operations & set(ELEMENTWISE):
         panels.append((3.4, lambda axis: bandwidth(axis, kernels)))
@@ -443,6 +445,8 @@ def main() -> None:
         r for r in kernels if r["operation"] == "low_rank_apply_" and (arguments.all or r["shard"] == 1)
     ]
     show_low_rank(low_rank, caption(kernels))
+    symmetric = [r for r in kernels if r["operation"] == "symmetric_product"]
+    show("Symmetric products", symmetric, ("shape", "variant"), caption(kernels))
     step = [r for r in rows if r["benchmark"] == "step" and r["operation"] != "copy"]
     show(
         "Steps",

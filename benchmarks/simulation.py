@@ -20,6 +20,7 @@ from variants import codec_of, outer_of
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.sharding.group import ThreadGroup, results_of
+from curvadion.sharding.ledger import WIRE
 
 STEERED = ("rmmc", "directional", "drift")
 NEVER = 10**9
@@ -33,6 +34,7 @@ class Setting:
         baseline: gradients are averaged in every step, so replicas never differ.
         rule: of matrices: "muon", "dion", "gradient" or "adamw".
         momentum, nesterov: mu, and whether Muon takes G + mu m for m.
+        newton_schulz, newton_schulz_steps: Muon's polynomials and the number of their rounds.
         consensus: "outer"; or "average", as in the paper.
         interval: steps from one synchronization to the next; math.inf for none after the first.
         gate: what opens it: "interval"; "rmmc", "directional" or "drift" (`variants.Directional`, `Distance`;
@@ -59,6 +61,8 @@ class Setting:
     adamw_lr: float = 3e-3
     momentum: float = 0.9
     nesterov: bool = False
+    newton_schulz: str = "jordan"
+    newton_schulz_steps: int = 5
     weight_decay: float = 0.01
     consensus: str = "outer"
     interval: float = 8
@@ -88,6 +92,8 @@ def options_of(setting: Setting) -> dict[str, Any]:
         "rank_fraction": s.rank_fraction,
         "local_update": "muon" if s.rule == "adamw" else s.rule,  # with AdamW there are no matrices
         "nesterov": s.nesterov,
+        "newton_schulz": s.newton_schulz,
+        "newton_schulz_steps": s.newton_schulz_steps,
         "tau": math.inf,
         "check_every": 0,
     }
@@ -254,7 +260,7 @@ class Replicas:
     def wire(self) -> float:
         """Bytes so far that left one replica for it."""
         if self.setting.baseline:
-            return sum(self.sent.values()) * 2 * (self.K - 1) / self.K
+            return sum(self.sent.values()) * WIRE["all_reduce"](self.K)
         return sum(n for (axis, _), n in self._replicas[0].opt.ledger.wire.items() if axis == "replicate")
 
     @torch.no_grad()

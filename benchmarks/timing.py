@@ -49,6 +49,7 @@ LONGEST_WAIT_US = 50_000
 
 MODELS = {
     "small": Decoder(dim=64, layers=2, heads=4, ffn=192, vocabulary=256),
+    "12m": Decoder(dim=256, layers=12, heads=8, ffn=688, vocabulary=4096),
     "160m": SIZES["160m"],
     "1b3": SIZES["1b3"],
 }

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from curvadion.gate.schedule import Plan
 from curvadion.rules import Step, local_step
 from curvadion.sharding.flat import pad
 from curvadion.sharding.journey import Codec, RoundedMean
-from curvadion.signals import Reading, Signal, register_signal
+from curvadion.signals import Reading, Signal, measure, register_signal
 from curvadion.state.store import or_zeros
 from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, SYNCHRONIZE_BIT
 
@@ -29,16 +30,16 @@ class Valued(Signal):
         """Return this replica's number, 0 where it has none yet."""
         raise NotImplementedError
 
-    def opens(self, value: Tensor, tau: float) -> Tensor:
+    def exceeds(self, value: Tensor, tau: float) -> Tensor:
         return value > tau
 
     def read(self, step: Step, message: Tensor, taus: list[float], plan: Plan) -> Reading:
-        closed = super().read(step, message, [math.inf] * len(taus), plan)
+        closed = measure(step, message, [math.inf] * len(taus), plan)
         value = torch.as_tensor(self.value(step), dtype=torch.float32, device=closed.key.device)
-        opens = self.opens(value, min(taus)) & (not plan.hold_closed)
         bits = value.nan_to_num(0.0).view(torch.int32).to(torch.int64) << INDEX_BITS
-        key = closed.key & ~(SYNCHRONIZE_BIT - 1) | bits | INDEX_MASK | opens * SYNCHRONIZE_BIT
-        return closed._replace(key=torch.where(closed.key == FAILED_KEY, closed.key, key))
+        key = closed.key & ~(SYNCHRONIZE_BIT - 1) | bits | INDEX_MASK
+        told = closed._replace(key=torch.where(closed.key == FAILED_KEY, closed.key, key))
+        return told.opening(self.exceeds(value, min(taus)) & (not plan.hold_closed))
 
 
 class Directional(Valued):
@@ -57,7 +58,7 @@ class Distance(Valued):
 
     needs_equal_replicas = True
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any]):
         self._X0: list[Tensor] = []
 
     def value(self, step: Step) -> float | Tensor:
@@ -81,7 +82,7 @@ class Clock(Valued):
         self._factor = float(group["lr"]) / group["initial_lr"]
         return step.schedule.local_steps + 1.0
 
-    def opens(self, value: Tensor, tau: float) -> Tensor:
+    def exceeds(self, value: Tensor, tau: float) -> Tensor:
         return value >= self.interval(tau, self._factor)
 
     def interval(self, most: float, factor: float) -> float:

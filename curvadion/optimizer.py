@@ -1,6 +1,6 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,26 +20,21 @@ from curvadion.gate.trouble import Trouble
 from curvadion.options import (
     Options,
     check_group,
-    check_parameters,
-    check_rule,
     check_signal,
     check_taus,
-    defaults_of,
     sort_options,
 )
-from curvadion.rooms import Rooms
 from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
 from curvadion.signals import SIGNALS
-from curvadion.state.checkpoint import load
 from curvadion.state.store import averaged
-from curvadion.view import View
+from curvadion.stateful import Stateful
 from curvadion_kernels.reference import Fixed
 
 
-class CurvaDion(View):
+class CurvaDion(Stateful):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
 
     Of a matrix, m_i = M_i + G_i is the momentum of replica i together with its gradient::
@@ -67,8 +62,9 @@ class CurvaDion(View):
         min_local_steps: number of steps after a synchronized one in which the gate stays closed.
         max_local_steps: number of local steps in a row after which the next is synchronized; 0 synchronizes
             every step, None sets no bound.
-        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon", Muon
-            with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the rows.
+        local_update [g]: what a matrix does on a local step: a gradient step; Dion's or Muon's; "normuon",
+            Muon with rows of like size (betas[1], eps); "dion2", Muon of the largest rank_fraction of the
+            rows.
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
         update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
@@ -99,14 +95,15 @@ class CurvaDion(View):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
-        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent
-            the shards: "auto" where that takes less time than all ranks working on it together.
+        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is
+            sent the shards: "auto" where that takes less time than all ranks working on it together.
         owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
+        **own: options that something registered has declared, see docs/extending.md.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
@@ -117,8 +114,6 @@ class CurvaDion(View):
 
     # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree.
     _step_supports_amp_scaling = True
-    # What a copy carries over; the rooms are built anew.
-    _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_in_consensus")
 
     def __init__(
         self,
@@ -164,13 +159,14 @@ class CurvaDion(View):
         on_nonfinite: str = "raise",
         check_every: int = 1000,
         kernels: str = "auto",
+        **own: Any,
     ):
         defaults, common = sort_options(locals())
         self._options = o = Options.of(common, CurvaDion.__init__)
         check_group(defaults)
         self._peers = replicate_group(replicate_mesh)
         self._schedule = Schedule(o.schedule)
-        self._gate = Gate(SIGNALS[o.gate]())
+        self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
@@ -198,6 +194,7 @@ class CurvaDion(View):
                 loss = closure()
         self._trouble.refuse_if_broken()
         self._refuse_inside_consensus("step()")
+        self._built.table.refuse_meta()
         with torch.autocast(self._built.table.device.type, enabled=False):
             self._take_step()
         return loss
@@ -209,15 +206,20 @@ class CurvaDion(View):
 
         with record_function("curvadion::gate"):
             step, failure = self._take_in()
-            message = self._accumulate(step.G, store=not self._trouble.skips)  # m_i = M_i + G_i,  ||m_i||^2
+            sends = self.replicas > 1 and self._schedule.may_ask
+            # m_i = M_i + G_i,  ||m_i||^2
+            message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
             # rho; the answer of the step before may be waited for, so after the kernels are enqueued
-            plan = self._schedule.plan(self._gate.last_answer())
+            told = self._gate.last_answer()
+            plan = self._schedule.plan(told)
             key, commit = self._gate.ask(step, message, plan, self._trouble, failed=failure is not None)
             arrived = self._gate.fetch(key)
             if failure is None:
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
+        if decision.outside or told.outside:
+            self._agreement.refuse_to_step_alone(self._built.exchange, self._schedule.steps, config)
         counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
             counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
@@ -236,10 +238,11 @@ class CurvaDion(View):
         G, failure = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
         return self._built.step(self.param_groups, self._schedule, X, G), failure
 
-    def _accumulate(self, G: Fixed[Tensor | None], *, store: bool) -> Tensor:
+    def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
         if store:
             self._trouble.swallowed()
-        return self._built.store.accumulate(G, self._built.ops, self._built.numbers, store=store)
+        built = self._built
+        return built.store.accumulate(G, built.ops, built.numbers, store=store, also=also)
 
     def _finish(self, decision: Decision, plan: Plan, *, counts: bool) -> None:
         """Remember the decision; if the step counts, count it and steer tau."""
@@ -265,29 +268,21 @@ class CurvaDion(View):
 
         For use before a checkpoint and at the end. The gate's previous norms are multiplied by ||E_i[M_i]|| /
         E_i[||M_i||], because averaging shrinks momenta, which alone would open the gate in the next step.
+
+        Raises:
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
+            NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside_consensus("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
-        if self._schedule.asks_seldom:  # all raise if some replica met something since the gate asked last
-            self._gate.tell(self._trouble, step, self._consensus)
-        if self.diverged:
-            self._consensus.settle(step)
-            if self.replicas > 1:
-                average = self._parameters_differ or self._consensus.keeps_own_gradients
-                store.make_common(step.X, exchange, average=average)
-                store.average_momentum(self._built.ops, exchange)
-            reshard_gathered_modules()
-        self._forget_ways()
-        self._schedule.local_steps, self._schedule.diverged = 0, False
-        store.write_counters(self._schedule)
-
-    def _forget_ways(self) -> None:
-        """Let the rooms start anew, because replicas are equal."""
-        self._consensus.forget()
-        self._gate.signal.forget()
+        if self.replicas > 1:  # all raise if some replica met something since the gate asked last
+            self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
+            config = partial(self._built.describe, self.param_groups)
+            self._agreement.check(exchange, self._schedule.steps, config, {})
+        self._settle(step)
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -311,6 +306,12 @@ class CurvaDion(View):
         finally:
             self._in_consensus = False
 
+    def synchronize_next(self) -> None:
+        """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one
+        after. Communicates nothing by itself: the request travels in the gate's key, so that any one rank may
+        call it. gate_every and max_local_steps say when the gate is asked."""
+        self._schedule.wanted = True
+
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
@@ -327,110 +328,12 @@ class CurvaDion(View):
         """
         self._schedule.diverged = False
 
-    def _refuse_inside_consensus(self, call: str) -> None:
-        if self._in_consensus:
-            raise RuntimeError(
-                f"{call} must not be called inside consensus(), which puts parameters back; leave it first"
-            )
-
-    @property
-    def _parameters_differ(self) -> bool:
-        apart = self._schedule.apart or (self.diverged and self._consensus.leaves_apart)
-        return self.replicas > 1 and apart
-
-    def _common_weights(self) -> list[Tensor]:
-        """Return the shards that must be equal in all replicas by now."""
-        comparable = self.replicas > 1 and not self._parameters_differ
-        return self._built.X() if comparable else []
-
-    # ---- state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
-        built = self._rooms is not None
-        if built and self._consensus.under_way:
-            raise RuntimeError(
-                f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
-                "between replicas; a step was taken since; call opt.synchronize() on every rank first"
-            )
-        if isinstance(param_group, dict):  # torch refuses anything else
-            check_group(param_group)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            check_parameters(group)
-            check_rule(group, defaults_of(CurvaDion.__init__), self._consensus)
-            if built:
-                self._build()
-                self._schedule.forced = self._agreement.pending = True
-        except Exception:
-            self.param_groups.pop()
-            if built:
-                self._build()
-            raise
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; never communicates.
-
-        Raises RuntimeError if there are several replicas and they may differ.
-        """
-        if self.diverged:
-            raise RuntimeError(
-                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a "
-                "patchwork, and lack what is under way with consensus='outer'); a step was taken since; call "
-                "opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
-            )
-        return super().state_dict()
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict into the existing state, whose dtypes and memory are kept.
-
-        Groups take the saved options, as in torch. Raises ValueError, before any change, if it does not fit.
-        """
-        self._refuse_inside_consensus("load_state_dict()")
-        store = self._built.store
-        store.settle()
-        own = self.__dict__["state"]
-        load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
-
-    def _start_afresh(self) -> None:
-        """Go on from the state that was loaded: replicas are equal, and nothing is under way."""
-        self._built.store.loaded(self._schedule)
-        self._consensus.forget()
-        self._gate.forget()
-        self._trouble.reset()
-        self._agreement.pending = True
-        self._schedule.diverged = self._schedule.forced = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._peers is not None or self._built.table.shards.mesh is not None:
-            raise TypeError(
-                "a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() "
-                "instead"
-            )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._CARRIED}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
-            self._peers = None
-            self._schedule.diverged = self._gate.awaits_answer or self._consensus.under_way
-            self._build()
-
-    @torch.no_grad()
-    def _build(self) -> None:
-        """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
-        self._rooms = rooms = Rooms.of(
-            self.param_groups,
-            self._options,
-            self._peers,
-            uses_Q=self._consensus.uses_Q,
-            outer_momentum=self._consensus.keeps_momentum,
-            before=self.state,
-            earlier=self._rooms,
-        )
-        self._consensus.allocate(rooms.X())
-        self._gate.attach(rooms.step(self.param_groups, self._schedule))
-        self.__dict__["state"].update(rooms.store.states)
+    def _common_weights(self) -> dict[str, Tensor]:
+        """Return what must be equal in all replicas by now, by name."""
+        if self.replicas == 1:
+            return {}
+        built, names = self._built, self._built.table.names
+        common = {} if self._parameters_differ else dict(zip(names, built.X(), strict=True))
+        for what, tensors in self._consensus.common(built.store).items():
+            common |= {f"{what} of {name}": t for name, t in zip(names, tensors, strict=True)}
+        return common

@@ -7,7 +7,7 @@ the fields of the torchtitan plug-in are generated from the three (scripts/optio
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.newton_schulz import POLYNOMIALS
+from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
@@ -23,28 +24,6 @@ from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
 INF = float("inf")
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What an option may be.
-
-    Attributes:
-        test: says of a value whether it is allowed; may raise.
-        rule: the same in words.
-        hint: what to try.
-        choices: the names it may have, for an option that is one of a table's keys.
-    """
-
-    test: Callable[[Any], bool]
-    rule: str | Callable[[], str]
-    hint: str
-    choices: Collection[Any] | None = None
-
-    @property
-    def words(self) -> str:
-        """The rule in words, as things are now: tables may have grown."""
-        return self.rule if isinstance(self.rule, str) else self.rule()
 
 
 def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
@@ -181,7 +160,7 @@ class Preset(dict[str, Any]):
     def __call__(self, **changes: Any) -> "Preset":
         """Return the preset with these options changed or added."""
         for name in changes:
-            if name not in GROUP_OPTIONS and name not in OPTIMIZER_OPTIONS:
+            if name not in group_options() and name not in optimizer_options():
                 raise TypeError(
                     f"a preset may be changed by options of CurvaDion only; got {name!r}; {_meant(name)}"
                 )
@@ -206,7 +185,7 @@ LOW_COMMUNICATION = Preset(
 @dataclass(frozen=True)
 class Options:
     """What is common to all groups, as the rooms of the optimizer want it; the names are the
-    constructor's."""
+    constructor's. `given` has all of it by name, `defaults` every option's default."""
 
     gate: str
     schedule: ScheduleOptions
@@ -219,6 +198,7 @@ class Options:
     check_every: int
     kernels: str
     given: dict[str, Any]
+    defaults: dict[str, Any]
 
     @staticmethod
     def of(given: Mapping[str, Any], constructor: Callable[..., Any]) -> "Options":
@@ -228,42 +208,67 @@ class Options:
         Args:
             constructor: whose defaults are the options'.
         """
-        check_options(given, OPTIMIZER_OPTIONS)
-        check_together(given, defaults_of(constructor))
+        check_options(given, optimizer_options())
+        defaults = defaults_of(constructor)
+        check_together(given, defaults)
         schedule = ScheduleOptions(**{name: given[name] for name in ScheduleOptions.__dataclass_fields__})
         own = {name: given[name] for name in Options.__dataclass_fields__ if name in given}
-        return Options(schedule=schedule, given=dict(given), **own)
+        return Options(schedule=schedule, given=dict(given), defaults=defaults, **own)
 
 
 def sort_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constructor's arguments that are a group's defaults, and those that are common to all
-    groups."""
-    defaults = {name: value for name, value in arguments.items() if name in GROUP_OPTIONS}
-    return {"algorithm": "dion", **defaults}, {k: v for k, v in arguments.items() if k in OPTIMIZER_OPTIONS}
+    groups; `own` are those that it does not know, which something registered must have declared.
+
+    Raises:
+        TypeError: nothing has.
+        ValueError: a name was declared that there is already.
+    """
+    own, of_group, common = arguments["own"], group_options(), optimizer_options()
+    for name in own:
+        if name not in of_group and name not in common:
+            raise TypeError(f"CurvaDion takes known options only; got {name!r}; {_meant(name)}")
+    declared = {name: option.default for options in _declared() for name, option in options.items()}
+    values = {"algorithm": "dion", **declared, **arguments, **own}
+    return {k: values[k] for k in of_group}, {k: values[k] for k in common}
+
+
+# Options whose values are things that may declare some, common to all groups; a rule's are its groups'.
+_TABLES: dict[str, Mapping[Any, Any]] = {"gate": SIGNALS, "consensus": CONSENSUS, "outer_bits": CODECS}
+
+
+def _declared() -> tuple[dict[str, Option], dict[str, Option]]:
+    """Return the options that rules have declared, and those of the rest. Raises ValueError if a name is not
+    new."""
+    of_rules: dict[str, Option] = {}
+    of_rest: dict[str, Option] = {}
+    for where, table in {"local_update": RULES, **_TABLES}.items():
+        for owner, thing in table.items():
+            for name, option in getattr(thing, "options", {}).items():
+                mine, others = (of_rules, of_rest) if table is RULES else (of_rest, of_rules)
+                there = {*GROUP_OPTIONS, *OPTIMIZER_OPTIONS, *others}
+                if name in there or mine.setdefault(name, option) is not option:
+                    raise ValueError(
+                        f"an option's name must be new; got {name!r} of {where}={owner!r}, which there is "
+                        "already; choose another"
+                    )
+    return of_rules, of_rest
+
+
+def group_options() -> dict[str, Allowed]:
+    """Return what a group may set, with what the rules registered so far have declared."""
+    return {**GROUP_OPTIONS, **{name: option.allowed for name, option in _declared()[0].items()}}
+
+
+def optimizer_options() -> dict[str, Allowed]:
+    """Return what is common to all groups, with what is declared by signals, consensus and codecs."""
+    return {**OPTIMIZER_OPTIONS, **{name: option.allowed for name, option in _declared()[1].items()}}
 
 
 def defaults_of(constructor: Callable[..., Any]) -> dict[str, Any]:
     """Return the defaults of a constructor's options, by name."""
     parameters = inspect.signature(constructor).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def check_options(options: Mapping[str, Any], allowed: Mapping[str, Allowed], where: str = "") -> None:
-    """Raise ValueError (TypeError for a wrong type) at the first option that breaks its rule."""
-    for name, may_be in allowed.items():
-        if name not in options:
-            continue
-        value = options[name]
-        try:
-            fine = bool(may_be.test(value))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(_breaks(name, may_be, value, where)) from error
-        if not fine:
-            raise ValueError(_breaks(name, may_be, value, where))
-
-
-def _breaks(name: str, may_be: Allowed, value: Any, where: str) -> str:
-    return f"{name} must be {may_be.words}; got {value!r}{where}; {may_be.hint}"
 
 
 def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -283,6 +288,15 @@ def check_together(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
                     f"{option} belongs to consensus={name!r}; got {option}={options[option]!r} with "
                     f"consensus={options['consensus']!r}; pass consensus={name!r}, or leave it out"
                 )
+    for option, table in _TABLES.items():
+        mine = getattr(table[options[option]], "options", {})
+        for name, thing in table.items():
+            for key, own in getattr(thing, "options", {}).items():
+                if key not in mine and options[key] != own.default:
+                    raise ValueError(
+                        f"{key} belongs to {option}={name!r}; got {key}={options[key]!r} with "
+                        f"{option}={options[option]!r}; pass {option}={name!r}, or leave it out"
+                    )
     consensus.check(options)
     _check_bounds(options)
 
@@ -322,7 +336,8 @@ def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None
     if signal.needs_equal_replicas and consensus.leaves_apart:
         raise ValueError(
             f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and fragments"
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and "
+            "fragments"
         )
     if signal.waits_for_replicas and options.schedule.gate_lag:
         raise ValueError(
@@ -342,22 +357,26 @@ def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
         )
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], where: str = "") -> None:
     """Raise ValueError if a parameter group holds an option that is unknown, out of range, or not a group's
-    to set."""
+    to set; `where` says which group it is."""
+    known, common = group_options(), optimizer_options()
     for key in group:
-        if key in OPTIMIZER_OPTIONS or key == "replicate_mesh":
+        if key in common or key == "replicate_mesh":
             raise ValueError(
-                f"{key} is common to all groups; got it in a parameter group; pass {key}= to CurvaDion "
-                "instead"
+                f"{key} is common to all groups; got it in a parameter group{where}; pass {key}= to "
+                "CurvaDion instead"
             )
-        if key not in GROUP_OPTIONS and key not in FOREIGN_KEYS:
-            raise ValueError(f"a parameter group may hold known options only; got {key!r}; {_meant(key)}")
-    check_options(group, GROUP_OPTIONS, " in a parameter group")
+        if key not in known and key not in FOREIGN_KEYS:
+            raise ValueError(
+                f"a parameter group may hold known options only; got {key!r} in one{where}; {_meant(key)}"
+            )
+    check_options(group, known, f" in a parameter group{where}")
     for key in ("maximize", "capturable", "differentiable"):
         if group.get(key):
             raise ValueError(
-                f"CurvaDion does not implement {key}; got {key}=True in a parameter group; leave it out"
+                f"CurvaDion does not implement {key}; got {key}=True in a parameter group{where}; leave it "
+                "out"
             )
 
 
@@ -373,19 +392,20 @@ def check_rule(
     if group["algorithm"] != "dion":
         return
     name = group["local_update"]
-    heeded = {*RULES[name].own_options, *consensus.group_options}
-    for option in dict.fromkeys(option for rule in RULES.values() for option in rule.own_options):
-        if option not in heeded and group[option] != defaults[option]:
-            takers = [repr(other) for other, rule in RULES.items() if option in rule.own_options]
+    heeded = {*RULES[name].own_options, *RULES[name].options, *consensus.group_options}
+    usual = {**defaults, **{option: declared.default for option, declared in _declared()[0].items()}}
+    for option in dict.fromkeys(o for rule in RULES.values() for o in (*rule.own_options, *rule.options)):
+        if option not in heeded and group[option] != usual[option]:
+            takers = [repr(n) for n, rule in RULES.items() if option in (*rule.own_options, *rule.options)]
             raise ValueError(
-                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} with "
-                f"local_update={name!r}; leave it out, or set {option}={defaults[option]!r} in that group"
+                f"{option} belongs to local_update={' or '.join(takers)}; got {option}={group[option]!r} "
+                f"with local_update={name!r}; leave it out, or set {option}={usual[option]!r} in that group"
             )
 
 
 def _meant(name: str) -> str:
-    close = difflib.get_close_matches(name, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS], n=1)
-    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(GROUP_OPTIONS)}"
+    close = difflib.get_close_matches(name, [*group_options(), *optimizer_options()], n=1)
+    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
@@ -411,9 +431,4 @@ def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
         raise TypeError(
             f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
             "bfloat16"
-        )
-    if p.is_meta:
-        raise ValueError(
-            f"parameters must be materialized before the optimizer is built; got {name} on the meta device; "
-            "to_empty() it"
         )

@@ -46,15 +46,15 @@ def param_groups_for(
 ) -> list[dict[str, Any]]:
     r"""Sort a model's trainable parameters into groups for :class:`CurvaDion`.
 
-    ==================  ==========================================================  =================================
-    group ``name``      parameters                                                  options
-    ==================  ==========================================================  =================================
-    matrices            2-D weights of linear layers and of attention modules       ``"dion"``; lr of the optimizer
-    embeddings          embedding tables; also the head, when the two are tied      ``"adamw"``, no weight decay
-    head                the untied output projection                                ``"adamw"``
-    convolutions        convolution kernels                                         ``"adamw"``
-    norms_and_biases    0- and 1-D parameters, whatever their module                ``"adamw"``, no weight decay
-    ==================  ==========================================================  =================================
+    ==================  ===================================================  ==============================
+    group ``name``      parameters                                           options
+    ==================  ===================================================  ==============================
+    matrices            2-D weights of linear layers and attention modules   ``"dion"``; lr of the optimizer
+    embeddings          embedding tables; also the head, if they are tied    ``"adamw"``, no weight decay
+    head                the untied output projection                         ``"adamw"``
+    convolutions        convolution kernels                                  ``"adamw"``
+    norms_and_biases    0- and 1-D parameters, whatever their module         ``"adamw"``, no weight decay
+    ==================  ===================================================  ==============================
 
     The head is what ``get_output_embeddings()`` returns where a model has it, and any 2-D weight of a module
     called ``lm_head``, ``output``, ``classifier`` or the like, outside the numbered blocks. A model with

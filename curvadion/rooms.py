@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.newton_schulz import Iteration
-from curvadion.options import GROUP_OPTIONS, Options
+from curvadion.options import Options, group_options
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Group
@@ -73,7 +73,7 @@ class Rooms:
             ValueError: layouts or options break a rule.
         """
         table = Table.of(groups)
-        ops = choose(options.kernels, table.device)
+        ops = choose("reference" if table.dry else options.kernels, table.device)
         logger.info("kernels: %s (%s)", ops.kernels, ops.why)
         check_replicas(peers.ranks if peers is not None else [], table.shards, table.layouts)
         ledger = earlier.exchange.ledger if earlier is not None else Ledger()
@@ -114,7 +114,8 @@ class Rooms:
         included: kernels, dtypes, the precision of products."""
         coarse = torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
         options = {**self.options.given, "kernels": self.ops.kernels, "coarse products": coarse}
-        own = [sorted((k, v) for k, v in group.items() if k in GROUP_OPTIONS) for group in groups]
+        known = group_options()
+        own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
         found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]

@@ -70,8 +70,8 @@ class View(torch.optim.Optimizer):
 
     @property
     def owners(self) -> dict[str, int]:
-        """The global rank that orthonormalizes each matrix of Muon steps for its replica, as far as steps have
-        been taken; without those on which all its ranks work together."""
+        """The global rank that orthonormalizes each matrix of Muon steps for its replica, as far as steps
+        have been taken; without those on which all its ranks work together."""
         ranks, names = self._built.exchange.shards.members, self._built.table.names
         return {names[i]: ranks[owner] for i, owner in sorted(self._built.owners.owner_of.items())}
 

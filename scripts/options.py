@@ -32,7 +32,8 @@ ARGUMENTS = ("params", "replicate_mesh")  # of the constructor; no options
 
 THEMES = {
     "The update": """
-        lr momentum weight_decay rank_fraction rank_multiple_of local_update local_lr_scale update_scale nesterov
+        lr momentum weight_decay rank_fraction rank_multiple_of local_update local_lr_scale update_scale
+        nesterov
         error_feedback right_factor orthogonalization owners owner_dtype betas eps
     """.split(),
     "The gate": """
@@ -88,7 +89,8 @@ class Option:
         """Return its field of the plug-in's config, in the lines of a class inside a class."""
         kind = WRITTEN.get(self.annotation, self.annotation)
         if self.allowed.choices is not None:
-            kind = f"Literal[{', '.join(sorted(map(_literal, self.allowed.choices), key=_by_number))}]"
+            known = f"Literal[{', '.join(sorted(map(_literal, self.allowed.choices), key=_by_number))}]"
+            kind = f"{known} | str" if self.allowed.grows else known  # what is registered is a name too
         text = textwrap.wrap(f'"""{self.sentence}"""', 102, break_on_hyphens=False, break_long_words=False)
         return textwrap.indent("\n".join([f"{self.name}: {kind} = {self.default}", *text]), " " * 8)
 

@@ -1,6 +1,6 @@
 """Prepare what torchtitan reads, without a network: a BPE tokenizer and a folder of .jsonl, from local text.
 
-    python scripts/prepare_assets.py                        # the Python standard library's own source, 512 tokens: the debug configs
+    python scripts/prepare_assets.py            # the standard library's own source, 512 tokens: debug configs
     python scripts/prepare_assets.py --text ~/books --vocabulary 50257 --out assets/books
 
 The real ones, where there is a network (GPT-2's tokenizer has the 50257 tokens that the gpt_* configs are

@@ -17,7 +17,7 @@ check "ruff check" python -m ruff check .
 check "ruff format" python -m ruff format --check .
 check "mypy" python -m mypy
 check "options" python scripts/options.py --check
-check "pytest" python -m pytest -n 2 --dist loadgroup "$@"
+check "pytest" python -m pytest -n 2 --dist loadfile "$@"
 if (($# == 0)); then
   on_kernels=(tests/test_{communication,equations,gate,lifecycle,mesh_parity,nonfinite}.py)
   check "pytest on the Triton kernels" python -m pytest -n 2 --kernels triton --each-once "${on_kernels[@]}"

@@ -45,6 +45,11 @@ from curvadion.report.page import write_report
 from curvadion.rules import RULES
 
 
+def codec_name(text: str) -> int | str:
+    """Return the name of a codec: a number of bits, or what `register_codec` was given."""
+    return int(text) if text.isdigit() else text
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -65,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     add("--outer-lr", type=float, help="learning rate of --consensus outer; none: 1.4 with it")
     add("--outer-momentum", type=float, help="Nesterov momentum of --consensus outer; none: 0")
     bits_help = "bits per parameter of --consensus outer; none: 1 with it"
-    add("--outer-bits", type=int, choices=tuple(CODECS), help=bits_help)
+    add("--outer-bits", type=codec_name, choices=tuple(CODECS), help=bits_help)
     delay_help = (
         "steps for which a synchronization of --consensus outer is under way; none: 0, which waits for it"
     )

@@ -20,6 +20,7 @@ ROWS = [
     {"curvadion.projection"},
     {"curvadion"},
     {"curvadion.optimizer", "curvadion.param_groups"},
+    {"curvadion.stateful"},
     {"curvadion.view"},
     {"curvadion.rooms"},
     {"curvadion.metrics", "curvadion.state.intake", "curvadion.state.checkpoint"},
@@ -30,7 +31,7 @@ ROWS = [
     {"curvadion.rules"},
     {"curvadion.state"},
     {"curvadion.sharding", "curvadion.algebra", "curvadion.gate"},
-    {"curvadion_kernels"},
+    {"curvadion.allowed", "curvadion_kernels"},
 ]
 PACKAGE_ROOTS = {"curvadion"}  # one module each, whatever else begins with their names
 DEPTH = {name: depth for depth, row in enumerate(ROWS) for name in row}
@@ -212,15 +213,10 @@ def test_kinds_are_asked_for_in_their_own_rooms_only() -> None:
                 assert not (asked and kind), f"{module} line {node.lineno}: {ast.unparse(node)}"
 
 
-LONGER = {"curvadion.report.figures": 570}  # one function for each picture, by 14 lines over
-
-
 def test_files_and_classes_stay_small() -> None:
     for module, source in sources().items():
         if module.startswith("curvadion."):
-            assert source.count("\n") <= LONGER.get(module, 550), (
-                f"{module} has {source.count(chr(10))} lines"
-            )
+            assert source.count("\n") <= 550, f"{module} has {source.count(chr(10))} lines"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef):
                 own = {

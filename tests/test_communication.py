@@ -9,9 +9,10 @@ out, with its whole input. `expected` is computed from shapes alone.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,41 +116,105 @@ def elements(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def p_and_r_elements(matrices: Shapes) -> int:
-    return sum((rows + cols) * rank_of((rows, cols)) for rows, cols in matrices.values())
+def p_and_r_elements(layout: Layout) -> int:
+    """Of one replica; and with each part of a P one number, that says whether the matrix has a gradient."""
+    total = 0
+    for name, (rows, cols) in layout.matrices.items():
+        placements = layout.placements.get(name, (Shard(0),) * len(layout.shards))
+        long = Shard(0 if rows >= cols else 1)
+        parts = [size for size, p in zip(layout.shards, placements, strict=True) if p == long]
+        total += (rows + cols) * rank_of((rows, cols)) + math.prod(parts)
+    return total
 
 
 def q_elements(matrices: Shapes) -> int:
     return sum(min(shape) * rank_of(shape) for shape in matrices.values())
 
 
-def steps(
-    layout: Layout, count: int, **options: Any
-) -> list[tuple[bool, list[Sent], dict[tuple[str, str], int], dict[tuple[str, str], int]]]:
-    """Run `count` steps; per step: synchronized, what the wire saw, and the ledger's calls and bytes."""
-    replicate, mesh = layout.meshes()
-    replica = replicate.get_local_rank()
-    toy = layout.toy(mesh, dtype=options.pop("dtype", torch.float32))
-    opt = CurvaDion(
-        toy.groups(options.pop("dense_algorithm", "adamw")), replicate_mesh=replicate, **RANDOM | options
-    )
-    wire = Wire(layout.shard_ranks)
-    trace = []
-    for step in range(count):
-        toy.set_gradients(step, replica)
-        wire.since_last()
-        calls, sizes = Counter(opt.ledger.calls), Counter(opt.ledger.bytes)
-        opt.step()
-        sent = wire.since_last()
-        trace.append(
-            (
-                bool(opt.metrics()["curvadion/synchronized"]),
-                sent,
-                dict(Counter(opt.ledger.calls) - calls),
-                dict(Counter(opt.ledger.bytes) - sizes),
-            )
+# Of one step: synchronized, what the wire saw, and the ledger's calls and bytes.
+Step = tuple[bool, list[Sent], dict[tuple[str, str], int], dict[tuple[str, str], int]]
+
+
+class Run:
+    """An optimizer on this rank of a layout, watched by the wire and by the ledger."""
+
+    def __init__(self, layout: Layout, **options: Any) -> None:
+        replicate, mesh = layout.meshes()
+        self.layout, self.replica = layout, replicate.get_local_rank()
+        self.toy = layout.toy(mesh, dtype=options.pop("dtype", torch.float32))
+        groups = self.toy.groups(options.pop("dense_algorithm", "adamw"))
+        self.opt = CurvaDion(groups, replicate_mesh=replicate, **RANDOM | options)
+        self.wire = Wire(layout.shard_ranks)
+        self.taken = 0
+
+    def step(self) -> Step:
+        self.toy.set_gradients(self.taken, self.replica)
+        self.taken += 1
+        ledger = self.opt.ledger
+        self.wire.since_last()
+        calls, sizes = Counter(ledger.calls), Counter(ledger.bytes)
+        self.opt.step()
+        return (
+            bool(self.opt.metrics()["curvadion/synchronized"]),
+            self.wire.since_last(),
+            dict(Counter(ledger.calls) - calls),
+            dict(Counter(ledger.bytes) - sizes),
         )
-    return trace
+
+    def equal(self) -> dict[str, bool]:
+        """Whether replicas have the same bits of a parameter, by name."""
+        hashes = gathered({name: digest([param]) for name, param in self.toy.params.items()})
+        shards = self.layout.shard_ranks
+        return {
+            name: all(of_rank[name] == hashes[rank % shards][name] for rank, of_rank in enumerate(hashes))
+            for name in self.toy.params
+        }
+
+
+def steps(layout: Layout, count: int, **options: Any) -> list[Step]:
+    run = Run(layout, **options)
+    return [run.step() for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Story:
+    """S L L S L L S and then L, with checks in the first and in the fifth step; and what synchronize() makes
+    of it."""
+
+    trace: list[Step]
+    equal: list[dict[str, bool]]
+    diverged: list[bool]  # before and after synchronize()
+    hashes: list[list[str]]  # of all state, by rank: before, after, and after another
+    local_steps: set[float]
+
+    @staticmethod
+    def of(layout: Layout, **options: Any) -> Story:
+        run = Run(layout, max_local_steps=2, check_every=4, **options, **NEVER)
+        opt, params, matrices = run.opt, run.toy.params, run.toy.matrices
+        both = [(run.step(), run.equal()) for _ in range(8)]
+        diverged, hashes = [opt.diverged], [gathered(state_digest(opt))]
+        means = replica_means(params, layout)
+        momenta = replica_means({name: opt.state[params[name]]["momentum"] for name in matrices}, layout)
+        opt.synchronize()
+        for name, mean in means.items():
+            torch.testing.assert_close(local(params[name]).detach(), mean, msg=f"{name} is the average")
+        for name, mean in momenta.items():
+            torch.testing.assert_close(
+                local(opt.state[params[name]]["momentum"]), mean, msg=f"M of {name} is the average"
+            )
+        diverged, hashes = [*diverged, opt.diverged], [*hashes, gathered(state_digest(opt))]
+        local_steps = {float(opt.state[param]["local_steps"]) for param in params.values()}
+        opt.synchronize()
+        hashes.append(gathered(state_digest(opt)))
+        return Story([step for step, _ in both], [equal for _, equal in both], diverged, hashes, local_steps)
+
+
+@functools.cache
+def stories(name: str, local_update: str, dense_algorithm: str) -> list[Story]:
+    """By rank of a layout; the same runs serve many tests."""
+    layout = LAYOUTS[name]
+    options = {"local_update": local_update, "dense_algorithm": dense_algorithm}
+    return run_recorded(layout.world_size, lambda: Story.of(layout, **options))
 
 
 def replica_total(traces: list[Any], layout: Layout, replica: int, step: int) -> Counter[str]:
@@ -166,10 +231,9 @@ def replica_total(traces: list[Any], layout: Layout, replica: int, step: int) ->
 @pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
 def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, local_update: str) -> None:
     layout = LAYOUTS[name]
-    traces = run_recorded(layout.world_size, lambda: steps(layout, 4, local_update=local_update, **NEVER))
-    norms = 4 * (len(layout.matrices) + 2)
-    for rank, trace in enumerate(traces):
-        for step in (1, 2, 3):
+    norms = 4 * (2 * len(layout.matrices) + 2)
+    for rank, trace in enumerate(story.trace for story in stories(name, local_update, "adamw")):
+        for step in (1, 2, 5):
             synchronized, sent, _, _ = trace[step]
             assert not synchronized
             crossing = [entry for entry in sent if entry.axis != "shard"]
@@ -179,7 +243,9 @@ def test_a_closed_gate_sends_eight_bytes_over_the_replicate_axis(name: str, loca
                 assert within == [], "there is no shard axis"
             elif local_update == "gradient":
                 one_sum = [Sent("shard", "all_reduce", norms)] * len(layout.shards)
-                assert within == one_sum, "one SUM of 4 (L + 2) bytes along each shard axis and nothing else"
+                assert within == one_sum, (
+                    "one SUM of 4 (2 L + 2) bytes along each shard axis and nothing else"
+                )
             else:
                 assert within[0] == Sent("shard", "all_reduce", norms)
 
@@ -210,25 +276,32 @@ def test_the_gate_is_an_int64_maximum() -> None:
         assert seen == [(torch.int64, 1, True)]
 
 
-@pytest.mark.parametrize("payload", [None, torch.bfloat16], ids=["own-dtype", "bf16-payload"])
-@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
-def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name: str, payload: Any) -> None:
+@functools.cache
+def always_open(name: str) -> list[Any]:
+    """By rank: `steps` with each payload."""
     layout = LAYOUTS[name]
-    traces = run_recorded(layout.world_size, lambda: steps(layout, 3, payload_dtype=payload, **ALWAYS))
-    item = 4 if payload is None else 2
-    for step in (1, 2):
-        for replica in range(layout.replicas):
-            total = replica_total(traces, layout, replica, step)
-            assert total.pop("gate") == 8 * layout.shard_ranks
-            assert total.pop("factors") == item * p_and_r_elements(layout.matrices), (
-                f"{name}, step {step}: each element of P and R crosses the replicate axis once per replica"
-            )
-            assert total.pop("gradients") == item * elements(DENSE), (
-                "AdamW gradients: dense, once per replica"
-            )
-            assert not total, (
-                f"no local step happened, so nothing else crosses the replicate axis: {dict(total)}"
-            )
+    return run_recorded(
+        layout.world_size,
+        lambda: {item: steps(layout, 2, payload_dtype=dtype, **ALWAYS) for item, dtype in PAYLOADS.items()},
+    )
+
+
+PAYLOADS = {4: None, 2: torch.bfloat16}  # by the bytes of an element
+
+
+@pytest.mark.parametrize("item", PAYLOADS, ids=["own-dtype", "bf16-payload"])
+@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
+def test_an_open_gate_without_local_steps_sends_factors_and_gradients_once(name: str, item: int) -> None:
+    layout = LAYOUTS[name]
+    traces = [of_rank[item] for of_rank in always_open(name)]
+    for replica in range(layout.replicas):
+        total = replica_total(traces, layout, replica, 1)
+        assert total.pop("gate") == 8 * layout.shard_ranks
+        assert total.pop("factors") == item * p_and_r_elements(layout), (
+            f"{name}: each element of P and R crosses the replicate axis once per replica"
+        )
+        assert total.pop("gradients") == item * elements(DENSE), "AdamW gradients: dense, once per replica"
+        assert not total, f"no local step happened, so nothing else crosses the replicate axis: {dict(total)}"
 
 
 @pytest.mark.parametrize(("name", "local_update", "dense_algorithm"), CASES)
@@ -236,19 +309,13 @@ def test_an_open_gate_after_local_steps_sends_consensus_too(
     name: str, local_update: str, dense_algorithm: str
 ) -> None:
     layout = LAYOUTS[name]
-    options = {
-        "local_update": local_update,
-        "dense_algorithm": dense_algorithm,
-        "max_local_steps": 2,
-        **NEVER,
-    }
-    traces = run_recorded(layout.world_size, lambda: steps(layout, 5, **options))  # S L L S L
-    assert [entry[0] for entry in traces[0]] == [True, False, False, True, False]
+    traces = [story.trace for story in stories(name, local_update, dense_algorithm)]
+    assert [entry[0] for entry in traces[0]] == [True, False, False, True, False, False, True, False]
     moments = 2 if dense_algorithm == "adamw" else 1
     for replica in range(layout.replicas):
         total = replica_total(traces, layout, replica, 3)
         assert total.pop("gate") == 8 * layout.shard_ranks
-        assert total.pop("factors") == 4 * p_and_r_elements(layout.matrices)
+        assert total.pop("factors") == 4 * p_and_r_elements(layout)
         assert total.pop("gradients") == 4 * elements(DENSE)
         assert total.pop("parameters") == 4 * (elements(layout.matrices) + elements(DENSE)), (
             "each parameter once"
@@ -285,10 +352,7 @@ def test_parameters_travel_in_their_own_dtype(
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_the_ledger_agrees_with_the_flight_recorder(name: str, local_update: str) -> None:
     """Calls and bytes, per rank, per axis, on every step of a run with both branches and two checks."""
-    layout = LAYOUTS[name]
-    options = {"local_update": local_update, "max_local_steps": 2, "check_every": 4, **NEVER}
-    traces = run_recorded(layout.world_size, lambda: steps(layout, 6, **options))  # S L L S L L
-    for rank, trace in enumerate(traces):
+    for rank, trace in enumerate(story.trace for story in stories(name, local_update, "adamw")):
         for step, (_, sent, calls, sizes) in enumerate(trace):
             checks = [entry for entry in sent if entry.bytes == 48 and entry.axis == "both"]
             # A check over everybody has one row in the ledger, whichever axis it is filed under.
@@ -313,13 +377,12 @@ def test_the_ledger_agrees_with_the_flight_recorder(name: str, local_update: str
 @pytest.mark.parametrize("name", ["plain-4x1", "fsdp-2x2", "fsdp-tp-2x2x2"])
 def test_the_check_has_a_row_of_its_own_and_comes_first(name: str) -> None:
     layout = LAYOUTS[name]
-    traces = run_recorded(layout.world_size, lambda: steps(layout, 7, check_every=3, **NEVER))
-    for trace in traces:
+    for trace in (story.trace for story in stories(name, "gradient", "adamw")):
         checked = [{key: size for key, size in entry[3].items() if key[1] == "check"} for entry in trace]
-        assert [bool(rows) for rows in checked] == [True, False, False, True, False, False, True], (
+        assert [bool(rows) for rows in checked] == [True, False, False, False, True, False, False, False], (
             "the check runs on the first step and every check_every steps"
         )
-        for step in (0, 3, 6):
+        for step in (0, 4):
             expected = {("replicate", "check"): 48, ("shard", "check"): 48 * len(layout.shards)}
             assert checked[step] == {key: size for key, size in expected.items() if size}, (
                 "six int64 along each axis"
@@ -450,41 +513,28 @@ def replica_hashes(params: Any, shards: int) -> list[list[str]]:
 def test_replicas_drift_in_local_steps_and_are_equal_after_a_synchronized_one(
     name: str, local_update: str, dense_algorithm: str
 ) -> None:
-    layout = LAYOUTS[name]
-
-    def worker() -> list[tuple[bool, dict[str, bool]]]:
-        replicate, mesh = layout.meshes()
-        toy = layout.toy(mesh)
-        opt = CurvaDion(
-            toy.groups(dense_algorithm),
-            replicate_mesh=replicate,
-            local_update=local_update,
-            max_local_steps=2,
-            warmup_steps=2,
-            **RANDOM,
-            **NEVER,
-        )
-        trace = []
-        for step in range(9):  # S S L L S L L S and, by a must-synchronize below, S
-            toy.set_gradients(step, replicate.get_local_rank())
-            if step == 8:
-                opt.add_param_group({"params": [("new.weight", nn.Parameter(torch.ones(4, 4)))]})
-            opt.step()
-            equal = {}
-            for param_name, param in toy.params.items():
-                hashes = replica_hashes([param], layout.shard_ranks)
-                equal[param_name] = all(shard_hashes == hashes[0] for shard_hashes in hashes)
-            trace.append((bool(opt.metrics()["curvadion/synchronized"]), equal))
-        return trace
-
-    trace = run_ranks(layout.world_size, worker)[0]
-    assert [entry[0] for entry in trace] == [True, True, False, False, True, False, False, True, True]
-    for step, (synchronized, equal) in enumerate(trace):
+    story = stories(name, local_update, dense_algorithm)[0]
+    assert [entry[0] for entry in story.trace] == [True, False, False, True, False, False, True, False]
+    for step, ((synchronized, *_), equal) in enumerate(zip(story.trace, story.equal, strict=True)):
         for param_name, same in equal.items():
             if synchronized:
                 assert same, f"step {step}: {param_name} must be bitwise equal over the replicas"
             else:
                 assert not same, f"step {step}: {param_name} must differ, each replica had its own gradients"
+
+
+def test_replicas_are_equal_after_warm_up_and_after_a_new_group() -> None:
+    def worker() -> list[tuple[bool, bool]]:
+        run = Run(LAYOUTS["fsdp-2x2"], local_update="dion", max_local_steps=2, warmup_steps=2, **NEVER)
+        trace = []
+        for step in range(5):  # S S L, by the new group S, and L
+            if step == 3:
+                run.opt.add_param_group({"params": [("new.weight", nn.Parameter(torch.ones(4, 4)))]})
+            trace.append((run.step()[0], all(run.equal().values())))
+        return trace
+
+    for trace in run_recorded(4, worker):
+        assert trace == [(True, True), (True, True), (False, False), (True, True), (False, False)]
 
 
 def test_consensus_none_drifts() -> None:
@@ -568,59 +618,27 @@ def test_a_check_between_local_steps_accepts_that_replicas_differ() -> None:
     assert run_ranks(4, worker) == ["ok"] * 4
 
 
-@pytest.mark.parametrize("local_update", LOCAL_UPDATES)
-@pytest.mark.parametrize("name", ["plain-4x1", *TWO_AXES])
-def test_synchronize_makes_everything_equal(name: str, local_update: str) -> None:
+@pytest.mark.parametrize(("name", "local_update", "dense_algorithm"), CASES)
+def test_synchronize_makes_everything_equal(name: str, local_update: str, dense_algorithm: str) -> None:
     layout = LAYOUTS[name]
-
-    def worker() -> Any:
-        replicate, mesh = layout.meshes()
-        toy = layout.toy(mesh)
-        opt = CurvaDion(toy.groups(), replicate_mesh=replicate, local_update=local_update, **RANDOM, **NEVER)
-        for step in range(6):
-            toy.set_gradients(step, replicate.get_local_rank())
-            opt.step()
-        parameters = {name: replica_mean(param, layout) for name, param in toy.params.items()}
-        momenta = {
-            name: replica_mean(opt.state[toy.params[name]]["momentum"], layout) for name in toy.matrices
-        }
-        diverged_before = opt.diverged, gathered(state_digest(opt))
-        opt.synchronize()
-        for param_name, mean in parameters.items():
-            torch.testing.assert_close(
-                local(toy.params[param_name]).detach(), mean, msg=f"{param_name} is the average"
-            )
-        for matrix, mean in momenta.items():
-            torch.testing.assert_close(
-                local(opt.state[toy.params[matrix]]["momentum"]), mean, msg=f"M of {matrix}"
-            )
-        counters = {float(opt.state[param]["local_steps"]) for param in toy.params.values()}
-        after = gathered(state_digest(opt))
-        before_again = after
-        opt.synchronize()
-        return diverged_before, opt.diverged, after, counters, before_again == gathered(state_digest(opt))
-
-    for (was_diverged, hashes), diverged, after, counters, idempotent in run_ranks(layout.world_size, worker):
-        assert was_diverged
-        assert not diverged
+    for story in stories(name, local_update, dense_algorithm):
+        assert story.diverged == [True, False]
+        before, after, again = story.hashes
         shards = layout.shard_ranks
-        assert hashes[0] != hashes[shards], "the replicas must have differed, otherwise this shows nothing"
+        assert before[0] != before[shards], "the replicas must have differed, otherwise this shows nothing"
         for replica in range(1, layout.replicas):
             assert after[replica * shards : (replica + 1) * shards] == after[:shards], (
                 "all state is bitwise equal"
             )
-        assert counters == {0.0}, "the local-step counter starts again"
-        assert idempotent, "a second synchronize() changes nothing"
+        assert story.local_steps == {0.0}, "the local-step counter starts again"
+        assert again == after, "a second synchronize() changes nothing"
 
 
-def replica_mean(tensor: Tensor, layout: Layout) -> Tensor:
-    values = gathered(local(tensor).detach().clone())
-    mine = [
-        v
-        for rank, v in enumerate(values)
-        if rank % layout.shard_ranks == dist.get_rank() % layout.shard_ranks
-    ]
-    return torch.stack(mine).mean(0)
+def replica_means(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Of this rank's parts, the means over replicas."""
+    parts = gathered({name: local(tensor).detach().clone() for name, tensor in tensors.items()})
+    mine = parts[dist.get_rank() % layout.shard_ranks :: layout.shard_ranks]
+    return {name: torch.stack([of_rank[name] for of_rank in mine]).mean(0) for name in tensors}
 
 
 @pytest.mark.parametrize(("replicas", "shards", "tau"), [(4, 1, 0.25), (2, 2, 0.15)])
@@ -806,9 +824,9 @@ def in_another_order(first: int) -> Iterator[None]:
     """Let every group of this rank add floats up from rank `first` on, as NCCL may in one of its groups."""
     original = TorchGroup.all_reduce
 
-    def all_reduce(group: TorchGroup, tensor: Tensor, op: Any) -> Any:
+    def all_reduce(group: TorchGroup, tensor: Tensor, op: Any, *, wait: bool = False) -> Any:
         if op != dist.ReduceOp.SUM or not tensor.is_floating_point() or group.size < 3:
-            return original(group, tensor, op)
+            return original(group, tensor, op, wait=wait)
         parts = [torch.empty_like(tensor) for _ in range(group.size)]
         dist.all_gather(parts, tensor, group=group.group)
         tensor.zero_()

@@ -33,15 +33,13 @@ KERNELS = (
     "gate_key",
     "low_rank_apply",
     "column_sumsq",
+    "symmetric_product",
 )
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None,
-        reason="Triton cannot be imported; pip install -e '.[dev]', on Linux",
-    ),
-    pytest.mark.xdist_group("compiled"),  # one report for all
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton cannot be imported; pip install -e '.[dev]', on Linux",
+)
 
 
 @pytest.fixture(scope="session")
@@ -104,10 +102,11 @@ def test_mixed_dtypes_are_read_in_the_same_pieces(report: list[dict[str, Any]], 
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_low_rank_apply_uses_matrix_instructions_and_wide_accesses(
-    report: list[dict[str, Any]], target: str
+@pytest.mark.parametrize("kernel", ["low_rank_apply", "symmetric_product"])
+def test_products_use_matrix_instructions_and_wide_accesses(
+    report: list[dict[str, Any]], kernel: str, target: str
 ) -> None:
-    for row in rows(report, "low_rank_apply", target=target):
+    for row in rows(report, kernel, target=target):
         assert any(row["instructions"].get(name) for name in MATRIX[target]), row
         assert row["instructions"].get("load16") and row["instructions"].get("store16"), row
 

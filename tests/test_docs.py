@@ -1,12 +1,10 @@
 """The code of the documentation: what can run is run, the rest is compiled, and what it links to is there."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.ranks import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -26,22 +24,14 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-def run(program: str) -> None:
-    """Run it in a process of its own: it registers what other tests must not see."""
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
+# Each example runs in a process of its own: it registers what other tests must not see.
 EXTENDING = blocks("docs/extending.md")
 
 
 @pytest.mark.parametrize("number", range(1, len(EXTENDING)))
 def test_examples_of_extending_train(number: int) -> None:
     """Each after the first block, which trains, and without the others."""
-    run(f"{EXTENDING[0]}\n{EXTENDING[number]}\n{FINISHED}")
+    run_program(f"{EXTENDING[0]}\n{EXTENDING[number]}\n{FINISHED}")
 
 
 def test_there_is_a_short_example_for_everything_that_can_be_registered() -> None:
@@ -54,7 +44,7 @@ def test_there_is_a_short_example_for_everything_that_can_be_registered() -> Non
 def test_the_readmes_code_runs() -> None:
     assert blocks("README.md")
     for block in blocks("README.md"):
-        run(block)
+        run_program(block)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -198,7 +198,9 @@ def check_rounded(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
 
 
 def check_norms(sums: Tensor, momenta: Sequence[Tensor]) -> None:
-    assert_close(sums[:-2], torch.stack([m.double().square().sum() for m in momenta]).float(), **ORDER)
+    assert_close(
+        sums[: len(momenta)], torch.stack([m.double().square().sum() for m in momenta]).float(), **ORDER
+    )
 
 
 FACTORS: dict[str, Callable[[int], float | Tensor]] = {
@@ -290,7 +292,8 @@ def test_momentum_norm(guard: Guard, device: torch.device, kind: str, packed: bo
     assert_close(momenta, expected)
     check_norms(sums, momenta)
     assert_close(sums, reference_sums, **ORDER)
-    assert sums.dtype == F32 and sums[-2:].tolist() == [0, 0]
+    some = [float(g is not None and bool((g != 0).any())) for g in grads]
+    assert sums.dtype == F32 and sums[len(momenta) :].tolist() == [0, 0, *some]
 
 
 @needs_triton
@@ -382,7 +385,10 @@ def test_three_hundred_small_tensors_in_one_call(guard: Guard, device: torch.dev
         None if i % 5 == 0 else torch.ones(s, device=device) for i, s in enumerate(shapes)
     ]
     sums = triton_ops.momentum_norm_(momenta, grads, decay=2.0)
-    assert sums.tolist() == [(i % 7) * (2 * (i % 11) + (i % 5 > 0)) ** 2 for i in range(300)] + [0, 0]
+    assert sums.tolist() == [(i % 7) * (2 * (i % 11) + (i % 5 > 0)) ** 2 for i in range(300)] + [
+        *(0, 0),
+        *[float(i % 5 > 0 and i % 7 > 0) for i in range(300)],
+    ]
 
 
 @needs_triton
@@ -395,12 +401,14 @@ def test_the_chunks_of_a_large_tensor_are_summed(guard: Guard, device: torch.dev
         (10, 12),
     ]
     partials = guard.put(torch.arange(3 * SUM_BLOCK + 6, dtype=F32, device=device))[0]
+    live = guard.put(torch.zeros(3 * SUM_BLOCK + 6, device=device))[0]
+    live[3 * SUM_BLOCK] = 1.0  # the last of the first tensor
     segments = torch.tensor([[b for b, _ in bounds], [e for _, e in bounds]], device=device)
-    sums = torch.empty(len(bounds) + 1, device=device)
+    sums = torch.empty(2 * len(bounds), device=device)
     triton_ops.segment_sum_kernel[(len(bounds),)](
-        partials, segments, sums, len(bounds) - 1, SUM_BLOCK, num_warps=4
+        partials, live, segments, sums, len(bounds) - 1, SUM_BLOCK, num_warps=4
     )
-    assert sums.tolist() == [*[float(sum(range(*b))) for b in bounds[:-1]], 1.0, 0.0]
+    assert sums.tolist() == [*[float(sum(range(*b))) for b in bounds[:-1]], 1.0, 0.0, 1.0, 0.0, 0.0]
 
 
 @needs_triton
@@ -409,7 +417,7 @@ def test_momentum_norm_of_nothing(device: torch.device) -> None:
         assert op([], []).tolist() == [0, 0]
         assert op([], [], watch=[torch.full((3,), math.inf, device=device)]).tolist() == [1, 0]
         empty = [torch.zeros(0, 4, device=device), torch.zeros(0, device=device)]
-        assert op(empty, [None, empty[1]], decay=0.5, watch=empty).tolist() == [0, 0, 0, 0]
+        assert op(empty, [None, empty[1]], decay=0.5, watch=empty).tolist() == [0] * 6
 
 
 @needs_triton
@@ -443,7 +451,7 @@ def test_watched_tensors_are_searched_for_nonfinite_values(
         for op in (triton_ops.momentum_norm_, reference.momentum_norm_):
             m = torch.ones(3, device=device)
             sums = op([m], [None], watch=watch)
-            assert sums.tolist() == [3, float(not math.isfinite(number)), 0], op.__module__
+            assert sums.tolist() == [3, float(not math.isfinite(number)), 0, 0], op.__module__
 
 
 @needs_triton
@@ -456,7 +464,26 @@ def test_a_momentum_that_is_not_finite_shows_in_its_norm(
     gradient = torch.zeros_like(momenta[0])
     gradient[CHUNK + 2] = value
     sums = triton_ops.momentum_norm_(momenta, [gradient, None])
-    assert not sums[0].isfinite() and sums[1:].tolist() == [CHUNK + 5, 0, 0]
+    assert not sums[0].isfinite() and sums[1:].tolist() == [CHUNK + 5, 0, 0, 1, 0]
+
+
+@needs_triton
+@packed
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+def test_a_gradient_is_not_zero_however_small(
+    guard: Guard, device: torch.device, dtype: torch.dtype, packed: bool
+) -> None:
+    """In the aligned body, in the tail, in the second chunk; also one whose square is 0, and NaN."""
+    for value in (torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny, math.nan):
+        for numel, place in ((CHUNK + 1, 5), (CHUNK + 1, CHUNK), (3, 2)):
+            grads = [torch.zeros(numel, dtype=dtype, device=device) for _ in range(3)]
+            grads[1][place] = value
+            put = guard.put(*grads, packed=packed)
+            for op in (triton_ops.momentum_norm_, reference.momentum_norm_):
+                for store in (True, False):
+                    momenta = [torch.ones(numel, device=device, dtype=dtype) for _ in range(4)]
+                    sums = op(momenta, [*put, None], store=store)
+                    assert sums[6:].tolist() == [0, 1, 0, 0], op.__module__
 
 
 # ---- gate_key
@@ -947,6 +974,136 @@ def test_column_sumsq(guard: Guard, device: torch.device, shape: tuple[int, ...]
         )
 
 
+# ---- symmetric_product
+
+
+def symmetric(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    A = draw(*shape, dtype=F64, device=device)
+    return ((A + A.mT) / 2).to(dtype)
+
+
+def check_symmetric(A: Tensor, function: Callable[..., Tensor], alpha: float, beta: float) -> None:
+    C = function(A, alpha=alpha, beta=beta)
+    B, m, n = A.shape
+    assert C.dtype == A.dtype and C.shape == (B, n, n) and C.is_contiguous()
+    exact = alpha * (A.double().mT @ A.double()) + (beta * A.double() if beta else 0)
+    # Sums of m products in float32, the partial sums as large as sqrt(m) of them.
+    rtol, atol = ROUNDED[A.dtype]["rtol"], 1e-6 * (m + 10)
+    assert_close(C.double(), exact, rtol=rtol, atol=atol)
+    assert_close(C, reference.symmetric_product(A, alpha=alpha, beta=beta), rtol=2 * rtol, atol=2 * atol)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1),
+        (2, 5, 3),
+        (1, 64, 128),
+        (1, 70, 129),
+        (1, 33, 300),
+        (1, 3, 400),
+        (1, 0, 5),
+        (2, 5, 0),
+        (0, 5, 3),
+    ],
+    ids=str,
+)
+def test_symmetric_product(
+    guard: Guard, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """One tile to seven a side, an even number and an odd one, beside the tiles' edges, and nothing."""
+    [A] = guard.put(draw(*shape, dtype=dtype, device=device))
+    C = triton_ops.fused_symmetric_product(A)
+    assert torch.equal(C, C.mT), "to the bit"
+    check_symmetric(A, triton_ops.fused_symmetric_product, 1.0, 0.0)
+    check_symmetric(A, triton_ops.fused_symmetric_product, -0.75, 0.0)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("n", [1, 65, 128, 200])
+def test_symmetric_product_with_a_added(
+    guard: Guard, device: torch.device, n: int, dtype: torch.dtype
+) -> None:
+    [A] = guard.put(symmetric(2, n, n, dtype=dtype, device=device))
+    for function in (triton_ops.fused_symmetric_product, triton_ops.symmetric_product):
+        check_symmetric(A, function, 0.5, -1.25)
+        check_symmetric(A.mT, function, 0.5, -1.25)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda A: A.mT,
+        lambda A: A[:, ::2],
+        lambda A: A[:, :, 1::3],
+        lambda A: A[::2, 3:, 5:],
+        lambda A: A.expand(3, -1, -1) if len(A) == 1 else A[:1].expand(3, -1, -1),
+    ],
+    ids=["column-major", "every other row", "every third column", "a corner", "one for all"],
+)
+def test_symmetric_product_at_any_strides(
+    guard: Guard, device: torch.device, view: Callable[[Tensor], Tensor]
+) -> None:
+    [A] = guard.put(draw(3, 20, 150, dtype=BF16, device=device))
+    check_symmetric(view(A), triton_ops.fused_symmetric_product, 1.0, 0.0)
+
+
+@needs_triton
+@pytest.mark.parametrize("which", ["batch", "row", "column"])
+def test_symmetric_product_beyond_2_to_the_31(device: torch.device, which: str) -> None:
+    """Of memory that is only reserved, but for a few entries."""
+    far = 2**31 + 64
+    strides = {"batch": (far, 4, 1), "row": (1, far, 2), "column": (1, 2, far)}[which]
+    shape = {"batch": (2, 3, 4), "row": (1, 2, 4), "column": (1, 4, 2)}[which]
+    A = torch.empty(far + 64, dtype=torch.bfloat16, device=device).as_strided(shape, strides)
+    A.copy_(draw(*shape, device=device))
+    check_symmetric(A, triton_ops.fused_symmetric_product, 1.0, 0.0)
+
+
+@needs_triton
+def test_which_symmetric_products_are_fused(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones, enough of them to fill a GPU, and none of float64."""
+    fused: list[tuple[int, ...]] = []
+    monkeypatch.setattr(triton_ops, "fused_symmetric_product", lambda A, **_: fused.append(tuple(A.shape)))
+    n, tile = triton_ops.SYMMETRIC_SIZE, triton_ops.symmetric_tile(BF16, "ieee")["TILE"]
+    enough = -(-triton_ops.SYMMETRIC_TILES // ((n // tile) * (n // tile + 1) // 2))
+    for B, size, dtype in ((enough, n, BF16), (enough - 1, n, BF16), (enough, n - 1, BF16), (enough, n, F64)):
+        triton_ops.symmetric_product(torch.zeros(B, 1, size, dtype=dtype, device=device))
+    assert fused == [(enough, 1, n)]
+
+
+@needs_triton
+def test_the_symmetric_product_refuses_what_does_not_fit(device: torch.device) -> None:
+    for A, beta in (
+        (torch.zeros(4, 4), 0.0),
+        (torch.zeros(1, 4, 4).double(), 0.0),
+        (torch.zeros(1, 4, 3), 1.0),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            triton_ops.fused_symmetric_product(A.to(device), beta=beta)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_newton_schulz_by_symmetric_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Of tall and wide matrices, where M is a transposed view: as far from float64 as with two whole
+    products."""
+    from curvadion.algebra.newton_schulz import Iteration, newton_schulz
+
+    batches = [draw(2, 150, 70, device=device), draw(2, 70, 150, seed=1, device=device).mT]
+    exact = newton_schulz([M.double() for M in batches], Iteration("polar_express", 6))
+    how = Iteration("polar_express", 6, dtype)
+    fused = newton_schulz(batches, how, product=triton_ops.fused_symmetric_product)
+    whole = newton_schulz(batches, how)
+    for got, other, expected in zip(fused, whole, exact, strict=True):
+        error, usual = ((x.double() - expected).norm() / expected.norm() for x in (got, other))
+        assert float(error) < max(1.5 * float(usual), 1e-6) and float(usual) < 0.05
+
+
 # ---- tables on the host
 
 
@@ -1177,6 +1334,7 @@ def library_arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "local_step_": (matrices[2], matrices[1], a, b, torch.tensor(0, device=device)),
         "low_rank_apply_": (matrices[2], torch.stack(matrices[0]), P, Q, R, False, a, b, c),
         "column_sumsq": (R,),
+        "symmetric_product": (P, 0.5, 0.0),
     }
 
 
@@ -1204,7 +1362,8 @@ def all_custom_ops(given: dict[str, tuple[Any, ...]]) -> tuple[Tensor, ...]:
     norm, rmmc, key = ops.gate_key(sums, *given["gate_key"][1:])
     ops.local_step_(*given["local_step_"])
     ops.low_rank_apply_(*given["low_rank_apply_"])
-    return sums, norm, rmmc, key, ops.column_sumsq(*given["column_sumsq"])
+    C = ops.symmetric_product(*given["symmetric_product"])
+    return sums, norm, rmmc, key, ops.column_sumsq(*given["column_sumsq"]), C
 
 
 def test_custom_ops_compile_without_copies(device: torch.device, library_kernels: str) -> None:

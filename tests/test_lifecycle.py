@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from curvadion import CurvaDion
+from curvadion import LOW_COMMUNICATION, CurvaDion
 from curvadion.sharding.group import ThreadGroup
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "tau": math.inf, "max_local_steps": 2}
@@ -562,6 +562,55 @@ def test_dcp_round_trip_on_the_same_mesh_is_bitwise(
         assert momentum == {torch.float32}, "fp32 momentum must stay fp32 over bf16 parameters"
         assert rate == 0.02, "hyper-parameters come from the checkpoint"
         assert metrics["curvadion/step"] == 10.0, "counters survive through DCP"
+
+
+@pytest.mark.parametrize("how", ["torch.save", "deepcopy"])
+def test_a_sharded_state_dict_is_saved_and_copied(how: str, tmp_path: Path) -> None:
+    """Matrices of one shape share a stack of momenta; each rank saves its own file."""
+
+    def build(settings: dict[str, Any]) -> tuple[TinyGPT, CurvaDion, int]:
+        replicate, mesh = grid(2, 2)
+        model = sharded_model(mesh)
+        return (
+            model,
+            CurvaDion(model.groups(), replicate_mesh=replicate, **settings),
+            replicate.get_local_rank(),
+        )
+
+    def worker() -> list[str]:
+        wrong = []
+        for settings in (
+            OPTIONS | {"local_update": "normuon"},
+            LOW_COMMUNICATION,
+            LOW_COMMUNICATION(outer_delay=2),
+        ):
+            model, opt, replica = build(settings)
+            model_steps(model, opt, range(3), replica)
+            opt.synchronize()
+            state = opt.state_dict()
+            if how == "deepcopy":
+                state = copy.deepcopy(state)
+            else:
+                file = tmp_path / f"{dist.get_rank()}.pt"
+                torch.save(state, file)
+                state = torch.load(file, weights_only=True)
+            other, resumed, _ = build(settings)
+            resumed.load_state_dict(state)
+            with torch.no_grad():
+                for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+                    mine.copy_(theirs)
+            before = state_digest(opt)
+            if state_digest(resumed) != before:
+                wrong.append(f"{settings}: another state")
+            model_steps(other, resumed, range(3, 6), replica)
+            if state_digest(opt) != before:
+                wrong.append(f"{settings}: steps of the one change the other")
+            model_steps(model, opt, range(3, 6), replica)
+            if state_digest(opt) != state_digest(resumed):
+                wrong.append(f"{settings}: another run")
+        return wrong
+
+    assert run_ranks(4, worker) == [[]] * 4
 
 
 @pytest.mark.parametrize("local_update", ["gradient", "normuon"])

@@ -7,6 +7,7 @@ compares.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -27,6 +28,12 @@ PLACES = [
     (name, branch) for name in ("layers.0.weight", "embedding.weight") for branch in ("synchronized", "local")
 ]
 PLACES += [("layers.3.weight", "local"), ("norm.weight", "synchronized")]
+
+
+def bad_values(place: str, branch: str, quick: bool) -> list[tuple[int, str]]:
+    """The rank that has the value, and its name in BAD: both vary, over all places."""
+    ranks = (0, 3, 0) if PLACES.index((place, branch)) % 2 else (3, 0, 3)
+    return list(zip(ranks, BAD, strict=True))[: 2 if quick else None]
 
 
 def poison(param: nn.Parameter, value: float, everywhere: bool = False) -> None:
@@ -71,7 +78,7 @@ def test_raise_on_every_rank_in_the_same_step(place: str, branch: str, quick: bo
         replica = replicate.get_local_rank()
         return [one(where, BAD[name]) for where, name in cases]
 
-    cases = [(where, name) for where in (0, 3) for name in BAD][: 2 if quick else None]
+    cases = bad_values(place, branch, quick)
     for rank, results in enumerate(run_ranks(4, worker)):
         for (where, name), (seen, untouched, again, healed) in zip(cases, results, strict=True):
             note = f"rank {rank}, {name} in {place} on rank {where}"
@@ -130,7 +137,7 @@ def test_skip_leaves_everything_as_it_was(place: str, branch: str, quick: bool) 
         replica = replicate.get_local_rank()
         return [run(None)] + [run((where, BAD[name])) for where, name in cases]
 
-    cases = [(where, name) for where in (0, 3) for name in BAD][: 2 if quick else None]
+    cases = bad_values(place, branch, quick)
     for rank, (clean, *results) in enumerate(run_ranks(4, worker)):
         assert clean[2] == 0.0
         for (where, name), (as_before, final, skipped) in zip(cases, results, strict=True):
@@ -243,14 +250,11 @@ def degenerate(name: str, shape: tuple[int, ...], step: int) -> Tensor:
 DEFECTS = ["zero-shard", "dead-rows", "zero", "zero-at-first", "rank-one", "one-element", "dead-columns"]
 
 
-@pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(
-    defect: str, right_factor: str
-) -> None:
+@pytest.mark.parametrize("shards", [2, 4])
+def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(shards: int) -> None:
     shapes: Shapes = {"a": (8, 6), "b": (6, 10), "c": (12, 4)}
 
-    def train(mesh: Any) -> tuple[dict[str, Tensor], bool]:
+    def train(mesh: Any, defect: str, right_factor: str) -> tuple[dict[str, Tensor], bool]:
         toy = Toy(mesh, matrices=shapes, dtype=torch.float64)
         opt = CurvaDion(toy.groups(), rank_fraction=0.5, right_factor=right_factor, **EXACT)
         for step in range(5):
@@ -264,20 +268,22 @@ def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(
         return toy.whole(), bool((norms > 0.1).all())
 
     def worker() -> Any:
-        return train(grid(1, dist.get_world_size())[1])
+        mesh = grid(1, shards)[1]
+        return [train(mesh, *case) for case in cases]
 
-    expected, alive = train(None)
-    assert alive, "no column of Q may die"
-    for shards in (2, 4):
-        for rank, (actual, sharded_alive) in enumerate(run_ranks(shards, worker)):
-            assert sharded_alive, f"rank {rank} of {shards}: no column of Q may die"
+    cases = list(itertools.product(DEFECTS, ["column_norm", "qr"]))
+    alone = [train(None, *case) for case in cases]
+    for rank, results in enumerate(run_ranks(shards, worker)):
+        for case, (expected, alive), (actual, sharded_alive) in zip(cases, alone, results, strict=True):
+            note = f"{case}, rank {rank}"
+            assert alive and sharded_alive, f"{note}: no column of Q may die"
             for name, value in expected.items():
                 torch.testing.assert_close(
                     actual[name],
                     value,
                     rtol=RTOL,
                     atol=1e-12,
-                    msg=lambda text, n=name: f"{defect}, {n}: {text}",
+                    msg=lambda text, n=name, note=note: f"{note}, {n}: {text}",
                 )
 
 
@@ -304,7 +310,7 @@ def test_a_dead_projection_wakes_up() -> None:
 
 
 def test_an_update_is_orthonormal_in_every_direction_it_uses() -> None:
-    """P has orthonormal columns and Q unit columns, so ||update|| = lr sqrt(m / n) sqrt(r) however small G is."""
+    """P has orthonormal columns and Q unit columns, so ||update|| = lr sqrt(m r / n) however small G is."""
     for scale in (1e-12, 1.0, 1e12):
         toy = Toy(matrices={"a": (9, 4)}, dense={}, dtype=torch.float64)
         opt = CurvaDion(toy.groups(), lr=0.1, weight_decay=0.0, rank_fraction=1.0, max_local_steps=0)
@@ -363,14 +369,14 @@ def test_no_zero_makes_a_rule_divide_by_it(local_update: str, dtype: torch.dtype
     opt = CurvaDion(
         toy.groups(),
         lr=0.01,
-        momentum=0.5,
+        momentum=0.1,
         tau=math.inf,
         local_update=local_update,
-        betas=(0.9, 0.5),
+        betas=(0.9, 0.1),
         eps=eps,
     )
     start = toy.whole()
-    for step in range(200):  # 0.5^200 is no float32 any more, and its square long before
+    for step in range(60):  # 0.1^60 is no float32 any more, and its square long before
         toy.set_gradients(step, 0)
         toy.params["missing"].grad = None
         toy.params["zero"].grad = torch.zeros_like(toy.params["zero"])
@@ -386,7 +392,7 @@ def test_no_zero_makes_a_rule_divide_by_it(local_update: str, dtype: torch.dtype
         for key, value in {**opt.state[param], "parameter": param}.items():
             assert value.isfinite().all(), f"{key} of {name}"
     for name in ("missing", "zero"):
-        decayed = start[name].float() * (1 - 0.01 * 0.01) ** 200
+        decayed = start[name].float() * (1 - 0.01 * 0.01) ** 60
         torch.testing.assert_close(
             toy.params[name].detach().float(), decayed, rtol=0.03, atol=0.03, msg=f"{name} moved"
         )

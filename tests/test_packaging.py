@@ -17,8 +17,6 @@ import curvadion
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one fixture for all
-
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
     result = subprocess.run(

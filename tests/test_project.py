@@ -73,13 +73,13 @@ def test_bytes_by_hand() -> None:
         "parameters": 200,
         "moments": 80,
         "right_factor": 40,
-        "factors": 4 * (20 + 10),
+        "factors": 4 * (20 + 10 + 2),
         "gradients": 40,
     }
     assert {purpose: s.bytes for purpose, s in sent.items()} == buffers
-    assert wire_bytes(sent, 4) == 1.5 * (200 + 80 + 120 + 40) + 0.75 * 40  # all-reduced, and a broadcast
+    assert wire_bytes(sent, 4) == 1.5 * (200 + 80 + 128 + 40) + 0.75 * 40  # all-reduced, and a broadcast
     halves = payload(TINY, "low-rank", rank_fraction=0.5, element=2, moves_Q=False)
-    assert {purpose: s.bytes for purpose, s in halves.items()} == {"factors": 60, "gradients": 20}
+    assert {purpose: s.bytes for purpose, s in halves.items()} == {"factors": 64, "gradients": 20}
     assert payload(TINY, "dense") == {"gradients": Sent(100)}
     assert payload(TINY, "parameters") == {"parameters": Sent(200)}
     outer = [payload(TINY, f"outer-{bits}", block=32)["pseudo_gradients"].bytes for bits in BITS]
@@ -128,8 +128,9 @@ def test_bytes_are_the_ledgers(replicas: int, shards: int) -> None:
     )
     gate = {"gate": Sent(GATE_BYTES * shards)}
     for i, (options, what, how) in enumerate(settings):
-        dion = payload(model, "low-rank", rank_fraction=0.4, **how | {"moves_Q": False})
-        after = payload(model, what, rank_fraction=0.4, **how)
+        common: dict[str, Any] = {"rank_fraction": 0.4, "shards": shards, **how}
+        dion = payload(model, "low-rank", **common | {"moves_Q": False})
+        after = payload(model, what, **common)
         for step, expected in enumerate([gate | dion, gate, gate | after]):
             counted: dict[str, float] = {}
             for rank in ranks[:shards]:  # those of replica 0

@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="tables are shown with rich: install the [rep
 pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib: install the [report] extra")
 
 from curvadion.cli import main
-from curvadion.report import figures
+from curvadion.report import drawing, run_figures, study_figures
 from curvadion.report.runs import Run, provenance, read_lines, run_tables
 from curvadion.report.studies import Spread, aggregate, case_name, read_links, sensitivity, study_table
 
@@ -220,7 +220,8 @@ def test_the_page_stands_alone(page):
 
 
 def figures_expected() -> list[str]:
-    of_runs = "loss_against_tokens loss_against_bytes loss_against_time bytes_so_far rmmc_timeline rmmc_heat_maps drift".split()
+    losses = "loss_against_tokens loss_against_bytes loss_against_time"
+    of_runs = f"{losses} bytes_so_far rmmc_timeline rmmc_heat_maps drift".split()
     return [
         *of_runs,
         *"study_scatter study_gaps study_curves study_drift study_scatter-2 link_speed link_speed-2".split(),
@@ -258,7 +259,7 @@ def test_old_runs_are_counted_in_buffers_and_new_ones_on_the_wire(tmp_path):
     assert new.cells(wire=True)["against dense"] == old.cells(wire=False)["against dense"] == "75.6% fewer"
     assert "buffers" in run_tables([new, old])[0].caption, "never both on one axis"
     assert "leaving one replica" in run_tables([new])[0].caption
-    for draw in (figures.drift, figures.rmmc_heat_maps):
+    for draw in (run_figures.drift, run_figures.rmmc_heat_maps):
         assert draw([old]) is None and draw([new]) is not None
 
 
@@ -283,12 +284,12 @@ def test_a_run_that_sent_nothing_has_no_figures_of_it(tmp_path):
     run = Run(folder)
     assert run.cells(wire=True)["against dense"] == "none"
     assert (
-        figures.bytes_so_far([run])
-        is figures.loss_against_bytes([run])
-        is figures.rmmc_timeline([run])
+        run_figures.bytes_so_far([run])
+        is run_figures.loss_against_bytes([run])
+        is run_figures.rmmc_timeline([run])
         is None
     )
-    assert figures.loss_against_tokens([run]) is not None, "losses that are missing are gaps"
+    assert run_figures.loss_against_tokens([run]) is not None, "losses that are missing are gaps"
 
 
 def test_what_is_not_finite_is_a_gap(tmp_path):
@@ -299,8 +300,8 @@ def test_what_is_not_finite_is_a_gap(tmp_path):
         [record | rmmc | {"loss": math.nan} for record in read_lines(folder / "steps.jsonl")],
     )
     pictures = [
-        figures.draw(draw, [Run(folder)], "")
-        for draw in (figures.rmmc_heat_maps, figures.loss_against_tokens)
+        drawing.draw(draw, [Run(folder)], "")
+        for draw in (run_figures.rmmc_heat_maps, run_figures.loss_against_tokens)
     ]
     (cell,) = aggregate(
         [
@@ -313,9 +314,11 @@ def test_what_is_not_finite_is_a_gap(tmp_path):
             )
         ]
     )
-    pictures += [figures.draw(draw, cell, "") for draw in (figures.study_curves, figures.study_drift)]
+    pictures += [
+        drawing.draw(draw, cell, "") for draw in (study_figures.study_curves, study_figures.study_drift)
+    ]
     assert all(pictures)
-    assert figures.study_gaps(cell) is None, "there is no baseline"
+    assert study_figures.study_gaps(cell) is None, "there is no baseline"
 
 
 def test_spread():

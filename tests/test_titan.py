@@ -45,8 +45,6 @@ from curvadion_configs.models import SHAPES
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(name for name in vars(curvadion_configs) if name.startswith(("gpt_", "debug")))
 
-pytestmark = pytest.mark.xdist_group("titan")  # torchtitan is imported once
-
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -174,6 +172,17 @@ def test_typed_fields_are_the_optimizers_options() -> None:
     assert {name: getattr(config, name) for name in OPTIONS} == {
         name: parameters[name].default if name != "kernels" else "auto" for name in OPTIONS
     }
+
+
+def test_names_and_options_of_what_is_registered_are_flags_too() -> None:
+    flags = ("outer_bits", "ternary", "gate", "mean_change", "own keep", "0.5")
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    config = parse(
+        "gpt_160m", *(word for flag, value in pairs for word in f"--optimizer.{flag} {value}".split())
+    )
+    config = config.optimizer
+    assert (config.outer_bits, config.gate, config.own) == ("ternary", "mean_change", {"keep": 0.5})
+    assert parse("gpt_160m", "--optimizer.outer_bits", "4").optimizer.outer_bits == 4
 
 
 def test_tau_from_the_command_line_reaches_the_gate() -> None:

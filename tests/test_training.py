@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.ranks import run_program
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.xdist_group("training")  # one fixture for all
 SCRIPTS = ROOT / "scripts"
 STEPS, CHECKPOINT_EVERY = 16, 8
 # With this lr and tau a model so small takes both branches of the gate within a few steps.
@@ -30,16 +30,9 @@ pytest.importorskip(
 )
 
 
-def train(out: Path, *options: object, processes: int = 4) -> str:
+def train(out: Path, *options: object) -> str:
     """Train through torchrun, on this tree, and return the output."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     arguments = ["--text", SCRIPTS, "--out", out, *options]
@@ -47,6 +40,12 @@ def train(out: Path, *options: object, processes: int = 4) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def train_forked(out: Path, *options: object, processes: int = 4) -> None:
+    """The same without torchrun and without importing torch again."""
+    arguments = [*SMALL, "--text", SCRIPTS, "--out", out, *options]
+    run_program(SCRIPTS / "train.py", *arguments, processes=processes)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -133,14 +132,14 @@ def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
     checkpoint = tmp_path / "checkpoints"
     checkpoint.mkdir()
     (checkpoint / f"step-{CHECKPOINT_EVERY}").symlink_to(folder / "checkpoints" / f"step-{CHECKPOINT_EVERY}")
-    train(tmp_path, "--checkpoint", checkpoint, "--resume", "--eval-every", 3)
+    train_forked(tmp_path, "--checkpoint", checkpoint, "--resume", "--eval-every", 3)
     resumed, uninterrupted = lines(tmp_path), lines(folder)[CHECKPOINT_EVERY:]
     for key in ("step", "loss", "lr", "rmmc_matrix", "curvadion/rmmc_max", "curvadion/synchronized"):
         assert [record[key] for record in resumed] == [record[key] for record in uninterrupted], key
 
 
 def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path, capsys):
-    train(tmp_path / "adamw", "--optimizer", "adamw", processes=1)
+    train_forked(tmp_path / "adamw", "--optimizer", "adamw", processes=1)
     records = lines(tmp_path / "adamw")
     assert all(record["curvadion/synchronized"] for record in records)
     assert records[-1]["loss"] < records[0]["loss"]

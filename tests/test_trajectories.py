@@ -109,7 +109,7 @@ def test_same_trajectory(options: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
 @pytest.mark.parametrize("look", ["state", "state_dict", "synchronize", "add_param_group"])
 def test_nobody_sees_a_postponed_decay(kernels: str, look: str) -> None:
-    """M_i <- mu m_i of a local step may be left for the next pass over the momentum, but whoever looks sees it done."""
+    """M_i <- mu m_i of a local step may be left for the next pass over M; whoever looks sees it done."""
     p = nn.Parameter(torch.zeros(4, 3, device=DEVICE))
     opt = CurvaDion([p], lr=0.0, tau=float("inf"), momentum=0.5, error_feedback=False, kernels=kernels)
     total = torch.zeros(4, 3, device=DEVICE)

@@ -2,7 +2,7 @@
 for the rest.
 
     gpt_160m, gpt_350m, gpt_720m, gpt_1b3     CurvaDion, recommended settings
-    ..._paper                                 CurvaDion, the paper's text: plain gradient steps between synchronizations
+    ..._paper                                 CurvaDion, the paper's text: plain gradient steps in between
     ..._dion                                  Dion, synchronized every step
     ..._adamw                                 AdamW on gradients averaged over all ranks
     debug, debug_paper, debug_dion, debug_adamw     a toy of the same shape, on local text, for a CPU

@@ -1,7 +1,7 @@
 """Muon's orthogonalization by Newton-Schulz iteration, on local shards: pure mathematics, no ranks."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.side import LOCAL, Side, Tensors
+from curvadion_kernels import reference
 from curvadion_kernels.reference import compute_dtype
 
 LEAST_SQUARE = (
@@ -60,7 +61,7 @@ class Iteration:
     Attributes:
         polynomials: a name in POLYNOMIALS.
         steps: the number of rounds.
-        dtype: in which they are computed; None for bfloat16 on a GPU unless M is float64, M's dtype elsewhere.
+        dtype: they are computed in; None for bfloat16 on a GPU unless M is float64, M's dtype elsewhere.
     """
 
     polynomials: str = "jordan"
@@ -115,7 +116,12 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def newton_schulz(
-    M: Sequence[Tensor], how: Iteration = Iteration(), *, rows: Side = LOCAL, columns: Side = LOCAL
+    M: Sequence[Tensor],
+    how: Iteration = Iteration(),
+    *,
+    rows: Side = LOCAL,
+    columns: Side = LOCAL,
+    product: Callable[..., Tensor] = reference.symmetric_product,
 ) -> Tensors:
     """Return U f(S) V^T for each M = U S V^T, all singular values f(s) near 1 (see `Iteration`); next to 0
     for ||M||_F < 1.2e-38.
@@ -129,6 +135,7 @@ def newton_schulz(
         M: batches (B, m, n) with m the longer side of the whole matrix; local shards.
         how: the polynomials, the number of rounds, and their arithmetic.
         rows, columns: how m and n are spread over ranks.
+        product: returns alpha A^T A + beta A.
 
     Returns: batches of the same shapes and dtypes.
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the iteration.
@@ -136,7 +143,7 @@ def newton_schulz(
     if not M:
         return []
     with torch.autocast(M[0].device.type, enabled=False):
-        whole = [w.mT for w in columns.gather([m.mT for m in M])]
+        whole = [w.mT.to(compute_dtype(w.dtype)) for w in columns.gather([m.mT for m in M])]
         # Of any size from 1e-38 to 1e38: squares in float64, and the root of 1 / ||M|| twice, for 1 / ||M||
         # itself may overflow float32.
         norms = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=torch.float64) for w in whole]
@@ -148,9 +155,9 @@ def newton_schulz(
         Y = [w * root * root for w, root in zip(whole, roots, strict=True)]
         Y = [y.to(how.arithmetic(y)) for y in Y]
         for a, b, c in how.rounds:
-            grams = rows.sum([(y.mT @ y).to(w.dtype) for y, w in zip(Y, whole, strict=True)], "gram")
+            grams = rows.sum([product(y).to(w.dtype) for y, w in zip(Y, whole, strict=True)], "gram")
             for k, gram in enumerate(grams):
                 G = gram.to(Y[k].dtype)
-                Y[k] = torch.baddbmm(Y[k], Y[k], torch.baddbmm(G, G, G, beta=b, alpha=c), beta=a)
+                Y[k] = torch.baddbmm(Y[k], Y[k], product(G, alpha=c, beta=b), beta=a)
         result = [y.to(m.dtype).mT for y, m in zip(Y, M, strict=True)]
     return [y.mT for y in columns.take(result)]

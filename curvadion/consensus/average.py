@@ -11,7 +11,7 @@ from curvadion.rules.scalar import mean_gradients, scalar_step
 
 
 class Average(Consensus):
-    """X_i <- E_i[X_i], moments too, and Q <- Q_0 after local steps; then P, R and AdamW's gradients averaged."""
+    """After local steps X_i <- E_i[X_i], moments too, Q <- Q_0; then P, R and AdamW's gradients averaged."""
 
     group_options = ("update_scale",)
     uses_Q = True

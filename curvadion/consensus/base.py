@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from curvadion.allowed import Option
 from curvadion.rules.base import Step
+from curvadion.state.store import Store
 
 
 class Consensus:
@@ -15,17 +17,20 @@ class Consensus:
         options: the optimizer's, by name.
 
     Attributes:
-        own_options: options that would mean nothing under another consensus, and are refused there.
-        group_options: options of a group that mean something under this consensus whatever the local rule, see
-            `Rule.own_options`.
+        options: options of the optimizer that it declares; refused with another consensus.
+        own_options: those of the constructor that would mean nothing under another consensus; refused there.
+        group_options: options of a group that mean something under this consensus whatever the local rule,
+            see `Rule.own_options`.
         leaves_apart: replicas differ even right after a synchronized step.
         uses_Q: its synchronized steps are Dion's, of every matrix, whatever the local rule.
         averages: a mean of the parameters over the replicas is what they have in common.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
-        keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so moments differ.
+        keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so that
+            moments differ.
         under_way: the parameters have left something that replicas are to come back to.
     """
 
+    options: ClassVar[Mapping[str, Option]] = {}
     own_options: ClassVar[tuple[str, ...]] = ()
     group_options: ClassVar[tuple[str, ...]] = ()
     leaves_apart = False
@@ -64,6 +69,11 @@ class Consensus:
 
     def forget(self) -> None:
         """Start anew: replicas are equal."""
+
+    def common(self, store: Store) -> Mapping[str, Sequence[Tensor]]:
+        """Return what is the same in all replicas between any two steps, by what it is: one tensor of each
+        parameter."""
+        return {}
 
     def drift(self) -> Tensor | None:
         """Return sums of squares of this replica's own way minus the common one, and of that; None if

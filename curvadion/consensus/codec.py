@@ -7,12 +7,14 @@ Source: Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014, for
 Karimireddy et al., "Error Feedback Fixes SignSGD", arXiv:1901.09847, for why that converges.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from curvadion.allowed import Option
 from curvadion.sharding.journey import Codec
 
 # The step of the best uniform grid for a normal distribution, in standard deviations (Max, "Quantizing for
@@ -25,9 +27,9 @@ class Grid:
     """Rounds each block of 128 values to 2^bits levels, symmetric around zero and without zero.
 
         value = (code + 1/2 - 2^(bits-1)) step
-        1 bit: step = 2 mean|x|      2 bits: step = 0.996 sqrt(mean x^2)      4, 8 bits: step = 2 max|x| / 2^bits
+        1 bit: step = 2 mean|x|    2 bits: step = 0.996 sqrt(mean x^2)    4, 8 bits: step = 2 max|x| / 2^bits
 
-    The step is a bfloat16. A block of zeros is exact, and one with a NaN or an infinity decodes to NaN.
+    The step is a bfloat16. A block of zeros is exact, one with a NaN or an infinity to none that are finite.
 
     Attributes:
         bits: 1, 2, 4 or 8.
@@ -86,16 +88,21 @@ class Bfloat16:
         return payload.view(torch.bfloat16).to(dtype)
 
 
-# The values of `outer_bits`. None rounds nothing: one all-reduce in the dtype of the computation.
-CODECS: dict[int | str, Codec | None] = {
+# The values of `outer_bits`. None rounds nothing: one all-reduce in the dtype of the computation. A class is
+# called with the optimizer's options.
+CODECS: dict[int | str, Codec | type[Any] | None] = {
     32: None,
     16: Bfloat16(),
     **{bits: Grid(bits) for bits in (8, 4, 2, 1)},
 }
 
 
-def register_codec(name: str, codec: Codec) -> None:
+def register_codec(name: str, codec: Codec | type[Any]) -> None:
     """Make a codec known as `outer_bits=name`, on every rank and before an optimizer is built.
+
+    Args:
+        codec: serves all optimizers; or a class that is called with each one's options by name, and may
+            declare some in `options`.
 
     Raises ValueError if the name is taken.
     """
@@ -104,7 +111,14 @@ def register_codec(name: str, codec: Codec) -> None:
     CODECS[name] = codec
 
 
-def bits_per_value(name: int | str) -> float:
-    """Return the bits on the wire of a value sent with `outer_bits=name`."""
+def codec_of(name: int | str, options: Mapping[str, Any]) -> Codec | None:
+    """Return the codec of `outer_bits=name` in an optimizer of these options; None rounds nothing."""
     codec = CODECS[name]
+    return codec(options) if isinstance(codec, type) else codec
+
+
+def bits_per_value(name: int | str, **options: Any) -> float:
+    """Return the bits on the wire of a value sent with `outer_bits=name` and options that it declares."""
+    declared: Mapping[str, Option] = getattr(CODECS[name], "options", {})
+    codec = codec_of(name, {**{key: option.default for key, option in declared.items()}, **options})
     return 32.0 if codec is None else codec.bits_per_value

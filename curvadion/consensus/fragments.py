@@ -22,27 +22,38 @@ class Part:
 
     Attributes:
         index: of the parameter.
-        first, stride: every stride-th element of the flattened shard from the first on, where the shard is
-            one run of the parameter's elements;
-        elements: their indices in the flattened shard, where it is not (columns split).
+        shape: of the shard as so many runs of elements that follow one another in the parameter, (..., run).
+        cuts: slices of that, whose elements belong to the fragment, one cut after the other; None for all.
+        run: the only one, where the shard is one run, as without tensor parallelism.
     """
 
     index: int
-    first: int = 0
-    stride: int = 1
-    elements: Tensor | None = None
+    shape: tuple[int, ...] = ()
+    cuts: tuple[tuple[slice, ...], ...] | None = None
+    run: slice | None = None
 
     @property
     def whole(self) -> bool:
         """Whether it is all of the shard."""
-        return self.stride == 1 and self.elements is None
+        return self.cuts is None
+
+    def views(self, x: Tensor) -> list[Tensor]:
+        """Return the elements where they are in a contiguous tensor."""
+        if self.cuts is None:
+            return [x]
+        runs = x.view(self.shape)
+        return [runs[cut] for cut in self.cuts]
 
     def take(self, x: Tensor) -> Tensor:
         """Return the elements, flat; all of the tensor as it is where it is whole."""
         if self.whole:
             return x
-        flat = x.reshape(-1)
-        return flat[self.first :: self.stride] if self.elements is None else flat[self.elements.to(x.device)]
+        if self.run is not None:
+            return x.reshape(-1)[self.run]
+        views = self.views(x.contiguous())
+        if len(views) == 1:
+            return views[0].reshape(-1)
+        return torch.cat([view.reshape(-1) for view in views]) if views else x.new_empty(0)
 
     def put(self, x: Tensor, values: Tensor) -> None:
         """Put values where `take` found the elements."""
@@ -50,13 +61,16 @@ class Part:
             if values is not x:
                 x.copy_(values, non_blocking=True)
             return
-        flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
-        if self.elements is None:
-            flat[self.first :: self.stride].copy_(values, non_blocking=True)
-        else:
-            flat.index_copy_(0, self.elements.to(x.device), values.to(x.device, x.dtype))
-        if not x.is_contiguous():
-            x.copy_(flat.view(x.shape))
+        if self.run is not None and x.is_contiguous():
+            x.view(-1)[self.run].copy_(values, non_blocking=True)
+            return
+        target = x.contiguous()
+        views = self.views(target)
+        pieces = [values] if len(views) == 1 else values.split([view.numel() for view in views])
+        for view, piece in zip(views, pieces, strict=True):
+            view.copy_(piece.view(view.shape), non_blocking=True)
+        if target is not x:
+            x.copy_(target)
 
 
 def parts_of(table: Table, fragment: int, fragments: int) -> list[Part]:
@@ -67,21 +81,30 @@ def parts_of(table: Table, fragment: int, fragments: int) -> list[Part]:
         sizes = [math.prod(layout.shape) for layout in table.layouts]
         starts = itertools.accumulate(sizes[:-1], initial=0)
         table.parts[fragment, fragments] = [
-            _part(i, layout, fragment - start, fragments, table.device)
+            _part(i, layout, fragment - start, fragments)
             for i, (layout, start) in enumerate(zip(table.layouts, starts, strict=True))
         ]
     return table.parts[fragment, fragments]
 
 
-def _part(index: int, layout: Layout, wanted: int, stride: int, device: torch.device) -> Part:
+def _part(index: int, layout: Layout, wanted: int, stride: int) -> Part:
     """Return the elements of a shard whose index in the whole parameter is `wanted` modulo the stride."""
-    if layout.local_shape[1:] == layout.shape[1:]:  # rows split at most: one run of elements
-        begin = layout.offset[0] * math.prod(layout.shape[1:]) if layout.shape else 0
-        return Part(index, (wanted - begin) % stride, stride)
-    numbers = torch.zeros((1,) * len(layout.shape), dtype=torch.int64)
-    for dim, (length, offset) in enumerate(zip(layout.local_shape, layout.offset, strict=True)):
-        along = (torch.arange(length) + offset) * math.prod(layout.shape[dim + 1 :])
-        numbers = numbers + along.view([-1 if d == dim else 1 for d in range(len(layout.shape))])
-    return Part(
-        index, 0, stride, (numbers.reshape(-1) % stride == wanted % stride).nonzero().view(-1).to(device)
-    )
+    # The shard as runs: a dimension that is whole here goes on where the one before it ends.
+    shape, steps, first = [1], [1], 0
+    for length, size, offset in zip(layout.local_shape, layout.shape, layout.offset, strict=True):
+        first = first * size + offset
+        steps = [step * size for step in steps]
+        if length == size:
+            shape[-1], steps[-1] = shape[-1] * size, steps[-1] // size
+        else:
+            shape, steps = [*shape, length], [*steps, 1]
+    cuts = []
+    # Places repeat along a dimension after `period` elements, along the last one after `stride`.
+    periods = [stride // math.gcd(step, stride) for step in steps[:-1]]
+    for begin in itertools.product(*(range(min(p, n)) for p, n in zip(periods, shape[:-1], strict=True))):
+        place = first + sum(k * step for k, step in zip(begin, steps[:-1], strict=True))
+        last = slice((wanted - place) % stride, None, stride)
+        if last.start < shape[-1]:
+            cuts.append((*(slice(k, None, p) for k, p in zip(begin, periods, strict=True)), last))
+    run = cuts[0][0] if len(shape) == len(cuts) == 1 else None
+    return Part(index, tuple(shape), tuple(cuts), run)

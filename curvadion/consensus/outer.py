@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from curvadion.consensus.base import Consensus
-from curvadion.consensus.codec import CODECS
+from curvadion.consensus.codec import codec_of
 from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
 from curvadion.sharding.journey import Residuals, RoundedMean, UnderWay
-from curvadion.state.store import copy_into
+from curvadion.state.store import Store, copy_into
 from curvadion_kernels.reference import compute_dtype
 
 
@@ -82,7 +82,7 @@ class Outer(Consensus):
         self._o = OuterOptions(**{name.removeprefix("outer_"): options[name] for name in self.own_options})
         self.keeps_momentum = self._o.momentum > 0
         self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
-        self._codec = CODECS[self._o.bits]
+        self._codec = codec_of(self._o.bits, options)
         self._X0: list[Tensor] = []
         self._stale = True  # X_0 is still to be taken from the parameters
         self._residuals = [Residuals() for _ in range(self._o.fragments)]
@@ -104,6 +104,11 @@ class Outer(Consensus):
 
     def drift(self) -> Tensor | None:
         return self._apart
+
+    def common(self, store: Store) -> Mapping[str, Sequence[Tensor]]:
+        if self._stale:
+            return {}
+        return {"X_0": self._X0} | ({"U": store.outer_momenta} if self.keeps_momentum else {})
 
     def allocate(self, X: Sequence[Tensor]) -> None:
         if [x.shape for x in X] == [x0.shape for x0 in self._X0]:

@@ -14,7 +14,7 @@ from curvadion.gate.trouble import Trouble
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Answer
 from curvadion.signals.base import Signal
-from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, SYNCHRONIZE_BIT
+from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, OUTSIDE_KEY, SYNCHRONIZE_BIT
 
 
 class Gate:
@@ -55,48 +55,69 @@ class Gate:
 
     def ask(
         self, step: Step, message: Tensor, plan: Plan, trouble: Trouble, *, failed: bool
-    ) -> tuple[Tensor, Callable[[], None]]:
+    ) -> tuple[Tensor | int, Callable[[], None]]:
         """Return the reduced key, and what to call once the step is sure to be taken; both on the device.
+        In a dry run the key is what has to be foretold, see `_foretell`.
 
         Where the plan does not ask, the key stays inside this replica and says "local step", unless something
         is wrong here; with ask_later it also goes to the other replicas, and the next step reads what came of
         it.
 
         Args:
-            message: (L + 2,), this rank's part of what `Signal` starts from.
+            message: (2 L + 2,), this rank's part of what `Signal` starts from, and of which gradients are not
+                zero.
             trouble: what this replica has to tell the others from earlier steps.
             failed: this rank could not do its part.
         """
         failed = failed or trouble.held == "failed"
+        count = len(step.table.matrices)
+        # Slices: a number assigned to an element would make the host wait for the device.
+        nonfinite, must = message[count : count + 1], message[count + 1 : count + 2]
         if not step.table.owns_all:
-            message[:-2].mul_(step.table.owned)
+            message[:count].mul_(step.table.owned)
         if trouble.overflow is not None:
-            message[-2:-1].add_(trouble.overflow.to(message))
+            nonfinite.add_(trouble.overflow.to(message))
         if failed or trouble.held:
-            message[-2:-1].fill_(torch.nan if failed else 1.0)
+            nonfinite.fill_(torch.nan if failed else 1.0)
         if plan.must:
-            # A slice: a number assigned to an element would make the host wait for the device.
-            message[-1:].fill_(1.0)
+            must.fill_(1.0)
         message = step.exchange.sum_over_all_shards(message, "norms")
         taus = [math.inf if failed else float(group["tau"]) for group in step.groups]
-        norm, rmmc, key = self.signal.read(step, message, taus, plan)
+        step.store.live = message[count + 2 :] > 0
+        norm, rmmc, key = self.signal.read(step, message[: count + 2], taus, plan)
 
         def commit() -> None:
             step.store.last_norm.copy_(norm)
             self.rmmc = rmmc
 
         if plan.ask:
-            return step.exchange.max_over_replicas(key), commit
+            key = step.exchange.max_over_replicas(key)
+            return self._foretell(step, plan, failed) if step.table.dry else key, commit
         if plan.ask_later:  # of a step that this replica skips, nobody need know
             sent = torch.where((key & NONFINITE_BIT) != 0, 0, key) if trouble.skips else key
             sent = torch.where(key == FAILED_KEY, key, sent)
             self._answer = step.exchange.start_max_over_replicas(sent)
+        if step.table.dry:
+            return self._foretell(step, plan, failed) & ~SYNCHRONIZE_BIT, commit
         return torch.where(key == FAILED_KEY, key, key & ~SYNCHRONIZE_BIT), commit
 
-    def fetch(self, key: Tensor) -> Callable[[], int]:
+    def _foretell(self, step: Step, plan: Plan, failed: bool) -> int:
+        """Return the key of a dry run, where gradients count as finite; raise RuntimeError where only values
+        could tell."""
+        asked = (plan.ask or plan.ask_later) and not (plan.must or plan.hold_closed)
+        taus = [float(group["tau"]) for group in step.groups if group["algorithm"] == "dion"]
+        if asked and any(tau < math.inf for tau in taus):
+            raise RuntimeError(
+                "a step without values must know beforehand whether it is synchronized; got parameters under "
+                f"FakeTensorMode and a gate with tau={min(taus)}; for a dry run try tau=inf with "
+                "max_local_steps, or max_local_steps=0"
+            )
+        return FAILED_KEY if failed else SYNCHRONIZE_BIT if plan.must else 0
+
+    def fetch(self, key: Tensor | int) -> Callable[[], int]:
         """Start copying the key to the host; the function returned waits for that copy, and for nothing after
         it."""
-        if not key.is_cuda:
+        if isinstance(key, int) or not key.is_cuda:
             return lambda: int(key)
         self._host_key.copy_(key, non_blocking=True)
         copied = torch.cuda.current_stream(key.device).record_event()
@@ -107,11 +128,19 @@ class Gate:
 
         return wait
 
-    def tell(self, trouble: Trouble, step: Step, consensus: Consensus) -> None:
-        """Tell the other replicas outside of a step what this one met since they were asked last; all raise or
-        skip if some did."""
+    def tell(self, trouble: Trouble, step: Step, consensus: Consensus, *, look: bool) -> None:
+        """Tell the other replicas outside of a step what this one met since they were asked last; all raise
+        or skip if some did.
+
+        Args:
+            look: whether to look for NaN and infinities in the parameters too.
+        """
         self.last_answer()
         told = torch.tensor(trouble.key, dtype=torch.int64, device=step.exchange.device)
+        if look:
+            seen = step.ops.momentum_norm_((), (), watch=step.X).to(step.exchange.device)
+            seen = step.exchange.sum_over_all_shards(seen, "norms")
+            told = torch.where((seen[0] > 0) & (told == OUTSIDE_KEY), told + 1, told)
         decision = decode(int(step.exchange.max_over_replicas(told)))
         if decision.trouble:
             self.meet(trouble, decision, ASKED, None, step, consensus)
@@ -138,8 +167,13 @@ class Gate:
         """
 
         def names() -> list[str]:
-            pairs = zip(step.table.names, step.G, strict=True)
-            return [name for name, g in pairs if g is not None and not bool(g.isfinite().all())]
+            found = []
+            for name, x, g in zip(step.table.names, step.X, step.G, strict=True):
+                if not bool(x.isfinite().all()):
+                    found.append(f"the parameter {name}")
+                if g is not None and not bool(g.isfinite().all()):
+                    found.append(f"the gradient of {name}")
+            return found
 
         asked = plan.ask or step.exchange.replicas == 1
         if asked:

@@ -8,7 +8,14 @@ takes the same branch.
 import struct
 from dataclasses import dataclass
 
-from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, NONFINITE_BIT, SYNCHRONIZE_BIT
+from curvadion_kernels.reference import (
+    FAILED_KEY,
+    INDEX_BITS,
+    INDEX_MASK,
+    NONFINITE_BIT,
+    OUTSIDE_KEY,
+    SYNCHRONIZE_BIT,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Decision:
         failed: some rank could not do its part of the step.
         rmmc: the largest defined RMMC over all matrices and replicas (rho), NaN if none is defined.
         argmax: the index of that matrix, -1 if none.
+        outside: some replica is between steps, at `synchronize()`.
     """
 
     synchronize: bool
@@ -28,6 +36,7 @@ class Decision:
     failed: bool
     rmmc: float
     argmax: int
+    outside: bool = False
 
     @property
     def trouble(self) -> bool:
@@ -39,6 +48,9 @@ def decode(key: int) -> Decision:
     """Decode the MAX over replicas of the gate keys (layout: `curvadion_kernels.reference`)."""
     if key == FAILED_KEY:
         return Decision(synchronize=False, nonfinite=False, failed=True, rmmc=float("nan"), argmax=-1)
+    if key >= OUTSIDE_KEY:
+        met = key > OUTSIDE_KEY
+        return Decision(False, nonfinite=met, failed=False, rmmc=float("nan"), argmax=-1, outside=True)
     defined = bool(key & INDEX_MASK)
     bits = (key & (SYNCHRONIZE_BIT - 1)) >> INDEX_BITS
     return Decision(

@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         due: it is a step of those on which the gate is asked.
-        must: it is synchronized whatever the gate's signal says.
+        must: this rank wants it synchronized, or the next one, whatever the gate's signal says.
         ask: the replicas' keys are reduced, and this step waits for the answer.
         ask_later: they are reduced, and the next step reads the answer.
         hold_closed: the signal opens nothing.
@@ -51,14 +51,15 @@ class Schedule:
     Attributes:
         steps, local_steps, synchronized_steps: taken so far; in a row since the last synchronized one; in
             all.
-        forced: the next step that is not skipped is synchronized.
+        forced: the next step that is not skipped is synchronized, on all ranks alike.
+        wanted: this rank asks the others for a synchronized step; told in the gate's key when it is due.
         diverged: replicas may hold different state, so that a checkpoint would be a patchwork.
     """
 
     def __init__(self, options: ScheduleOptions):
         self.options = options
         self.steps = self.local_steps = self.synchronized_steps = 0
-        self.forced = self.diverged = False
+        self.forced = self.wanted = self.diverged = False
 
     @property
     def apart(self) -> bool:
@@ -78,6 +79,14 @@ class Schedule:
         return self.forced or self.warming_up or (most is not None and self.local_steps >= most)
 
     @property
+    def may_ask(self) -> bool:
+        """Whether the next step may ask the other replicas, and send them something: as far as is known
+        without what they answered last."""
+        every = self.options.gate_every
+        due = self.bound or (every is not None and self.steps % every == 0)
+        return due or self.options.gate_lag > 0
+
+    @property
     def asks_seldom(self) -> bool:
         """Whether there are steps in which a replica cannot tell the others what it met."""
         return self.options.gate_every != 1 or self.options.gate_lag > 0
@@ -90,9 +99,9 @@ class Schedule:
         o = self.options
         due = self.bound or (o.gate_every is not None and self.steps % o.gate_every == 0)
         self.forced |= told.synchronize
-        must = self.bound
-        ask = (must or told.trouble) if o.gate_lag else due
+        ask = (self.bound or told.trouble) if o.gate_lag else due
         later = due and not ask
+        must = self.bound or (self.wanted and due)
         closed = not (ask or later) or self.local_steps + later < o.min_local_steps
         return Plan(due, must, ask, later, closed)
 
@@ -109,3 +118,4 @@ class Schedule:
         self.local_steps = 0 if synchronized else self.local_steps + 1
         self.synchronized_steps += synchronized
         self.forced = False
+        self.wanted &= not synchronized

@@ -5,13 +5,17 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from curvadion.gate.key import Decision
-from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT
+from curvadion_kernels.reference import FAILED_KEY, OUTSIDE_KEY
 
-RELOAD = "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before going on"
+RELOAD = (
+    "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before "
+    "going on"
+)
 
 
 class NonFiniteError(RuntimeError):
-    """A gradient held a NaN or an infinity; raised on every rank in the same step, parameters untouched."""
+    """A gradient held a NaN or an infinity, or a parameter that was to be sent to other replicas; raised on
+    every rank in the same step, before anything is sent or moved."""
 
 
 class Trouble:
@@ -72,8 +76,8 @@ class Trouble:
 
     @property
     def key(self) -> int:
-        """The same as a gate key."""
-        return {None: 0, "nonfinite": NONFINITE_BIT, "failed": FAILED_KEY}[self._held]
+        """The same as a gate key of a replica that is between steps."""
+        return {None: OUTSIDE_KEY, "nonfinite": OUTSIDE_KEY + 1, "failed": FAILED_KEY}[self._held]
 
     def hold(self, decision: Decision, failure: Exception | None, names: Sequence[str]) -> None:
         """Note what this replica met in a step that asked nobody.
@@ -100,7 +104,7 @@ class Trouble:
 
         Args:
             failure: what this rank could not do.
-            names: returns the parameters of this rank whose gradients are not finite.
+            names: returns what is not finite on this rank: parameters, or those with such a gradient.
             steps: steps taken so far.
         """
         failure, here = failure or self._failure, self._names
@@ -113,12 +117,13 @@ class Trouble:
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
         if self.skips:
             return
-        self.broken = f"a gradient held a NaN or an infinity in an earlier step(){RELOAD}"
+        self.broken = f"a NaN or an infinity was met in an earlier step(){RELOAD}"
         here = here or names()
         where = "on another rank, or a momentum whose squared norm overflows float32"
         if here:
             where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
         raise NonFiniteError(
-            f"gradients must be finite; got a NaN or an infinity {where}, after {steps} steps. Parameters "
-            f"are untouched{RELOAD}, or construct with on_nonfinite='skip' to skip such steps"
+            f"gradients must be finite, and parameters that are sent; got a NaN or an infinity {where}, "
+            f"after {steps} steps. Nothing was sent, and parameters are untouched{RELOAD}, or construct with "
+            "on_nonfinite='skip' to skip such steps"
         )

@@ -128,6 +128,7 @@ def payload(
     element: int = 4,
     moves_Q: bool = True,
     block: int = BLOCK,
+    shards: int = 1,
 ) -> dict[str, Sent]:
     """Return what a synchronized step sends, by the ledger's purposes, the gate left out.
 
@@ -140,6 +141,8 @@ def payload(
         element: bytes of an element of P, R and AdamW gradients, 2 for `payload_dtype=torch.bfloat16`.
         moves_Q: whether local Dion steps came before, which move Q.
         block: values that share a scale in "outer-8" and fewer bits.
+        shards: ranks over which the rows of matrices are split; each sends with its part of a P one number,
+            whether the matrix has a gradient.
 
     Raises:
         ValueError: `what` is none of PAYLOADS.
@@ -164,7 +167,8 @@ def payload(
         sent = {"parameters": Sent(4 * model.parameters), "moments": Sent(2 * 4 * model.scalars)}
     if moves_Q:
         sent["right_factor"] = Sent(4 * of_Q, collective="broadcast")
-    sent["factors"] = Sent(element * of_P_and_R, calls=2)
+    flags = sum(shards if m >= n else 1 for m, n in model.matrices)
+    sent["factors"] = Sent(element * (of_P_and_R + flags), calls=2)
     sent["gradients"] = Sent(element * model.scalars)
     return sent
 

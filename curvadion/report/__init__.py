@@ -14,9 +14,15 @@ DESCRIPTION = "Show runs and studies: tables, and one self-contained HTML page w
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `curvadion report`."""
-    run_help = "--out folder of a training run, or a .jsonl file of a study or of a slow-link benchmark; any number, in any mix"
+    run_help = (
+        "--out folder of a training run, or a .jsonl file of a study or of a slow-link benchmark; any "
+        "number, in any mix"
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=run_help)
-    out_help = "folder for index.html and the PNG files; none: report/ in the first run's folder, or beside the first file"
+    out_help = (
+        "folder for index.html and the PNG files; none: report/ in the first run's folder, or beside the "
+        "first file"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out_help)
 
 

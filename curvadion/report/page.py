@@ -17,7 +17,7 @@ except ImportError as error:
         f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'"
     ) from None
 
-from curvadion.report import figures
+from curvadion.report import drawing, run_figures, study_figures
 from curvadion.report.runs import Record, Run, Table, provenance, read_runs, run_provenance, run_tables
 from curvadion.report.studies import (
     Cell,
@@ -30,29 +30,52 @@ from curvadion.report.studies import (
     study_table,
 )
 
-SMOOTHED = "Lines: training loss of one replica, as it is (pale) and smoothed. Points: held-out loss of the replicas' average."
+SMOOTHED = (
+    "Lines: training loss of one replica, as it is (pale) and smoothed. Points: held-out loss of the "
+    "replicas' average."
+)
 RUN_FIGURES = {
-    figures.loss_against_tokens: SMOOTHED,
-    figures.loss_against_bytes: f"{SMOOTHED} Dashed: what dense bf16 gradients would have sent in the whole run.",
-    figures.loss_against_time: f"{SMOOTHED} Evaluations and checkpoints are not in the time.",
-    figures.bytes_so_far: "What one replica sent to the others on training steps, and what dense bf16 gradients would have.",
-    figures.rmmc_timeline: "Relative maximum momentum change of every step; above tau the replicas synchronize.",
-    figures.rmmc_heat_maps: "RMMC of every matrix on replica 0, on the steps that it was read on.",
-    figures.drift: "Relative distance of the replicas, just before each synchronization.",
+    run_figures.loss_against_tokens: SMOOTHED,
+    run_figures.loss_against_bytes: (
+        f"{SMOOTHED} Dashed: what dense bf16 gradients would have sent in the whole run."
+    ),
+    run_figures.loss_against_time: f"{SMOOTHED} Evaluations and checkpoints are not in the time.",
+    run_figures.bytes_so_far: (
+        "What one replica sent to the others on training steps, and what dense bf16 gradients would have."
+    ),
+    run_figures.rmmc_timeline: (
+        "Relative maximum momentum change of every step; above tau the replicas synchronize."
+    ),
+    run_figures.rmmc_heat_maps: "RMMC of every matrix on replica 0, on the steps that it was read on.",
+    run_figures.drift: "Relative distance of the replicas, just before each synchronization.",
 }
 BARS = "Bars: a standard deviation to either side from three seeds on, the extremes of two."
 CUT = "An arrowhead at the edge: too far off to show."
 STUDY_FIGURES = {
-    figures.study_scatter: f"A point for each setting, mean over seeds; hollow: baselines. {BARS} Grey band: the best baseline. {CUT}",
-    figures.study_gaps: f"Seed by seed; positive is worse. After a name: bytes, in % of dense ones. Pale dots: seeds. {BARS} {CUT}",
-    figures.study_curves: "Mean over seeds; bands: extremes. Dashed: baselines. Losses above those after a tenth of the run are cut off.",
-    figures.study_drift: "Relative distance of the replicas, just before each synchronization; a line for each seed.",
+    study_figures.study_scatter: (
+        f"A point for each setting, mean over seeds; hollow: baselines. {BARS} Grey band: the best baseline. "
+        f"{CUT}"
+    ),
+    study_figures.study_gaps: (
+        "Seed by seed; positive is worse. After a name: bytes, in % of dense ones. Pale dots: seeds. "
+        f"{BARS} {CUT}"
+    ),
+    study_figures.study_curves: (
+        "Mean over seeds; bands: extremes. Dashed: baselines. Losses above those after a tenth of the run "
+        "are cut off."
+    ),
+    study_figures.study_drift: (
+        "Relative distance of the replicas, just before each synchronization; a line for each seed."
+    ),
 }
 SENSITIVITY = (
     "Gap to the best baseline when one thing alone is changed; each panel with the best baseline, "
     f"and over the seeds, that all its values have. {BARS}"
 )
-LINK_FIGURE = "Seconds per step, and how many times faster than setting dense on the same link. Where a value is missing there is a gap."
+LINK_FIGURE = (
+    "Seconds per step, and how many times faster than setting dense on the same link. Where a value is "
+    "missing there is a gap."
+)
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -61,10 +84,12 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ max-width: 900px; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
+body {{ max-width: 900px; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }}
+body {{ color: #222; background: #fff; }}
 h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
 figure {{ margin: 1.5rem 0; overflow-x: auto; }} img {{ width: 100%; height: auto; }}
-figcaption, caption {{ font-size: 0.85rem; color: #666; text-align: left; }} caption {{ caption-side: bottom; padding-top: 0.4rem; }}
+figcaption, caption {{ font-size: 0.85rem; color: #666; text-align: left; }}
+caption {{ caption-side: bottom; padding-top: 0.4rem; }}
 h3 {{ font-size: 1rem; margin: 0 0 0.3rem; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; }}
 th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #e5e5e5; text-align: right; }}
@@ -97,12 +122,13 @@ class Page:
         rows = "\n".join(
             f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
         )
-        body = f"<table><caption>{escape(table.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
-        self.parts.append(f"<figure><h3>{escape(table.title)}</h3>\n{body}</figure>")
+        body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
+        whole = f"<table><caption>{escape(table.caption)}</caption>\n{body}</table>"
+        self.parts.append(f"<figure><h3>{escape(table.title)}</h3>\n{whole}</figure>")
 
     def figure(self, figure_of: Callable[[Any], Any], results: Any, caption: str, provenance: str) -> None:
         """Add a figure, unless there is nothing to draw."""
-        picture = figures.draw(figure_of, results, provenance)
+        picture = drawing.draw(figure_of, results, provenance)
         if picture is None:
             return
         name = figure_of.__name__
@@ -110,9 +136,8 @@ class Page:
         self.pictures[f"{name}-{count + 1}.png" if count else f"{name}.png"] = picture
         source = f"data:image/png;base64,{b64encode(picture).decode()}"
         words = escape(f"{caption} {provenance}")
-        self.parts.append(
-            f'<figure><img alt="{escape(name.replace("_", " "))}" src="{source}">\n<figcaption>{words}</figcaption></figure>'
-        )
+        image = f'<img alt="{escape(name.replace("_", " "))}" src="{source}">'
+        self.parts.append(f"<figure>{image}\n<figcaption>{words}</figcaption></figure>")
 
     def commands(self, records: Sequence[Record]) -> None:
         """Add the commands that results came from, where they are known."""
@@ -135,7 +160,7 @@ class Page:
         self.heading(f"Study {cells[0].study} ({cells[0].label})")
         self.table(study_table(cells))
         records = [run for cell in cells for run in cell.runs]
-        self.figure(figures.study_sensitivity, cells, SENSITIVITY, provenance(cells[0].label, records))
+        self.figure(study_figures.study_sensitivity, cells, SENSITIVITY, provenance(cells[0].label, records))
         for cell in cells:
             for figure_of, caption in STUDY_FIGURES.items():
                 self.figure(figure_of, cell, f"{cell.name}. {caption}", cell.provenance)
@@ -146,7 +171,7 @@ class Page:
 
     def link(self, link: Link) -> None:
         self.heading(f"Slow link ({link.label})")
-        self.figure(figures.link_speed, link, LINK_FIGURE, link.provenance)
+        self.figure(study_figures.link_speed, link, LINK_FIGURE, link.provenance)
         self.table(link_table(link))
         self.commands(link.cases)
 

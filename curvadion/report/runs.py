@@ -181,7 +181,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def run_tables(runs: Sequence[Run]) -> list[Table]:
     """Return what the runs came to, and their bytes by purpose; a column for each run."""
     wire = all(run.has_wire for run in runs)
-    caption = f"Held-out loss in nats a byte, of the replicas' average; bytes {sent_words(wire)}, on training steps. {run_provenance(runs)}"
+    caption = (
+        f"Held-out loss in nats a byte, of the replicas' average; bytes {sent_words(wire)}, on training "
+        f"steps. {run_provenance(runs)}"
+    )
     head = ["", *(run.name for run in runs)]
     cells = [run.cells(wire) for run in runs]
     tables = [
@@ -196,7 +199,10 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
     if kept:
         rows = [[words_of(key), *(readable(column.get(key, 0)) for column in purposes)] for key in kept]
         rows.append(["all", *(readable(sum(column.values())) for column in purposes)])
-        caption = f"Bytes that the ranks of one replica handed to collectives between replicas, by purpose. {run_provenance(runs)}"
+        caption = (
+            "Bytes that the ranks of one replica handed to collectives between replicas, by purpose. "
+            f"{run_provenance(runs)}"
+        )
         tables.append(Table("Bytes by purpose", head, rows, caption))
     return tables
 

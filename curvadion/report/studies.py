@@ -119,7 +119,8 @@ class Cell:
         model = f"{self.parameters / 1e6:.3g}M parameters"
         parts = ", a part of the text each" if self.parts else ""
         how = f", by {self.backend}" if self.backend == "processes" else ""
-        return f"{self.study}: {self.replicas} replicas{parts}, batch {self.batch}, {self.steps:,} steps, {model}{how}"
+        size = f"batch {self.batch}, {self.steps:,} steps, {model}"
+        return f"{self.study}: {self.replicas} replicas{parts}, {size}{how}"
 
     @property
     def best(self) -> Setting | None:

@@ -34,7 +34,7 @@ def register_rule(name: str, rule: Rule) -> None:
     RULES[name] = rule
 
 
-def begin(step: Step, key: Tensor) -> None:
+def begin(step: Step, key: Tensor | int) -> None:
     """Let all rules enqueue what the device may do by itself, if the key says that the step is local."""
     for rule in RULES.values():
         rule.begin(step, key)

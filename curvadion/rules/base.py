@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.side import Side, Tensors
+from curvadion.allowed import Option
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
@@ -59,15 +60,20 @@ class Step:
     def move(self, batch: Batch, direction: Tensor) -> None:
         """X <- (1 - lr wd) X - lr_local scale direction, with the group's `update_scale`.
 
+        An orthonormal direction is as large as ever where the momentum has all but gone. So a matrix without
+        a gradient in this step, missing or zero on all ranks of the replica, takes no step along it:
+        direction is 0.
+
         Args:
             direction: (B, rows, columns), this rank's shards.
         """
-        group = self.groups[batch.group]
+        group, live = self.groups[batch.group], self.store.live_in(batch)
+        size = local_lr(group) * scale(group, batch)
         self.ops.local_step_(
             [self.X[i] for i in batch.params],
             list(direction.contiguous().unbind()),
             decay=shrinkage(group),
-            step_size=local_lr(group) * scale(group, batch),
+            step_size=size if live is None else live * size,
         )
 
     def postpone_decay(self, batches: Sequence[Batch]) -> None:
@@ -108,21 +114,58 @@ class Step:
         return self.side(batches, [b.layout.short for b in batches], synchronized=synchronized)
 
     def reduction(
-        self, batches: Sequence[Batch], partial: Sequence[Axes], *, synchronized: bool, keep_own: bool = False
+        self,
+        batches: Sequence[Batch],
+        partial: Sequence[Axes],
+        *,
+        synchronized: bool,
+        keep_own: bool = False,
+        live_only: bool = False,
     ) -> Callable[[Tensors], tuple[Tensors, Tensors]]:
         """Return what sums factors over shards where they are partial and, if synchronized, averages over
-        replicas."""
+        replicas.
+
+        Args:
+            keep_own: the first of the two, without the mean, is wanted.
+            live_only: of a matrix without a gradient, in any replica if synchronized, the second is 0, for
+                the reason of `move`. Whether it has one travels with the factors, one number more.
+        """
         copied, dtype = [b.layout.copied for b in batches], self.payload_dtype
 
-        def reduce(factors: Tensors) -> tuple[Tensors, Tensors]:
+        def total(factors: Tensors) -> tuple[Tensors, Tensors]:
             if synchronized:
                 return self.exchange.mean_over_replicas(
-                    factors, partial, copied, "factors", payload_dtype=dtype, keep_own=keep_own
+                    factors,
+                    [*partial] * (len(factors) // len(batches)),
+                    [*copied] * (len(factors) // len(batches)),
+                    "factors",
+                    payload_dtype=dtype,
+                    keep_own=keep_own,
                 )
             own = self.exchange.sum_over_shards(factors, partial, "factors", alike=any(copied))
             return own, own
 
+        def reduce(factors: Tensors) -> tuple[Tensors, Tensors]:
+            live = [self.store.live_in(b) for b in batches] if live_only else []
+            if not live:
+                return total(factors)
+            if not synchronized:
+                own, mean = total(factors)
+                return own, [f if one is None else _masked(f, one) for f, one in zip(mean, live, strict=True)]
+            ones = [
+                f.new_ones(len(f)) if one is None else one.to(f.dtype)
+                for f, one in zip(factors, live, strict=True)
+            ]
+            own, mean = total([*factors, *ones])
+            count = len(batches)
+            pairs = zip(mean[:count], mean[count:], strict=True)
+            return own[:count], [_masked(f, one > 0) for f, one in pairs]
+
         return reduce
+
+
+def _masked(factors: Tensor, live: Tensor) -> Tensor:
+    return factors * live.to(factors.dtype).view(-1, 1, 1)
 
 
 def shrinkage(group: Mapping[str, Any]) -> float:
@@ -157,15 +200,17 @@ class Rule:
     Attributes:
         own_options: options of a group that do not mean something under every rule, but do under this one;
             under the others they are refused.
+        options: options of groups that it declares, `step.groups[batch.group][name]`.
         state: what it keeps for each matrix, `batch.kept[name]`.
         uses_Q: whether it reads and moves this replica's Q; without it there may be none.
     """
 
     own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
+    options: Mapping[str, Option] = {}
     state: tuple[StateSpec, ...] = ()
     uses_Q = False
 
-    def begin(self, step: Step, key: Tensor) -> None:
+    def begin(self, step: Step, key: Tensor | int) -> None:
         """Enqueue what can be done before the host knows whether the step is local; the device looks at the
         key."""
 

@@ -38,8 +38,14 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
             [b.M for b in chosen],
             [b.right_factor for b in chosen],
             columns=step.columns(chosen, synchronized=synchronized),
+<<<<<<< HEAD
             orthonormal_P=left if step.owners.ranks > 1 else None,
             reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
+=======
+            reduce_P=step.reduction(
+                chosen, [b.columns for b in chosen], synchronized=synchronized, live_only=True
+            ),
+>>>>>>> 8c9ccf5080d2d173d6f3ce27d498069ebbec2272
             reduce_R=step.reduction(
                 chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True
             ),
@@ -70,8 +76,8 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
 
 
 def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iterator[list[Batch]]:
-    """Yield batches in lists for each of which `power_iteration` is called once: with one value of its options,
-    and where no sum or mean has to serve all matrices at once, with few of them."""
+    """Yield batches in lists for each of which `power_iteration` is called once: with one value of its
+    options, and where no sum or mean has to serve all matrices at once, with few of them."""
     chosen: dict[tuple[str, str], list[Batch]] = {}
     for b in batches:
         group = step.groups[b.group]

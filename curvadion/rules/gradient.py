@@ -11,7 +11,7 @@ class Gradient(Rule):
 
     own_options = ()
 
-    def begin(self, step: Step, key: Tensor | None) -> None:
+    def begin(self, step: Step, key: Tensor | int | None) -> None:
         members = step.store.matrices_with("gradient", step.groups)
         if not members:
             return

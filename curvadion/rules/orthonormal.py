@@ -55,7 +55,8 @@ def orthonormalized(
     """Yield newton_schulz of the matrices of all batches, some at a time, iterated as their groups ask.
 
     Args:
-        matrices: returns this rank's part, (b, rows, columns), of those in a stack, whose `index` is a batch's.
+        matrices: returns this rank's part, (b, rows, columns), of those in a stack, whose `index` is a
+            batch's.
         slices: for each batch, if they are slices of its matrices: (b, count, local length), the same on all
             ranks that have the same part of their length.
 
@@ -75,7 +76,8 @@ def orthonormalized(
 
     def at_home(i: int, whole: Tensor) -> Tensor:
         flat = whole.shape[1] < whole.shape[2]
-        [direction] = newton_schulz([whole.mT if flat else whole], hows[owned[i]])
+        tall, product = whole.mT if flat else whole, step.ops.symmetric_product
+        [direction] = newton_schulz([tall], hows[owned[i]], product=product)
         return direction.mT if flat else direction
 
     plan = step.owners.plan(
@@ -106,7 +108,8 @@ def _together(
     else:
         flat, rows, columns = [b.layout.transposed for b in chosen], step.rows(chosen), step.columns(chosen)
     M = [m.mT if f else m for f, m in zip(flat, map(matrices, stacks), strict=True)]
-    directions = newton_schulz([m.to(compute_dtype(m.dtype)) for m in M], how, rows=rows, columns=columns)
+    wide, product = [m.to(compute_dtype(m.dtype)) for m in M], step.ops.symmetric_product
+    directions = newton_schulz(wide, how, rows=rows, columns=columns, product=product)
     return [d.mT if f else d for f, d in zip(flat, directions, strict=True)]
 
 

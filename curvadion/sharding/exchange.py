@@ -3,43 +3,43 @@
 Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they
 branch only on the reduced gate key, and a missing gradient contributes zeros.
 
-    1. if due: agreement          MAX of six int64 over the replicas, then over the shards
-    2. if any: partial gradients  SUM over the axes they are partial on
-    3. norms and flags            one SUM over all shards
-    4. gate="drift", if asked     SUM of two numbers over the shards, mean over the replicas
-       gate                       one MAX of one int64 over the replicas; with gate_lag read one step later
-    5. synchronized step          parameters, moments      mean over replicas   (only after a local step)
-                                  Q                        replica 0's          (only after a local Dion step)
-                                  P                        sum over shards, mean over replicas
-                                  Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
-                                  R                        sum over shards, mean over replicas
-                                  column norms             one SUM over the shards of R's rows
-                                  Gram matrices            two SUMs over the shards of R's rows ("qr" only)
-                                  AdamW, Lion gradients    mean over replicas
-       local step                 each rule's own, over the shards only, in the order of RULES:
-                                  "dion"                   P, Gram, R, column norms as above
-                                  "muon"                   matrices to their owners, updates back: two all-to-alls
-                                                           a bucket, see `owners`. Where that is dearer: the short
-                                                           side gathered; norms and in each round Gram matrices,
-                                                           one SUM over the shards of the long side
-                                  "normuon"                as "muon"; norms of rows and of matrices: two SUMs
-                                                           after each bucket
-                                  "dion2"                  norms of slices: summed, gathered; slices; as "muon"
+    1. if due: agreement      MAX of six int64 over the replicas, then over the shards
+    2. if partial: gradients  SUM over the axes they are partial on
+    3. norms and flags        one SUM over all shards
+    4. gate="drift"           if asked: SUM of two numbers over the shards, mean over the replicas
+       gate                   one MAX of one int64 over the replicas; with gate_lag read one step later
+    5. synchronized step      parameters, moments      mean over replicas   (only after a local step)
+                              Q                        replica 0's          (only after a local Dion step)
+                              P                        sum over shards, mean over replicas
+                              Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
+                              R                        sum over shards, mean over replicas
+                              column norms             one SUM over the shards of R's rows
+                              Gram matrices            two SUMs over the shards of R's rows ("qr" only)
+                              AdamW, Lion gradients    mean over replicas
+       local step             each rule's own, over the shards only, in the order of RULES:
+                              "dion"                   P, Gram, R, column norms as above
+                              "muon"                   matrices to their owners, updates back: two all-to-alls
+                                                       a bucket, see `owners`. Where that is dearer: the short
+                                                       side gathered; norms and in each round Gram matrices,
+                                                       one SUM over the shards of the long side
+                              "normuon"                as "muon"; norms of rows and of matrices: two SUMs
+                                                       after each bucket
+                              "dion2"                  norms of slices: summed, gathered; slices; as "muon"
        synchronized step with consensus="outer": a local step, then
-                                  pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
-                                                           replica its part of the mean (all-to-all), then all
-                                                           parts to all (all-gather); with outer_delay the
-                                                           first in this step, the second half of the delay
-                                                           later
+                              pseudo-gradients         mean over replicas: one SUM in 32 bits; in fewer, each
+                                                       replica its part of the mean (all-to-all), then all
+                                                       parts to all (all-gather); with outer_delay the
+                                                       first in this step, the second half of the delay
+                                                       later
 
 What crosses the replicas leaves each replica once, not once per shard rank: a factor that is a partial sum on
 S shard ranks is reduce-scattered over them, a tensor that is copied on them is sliced, each rank exchanges
 its piece with its peers in the other replicas, and the pieces are gathered inside the replica. A SUM whose
-bits must be those that other groups of ranks get is an all-to-all and an all-gather where it has more than two
-summands: backends promise an order of summation within one call, not from one group to the next. Flat buffers:
-one call per set of axes and dtype, whatever the number of matrices, in buckets of at most BUCKET_BYTES. A sum
-over several axes is one collective after the other, so that the groups of the DeviceMesh suffice and none has
-to be made.
+bits must be those that other groups of ranks get is an all-to-all and an all-gather where it has more than
+two summands: backends promise an order of summation within one call, not from one group to the next. Flat
+buffers: one call per set of axes and dtype, whatever the number of matrices, in buckets of at most
+BUCKET_BYTES. A sum over several axes is one collective after the other, so that the groups of the DeviceMesh
+suffice and none has to be made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
 from curvadion.sharding.journey import Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
@@ -70,10 +71,10 @@ class Answer:
     wait: Callable[[], object] | None = None
 
     def read(self) -> int:
-        """Wait for the key, and return it."""
+        """Wait for the key, and return it; in a dry run "local"."""
         if self.wait is not None:
             self.wait()
-        return int(self.key)
+        return 0 if has_no_values(self.key) else int(self.key)
 
 
 class Exchange:
@@ -137,7 +138,7 @@ class Exchange:
         received_counts: Sequence[int],
         purpose: str,
     ) -> Work:
-        """Start sending each rank of the replica its part of a flat buffer, of as many elements as counts say."""
+        """Start sending each rank of the replica its part of a flat buffer, as many elements as said."""
         group, size = self.shards.everyone, sent.element_size()
         self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
         # As bytes, which every backend sends, whatever the dtype.
@@ -195,8 +196,8 @@ class Exchange:
         """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all
         replicas.
 
-            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i      first leg: the k-th part of c_i to replica k,
-            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean  second: which rounds the mean of that part and
+            c_i  = C(d_i + e_i),        e_i <- d_i + e_i - c_i      first leg: k-th part of c_i to replica k,
+            mean = C(E_i[c_i] + f),     f   <- E_i[c_i] + f - mean  second: which rounds the mean of it and
                                                                     sends it to all
 
         Each replica sends what an all-reduce of so many bits would send. Compute and residuals are in the
@@ -279,19 +280,33 @@ class Exchange:
         """Return which of step, config and weights differ somewhere: the same answer on every rank.
 
         MAX of x and of -x over the replicas, then over the shards; only the peers in other replicas hold
-        comparable weights.
+        comparable weights. A dry run finds no difference.
         """
         message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
             self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
-        different = int(message[4] != -message[5])
+        different = (message[4] != -message[5]).to(message)
         message[4], message[5] = different, -different
         for axis in self.shards.axes:
             self._along(axis, "all_reduce", "check", message, ReduceOp.MAX)
+        if has_no_values(message):
+            return []
         found = message.tolist()
         differ = {"step": found[0] != -found[1], "config": found[2] != -found[3], "weights": found[4] != 0}
         return [name for name, differs in differ.items() if differs]
+
+    def differing(self, hashes: Sequence[int]) -> list[int]:
+        """Return the positions of the numbers that differ between replicas somewhere: the same on every
+        rank."""
+        message = torch.tensor([*hashes, *(-h for h in hashes)], dtype=torch.int64).to(self.device)
+        if self.replicas > 1:
+            self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
+        most, least = message.view(2, -1)
+        differs = (most != -least).to(torch.int64)
+        for axis in self.shards.axes:
+            self._along(axis, "all_reduce", "check", differs, ReduceOp.MAX)
+        return differs.nonzero().flatten().tolist()
 
     # ---- how it is done
 

@@ -56,7 +56,7 @@ class Group(Protocol):
         *,
         wait: bool = False,
     ) -> Work:
-        """Start sending the k-th part of `sent` to rank k: of `size` equal ones, or of parts of these sizes."""
+        """Start sending the k-th part of `sent` to rank k: of `size` equal ones, or parts of these sizes."""
 
     def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         """Start putting the pieces of all ranks, one after the other, into `whole`."""
@@ -164,6 +164,8 @@ class ThreadGroup:
 
     def _meet(self, kind: str, mine: Tensor, target: Tensor, sizes: list[int] | None = None) -> Work:
         self._box[self.rank] = kind, mine, target, sizes
+        if mine.is_cuda:  # another thread, on a stream of its own, reads and writes them
+            torch.cuda.current_stream(mine.device).synchronize()
         self._barrier.wait()
         return _DONE
 
@@ -219,6 +221,8 @@ def _perform(box: list[Any]) -> None:
         parts = [given[0].clone()] * size
     for target, part in zip(targets, parts, strict=True):
         target.copy_(part)
+    for device in {target.device for target in targets if target.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def results_of(replicas: Sequence[Future[T]]) -> list[T]:

@@ -27,6 +27,7 @@ from torch.distributed.tensor._utils import (
 )
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
+from curvadion.sharding.dry import with_values
 from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
 
 Axes = tuple[int, ...]  # axes of the shard mesh, ascending
@@ -142,9 +143,10 @@ class ShardMesh:
             if isinstance(p, DTensor) and all(p.device_mesh is not m for m in meshes):
                 meshes.append(p.device_mesh)
         self.mesh = max(meshes, key=lambda m: m.size(), default=None)
-        self.ranks: tuple[int, ...] = (
-            tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
-        )
+        with with_values():
+            self.ranks: tuple[int, ...] = (
+                tuple(self.mesh.mesh.flatten().tolist()) if self.mesh is not None else ()
+            )
         self.names: list[str] = []
         self._axis_ranks: list[tuple[int, ...]] = []
         self._groups: list[Group] = []
@@ -169,7 +171,8 @@ class ShardMesh:
                     "the meshes of all parameters must be sub-meshes of one mesh, which holds one replica; "
                     f"got a parameter on {mesh} beside one on {self.mesh}. Build one DeviceMesh, for "
                     "instance with dimensions "
-                    '("replicate", "shard", "tp"), and slice the meshes for fully_shard and parallelize_module from it'
+                    '("replicate", "shard", "tp"), and slice the meshes for fully_shard and '
+                    "parallelize_module from it"
                 )
             found[dim] = self._axis_ranks.index(ranks)
         return found
@@ -181,8 +184,8 @@ class ShardMesh:
 
     @functools.cached_property
     def everyone(self) -> Group:
-        """The ranks of the replica as one group: the axis if there is one, else a group that they make now, all
-        of them together."""
+        """The ranks of the replica as one group: the axis if there is one, else a group that they make now,
+        all of them together."""
         if len(self.axes) == 1:
             return self._groups[0]
         return TorchGroup(_group_of(tuple(sorted(self.ranks))))
@@ -221,9 +224,10 @@ class ShardMesh:
             return Region((0,) * len(layout.shape), layout.shape)
         axes = [self.axis_of(layout.mesh, dim) for dim in range(layout.mesh.ndim)]
         coordinate = [0 if axis is None else place[axis] for axis in axes]
-        shape, offset = _compute_local_shape_and_global_offset(
-            layout.shape, tuple(layout.mesh.shape), coordinate, layout.placements
-        )
+        with with_values():
+            shape, offset = _compute_local_shape_and_global_offset(
+                layout.shape, tuple(layout.mesh.shape), coordinate, layout.placements
+            )
         return Region(tuple(offset), tuple(shape))
 
     def axis_of(self, mesh: DeviceMesh, dim: int) -> int | None:
@@ -307,9 +311,10 @@ class Layout:
             if not isinstance(placement, (Shard, _StridedShard)):
                 raise ValueError(f"parameters must be placed Shard or Replicate; got {param.placements}")
             sharded[placement.dim].append(axis)
-        local_shape, offset = compute_local_shape_and_global_offset(
-            param.shape, param.device_mesh, param.placements
-        )
+        with with_values():
+            local_shape, offset = compute_local_shape_and_global_offset(
+                param.shape, param.device_mesh, param.placements
+            )
         used = {axis for axes in sharded for axis in axes}
         return Layout(
             shape,
@@ -344,12 +349,7 @@ class Layout:
     def wrap(self, local: Tensor) -> Tensor:
         """Return a state tensor of the parameter's own shape as the user sees it: a DTensor placed like the
         parameter."""
-        if self.mesh is None:
-            return local
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
-        )
+        return local if self.mesh is None else _wrapped(local, self.mesh, self.placements, self.shape)
 
     def wrap_along(self, local: Tensor, dim: int) -> Tensor:
         """Return a tensor whose rows belong to the rows (dim 0) or columns (1) of the parameter, as a
@@ -357,9 +357,7 @@ class Layout:
         if self.mesh is None:
             return local
         placements = tuple(_along(p, dim) for p in self.placements)
-        shape = torch.Size((self.shape[dim], *local.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+        return _wrapped(local, self.mesh, placements, (self.shape[dim], *local.shape[1:]))
 
     def take(self, whole: Tensor, dim: int, tensor_dim: int) -> Tensor:
         """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's
@@ -368,6 +366,22 @@ class Layout:
             return whole
         length = self.local_shape[dim]
         return whole.narrow(tensor_dim, self.offset[dim] if length else 0, length)
+
+
+def _wrapped(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> Tensor:
+    """Return a DTensor of this local part, which may be a view of a stack.
+
+    torch copies and pickles a DTensor by the storage that it pretends to have if its local part does not
+    begin where its storage does; so it is made of another local part first.
+    """
+    stride = torch.empty(shape, device="meta").stride()
+    tensor = DTensor.from_local(
+        torch.empty_like(local), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    tensor._local_tensor = local
+    return tensor
 
 
 def _along(placement: Placement, dim: int) -> Placement:
@@ -411,7 +425,10 @@ def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Ite
     """Raise ValueError if the replicate axis is inside a parameter's mesh, or a mesh axis splits no parameter
     at all."""
     shared = sorted(set(replica_ranks) & set(shards.ranks) - {dist.get_rank()}) if shards.ranks else []
-    remedy = 'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must not see the replicate axis'
+    remedy = (
+        'call fully_shard(model, mesh=mesh["shard"]) and pass replicate_mesh=mesh["replicate"]: FSDP must '
+        "not see the replicate axis"
+    )
     if shared:
         raise ValueError(
             "replicate_mesh must not overlap the mesh that the parameters are sharded on; "

@@ -1,9 +1,9 @@
-"""Whole matrices, each with one rank of the replica, its owner: it is sent the shards, works on the matrix, and
-sends every rank its part of what came out.
+"""Whole matrices, each with one rank of the replica, its owner: it is sent the shards, works on the matrix,
+and sends every rank its part of what came out.
 
-What a rank sends and computes falls with the number S of ranks: with w bytes an element about 2 w / S times the
-elements of all matrices, and each matrix is worked on once. Which collective comes when, on all ranks alike, for
-buckets 0, 1, 2, ...:
+What a rank sends and computes falls with the number S of ranks: with w bytes an element about 2 w / S times
+the elements of all matrices, and each matrix is worked on once. Which collective comes when, on all ranks
+alike, for buckets 0, 1, 2, ...:
 
     in 0;    in 1, (work 0), out 0;    in 2, (work 1), out 1;    ...
 
@@ -60,7 +60,7 @@ class Stack:
 
 
 class _Item(NamedTuple):
-    """A part of a matrix that travels: which stack of the bucket, which matrix of it, to or from which rank."""
+    """A part of a matrix that travels: of which matrix of which stack, to or from which rank."""
 
     stack: int
     place: int
@@ -120,8 +120,8 @@ def assign(
 ) -> tuple[list[list[int]], list[float]]:
     """Return the owners of all matrices, and the work of each rank: longest processing time first.
 
-    The largest matrix goes to the rank that has the least to do, then the next one: no rank has more to do than
-    the mean and one matrix.
+    The largest matrix goes to the rank that has the least to do, then the next one: no rank has more to do
+    than the mean and one matrix.
 
     Args:
         counts: how many matrices there are of each kind.
@@ -230,8 +230,8 @@ class Owners:
         return _Bucket(stacks, mine, coming, going, any(spreads[stack.index].split for stack in stacks))
 
     def _sends(self, rank: int, owner: int, split: Axes) -> bool:
-        """Say whether it is this rank, of all that have the same part of a matrix, that sends it to the owner:
-        the one that differs from it along the axes that split the matrix only."""
+        """Say whether it is this rank, of all that have the same part of a matrix, that sends it to the
+        owner: the one that differs from it along the axes that split the matrix only."""
         places = self.exchange.shards.coordinates
         return all(
             axis in split or a == b
@@ -247,8 +247,8 @@ class Owners:
 
         Args:
             shards: returns this rank's part of some matrices, (b, rows, columns).
-            work: is given the index of a stack and some of its whole matrices, (b, *shape) in its dtype on the
-                way, and returns as much.
+            work: is given the index of a stack and some of its whole matrices, (b, *shape) in its dtype on
+                the way, and returns as much.
 
         Yields: pairs (stack, (b, rows, columns)), in the dtype that `work` returns.
         """
@@ -302,8 +302,9 @@ class _Trip:
     def come(self, shards: Callable[[Stack], Tensor]) -> None:
         """Send this rank's shards to the owners."""
         local = [shards(stack) for stack in self._bucket.stacks]
-        self._own = [
-            x[places] if places else x[:0] for x, places in zip(local, self._bucket.mine, strict=True)
+        self._own = [  # not x[places], which uploads the indices and makes the host wait for the device
+            torch.stack([x[k] for k in places]) if places else x[:0]
+            for x, places in zip(local, self._bucket.mine, strict=True)
         ]
         if self._bucket.split:
             leg = self._bucket.coming
@@ -350,7 +351,7 @@ class _Trip:
         ):
             local = own.new_empty((stack.stop - stack.start, *spread.regions[self._me].shape))
             if places:
-                local[places] = own
+                torch._foreach_copy_([local[k] for k in places], list(own))
             result.append((stack, local))
         targets = [result[item.stack][1][item.place] for item in self._bucket.going.received]
         if targets:

@@ -1,13 +1,13 @@
 """What the gate looks at: one file each, and one entry of SIGNALS."""
 
-from curvadion.signals.base import Reading, Signal
+from curvadion.signals.base import Reading, Signal, measure
 from curvadion.signals.drift import Drift
 from curvadion.signals.rmmc import Rmmc
 
 # The names of `gate`.
 SIGNALS: dict[str, type[Signal]] = {"rmmc": Rmmc, "drift": Drift}
 
-__all__ = ["SIGNALS", "Reading", "Signal", "register_signal"]
+__all__ = ["SIGNALS", "Reading", "Signal", "measure", "register_signal"]
 
 
 def register_signal(name: str, signal: type[Signal]) -> None:

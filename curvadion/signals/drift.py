@@ -1,7 +1,7 @@
 """gate="drift": how far replicas have come apart, estimated from two numbers of each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from curvadion.gate.schedule import Plan
 from curvadion.rules.base import Step
 from curvadion.signals.base import Reading, Signal
-from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, SYNCHRONIZE_BIT
 
 
 class Drift(Signal):
@@ -32,11 +31,11 @@ class Drift(Signal):
     needs_equal_replicas = True
     waits_for_replicas = True
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any]):
         self._X0: list[Tensor] = []
         self._direction: list[Tensor] = []  # not yet of unit length, zero in parameters beyond its end
         self._length: Tensor | None = None  # of it; None: there is none
-        self._variance: Tensor | None = None
+        self._variance = torch.empty(0)  # empty before the first estimate
 
     def attach(self, step: Step) -> None:
         # A group that is added comes last, and what there is of the others goes on: it is common, and they
@@ -44,23 +43,22 @@ class Drift(Signal):
         del self._X0[len(step.X) :], self._direction[len(step.X) :]
 
     def forget(self) -> None:
-        self._X0, self._direction, self._length, self._variance = [], [], None, None
+        self._X0, self._direction, self._length, self._variance = [], [], None, torch.empty(0)
 
     def read(self, step: Step, message: Tensor, taus: list[float], plan: Plan) -> Reading:
-        closed = super().read(step, message, [math.inf] * len(taus), plan)
         shapes = [layout.local_shape for layout in step.table.layouts]
         if len(self._X0) < len(shapes) and [tuple(x.shape) for x in step.X] == shapes:  # else the step fails
             self._X0 += [x.clone() for x in step.X[len(self._X0) :]]
-        if not (plan.ask or plan.ask_later):
-            return closed
-        variance = self._variance = self._estimate(step)
-        tau = min(
-            (tau for tau, g in zip(taus, step.groups, strict=True) if g.get("algorithm") == "dion"),
-            default=math.inf,
+        reading = super().read(step, message, taus, plan)
+        asked = plan.ask or plan.ask_later
+        return reading.troubled(~self._variance.isfinite()) if asked else reading
+
+    def opens(self, step: Step, reading: Reading, taus: list[float]) -> Tensor:
+        self._variance = self._estimate(step)
+        pairs = zip(taus, step.groups, strict=True)
+        return self._variance > min(
+            (tau for tau, g in pairs if g.get("algorithm") == "dion"), default=math.inf
         )
-        opens = (variance > tau) & (not plan.hold_closed)
-        key = closed.key | (opens * SYNCHRONIZE_BIT) | (~variance.isfinite() * NONFINITE_BIT)
-        return closed._replace(key=torch.where(closed.key == FAILED_KEY, closed.key, key))
 
     def _estimate(self, step: Step) -> Tensor:
         """Return E||u_i||^2 - (E <xi, u_i>)^2, a 0-d float32 that is the same on all ranks."""
@@ -102,4 +100,4 @@ class Drift(Signal):
         torch._foreach_copy_(self._X0, list(step.X))
 
     def values(self) -> dict[str, Any]:
-        return {} if self._variance is None else {"variance": self._variance}
+        return {"variance": self._variance} if self._variance.numel() else {}

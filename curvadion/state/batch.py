@@ -135,8 +135,9 @@ def make_batches(
         wide = compute_dtype(dtype)
         Q = None
         if uses_Q[index]:
-            first = [first_right_factor(table.names[i], layout, r) for i in stack]
-            Q = torch.stack(first).to(device=like.device, dtype=wide)
+            Q = momentum.new_empty((len(stack), layout.local_shape[layout.short], r), dtype=wide)
+            for q, i in zip(Q, () if like.is_meta else stack, strict=False):
+                q.copy_(first_right_factor(table.names[i], layout, r))
         kept = {
             spec.name: momentum.new_zeros((len(stack), *spec.local_shape(layout)), dtype=wide)
             for spec in specs[index]

@@ -1,5 +1,6 @@
 """Loading a state dict into the existing state, and what a checkpoint must hold for that."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.power_iteration import rank_of
-from curvadion.options import GROUP_OPTIONS, check_options
+from curvadion.options import check_group, group_options
 from curvadion.rules import RULES
-from curvadion.sharding.layout import local_tensor
+from curvadion.sharding.layout import canonical_name, local_tensor
 from curvadion.state.batch import first_right_factor
 from curvadion.state.store import States, assign
 from curvadion.state.table import Table
@@ -42,8 +43,9 @@ def load(
         number_of = dict(zip(table.listed, numbers, strict=True))
         return [(p, saved["state"].get(number_of[p], {})) for p in table.params]
 
-    def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
-        saved.update(final)
+    def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+        check_form(final)
+        saved.update(in_order(final, groups))
         sizes = [len(group["params"]) for group in groups]
         if [
             len(group["params"]) for group in saved["param_groups"]
@@ -54,12 +56,14 @@ def load(
                 groups,
                 [(name, index, values, own[p]) for name, index, (p, values) in members],
             )
+        return saved
 
     def restore(_: torch.optim.Optimizer) -> None:
         optimizer.state = own  # type: ignore[assignment]  # torch made copies, cast to the parameters' dtype
         for group, before in zip(optimizer.param_groups, groups, strict=True):
-            for key in GROUP_OPTIONS:
-                group.setdefault(key, before[key])
+            for key in group_options():
+                if key in before:
+                    group.setdefault(key, before[key])
         for name, layout, (p, values) in zip(table.names, table.layouts, saved_states(), strict=True):
             for key, value in values.items():
                 if key in own[p]:
@@ -81,6 +85,54 @@ def load(
             handle.remove()
 
 
+def check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError if it does not look like any optimizer's state dict."""
+    state, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if (
+        not isinstance(state, Mapping)
+        or not isinstance(groups, Sequence)
+        or not all(isinstance(group, Mapping) and "params" in group for group in groups)
+        or not all(isinstance(values, Mapping) for values in state.values())
+    ):
+        raise ValueError(
+            "a checkpoint must hold 'state' and 'param_groups', as opt.state_dict() returns them; got "
+            f"{sorted(map(str, state_dict))}; pass the optimizer's part of what was saved"
+        )
+
+
+def in_order(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a state dict whose groups list their parameters in the order of the optimizer's, by their names.
+
+    Where either side has none, or torch has put them in order by name itself, they stay as they are.
+
+    Raises:
+        ValueError: names differ.
+    """
+    ordered = []
+    for number, saved in enumerate(state_dict["param_groups"]):
+        ordered.append(saved)
+        group = groups[number] if number < len(groups) else {}
+        theirs, params = saved.get("param_names"), saved["params"]
+        if "param_names" not in group or not theirs or any(isinstance(p, str) for p in params):
+            continue
+        names, found = ([canonical_name(name) for name in these] for these in (group["param_names"], theirs))
+        if names == found:
+            continue
+        if sorted(names) != sorted(found) or len(set(names)) < len(names) or len(found) != len(params):
+            lacks, more = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+            raise ValueError(
+                f"a checkpoint must hold the same parameters in each group; group {number} of this one lacks "
+                f"{lacks[:5]} and has {more[:5]} beside; build the groups as they were when it was saved"
+            )
+        number_of = dict(zip(found, params, strict=True))
+        ordered[-1] = {
+            **saved,
+            "params": [number_of[name] for name in names],
+            "param_names": list(group["param_names"]),
+        }
+    return {**state_dict, "param_groups": ordered}
+
+
 def check_loadable(
     saved_groups: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
@@ -96,11 +148,20 @@ def check_loadable(
         states: (name, index of its group, saved state, own state) of every parameter.
     """
     for group, saved in zip(groups, saved_groups, strict=True):
-        check_options(saved, GROUP_OPTIONS, " in a parameter group of the checkpoint")
-        if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
+        check_group(saved, " of the checkpoint")
+        for key in ("algorithm", "local_update"):
+            if saved.get(key, group[key]) != group[key]:
+                raise ValueError(
+                    f"a checkpoint must have been saved with the {key} of each group; got {saved[key]!r} for "
+                    f"a group with {group[key]!r}; build the groups as they were when it was saved; to "
+                    "change the rule, set it in opt.param_groups after loading"
+                )
+        tau, before = saved.get("tau", group["tau"]), group["tau"]
+        if math.isinf(tau) != math.isinf(before):
             raise ValueError(
-                f"a checkpoint must hold the same algorithm for each group; got {saved['algorithm']!r} for "
-                f"a group with {group['algorithm']!r}; build the groups as they were when it was saved"
+                "a checkpoint of a gate that never opens by itself belongs to an optimizer of that kind, and "
+                f"no other: got tau={tau} for a group with tau={before}; build the optimizer with the "
+                "options of the run that saved it; tau may be changed in opt.param_groups after loading"
             )
     for name, index, saved, own in states:
         rule = RULES[saved_groups[index].get("local_update", groups[index]["local_update"])]
@@ -114,6 +175,7 @@ def check_loadable(
         for key, value in saved.items():
             if key not in own:
                 continue
+            check_value(name, key, value)
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             if shape != tuple(own[key].shape):
                 raise ValueError(
@@ -128,9 +190,41 @@ def check_loadable(
             )
             if saved_rank != rank:
                 raise ValueError(
-                    f"a checkpoint must be of the same rank; got r = {saved_rank} for {name!r}, expected {rank}; "
-                    "construct with the rank_fraction and rank_multiple_of it was saved with"
+                    f"a checkpoint must be of the same rank; got r = {saved_rank} for {name!r}, expected "
+                    f"{rank}; construct with the rank_fraction and rank_multiple_of it was saved with"
                 )
+
+
+# What a state tensor may hold, beside that it is finite, by its key.
+NOT_NEGATIVE = ("exp_avg_sq", "second_moment", "step", "local_steps", "synchronized_steps")
+COUNTERS = ("step", "local_steps", "synchronized_steps")
+MOST_STEPS = 1 << 24  # above it float32 does not count on
+
+
+def check_value(name: str, key: str, value: Any) -> None:
+    """Raise ValueError if a saved state tensor holds what no step would have left there."""
+    try:
+        local = local_tensor(value) if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        local = None
+    real = local is not None and not local.is_complex() and local.dtype != torch.bool
+    if local is None or not real or not (local.is_floating_point() or key in COUNTERS):
+        raise ValueError(
+            f"a checkpoint must hold real numbers; got {getattr(value, 'dtype', type(value))} for {key} of "
+            f"{name!r}; load one that CurvaDion saved"
+        )
+    fine = local.isfinite().all()
+    if key in NOT_NEGATIVE:
+        fine &= (local >= 0).all()
+    if key in COUNTERS:
+        fine &= (local < MOST_STEPS).all() & (local == local.round()).all()
+    if not bool(fine):
+        rule = "whole numbers of steps" if key in COUNTERS else "finite numbers"
+        rule += ", none negative" if key in NOT_NEGATIVE and key not in COUNTERS else ""
+        raise ValueError(
+            f"a checkpoint must hold {rule}; {key} of {name!r} does not; it is damaged, or was saved after a "
+            "failure: load an earlier one"
+        )
 
 
 def _rank(short: int, group: Mapping[str, Any], instead: Mapping[str, Any]) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.power_iteration import rank_of
-from curvadion.options import GROUP_OPTIONS, check_options
+from curvadion.allowed import check_options
+from curvadion.options import GROUP_OPTIONS
 from curvadion.rules import RULES
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
@@ -37,8 +38,10 @@ class Intake:
     def parameters(self) -> Fixed[Tensor]:
         """Return this rank's part of all parameters: the same object as long as nobody moved them."""
         X = Fixed(local_tensors(self._table.params))
-        addresses = X.addresses  # looked up now: it remembers them, and the next step compares
-        if self._X is None or not all(map(operator.is_, X, self._X)) or addresses != self._X.addresses:
+        # Looked up now: it remembers them, and the next step compares.
+        addresses = () if self._table.dry else X.addresses
+        before = () if self._table.dry or self._X is None else self._X.addresses
+        if self._X is None or not all(map(operator.is_, X, self._X)) or addresses != before:
             self._X = X
             pairs = zip(self._table.names, X, self._table.layouts, strict=True)
             self._reshaped = [name for name, x, layout in pairs if tuple(x.shape) != layout.local_shape]
@@ -146,12 +149,13 @@ class Intake:
                 "to train a parameter from now on, leave it out at first and add_param_group() it later"
             )
         for group in groups:
-            if not GROUP_OPTIONS.keys() <= group.keys():
-                missing = ", ".join(sorted(GROUP_OPTIONS.keys() - group.keys()))
-                raise ValueError(
-                    f"a parameter group must keep its options; {missing} went missing; set them again"
-                )
+            _check_there(group, GROUP_OPTIONS)
             check_options(group, GROUP_OPTIONS, " in a parameter group")
+            if own := RULES[group["local_update"]].options:
+                _check_there(group, own)
+                check_options(
+                    group, {k: option.allowed for k, option in own.items()}, " in a parameter group"
+                )
         for b in self._batches:
             self._check_batch(b, groups[b.group])
 
@@ -168,3 +172,9 @@ class Intake:
                 "local_update may change to a rule that needs no state but what there is, or to the one it "
                 f"was built with; got {group['local_update']!r}; construct a new optimizer for it"
             )
+
+
+def _check_there(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    if not options.keys() <= group.keys():
+        missing = ", ".join(sorted(options.keys() - group.keys()))
+        raise ValueError(f"a parameter group must keep its options; {missing} went missing; set them again")

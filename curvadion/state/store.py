@@ -13,7 +13,7 @@ from curvadion.algebra.scalar import MOMENTS
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import local_tensor, reshard_gathered_modules
-from curvadion.state.batch import StateSpec, make_batches
+from curvadion.state.batch import Batch, StateSpec, make_batches
 from curvadion.state.numbers import Numbers
 from curvadion.state.table import Table
 from curvadion_kernels import Ops
@@ -43,6 +43,8 @@ class Store:
         counters: (3, parameters) float32 on the CPU: steps, local steps in a row, synchronized steps.
         moments: of AdamW and Lion, by parameter and key.
         outer_momenta: U of every parameter, none without outer momentum.
+        live: (L,) bool, the matrices whose gradient in this step is not missing or zero on all ranks of the
+            replica.
     """
 
     def __init__(
@@ -65,6 +67,9 @@ class Store:
         self.momenta = Fixed(views[i] for i in table.matrices)
         batch_of = {i: k for k, b in enumerate(self.batches) for i in b.params}
         self.batch_of = [batch_of[i] for i in table.matrices]
+        self.live = torch.ones(len(table.matrices), dtype=torch.bool, device=table.device)
+        self._place_of = {position: index for index, position in enumerate(table.matrices)}
+        self._places: dict[tuple[int, ...], Tensor] = {}  # in `live`, of a batch's matrices
         self.moments: dict[int, dict[str, Tensor]] = {}
         self._members: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
         self.outer_momenta: list[Tensor] = []
@@ -74,7 +79,7 @@ class Store:
 
         norm_of = {position: self.last_norm[index] for index, position in enumerate(table.matrices)}
         for b in self.batches:
-            b.common_Q = not any(table.params[i] in own_Q for i in b.params)
+            b.common_Q = b.Q is None or not any(table.params[i] in own_Q for i in b.params)
             for k, i in enumerate(b.params):
                 own = {spec.name: spec.wrap(b.kept[spec.name][k], b.layout) for spec in b.specs}
                 if b.Q is not None:
@@ -109,6 +114,17 @@ class Store:
     def own_Q(self) -> set[Tensor]:
         """The parameters whose Q is this replica's own, as local Dion steps leave it."""
         return {self.table.params[i] for b in self.batches if not b.common_Q for i in b.params}
+
+    def live_in(self, batch: Batch) -> Tensor | None:
+        """Return which matrices of a batch have a gradient in this step: (B,) float64, 1 or 0; None if it is
+        known that all have one."""
+        if self.live.is_cpu and bool(self.live.all()):
+            return None
+        members = tuple(batch.params)
+        if members not in self._places:
+            places = torch.tensor([self._place_of[i] for i in members], device="cpu")
+            self._places[members] = places.to(self.live.device)
+        return self.live[self._places[members]].to(torch.float64)
 
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Return the positions of the matrices whose group's local rule this is: the same object when asked
@@ -153,10 +169,20 @@ class Store:
             for b in late:
                 b.decay = 1.0
 
-    def accumulate(self, G: Fixed[Tensor | None], ops: Ops, numbers: Numbers, *, store: bool) -> Tensor:
-        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, and whether another gradient is not finite.
+    def accumulate(
+        self,
+        G: Fixed[Tensor | None],
+        ops: Ops,
+        numbers: Numbers,
+        *,
+        store: bool,
+        also: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """m_i <- M_i + G_i; return ||m_i||^2 of every matrix, whether another gradient is not finite, and
+        which gradients of matrices are not zero.
 
-        With store=False only the message, for a step that may be skipped.
+        With store=False only the message, for a step that may be skipped. `also` is looked at as gradients
+        are.
         """
         decay = numbers.each(
             "decay", [b.decay for b in self.batches], self.batch_of
@@ -164,14 +190,14 @@ class Store:
         if store:
             for b in self.batches:
                 b.decay = 1.0
-        watch, matrices = G.take(self.table.scalars).present, G.take(self.table.matrices)
+        watch, matrices = [*G.take(self.table.scalars).present, *also], G.take(self.table.matrices)
         message = ops.momentum_norm_(self.momenta, matrices, decay=decay, watch=watch, store=store)
         return message.to(self.table.device)
 
     def _momentum_norms(self, ops: Ops, exchange: Exchange) -> Tensor:
         """Return ||M_i||_F of every matrix, (L,) float32."""
         nothing = [None] * len(self.momenta)
-        sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[:-2].to(self.table.device)
+        sumsq = ops.momentum_norm_(self.momenta, nothing, store=False)[: len(nothing)].to(self.table.device)
         return exchange.sum_over_all_shards(sumsq * self.table.owned, "norms", alike=True).sqrt()
 
     # ---- between replicas

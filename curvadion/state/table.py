@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
+from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import Axes, Layout, ShardMesh, canonical_name, local_tensor
 
 
@@ -62,7 +63,7 @@ class Table:
             )
         device = next(iter(devices), torch.device("cpu"))
         shards = ShardMesh(params)
-        if shards.mesh is not None and shards.mesh.device_type != device.type:
+        if shards.mesh is not None and device.type not in (shards.mesh.device_type, "meta"):
             raise ValueError(
                 f"parameters must be on their mesh's device type; got {device} on {shards.mesh}; FSDP's CPU "
                 "offload is not supported, keep the shards on the accelerator"
@@ -79,6 +80,19 @@ class Table:
             shards=shards,
             layouts=[Layout.of(p, shards) for p in params],
         )
+
+    @functools.cached_property
+    def dry(self) -> bool:
+        """Whether parameters have shapes only, under `FakeTensorMode` or on the meta device."""
+        return any(has_no_values(local_tensor(p)) for p in self.params)
+
+    def refuse_meta(self) -> None:
+        """Raise RuntimeError if parameters are on the meta device, where a step would do nothing."""
+        if self.device.type == "meta":
+            raise RuntimeError(
+                "parameters must have memory for a step; got parameters on the meta device; build the "
+                "optimizer after to_empty(), or use FakeTensorMode for a dry run of steps"
+            )
 
     @functools.cached_property
     def copied(self) -> list[Axes]:

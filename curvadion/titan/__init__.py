@@ -1,12 +1,12 @@
 """CurvaDion in torchtitan: an optimizer, a parallelization and what has to know that replicas differ. No
 fork, public seams only.
 
-    python -m curvadion.titan --module curvadion_configs --config debug        # under torchrun; torchtitan's own flags
+    python -m curvadion.titan --module curvadion_configs --config debug    # under torchrun; its own flags
 
 A config function takes these in place of torchtitan's own (see `curvadion_configs` for complete ones)::
 
     Trainer.Config(
-        model_spec=replicated(model_spec),               # FSDP2 inside a replica, gradients local between replicas
+        model_spec=replicated(model_spec),               # FSDP2 in a replica, gradients local between them
         optimizer=CurvaDionOptimizer.Config(tau=0.2),    # --optimizer.tau 0.2
         metrics=MetricsProcessor.Config(),               # curvadion/* on the console, in TensorBoard and W&B
         checkpoint=CheckpointManager.Config(),           # synchronizes the replicas before each save
@@ -30,7 +30,12 @@ compat.prepare()  # before the first import of torchtitan, so before the modules
 
 from curvadion.titan.components import CheckpointManager, MetricsProcessor, Validator  # noqa: E402
 from curvadion.titan.optimizer import CurvaDionOptimizer  # noqa: E402
-from curvadion.titan.parallelize import parallelize_reduced, parallelize_replicas, reduced, replicated  # noqa: E402
+from curvadion.titan.parallelize import (  # noqa: E402
+    parallelize_reduced,
+    parallelize_replicas,
+    reduced,
+    replicated,
+)
 
 __all__ = [
     "CheckpointManager",

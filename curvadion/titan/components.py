@@ -41,7 +41,8 @@ class CheckpointManager(checkpointer.CheckpointManager):
 
     def _load(self, step: int = -1) -> bool:
         if isinstance(self._optimizers, CurvaDionOptimizer) and self._optimizers.curvadion.diverged:
-            self._optimizers.curvadion.discard_divergence()  # DCP asks for the state dict that it is about to fill
+            # DCP asks for the state dict that it is about to fill.
+            self._optimizers.curvadion.discard_divergence()
         return super()._load(step)
 
 

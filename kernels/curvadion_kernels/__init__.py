@@ -46,7 +46,14 @@ class Op:
 
 OPS = {
     name: Op(name)
-    for name in ("momentum_norm_", "gate_key", "local_step_", "low_rank_apply_", "column_sumsq")
+    for name in (
+        "momentum_norm_",
+        "gate_key",
+        "local_step_",
+        "low_rank_apply_",
+        "column_sumsq",
+        "symmetric_product",
+    )
 }
 
 
@@ -56,7 +63,8 @@ class Ops:
     Attributes:
         kernels: "triton" or "reference".
         why: in words, why this one.
-        momentum_norm_, gate_key, local_step_, low_rank_apply_, column_sumsq: see `reference`.
+        momentum_norm_, gate_key, local_step_, low_rank_apply_, column_sumsq, symmetric_product: see
+            `reference`.
     """
 
     def __init__(self, kernels: str, why: str):
@@ -69,6 +77,7 @@ class Ops:
     local_step_: Callable[..., None]
     low_rank_apply_: Callable[..., None]
     column_sumsq: Callable[..., torch.Tensor]
+    symmetric_product: Callable[..., torch.Tensor]
 
 
 def choose(kernels: str = "auto", device: torch.device | str = "cpu") -> Ops:

@@ -32,13 +32,13 @@ def _ops(tensor: Tensor) -> Ops:
 
 @torch.library.custom_op("curvadion::momentum_norm_", mutates_args=("momenta",), tags=_UNSAFE)
 def momentum_norm_(momenta: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor) -> Tensor:
-    """m_l <- c_l m_l + g_l; return the gate's message, (L + 2,) float32, of which the first L are ||m_l||^2."""
+    """m_l <- c_l m_l + g_l; return the gate's message, (2 L + 2,) float32, first of it all ||m_l||^2."""
     return _ops(momenta[0]).momentum_norm_(momenta, grads, decay=decay)
 
 
 @momentum_norm_.register_fake
 def _(momenta: Sequence[Tensor], grads: Sequence[Tensor], decay: Tensor) -> Tensor:
-    return momenta[0].new_empty(len(momenta) + 2, dtype=torch.float32)
+    return momenta[0].new_empty(2 * len(momenta) + 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("curvadion::gate_key", mutates_args=())
@@ -91,3 +91,14 @@ def column_sumsq(R: Tensor) -> Tensor:
 @column_sumsq.register_fake
 def _(R: Tensor) -> Tensor:
     return R.new_empty(R.shape[0], R.shape[2])
+
+
+@torch.library.custom_op("curvadion::symmetric_product", mutates_args=())
+def symmetric_product(A: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return alpha A^T A + beta A, (B, m, n) -> (B, n, n)."""
+    return _ops(A).symmetric_product(A, alpha=alpha, beta=beta)
+
+
+@symmetric_product.register_fake
+def _(A: Tensor, alpha: float, beta: float) -> Tensor:
+    return A.new_empty(A.shape[0], A.shape[2], A.shape[2])

@@ -18,12 +18,15 @@ from torch import Tensor
 #   bit 62       a non-finite value was seen
 #   bit 61       the replicas must synchronize
 #   bits 30..60  the float32 bits of the largest RMMC
-#   bits 0..29   INDEX_MASK - (index of that matrix), so that ties go to the lowest index; 0 when no RMMC is defined
+#   bits 0..29   INDEX_MASK - (index of that matrix), so that ties go to the lowest; 0 when no RMMC is defined
 NONFINITE_BIT = 1 << 62
 SYNCHRONIZE_BIT = 1 << 61
 INDEX_BITS = 30
 INDEX_MASK = (1 << INDEX_BITS) - 1
 FAILED_KEY = (1 << 63) - 1  # larger than any regular key: a rank could not do its part of the step
+OUTSIDE_KEY = (
+    FAILED_KEY - 2
+)  # the same of a replica that is between steps; plus 1: it has seen a non-finite value
 
 Scalar = float | Tensor
 T = TypeVar("T", bound=Tensor | None, covariant=True)
@@ -114,19 +117,20 @@ def momentum_norm_(
         watch: further tensors that are only searched for NaN and infinities.
         store: whether to change the momenta; without it, only the norms that they would have are returned.
 
-    Returns: (L + 2,) float32: s, not finite where a momentum is not; 1 if a watched tensor holds a NaN or an
-    infinity, else 0; and 0,
-        the place of the flag that the replicas must synchronize (see `gate_key`).
+    Returns: (2 L + 2,) float32: s, not finite where a momentum is not; 1 if a watched tensor holds a NaN or
+        an infinity, else 0; 0, the place of the flag that the replicas must synchronize (see `gate_key`); and
+        for each gradient 1 if some of it is not zero, else 0.
     Bytes: one read of g, one read and one write of m, one read of what is watched.
     """
+    count = len(momenta)
     if not store:  # one at a time, to hold a copy of one
-        factors = decay.unbind() if isinstance(decay, Tensor) and decay.ndim else [decay] * len(momenta)
+        factors = decay.unbind() if isinstance(decay, Tensor) and decay.ndim else [decay] * count
         parts = [
-            momentum_norm_([m.clone()], [g], decay=c)[:1]
-            for m, g, c in zip(momenta, grads, factors, strict=True)
+            momentum_norm_([m.clone()], [g], decay=c) for m, g, c in zip(momenta, grads, factors, strict=True)
         ]
         device = next((t.device for t in (*momenta, *watch)), None)
-        return torch.cat([*parts, momentum_norm_((), (), watch=watch).to(device)])
+        flags = momentum_norm_((), (), watch=watch).to(device)
+        return torch.cat([*(part[:1] for part in parts), flags, *(part[3:] for part in parts)])
     if isinstance(decay, Tensor) and decay.ndim and decay.shape != (len(momenta),):
         raise ValueError(
             f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for "
@@ -140,15 +144,23 @@ def momentum_norm_(
         torch._foreach_add_([m for m, _ in present], [g for _, g in present])
     store_(momenta, wide)
     device = next((t.device for t in (*momenta, *watch)), None)
-    sums = torch.zeros(len(momenta) + 2, dtype=torch.float32, device=device)
+    sums = torch.zeros(2 * count + 2, dtype=torch.float32, device=device)
     if momenta:
         dtype = functools.reduce(torch.promote_types, {m.dtype for m in momenta}, torch.float32)
-        sums[:-2] = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=dtype)).square()
+        sums[:count] = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=dtype)).square()
     watched = [t for t in watch if t.numel()]
     if watched:
-        sums[-2] = ~torch.stack(
+        sums[count] = ~torch.stack(
             [largest.isfinite() for largest in torch._foreach_norm(watched, float("inf"))]
         ).all()
+    given = [k for k, g in enumerate(grads) if g is not None and g.numel()]
+    if given:
+        largest = torch._foreach_norm([g for g in grads if g is not None and g.numel()], float("inf"))
+        live = (torch.stack([value.to(torch.float64) for value in largest]) != 0).to(sums)
+        if len(given) == count:
+            sums[count + 2 :] = live
+        else:
+            sums[count + 2 :].index_copy_(0, torch.tensor(given, device=device), live)
     return sums
 
 
@@ -163,8 +175,8 @@ def gate_key(
     it was 0.
 
     Args:
-        sums: (L + 2,) float32, sums over the shards: squared norms; ranks that saw a non-finite value (NaN: a
-            rank failed); ranks that must synchronize.
+        sums: (L + 2,) float32 or more, sums over the shards: squared norms; ranks that saw a non-finite value
+            (NaN: a rank failed); ranks that must synchronize.
         last_norm: (L,) float32, the previous norms, NO_NORM where there is none.
         tau: (L,) float32 thresholds; the comparison is strict.
         hold_closed: do not synchronize on account of RMMC alone.
@@ -197,7 +209,7 @@ def local_step_(
     *,
     decay: Scalar,
     step_size: Scalar,
-    key: Tensor | None = None,
+    key: Tensor | int | None = None,
 ) -> None:
     """Take one gradient step, X_l <- a_l X_l - b_l G_l, in place; a gradient of None counts as zero.
 
@@ -276,6 +288,19 @@ def low_rank_apply_(
 def column_sumsq(R: Tensor) -> Tensor:
     """Return the squared norms of the columns: (B, n, r) -> (B, r), in R's dtype. Bytes: one read of R."""
     return R.square().sum(dim=-2)
+
+
+def symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Return alpha A^T A + beta A, which is symmetric: (B, m, n) -> (B, n, n), in A's dtype.
+
+    Products are summed in float32, or float64 for float64. Where beta is not 0, A must be symmetric itself;
+    then A^T A is A A. FLOPs: 2 B m n^2; one triangle takes half of them.
+    """
+    if beta:
+        return torch.baddbmm(A, A, A, beta=beta, alpha=alpha)
+    if alpha == 1:
+        return A.mT @ A
+    return torch.baddbmm(A.new_empty(A.shape[0], 1, A.shape[2]), A.mT, A, beta=0, alpha=alpha)
 
 
 def scale_(tensors: Sequence[Tensor], factor: Scalar | Sequence[float]) -> None:

@@ -50,6 +50,13 @@ COLUMN_ROWS = 512  # rows of R that one program of `column_sumsq` sums
 # `benchmarks/kernels.py --only low_rank_apply` measures it.
 FUSED_RANK_TF32 = 192
 
+# From this size on, and where there are so many tiles, `symmetric_product` computes one triangle instead of
+# asking cuBLAS for both. Of T x T tiles it computes T (T + 1) / 2. An estimate, not a measurement: at 75 % of
+# cuBLAS's speed that is 1.3 times as fast from T = 8 on, if two rounds of programs fill an H100;
+# `benchmarks/kernels.py --only symmetric_product` measures it.
+SYMMETRIC_SIZE = 1024
+SYMMETRIC_TILES = 264
+
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -85,6 +92,7 @@ def momentum_norm_kernel(
     decay,  # () or (count,) float64
     decay_stride,
     partial,  # (chunks,) sums of squares
+    live,  # (chunks,) 1 where a gradient is not all zero, else 0
     count,
     M_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
@@ -98,6 +106,7 @@ def momentum_norm_kernel(
     g_address = tl.load(g_addresses + t)
     c = tl.load(decay + t * decay_stride).to(TYPE)
     total = tl.zeros((BLOCK,), TYPE)
+    nonzero = tl.zeros((BLOCK,), tl.int32)
     body = 0  # elements that 16-byte loads can have
     if ((m_address | g_address) % 16 == 0) & (g_address != 0):
         body = size // BLOCK * BLOCK
@@ -108,21 +117,26 @@ def momentum_norm_kernel(
             if M_TYPE != G_TYPE:  # the same elements of both in one thread, or they have to be exchanged
                 i = tl.max_contiguous(i, 4)
             old = (c * tl.load(m + i).to(TYPE)).to(M_TYPE).to(TYPE)
-            new = (old + tl.load(g + i).to(TYPE)).to(M_TYPE)
+            gradient = tl.load(g + i).to(TYPE)
+            new = (old + gradient).to(M_TYPE)
             if STORE:
                 tl.store(m + i, new)
             total += new.to(TYPE) * new.to(TYPE)
+            nonzero |= (gradient != 0).to(tl.int32)
     m = m_address.to(tl.pointer_type(M_TYPE)) + begin
     g = g_address.to(tl.pointer_type(G_TYPE)) + begin
     for offset in range(body, size, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         there = i < size
         old = (c * tl.load(m + i, mask=there, other=0.0).to(TYPE)).to(M_TYPE).to(TYPE)
-        new = (old + tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)).to(M_TYPE)
+        gradient = tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)
+        new = (old + gradient).to(M_TYPE)
         if STORE:
             tl.store(m + i, new, mask=there)
         total += new.to(TYPE) * new.to(TYPE)
+        nonzero |= (gradient != 0).to(tl.int32)
     tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
+    tl.store(live + tl.program_id(0), tl.max(nonzero, axis=0).to(TYPE))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -158,8 +172,10 @@ def nonfinite_kernel(
 @triton.jit(do_not_specialize=["count"])
 def segment_sum_kernel(
     partial,
-    segments,  # (2, count + 1) int64: first chunk of each tensor and the one behind its last; the last segment: the watched tensors
-    sums,  # (count + 2,) float32
+    live,
+    # (2, count + 1) int64: first chunk of each tensor and the one behind its last; last the watched tensors'
+    segments,
+    sums,  # (2 count + 2,) float32
     count,
     BLOCK: tl.constexpr,
 ):
@@ -167,13 +183,18 @@ def segment_sum_kernel(
     begin = tl.load(segments + s).to(tl.int32)
     end = tl.load(segments + count + 1 + s).to(tl.int32)
     total = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    most = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    behind = tl.where(s == count, begin, end)  # what is watched has no `live`
     for offset in range(begin, end, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         total += tl.load(partial + i, mask=i < end, other=0.0)
+        most = tl.maximum(most, tl.load(live + i, mask=i < behind, other=0.0))
     value = tl.sum(total, axis=0).to(tl.float32)
     if s == count:
         value = tl.where(value > 0, 1.0, 0.0)
         tl.store(sums + count + 1, 0.0)
+    else:
+        tl.store(sums + count + 2 + s, tl.max(most, axis=0).to(tl.float32))
     tl.store(sums + s, value)
 
 
@@ -369,6 +390,59 @@ def probe_kernel(answer):
     tl.store(answer, 1)
 
 
+@triton.jit
+def symmetric_product_kernel(
+    A,  # (B, rows, n) at any strides
+    C,  # (B, n, n)
+    rows,
+    n,
+    batch_stride,
+    row_stride,
+    col_stride,
+    alpha,
+    beta,
+    ADD: tl.constexpr,  # beta A is added
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    # The lower triangle: its rows of tiles in pairs, a short one and a long one, are equally long.
+    tiles = tl.cdiv(n, TILE)
+    even = 1 - tiles % 2
+    line = tl.program_id(0) // (tiles + even)
+    place = tl.program_id(0) % (tiles + even)
+    short = line + even  # tiles of the short row
+    row = tl.where(place < short, short - 1, tiles - 1 - line)
+    col = tl.where(place < short, place, place - short)
+
+    batch = tl.program_id(1).to(tl.int64)
+    i = row * TILE + tl.arange(0, TILE)
+    j = col * TILE + tl.arange(0, TILE)
+    k = tl.arange(0, DEPTH)
+    a = A + batch * batch_stride
+    left = a + k.to(tl.int64)[:, None] * row_stride + i.to(tl.int64)[None, :] * col_stride
+    right = a + k.to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[None, :] * col_stride
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for offset in range(0, rows, DEPTH):
+        there = (k < rows - offset)[:, None]
+        x = tl.load(left, mask=there & (i < n)[None, :], other=0.0)
+        y = tl.load(right, mask=there & (j < n)[None, :], other=0.0)
+        total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
+        left += DEPTH * row_stride
+        right += DEPTH * row_stride
+    total = alpha * total
+    inside = (i < n)[:, None] & (j < n)[None, :]
+    if ADD:
+        at = i.to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[None, :] * col_stride
+        total += beta * tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+    value = total.to(C.dtype.element_ty)
+    c = C + batch * n * n
+    tl.store(c + i.to(tl.int64)[:, None] * n + j[None, :], value, mask=inside)
+    if row != col:
+        mirrored = (j < n)[:, None] & (i < n)[None, :]
+        tl.store(c + j.to(tl.int64)[:, None] * n + i[None, :], tl.trans(value), mask=mirrored)
+
+
 # ---- public functions
 
 
@@ -380,8 +454,8 @@ def momentum_norm_(
     watch: Sequence[Tensor] = (),
     store: bool = True,
 ) -> Tensor:
-    """Accumulate the gradients into the momenta and return the squared norms of what was stored; see
-    `reference.momentum_norm_`.
+    """Accumulate the gradients into the momenta; return the squared norms of what was stored and which
+    gradients are not zero; see `reference.momentum_norm_`.
 
         m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
 
@@ -404,7 +478,8 @@ def momentum_norm_(
         else torch.float32
     )
     partials = torch.empty(chunks.total + seen.total, dtype=dtype, device=like.device)
-    sums = torch.empty(count + 2, dtype=torch.float32, device=like.device)
+    live = torch.empty(chunks.total, dtype=dtype, device=like.device)
+    sums = torch.empty(2 * count + 2, dtype=torch.float32, device=like.device)
     decays, stride = _per_tensor(decay, count, like.device)
     with _on(like.device):
         for launch in chunks.launches:
@@ -417,6 +492,7 @@ def momentum_norm_(
                 decays,
                 stride,
                 partials[launch.first :] if launch.first else partials,
+                live[launch.first :] if launch.first else live,
                 count,
                 _TYPES[m_type],
                 _TYPES[g_type],
@@ -441,7 +517,7 @@ def momentum_norm_(
                 **ELEMENTWISE,
             )
         segment_sum_kernel[(count + 1,)](
-            partials, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4
+            partials, live, _segments(chunks, seen, like.device).get(), sums, count, SUM_BLOCK, num_warps=4
         )
     if store:
         increment_version(m.present)
@@ -458,7 +534,7 @@ def gate_key(
     """
     count = last_norm.numel()
     for name, tensor, size in (
-        ("sums", sums, count + 2),
+        ("sums", sums[: count + 2], count + 2),
         ("last_norm", last_norm, count),
         ("tau", tau, count),
     ):
@@ -489,7 +565,9 @@ def local_step_(
     step_size: Scalar,
     key: Tensor | None = None,
 ) -> None:
-    """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise; see `reference.local_step_`.
+    """Take one gradient step, X_l <- a_l X_l - b_l G_l, unless the key says otherwise.
+
+    See `reference.local_step_`.
 
     One launch per pair of dtypes; the key is read on the device. Bytes per element, fp32: 12 (read G, read
     and write X), none if the gate is open.
@@ -708,6 +786,59 @@ def column_sumsq(R: Tensor) -> Tensor:
     return partials[:, 0] if blocks == 1 else partials.sum(dim=1)
 
 
+def symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Return alpha A^T A + beta A, (B, m, n) -> (B, n, n); see `reference.symmetric_product`.
+
+    One launch that computes one triangle and writes it twice, where that pays (SYMMETRIC_SIZE); two cuBLAS
+    products in one elsewhere, and for float64. float32 as in `low_rank_apply_`: TF32 where torch may use it,
+    otherwise three TF32 products.
+    """
+    B, n = A.shape[0], A.shape[-1]
+    tiles = triton.cdiv(n, symmetric_tile(A.dtype, _precision(A))["TILE"])
+    pays = n >= SYMMETRIC_SIZE and B * tiles * (tiles + 1) // 2 >= SYMMETRIC_TILES
+    function = reference.symmetric_product
+    if pays and A.dtype != torch.float64:
+        function = fused_symmetric_product
+    return function(A, alpha=alpha, beta=beta)
+
+
+def fused_symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Do what `symmetric_product` does with the kernel at every size; not of float64. For benchmarks and
+    tests."""
+    if A.ndim != 3 or A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "A must be (B, m, n) of float32, bfloat16 or float16; got "
+            f"{tuple(A.shape)} of {A.dtype}; take `symmetric_product`"
+        )
+    B, rows, n = A.shape
+    if beta and rows != n:
+        raise ValueError(f"A must be symmetric where beta is not 0; got {rows} x {n} with beta={beta}")
+    C = A.new_empty(B, n, n)
+    if not C.numel():
+        return C
+    if beta and A.stride(2) != 1:  # it is its own transpose
+        A = A.mT
+    precision = _precision(A)
+    tile = symmetric_tile(A.dtype, precision)
+    tiles = triton.cdiv(n, tile["TILE"])
+    with _on(A.device):
+        symmetric_product_kernel[(tiles * (tiles + 1) // 2, B)](
+            A, C, rows, n, *A.stride(), float(alpha), float(beta), beta != 0, precision, **tile
+        )
+    return C
+
+
+def symmetric_tile(
+    dtype: torch.dtype, precision: str, *, hip: bool = torch.version.hip is not None
+) -> dict[str, int]:
+    """Return the tile of `symmetric_product_kernel` and its launch options; chosen so that nothing spills."""
+    if dtype == torch.float32:
+        return {"TILE": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2 if precision == "ieee" else 3}
+    if hip:
+        return {"TILE": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2}
+    return {"TILE": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
+
+
 # ---- where the kernels run
 
 
@@ -717,10 +848,14 @@ def why_not(device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"Triton compiles for GPUs, and the parameters are on {device}"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"the kernels need compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has less"
+            name = torch.cuda.get_device_name(device)
+            return f"the kernels need compute capability 8.0 or newer, and {name} has less"
         return _cannot_launch(device)
     elif device.type != "cpu":
-        return f"Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are on {device}"
+        return (
+            "Triton's interpreter is on (TRITON_INTERPRET), which is for parameters on the CPU, and they are "
+            f"on {device}"
+        )
     return None
 
 

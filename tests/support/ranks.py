@@ -4,7 +4,7 @@
 group and returns the list of what they returned, by rank. Arguments travel through the fork, so they need not
 be picklable; results do. The first rank that fails ends the others, and its traceback is raised in the
 parent; ranks that are still running at the deadline are ended and reported with the line where each of them
-stood.
+stood. `run_program` does the same with a program that makes its own process group, or none.
 
 Fork is about five times faster than forkserver and fifteen times faster than spawn, because torch is imported
 once.
@@ -16,7 +16,10 @@ import faulthandler
 import logging
 import os
 import pickle
+import runpy
 import signal
+import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # DTensor imports it on first use, for over a second: once here, not in every forked rank
+import torch._dynamo  # DTensor imports it on first use, for over a second: here, not in every rank
 import torch.distributed as dist
 import torch.multiprocessing
 
@@ -42,10 +45,12 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, deadline: float | None = None
+    world_size: int, fn: Callable[..., Any], *args: Any, deadline: float | None = None, group: bool = True
 ) -> list[Any]:
-    """Return [fn(*args) on rank 0, on rank 1, ...]; inside, torch.distributed is initialized with gloo."""
+    """Return [fn(*args) on rank 0, on rank 1, ...]; inside, torch.distributed is initialized with gloo, or
+    without `group` the environment says what torchrun would."""
     context = torch.multiprocessing.get_context("fork")
+    port = None if group else _free_port()
     with tempfile.TemporaryDirectory() as folder:
         receivers: dict[Connection, int] = {}
         processes: list[ForkProcess] = []
@@ -53,7 +58,7 @@ def run_ranks(
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_rank_main, args=(rank, world_size, Path(folder), sender, fn, args)
+                    target=_rank_main, args=(rank, world_size, Path(folder), sender, fn, args, port)
                 )
                 process.start()
                 sender.close()
@@ -64,6 +69,25 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def run_program(program: Path | str, *arguments: object, processes: int = 1) -> None:
+    """Run a file, or text, as the main program of so many forked processes."""
+
+    def run() -> None:
+        sys.argv = [str(program), *map(str, arguments)]
+        if isinstance(program, Path):
+            runpy.run_path(str(program), run_name="__main__")
+        else:
+            exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+
+    run_ranks(processes, run, group=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def _collect(
@@ -99,7 +123,13 @@ def _stuck(ranks: list[int], processes: list[ForkProcess], folder: Path) -> str:
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: Path, sender: Connection, fn: Callable[..., Any], args: Any
+    rank: int,
+    world_size: int,
+    folder: Path,
+    sender: Connection,
+    fn: Callable[..., Any],
+    args: Any,
+    port: int | None,
 ) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     # Tests gather whole tensors over meshes of two dimensions; DTensor warns of each as slow.
@@ -108,13 +138,18 @@ def _rank_main(
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         try:
             torch.set_num_threads(1)
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{folder / 'store'}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=GROUP_TIMEOUT),
-            )
+            if port is None:
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{folder / 'store'}",
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timedelta(seconds=GROUP_TIMEOUT),
+                )
+            else:
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+                os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
             message = (True, fn(*args))
             if dist.is_initialized():
                 dist.barrier()  # a rank that leaves early would fail its peers' last collective

@@ -5,18 +5,25 @@ process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, 
 
     synchronized step (rho > tau):                          local step (rho <= tau):
       P   =  orthogonalize( E_i[ m_i Q ] )                    "gradient":  M_i <- mu m_i
-      R_i =  m_i^T P ;  R = E_i[ R_i ]                                     X_i <- (1 - eta wd) X_i - eta_local G_i
-      M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":      the synchronized lines without E_i[.],
-      Q   <- column_normalize(R)      or  orthogonalize(R)                 on this replica's own m_i and Q_i,
-      X_i <- consensus(X_i)                                                eta_local in place of eta
-      X   <- (1 - eta wd) X - eta sqrt(rows/cols) P Q^T     "muon":      M_i <- mu m_i
-                                                                        X_i <- (1 - eta wd) X_i - eta_local sqrt(rows/cols) muon(m_i)
-                                                            "normuon":  as "muon", with normuon(muon(m_i)) in place of muon(m_i)
-                                                            "dion2":    only the largest slices of m_i, see `dion2`
+      R_i =  m_i^T P ;  R = E_i[ R_i ]                                   X_i <- (1 - eta wd) X_i - eta_l G_i
+      M_i <- m_i - (1 - mu) P R_i^T   or  mu m_i              "dion":    synchronized lines without E_i[.],
+      Q   <- column_normalize(R)      or  orthogonalize(R)               on this replica's own m_i and Q_i,
+      X_i <- consensus(X_i)                                              eta_l in place of eta
+      X   <- (1 - eta wd) X - eta s P Q^T                   "muon":      M_i <- mu m_i
+                                                              X_i <- (1 - eta wd) X_i - eta_l s muon(m_i)
+                                                            "normuon":  as "muon", with normuon(muon(m_i))
+                                                            "dion2":    only m_i's largest slices, see `dion2`
+
+    s, by update_scale: "spectral": sqrt(rows/cols); "match_rms_adamw": 0.2 sqrt(max(rows, cols)); "original":
+    sqrt(max(1, rows/cols)). With nesterov "muon" and "normuon" have muon(G_i + mu m_i) in place of muon(m_i).
+
+    no gradient (zero, or missing) in this replica, in a Dion step with E_i[.] in any: 0 in place of the
+    update, P and R
 
     consensus "outer": a synchronized step is a local step, and then, with X_0 the parameters when replicas
     were equal last,
-      D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),  C rounding with error feedback
+      D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),
+    C rounding with error feedback;
     with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was)
 """
 
@@ -25,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +49,10 @@ GROUP_DEFAULTS = {
     "tau": 0.1,
     "local_update": "gradient",
     "local_lr_scale": 1.0,
+    "update_scale": "spectral",
+    "nesterov": False,
+    "newton_schulz": "jordan",
+    "newton_schulz_steps": 5,
     "error_feedback": True,
     "right_factor": "column_norm",
     "betas": (0.9, 0.95),
@@ -50,16 +62,40 @@ GROUP_DEFAULTS = {
 }
 
 
-def muon(M: Tensor) -> Tensor:
-    """U f(S) V^T, f five times the quintic polynomial of Muon, on the singular values divided by their root
-    sum of squares."""
+# As printed in arXiv:2505.16932, one line for each round, before the safety factor; then always the last.
+POLAR_EXPRESS = """
+    8.28721201814563     -23.595886519098837   17.300387312530933
+    4.107059111542203    -2.9478499167379106   0.5448431082926601
+    3.9486908534822946   -2.908902115962949    0.5518191394370137
+    3.3184196573706015   -2.488488024314874    0.51004894012372
+    2.300652019954817    -1.6689039845747493   0.4188073119525673
+    1.891301407787398    -1.2679958271945868   0.37680408948524835
+    1.8750014808534479   -1.2500016453999487   0.3750001645474248
+"""
+
+
+def singular_values(S: Tensor, polynomials: str, rounds: int) -> Tensor:
+    """What so many rounds of Newton-Schulz make of singular values whose root sum of squares is 1."""
+    printed = [[float(word) for word in line.split()] for line in POLAR_EXPRESS.strip().splitlines()]
+    for k in range(rounds):
+        if polynomials == "jordan":
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        elif k < len(printed):
+            a, b, c = printed[k]
+            x = S / 1.01
+            S = a * x + b * x**3 + c * x**5
+        else:
+            S = 1.875 * S - 1.25 * S**3 + 0.375 * S**5
+    return S
+
+
+def muon(M: Tensor, polynomials: str = "jordan", rounds: int = 5) -> Tensor:
+    """U f(S) V^T, f the polynomials of Newton-Schulz, on the singular values divided by their root sum of
+    squares."""
     U, S, V = torch.linalg.svd(M, full_matrices=False)
     if float(S.max()) == 0:
         return torch.zeros_like(M)
-    S = S / S.norm()
-    for _ in range(5):
-        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
-    return U @ torch.diag(S) @ V
+    return U @ torch.diag(singular_values(S / S.norm(), polynomials, rounds)) @ V
 
 
 def normuon(update: Tensor, v: Tensor, beta2: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -74,17 +110,17 @@ def normuon(update: Tensor, v: Tensor, beta2: float, eps: float) -> tuple[Tensor
     return (divided if size == 0 else divided * float(update.norm()) / size), new
 
 
-def dion2(m: Tensor, k: int, mu: float) -> tuple[Tensor, Tensor]:
+def dion2(m: Tensor, k: int, mu: float, *iteration: Any) -> tuple[Tensor, Tensor]:
     """The update of the k rows (of a tall matrix: columns) with the largest sums of absolute values, and the
     new M."""
     rows, cols = m.shape
     if rows > cols:
-        update, M = dion2(m.T, k, mu)
+        update, M = dion2(m.T, k, mu, *iteration)
         return update.T, M.T.clone()
     size = [float(row.abs().sum()) for row in m]
     chosen = sorted(range(rows), key=lambda i: (-size[i], i))[:k]
     update, M = torch.zeros_like(m), m.clone()
-    update[chosen] = muon(m[chosen])
+    update[chosen] = muon(m[chosen], *iteration)
     M[chosen] = mu * m[chosen]
     return update, M
 
@@ -109,6 +145,13 @@ def rounded(x: Tensor, bits: int) -> Tensor:
         )  # the larger first: it wins where two are as near
         result[start : start + 128] = levels[(block[:, None] - levels).abs().argmin(dim=1)]
     return result
+
+
+def scale(convention: object, rows: int, cols: int) -> float:
+    """The factor of the learning rate that a shape asks for."""
+    if convention == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, cols))
+    return math.sqrt(rows / cols if convention == "spectral" or rows > cols else 1)
 
 
 @dataclass(frozen=True)
@@ -339,7 +382,8 @@ class ReferenceReplicas:
         for name in self.matrices:
             Q = self.replicas[0].Q[name]
             replicas = range(len(self.replicas))
-            self._dion(name, [m[i][name] for i in replicas], Q, replicas, lr=self.group[name]["lr"])
+            ms, gs = ([each[i][name] for i in replicas] for each in (m, G))
+            self._dion(name, ms, gs, Q, replicas, lr=self.group[name]["lr"])
         for name in self.others:
             mean = sum(g[name] for g in G) / len(G)
             for replica in self.replicas:
@@ -353,22 +397,28 @@ class ReferenceReplicas:
                 group = self.group[name]
                 eta, eta_local = group["lr"], group["local_lr_scale"] * group["lr"]
                 if group["local_update"] == "dion":
-                    self._dion(name, [m[i][name]], replica.Q[name], [i], lr=eta_local)
+                    self._dion(name, [m[i][name]], [G[i][name]], replica.Q[name], [i], lr=eta_local)
                 elif group["local_update"] in ("muon", "normuon", "dion2"):
                     rows, cols = m[i][name].shape
+                    how = group["newton_schulz"], group["newton_schulz_steps"]
                     replica.M[name] = group["momentum"] * m[i][name]
                     if group["local_update"] == "dion2":
                         k = rank_of(rows, cols, group["rank_fraction"], group["rank_multiple_of"])
-                        update, replica.M[name] = dion2(m[i][name], k, group["momentum"])
+                        update, replica.M[name] = dion2(m[i][name], k, group["momentum"], *how)
+                    elif group["nesterov"]:
+                        update = muon(G[i][name] + group["momentum"] * m[i][name], *how)
                     else:
-                        update = muon(m[i][name])
+                        update = muon(m[i][name], *how)
                     if group["local_update"] == "normuon":
                         v = replica.second_moment[name]
                         update, replica.second_moment[name] = normuon(
                             update, v, group["betas"][1], group["eps"]
                         )
                     decay = 1 - eta * group["weight_decay"]
-                    replica.X[name] = decay * replica.X[name] - eta_local * math.sqrt(rows / cols) * update
+                    s = scale(group["update_scale"], rows, cols)
+                    if not G[i][name].any():  # a momentum without a gradient moves nothing
+                        update = torch.zeros_like(update)
+                    replica.X[name] = decay * replica.X[name] - eta_local * s * update
                 else:
                     replica.M[name] = group["momentum"] * m[i][name]
                     decay = 1 - eta * group["weight_decay"]
@@ -422,9 +472,17 @@ class ReferenceReplicas:
             replica.U = dict(self.U)
 
     def _dion(
-        self, name: str, ms: Sequence[Tensor], Q: Tensor, replicas: Sequence[int], *, lr: float
+        self,
+        name: str,
+        ms: Sequence[Tensor],
+        gs: Sequence[Tensor],
+        Q: Tensor,
+        replicas: Sequence[int],
+        *,
+        lr: float,
     ) -> None:
-        """The synchronized step's P, R, M, Q and X lines over the given replicas and their m_i."""
+        """The synchronized step's P, R, M, Q and X lines over the given replicas, their m_i and G_i; if no
+        replica has a gradient, P and R are 0 and Q stays."""
         group = self.group[name]
         rows, cols = ms[0].shape
         wide = (
@@ -432,15 +490,19 @@ class ReferenceReplicas:
         )  # P lives on the longer side, ties: rows; a wide matrix is treated as its transpose
         if wide:
             ms = [m.T for m in ms]
-        P, update, Q, R = power_iteration(ms, Q, group["right_factor"])
+        if any(bool(g.any()) for g in gs):
+            P, update, Q, R = power_iteration(ms, Q, group["right_factor"])
+        else:
+            P, update = ms[0].new_zeros(len(ms[0]), Q.shape[1]), torch.zeros_like(ms[0])
+            R = [torch.zeros_like(Q) for _ in ms]
         for i, m_i, R_i in zip(replicas, ms, R, strict=True):
             replica, mu = self.replicas[i], group["momentum"]
             M_i = m_i - (1 - mu) * P @ R_i.T if group["error_feedback"] else mu * m_i
             replica.M[name] = (M_i.T if wide else M_i).clone()
             replica.Q[name] = Q.clone()
             decay = 1 - group["lr"] * group["weight_decay"]
-            scale = math.sqrt(rows / cols)
-            replica.X[name] = decay * replica.X[name] - lr * scale * (update.T if wide else update)
+            s = scale(group["update_scale"], rows, cols)
+            replica.X[name] = decay * replica.X[name] - lr * s * (update.T if wide else update)
 
     def _scalar(self, replica: Replica, name: str, g: Tensor) -> None:
         """AdamW as torch.optim.AdamW has it, or Lion."""

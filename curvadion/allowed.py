@@ -1,0 +1,66 @@
+"""What an option may be, and how a rule, a signal, a consensus or a codec declares one of its own."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What an option may be.
+
+    Attributes:
+        test: says of a value whether it is allowed; may raise.
+        rule: the same in words.
+        hint: what to try.
+        choices: the names it may have, for an option that is one of a table's keys.
+    """
+
+    test: Callable[[Any], bool]
+    rule: str | Callable[[], str]
+    hint: str
+    choices: Collection[Any] | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is one of a table's keys, to which others may be added."""
+        return isinstance(self.choices, Mapping)
+
+    @property
+    def words(self) -> str:
+        """The rule in words, as things are now: tables may have grown."""
+        return self.rule if isinstance(self.rule, str) else self.rule()
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that something declares for itself, in its `options` by name.
+
+    Attributes:
+        default: what it is if nobody says.
+        allowed: what it may be.
+    """
+
+    default: Any
+    allowed: Allowed
+
+
+Options = Mapping[str, Option]
+
+
+def check_options(options: Mapping[str, Any], allowed: Mapping[str, Allowed], where: str = "") -> None:
+    """Raise ValueError (TypeError for a wrong type) at the first option that breaks its rule."""
+    for name, may_be in allowed.items():
+        if name not in options:
+            continue
+        value = options[name]
+        try:
+            fine = bool(may_be.test(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(_breaks(name, may_be, value, where)) from error
+        if not fine:
+            raise ValueError(_breaks(name, may_be, value, where))
+
+
+def _breaks(name: str, may_be: Allowed, value: Any, where: str) -> str:
+    return f"{name} must be {may_be.words}; got {value!r}{where}; {may_be.hint}"

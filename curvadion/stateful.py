@@ -1,0 +1,150 @@
+"""What an optimizer is made of, anew when a group is added; and its state, saved, loaded and copied."""
+
+from typing import Any
+
+import torch
+
+from curvadion.options import Options, check_group, check_parameters, check_rule
+from curvadion.rooms import Rooms
+from curvadion.rules import Step
+from curvadion.sharding.agreement import Agreement
+from curvadion.sharding.group import Group
+from curvadion.sharding.layout import reshard_gathered_modules
+from curvadion.state.checkpoint import load
+from curvadion.view import View
+
+
+class Stateful(View):
+    """An optimizer of rooms whose state can be saved, loaded and copied. Communicates in `_settle` alone."""
+
+    # What a copy carries over; the rooms are built anew.
+    _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_in_consensus")
+    _options: Options
+    _peers: Group | None
+    _agreement: Agreement
+    _in_consensus: bool
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
+        built = self._rooms is not None
+        if built and self._consensus.under_way:
+            raise RuntimeError(
+                f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
+                "between replicas; a step was taken since; call opt.synchronize() on every rank first"
+            )
+        if isinstance(param_group, dict):  # torch refuses anything else
+            check_group(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_parameters(group)
+            check_rule(group, self._options.defaults, self._consensus)
+            if built:
+                self._build()
+                self._schedule.forced = self._agreement.pending = True
+        except Exception:
+            self.param_groups.pop()
+            if built:
+                self._build()
+            raise
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; never communicates.
+
+        One replica settles first what its outer steps have under way. Raises RuntimeError if there are
+        several replicas and they may differ.
+        """
+        if self.diverged and self.replicas == 1:  # with nobody to wait for
+            self._built.store.settle()
+            self._settle(self._built.step(self.param_groups, self._schedule))
+        if self.diverged:
+            raise RuntimeError(
+                f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a "
+                "patchwork, and lack what is under way with consensus='outer'); a step was taken since; call "
+                "opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
+            )
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict into the existing state, whose dtypes and memory are kept.
+
+        Groups take the saved options, as in torch. Raises ValueError, before any change, if it does not fit.
+        """
+        self._refuse_inside_consensus("load_state_dict()")
+        store = self._built.store
+        store.settle()
+        own = self.__dict__["state"]
+        load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
+
+    def _start_afresh(self) -> None:
+        """Go on from the state that was loaded: replicas are equal, and nothing is under way."""
+        self._built.store.loaded(self._schedule)
+        self._consensus.forget()
+        self._gate.forget()
+        self._trouble.reset()
+        self._agreement.pending = True
+        self._schedule.diverged = self._schedule.forced = self._schedule.wanted = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._peers is not None or self._built.table.shards.mesh is not None:
+            raise TypeError(
+                "a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() "
+                "instead"
+            )
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._CARRIED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
+            self._peers = None
+            self._schedule.diverged = self._gate.awaits_answer or self._consensus.under_way
+            self._build()
+
+    @torch.no_grad()
+    def _build(self) -> None:
+        """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
+        self._rooms = rooms = Rooms.of(
+            self.param_groups,
+            self._options,
+            self._peers,
+            uses_Q=self._consensus.uses_Q,
+            outer_momentum=self._consensus.keeps_momentum,
+            before=self.state,
+            earlier=self._rooms,
+        )
+        self._consensus.allocate(rooms.X())
+        self._gate.attach(rooms.step(self.param_groups, self._schedule))
+        self.__dict__["state"].update(rooms.store.states)
+
+    # ---- replicas become equal
+
+    @property
+    def _parameters_differ(self) -> bool:
+        apart = self._schedule.apart or (self.diverged and self._consensus.leaves_apart)
+        return self.replicas > 1 and apart
+
+    def _settle(self, step: Step) -> None:
+        store, exchange = self._built.store, self._built.exchange
+        if self.diverged:
+            self._consensus.settle(step)
+            if self.replicas > 1:
+                average = self._parameters_differ or self._consensus.keeps_own_gradients
+                store.make_common(step.X, exchange, average=average)
+                store.average_momentum(self._built.ops, exchange)
+            reshard_gathered_modules()
+        self._forget_ways()
+        self._schedule.local_steps, self._schedule.diverged = 0, False
+        store.write_counters(self._schedule)
+
+    def _forget_ways(self) -> None:
+        """Let the rooms start anew, because replicas are equal."""
+        self._consensus.forget()
+        self._gate.signal.forget()
+
+    def _refuse_inside_consensus(self, call: str) -> None:
+        if self._in_consensus:
+            raise RuntimeError(
+                f"{call} must not be called inside consensus(), which puts parameters back; leave it first"
+            )
