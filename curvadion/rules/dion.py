@@ -38,14 +38,10 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
             [b.M for b in chosen],
             [b.right_factor for b in chosen],
             columns=step.columns(chosen, synchronized=synchronized),
-<<<<<<< HEAD
             orthonormal_P=left if step.owners.ranks > 1 else None,
-            reduce_P=step.reduction(chosen, [b.columns for b in chosen], synchronized=synchronized),
-=======
             reduce_P=step.reduction(
                 chosen, [b.columns for b in chosen], synchronized=synchronized, live_only=True
             ),
->>>>>>> 8c9ccf5080d2d173d6f3ce27d498069ebbec2272
             reduce_R=step.reduction(
                 chosen, [b.rows for b in chosen], synchronized=synchronized, keep_own=True
             ),
