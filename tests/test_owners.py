@@ -205,7 +205,7 @@ def dion_steps(
 
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
 def test_the_rows_of_P_go_to_its_owner_and_no_gram_matrices_to_anybody(method: str) -> None:
-    """Of a wide matrix that is split by rows, P is on all ranks already, and goes back to all of them whole."""
+    """Of a wide matrix that is split by rows, P is on all ranks already, and goes back to all of them."""
     [(alone, _, _)] = run_ranks(1, dion_steps, LAYOUTS[0], method)
     layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
     ranks = layout.world_size(1)

@@ -193,8 +193,8 @@ def orthogonalize(
 def orthonormal_columns(
     P: Sequence[Tensor], side: Side, method: str, floors: Sequence[float]
 ) -> tuple[Tensors, Tensors]:
-    """Return what `orthogonalize` does, with a floor for each batch, and which columns are independent of those
-    before them, (B, 1, r) bool."""
+    """Return what `orthogonalize` does, with a floor for each batch, and which columns are independent of
+    those before them, (B, 1, r) bool."""
     if method == "qr":
         pairs = [_householder(p, floor) for p, floor in zip(side.gather(list(P)), floors, strict=True)]
         return side.take([basis for basis, _ in pairs]), [live for _, live in pairs]
@@ -244,8 +244,8 @@ def _handed_over(tensors: Tensors) -> Iterator[Tensor]:
 
 
 def _gram(P: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the lower triangle of P^T P, (B, r, r), computed in this dtype piece by piece; above it are zeros
-    and some of the rest."""
+    """Return the lower triangle of P^T P, (B, r, r), computed in this dtype piece by piece; above it are
+    zeros and some of the rest."""
     r = P.shape[-1]
     width = max(128, r // 8)
     gram = P.new_zeros((len(P), r, r), dtype=dtype)
@@ -309,9 +309,9 @@ def _restrict(gram: Tensor, live: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L of G = L L^T, its squared pivots (what is left of each column after those before it), (B, r), and
-    whether G is positive definite, (B, 1); if not, L means nothing. Replaces G's diagonal, and reads its lower
-    triangle."""
+    """Return L of G = L L^T, its squared pivots (what is left of each column after those before it), (B, r),
+    and whether G is positive definite, (B, 1); if not, L means nothing. Replaces G's diagonal, and reads its
+    lower triangle."""
     gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
     L, info = torch.linalg.cholesky_ex(gram)
     return L, L.diagonal(dim1=-2, dim2=-1).square(), (info == 0).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Orthogonalization of Dion's P where it is sharded: of each matrix on one rank, its owner, or on all at once."""
+"""Orthogonalization of Dion's P on shards: of each matrix on one rank, its owner, or on all ranks."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def orthonormalize(
     """Return orthogonalize(P), this rank's rows. Overwrites P.
 
     Owners come first, then what all ranks do together, so that the order of collectives is the same on all
-    ranks. An owner and its peers in the other replicas, whose P are equal on a synchronized step, do the same.
+    ranks. On a synchronized step P is equal in all replicas, and so is what their owners make of it.
 
     Args:
         P: (B, local m, r) of each batch, equal on all ranks that have the same rows.
@@ -53,7 +53,7 @@ def orthonormalize(
 
 
 def flops(m: float, r: float) -> float:
-    """Return the FLOPs of one matrix: two Gram matrices, two triangular solves, three Cholesky factorizations."""
+    """Return the FLOPs of one P: two Gram matrices, two triangular solves, three Cholesky factorizations."""
     return 6 * m * r**2 + r**3
 
 

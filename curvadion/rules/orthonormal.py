@@ -28,8 +28,8 @@ class Slices:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank does in a second: FLOPs of products, and in float64; bytes that leave it in an all-reduce and
-    in an all-to-all. Round figures; they choose between two ways, so only their ratios count."""
+    """What a rank does in a second: FLOPs of products, and in float64; bytes that leave it in an all-reduce
+    and in an all-to-all. Round figures; they choose between two ways, so only their ratios count."""
 
     flops: float
     float64: float
