@@ -2,9 +2,11 @@
 means."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from curvadion.algebra.power_iteration import piece_elements, pieces, power_iteration
 from curvadion.rules.base import Rule, Step, local_lr, scale, shrinkage
+from curvadion.rules.left_factor import orthonormalize
 from curvadion.sharding.owners import Stack
 from curvadion.state.batch import Batch
 
@@ -29,11 +31,14 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
     lr_local."""
     for chosen in _pieces(step, batches, synchronized=synchronized):
         method = step.groups[chosen[0].group]
+        left = partial(
+            orthonormalize, step, chosen, method=method["orthogonalization"], synchronized=synchronized
+        )
         factors = power_iteration(
             [b.M for b in chosen],
             [b.right_factor for b in chosen],
-            rows=step.rows(chosen, synchronized=synchronized),
             columns=step.columns(chosen, synchronized=synchronized),
+            orthonormal_P=left if step.owners.ranks > 1 else None,
             reduce_P=step.reduction(
                 chosen, [b.columns for b in chosen], synchronized=synchronized, live_only=True
             ),
