@@ -50,8 +50,8 @@ class Rates:
     Attributes:
         bfloat16, float32, float64: FLOPs of products.
         memory: bytes read and written.
-        inside: bytes that leave it for others in its machine, and in an all-reduce, which crosses machines over
-            all their network cards at once.
+        inside: bytes that leave it for others in its machine, and in an all-reduce, which crosses machines
+            over all their network cards at once.
         across: bytes that leave it in an all-to-all of more GPUs than a machine has.
         device: whose choice between owners and all together is meant.
     """
@@ -65,8 +65,9 @@ class Rates:
     device: str = "cuda"
 
 
-# H100 SXM: about half of the dense peak in bfloat16, 3.35 TB/s of memory, NVLink, a network card of 400 Gbit/s
-# a GPU. A core of a Xeon with AMX, and gloo on one machine: measured by `benchmarks/sharded.py --only ceilings`.
+# H100 SXM: about half of the dense peak in bfloat16, 3.35 TB/s of memory, NVLink, a network card of 400
+# Gbit/s a GPU. A core of a Xeon with AMX, and gloo on one machine: measured by `benchmarks/sharded.py --only
+# ceilings`.
 RATES = {
     "h100": Rates(5e14, 5e13, 4e13, 2.5e12, 3.7e11, 5e10),
     "cpu": Rates(4e11, 1e11, 5e10, 5e9, 1e9, 1e9, device="cpu"),
