@@ -54,6 +54,8 @@ def param_groups_for(
     Matrices stored as in x out, such as those of the ``Conv1D`` of transformers, have a group of their own,
     with ``weight_layout="in_out"``.
 
+    In the blocks a head has as many outputs as the largest embedding has entries, which nothing takes either.
+
     What was found, and by what, is logged at INFO by ``curvadion.param_groups``. A parameter with
     ``_no_weight_decay = True``, or named by a module's ``no_weight_decay()``, has no weight decay.
 
