@@ -68,7 +68,8 @@ class Part:
         views = self.views(target)
         pieces = [values] if len(views) == 1 else values.split([view.numel() for view in views])
         for view, piece in zip(views, pieces, strict=True):
-            view.copy_(piece.view(view.shape), non_blocking=True)
+            if view.data_ptr() != piece.data_ptr():  # `take` may have given the elements where they are
+                view.copy_(piece.view(view.shape), non_blocking=True)
         if target is not x:
             x.copy_(target)
 
