@@ -47,7 +47,9 @@ def param_groups_for(
     has entries: the head is the last of them beside or above the embedding in the module tree; if none stands
     there, the only one, or of several the last one outside the numbered blocks. Linear layers called ``fc``
     or ``proj_out``, and all that come after the numbered blocks (after the convolutions, where there are no
-    blocks), are heads if no layer has as many inputs as they have outputs, nor they themselves a divisor.
+    blocks), are heads if nothing takes their outputs: no layer has so many inputs, and they do not have a few
+    times as many outputs as inputs. Those in the blocks with as many outputs as the largest embedding has
+    entries are heads too, if nothing takes them.
 
     Gates are linear layers with one row or column; with as many outputs as there are experts beside them; and
     those called ``router``, or ``gate`` if they have no more than half as many outputs as inputs.
@@ -56,7 +58,8 @@ def param_groups_for(
     with ``weight_layout="in_out"``.
 
     What was found, and by what, is logged at INFO by ``curvadion.param_groups``. A parameter with
-    ``_no_weight_decay = True``, or named by a module's ``no_weight_decay()``, has no weight decay.
+    ``_no_weight_decay = True``, or named by a module's ``no_weight_decay()``, has no weight decay;
+    ``fully_shard``, which replaces parameters, drops the former, and not the latter.
 
     Sharded parameters (``DTensor``), wrapped modules (``torch.compile``, activation checkpointing, DDP) and a
     list of model parts (pipeline stages) are understood. Frozen parameters are left out, and so are empty

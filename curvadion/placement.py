@@ -24,6 +24,8 @@ HEAD_NAMES = frozenset(
 )
 # Last words that an output layer may have as well as another; it feeds no other layer.
 OUTPUT_NAMES = re.compile(r"(fc|proj_out|decoder_pred|pred)(_\d+)?$")
+# So many times its inputs a layer inside a model may give: scales and shifts of all parts of a block, say.
+MOST_PARTS = 12
 GATE_NAMES = re.compile(r"(.*_)?(routers?|gate|gating)$")
 
 MATRICES, EMBEDDINGS, HEAD, CONVOLUTIONS, VECTORS, GATES = (
@@ -215,11 +217,15 @@ def _heads(parameters: list[Placed], parts: list[nn.Module]) -> list[tuple[Place
     heads += [(p, why) for p in wide if (why := _called_head(p, parameters))]
     embeddings = [p for p in wide if p.kind == EMBEDDINGS]
     tied = any(p.owned_by(nn.Linear, named="Linear") for p in embeddings)
-    if not heads and not tied and (found := _by_vocabulary(wide, embeddings)):
-        return [(p, "as many outputs as an embedding has entries") for p in found]
-    if not told:
+    found = _by_vocabulary(wide, embeddings) if not heads and not tied else []
+    heads += [(p, "as many outputs as an embedding has entries") for p in found]
+    if not told and not found:
         after = [p for p in _after_blocks(parameters) if not _is_taken(p, parameters)]
         heads += [(p, "after all blocks, and nothing takes its outputs") for p in after]
+    vocabulary = max((p.tensor.shape[0] for p in embeddings), default=0)
+    inside = [p for p in wide if p.outputs == vocabulary and any(map(_is_numbered, p.places))]
+    inside = [p for p in inside if p.kind == MATRICES and not _is_taken(p, parameters)]
+    heads += [(p, "in a block, with as many outputs as the largest embedding has entries") for p in inside]
     return heads
 
 
@@ -269,7 +275,8 @@ def _is_taken(p: Placed, parameters: list[Placed]) -> bool:
     outputs."""
     layers, inside = _layers(parameters)
     first = min(inside, default=next(k for k, q in enumerate(layers) if q is p))
-    return p.outputs % p.inputs == 0 or any(
+    times, rest = divmod(p.outputs, p.inputs)
+    return (rest == 0 and times <= MOST_PARTS) or any(
         p.outputs in (q.tensor.shape[:2] if q.kind == CONVOLUTIONS else (q.inputs,))
         for q in layers[first:]
         if q is not p

@@ -835,6 +835,16 @@ def bert() -> nn.Module:
     return model
 
 
+def multi_token_prediction() -> nn.Module:
+    """Further heads stand in numbered blocks."""
+    language = Plain(embed=nn.Embedding(200, 16), layers=blocks(attention), lm_head=linear(16, 200))
+    return Plain(
+        language=language,
+        mtp=blocks(lambda: Plain(eh_proj=linear(32, 16), attn=attention(), out=linear(16, 200)), 1),
+        medusa=nn.ModuleList([nn.Sequential(linear(16, 16), linear(16, 200))]),
+    )
+
+
 def roberta_classifier() -> nn.Module:
     head = Plain(dense=linear(16, 16), out_proj=linear(16, 3))
     return Plain(embedding=nn.Embedding(50, 16), layer=blocks(attention), classifier=head)
@@ -871,6 +881,7 @@ NOT_HIDDEN: dict[Any, dict[str, list[str]]] = {
     gpt2_of_transformers: {"embeddings": ["transformer.wte.weight"]},
     llava: {"head": ["language_model.lm_head.weight"]},
     bert: {"head": ["cls.seq_relationship.weight"], "embeddings": ["embedding.weight"]},
+    multi_token_prediction: {"head": ["language.lm_head.weight", "mtp.0.out.weight", "medusa.0.1.weight"]},
     roberta_classifier: {"head": ["classifier.out_proj.weight"]},
     old_weight_norm: {"head": ["2.weight"], "norms_and_biases": ["1.weight_g"]},
     new_weight_norm: {"head": ["2.weight"], "norms_and_biases": ["1.parametrizations.weight.original0"]},
