@@ -1,5 +1,7 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -33,6 +35,8 @@ from curvadion.state.store import averaged
 from curvadion.stateful import Stateful
 from curvadion_kernels.reference import Fixed
 
+logger = logging.getLogger("curvadion.optimizer")
+
 
 class CurvaDion(Stateful):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
@@ -42,8 +46,9 @@ class CurvaDion(Stateful):
         rho = max over matrices and replicas of | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||             (RMMC)
 
     While rho <= tau steps are local: a matrix does what `local_update` says, and 8 bytes cross
-    `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. README.md has the equations,
-    docs/options.md more on single options. A missing gradient counts as zero; parameters with
+    `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. With one replica every step is,
+    unless an option that says when or how to be local is set. README.md has the equations, docs/options.md
+    more on single options. A missing gradient counts as zero; parameters with
     ``requires_grad=False`` at construction are left alone.
 
     Args:
@@ -103,7 +108,8 @@ class CurvaDion(Stateful):
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
-        **own: options that something registered has declared, see docs/extending.md.
+        **own: options that something registered has declared, see docs/extending.md; and `foreach` and
+            `fused`, which hosts pass to any optimizer and which change nothing.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
@@ -111,9 +117,6 @@ class CurvaDion(Stateful):
     Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update;
     Douillard et al., "DiLoCo", arXiv:2311.08105, for the outer step with Nesterov momentum.
     """
-
-    # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -175,6 +178,20 @@ class CurvaDion(Stateful):
         super().__init__(params, defaults)
         self._build()
         check_taus(self.param_groups, o)
+        if self._alone:
+            logger.info(
+                "one replica has nobody to be local to: every step is synchronized, that is, plain Dion; for "
+                "local steps say when or how (tau, max_local_steps, local_update, ...)"
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether skipping is left to step(), where all ranks agree: yes, to torch.amp.GradScaler.
+
+        To anybody else no: hosts take a yes for "scaled gradients must not be clipped", and refuse to clip
+        where no GradScaler is at work. After its `unscale_()` they can be.
+        """
+        return sys._getframe(1).f_globals.get("__name__") == "torch.amp.grad_scaler"
 
     # ---- one step
 
@@ -202,6 +219,7 @@ class CurvaDion(Stateful):
 
     def _take_step(self) -> None:
         self.ledger.begin_step()
+        self._schedule.alone = self._alone
         config = partial(self._built.describe, self.param_groups)
         self._agreement.check_if_due(
             self._built.exchange, self._schedule.steps, config, self._common_weights, self._gradients

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvadion.algebra.power_iteration import rank_of
 from curvadion.allowed import check_options
-from curvadion.options import GROUP_OPTIONS
+from curvadion.options import GROUP_OPTIONS, follow_schedulers
 from curvadion.rules import RULES
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
@@ -48,7 +48,7 @@ class Intake:
         return self._X
 
     def gradients(
-        self, groups: Sequence[Mapping[str, Any]], scale: Tensor | None
+        self, groups: Sequence[dict[str, Any]], scale: Tensor | None
     ) -> tuple[Fixed[Tensor | None], Exception | None]:
         """Return this rank's part of all gradients, None for a missing one, and what is wrong with them or
         the groups.
@@ -59,6 +59,7 @@ class Intake:
         """
         failure: Exception | None = None
         try:
+            follow_schedulers(groups)
             self._check_groups(groups)
         except Exception as error:
             failure = error
