@@ -49,7 +49,7 @@ class CurvaDion(Stateful):
     `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. With one replica every step is,
     unless an option that says when or how to be local is set. README.md has the equations, docs/options.md
     more on single options. A missing gradient counts as zero; parameters with
-    ``requires_grad=False`` at construction are left alone.
+    ``requires_grad=False`` are left alone, see `synchronize`.
 
     Args:
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
@@ -218,6 +218,8 @@ class CurvaDion(Stateful):
         return loss
 
     def _take_step(self) -> None:
+        if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
+            self.synchronize()  # with nobody to agree with
         self.ledger.begin_step()
         self._schedule.alone = self._alone
         config = partial(self._built.describe, self.param_groups)
@@ -287,11 +289,14 @@ class CurvaDion(Stateful):
     def synchronize(self) -> None:
         """Make replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
 
-        For use before a checkpoint and at the end. The gate's previous norms are multiplied by ||E_i[M_i]|| /
-        E_i[||M_i||], because averaging shrinks momenta, which alone would open the gate in the next step.
+        For use before a checkpoint, at the end, and after every rank has changed `requires_grad` of some
+        parameters: a frozen one does not move at all, and loses its state (one process need not call it). The
+        gate's previous norms are multiplied by ||E_i[M_i]|| / E_i[||M_i||], because averaging shrinks
+        momenta, which alone would open the gate in the next step.
 
         Raises:
-            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps, or ranks
+                have frozen different parameters.
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside_consensus("synchronize()")
@@ -301,9 +306,11 @@ class CurvaDion(Stateful):
         step = self._built.step(self.param_groups, self._schedule)
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
             self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
+        if self.replicas > 1 or exchange.shards.axes:
             config = partial(self._built.describe, self.param_groups)
             self._agreement.check(exchange, self._schedule.steps, config, {}, ())
         self._settle(step)
+        self._follow_requires_grad()
 
     @contextmanager
     def consensus(self) -> Iterator[None]:

@@ -82,6 +82,17 @@ class Stateful(View):
     def _alone(self) -> bool:
         return self.replicas == 1 and not asks_for_local_steps(self.param_groups, self._options)
 
+    def _follow_requires_grad(self) -> None:
+        """Leave what has been frozen alone from now on, without its state, and take up what is trained again.
+        Replicas are equal."""
+        table = self._built.table
+        if not table.outdated:
+            return
+        self._build()
+        for p in self._built.table.frozen:
+            self.__dict__["state"].pop(p, None)
+        self._schedule.forced = self._agreement.pending = True
+
     def _start_afresh(self) -> None:
         """Go on from the state that was loaded: replicas are equal, and nothing is under way."""
         self._built.store.loaded(self._schedule)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.models import TinyGPT, Toy, grid, outcome
+from support.models import TinyGPT, Toy, digest, gathered, grid, local, outcome
 from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -437,3 +437,99 @@ def test_schedulers_that_cycle_momentum_cycle_that_of_matrices_too(scheduler: st
     assert all(
         torch.equal(a, b) for a, b in zip(cycled.params.values(), by_hand.params.values(), strict=True)
     )
+
+
+# ---- freezing
+
+FREEZE = {
+    "one": (1, 1, {"tau": 0.5}),
+    "one_outer": (1, 1, LOW_COMMUNICATION(max_local_steps=2)),
+    "fsdp": (1, 2, {"local_update": "muon", "max_local_steps": 2}),
+    "average": (2, 2, {"tau": math.inf, "max_local_steps": 2}),
+    "low": (2, 2, LOW_COMMUNICATION(max_local_steps=2)),
+    "under_way": (2, 1, LOW_COMMUNICATION(max_local_steps=2, outer_delay=1, outer_momentum=0.5)),
+    "lag": (2, 1, {"gate_lag": 1, "local_update": "dion"}),
+}
+CHILLED = ("layers.1.weight", "norm.weight")
+
+
+def freeze_and_thaw(case: str) -> list[tuple[list[str], list[str]]]:
+    """In each phase, which parameters move at all, and which have a state; on one rank."""
+    replicas, shards, options = FREEZE[case]
+    replicate, mesh = grid(replicas, shards) if replicas * shards > 1 else (None, None)
+    toy = Toy(mesh if shards > 1 else None)
+    named = {"replicate_mesh": replicate} if replicas > 1 else {}
+    opt = CurvaDion(toy.groups(weight_decay=0.1), **named, **options)
+    told = []
+    for phase, frozen in enumerate((False, True, False)):
+        for name in CHILLED:
+            toy.params[name].requires_grad_(not frozen)
+            toy.params[name].grad = None
+        if replicate is not None:
+            opt.synchronize()
+        before = {name: local(p).detach().clone() for name, p in toy.params.items()}
+        for step in range(5 * phase, 5 * phase + 5):
+            toy.set_gradients(step, dist.get_rank() // shards if replicate is not None else 0)
+            for name in CHILLED if frozen else ():
+                toy.params[name].grad = None
+            opt.step()
+        opt.synchronize()
+        moved = [name for name, p in toy.params.items() if not torch.equal(local(p), before[name])]
+        told.append((moved, [name for name, p in toy.params.items() if p in opt.state]))
+        if replicate is not None:
+            assert len(set(gathered(digest(toy.params.values()))[::shards])) == 1, "replicas are equal"
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    return told
+
+
+@pytest.mark.parametrize("case", FREEZE)
+def test_what_is_frozen_between_steps_does_not_move(case: str) -> None:
+    """Neither by its momentum, nor by weight decay, nor by what one bit leaves out; thawed, it is trained."""
+    replicas, shards, _ = FREEZE[case]
+    ranks = replicas * shards
+    for told in run_ranks(ranks, freeze_and_thaw, case) if ranks > 1 else [freeze_and_thaw(case)]:
+        everything = list(Toy().params)
+        others = [name for name in everything if name not in CHILLED]
+        assert told == [(everything, everything), (others, others), (everything, everything)]
+
+
+def test_one_that_is_frozen_leaves_the_others_steps_as_they_are() -> None:
+    """Bit for bit those of an optimizer that never had it."""
+    both, alone = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6, 4))
+    other = nn.Parameter(torch.ones(6, 4))
+    opt, expected = CurvaDion([both, other]), CurvaDion([alone])
+    for step in range(8):
+        if step == 3:
+            other.requires_grad_(False)
+        both.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        alone.grad = both.grad.clone()
+        other.grad = torch.ones(6, 4) if step < 3 else None
+        opt.step()
+        expected.step()
+    assert torch.equal(both, alone)
+
+
+@pytest.mark.parametrize("call", ["step", "synchronize"])
+@pytest.mark.parametrize(("replicas", "shards"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_freezing_is_agreed_on(replicas: int, shards: int, call: str, everywhere: bool) -> None:
+    """A rank that freezes alone, or forgets to say so, stops all of them; nobody waits."""
+
+    def worker() -> tuple[str, str]:
+        replicate, mesh = grid(replicas, shards)
+        toy = Toy(mesh if shards > 1 else None)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate if replicas > 1 else None)
+        toy.set_gradients(0, 0)
+        opt.step()
+        if everywhere or dist.get_rank() == 1:
+            toy.params["layers.1.weight"].requires_grad_(False)
+        return outcome(opt.step if call == "step" else opt.synchronize)
+
+    told = run_ranks(2, worker)
+    if call == "synchronize":
+        expected = "ok" if everywhere else "ReplicaMismatchError"
+        assert [error for error, _ in told] == [expected] * 2, told
+    else:
+        assert [error for error, _ in told] == ["RuntimeError"] * 2, told
+        assert "'layers.1.weight'" in told[1][1] and "opt.synchronize()" in told[1][1]
