@@ -1,5 +1,7 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -33,6 +35,8 @@ from curvadion.state.store import averaged
 from curvadion.stateful import Stateful
 from curvadion_kernels.reference import Fixed
 
+logger = logging.getLogger("curvadion.optimizer")
+
 
 class CurvaDion(Stateful):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
@@ -42,9 +46,10 @@ class CurvaDion(Stateful):
         rho = max over matrices and replicas of | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||             (RMMC)
 
     While rho <= tau steps are local: a matrix does what `local_update` says, and 8 bytes cross
-    `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. README.md has the equations,
-    docs/options.md more on single options. A missing gradient counts as zero; parameters with
-    ``requires_grad=False`` at construction are left alone.
+    `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. With one replica every step is,
+    unless an option that says when or how to be local is set. README.md has the equations, docs/options.md
+    more on single options. A missing gradient counts as zero; parameters with
+    ``requires_grad=False`` are left alone, see `synchronize`.
 
     Args:
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
@@ -105,7 +110,8 @@ class CurvaDion(Stateful):
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
-        **own: options that something registered has declared, see docs/extending.md.
+        **own: options that something registered has declared, see docs/extending.md; and `foreach` and
+            `fused`, which hosts pass to any optimizer and which change nothing.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
@@ -113,9 +119,6 @@ class CurvaDion(Stateful):
     Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update;
     Douillard et al., "DiLoCo", arXiv:2311.08105, for the outer step with Nesterov momentum.
     """
-
-    # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -178,6 +181,20 @@ class CurvaDion(Stateful):
         super().__init__(params, defaults)
         self._build()
         check_taus(self.param_groups, o)
+        if self._alone:
+            logger.info(
+                "one replica has nobody to be local to: every step is synchronized, that is, plain Dion; for "
+                "local steps say when or how (tau, max_local_steps, local_update, ...)"
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether skipping is left to step(), where all ranks agree: yes, to torch.amp.GradScaler.
+
+        To anybody else no: hosts take a yes for "scaled gradients must not be clipped", and refuse to clip
+        where no GradScaler is at work. After its `unscale_()` they can be.
+        """
+        return sys._getframe(1).f_globals.get("__name__") == "torch.amp.grad_scaler"
 
     # ---- one step
 
@@ -204,7 +221,10 @@ class CurvaDion(Stateful):
         return loss
 
     def _take_step(self) -> None:
+        if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
+            self.synchronize()  # with nobody to agree with
         self.ledger.begin_step()
+        self._schedule.alone = self._alone
         config = partial(self._built.describe, self.param_groups)
         self._agreement.check_if_due(
             self._built.exchange, self._schedule.steps, config, self._common_weights, self._gradients
@@ -272,11 +292,14 @@ class CurvaDion(Stateful):
     def synchronize(self) -> None:
         """Make replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
 
-        For use before a checkpoint and at the end. The gate's previous norms are multiplied by ||E_i[M_i]|| /
-        E_i[||M_i||], because averaging shrinks momenta, which alone would open the gate in the next step.
+        For use before a checkpoint, at the end, and after every rank has changed `requires_grad` of some
+        parameters: a frozen one does not move at all, and loses its state (one process need not call it). The
+        gate's previous norms are multiplied by ||E_i[M_i]|| / E_i[||M_i||], because averaging shrinks
+        momenta, which alone would open the gate in the next step.
 
         Raises:
-            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps, or ranks
+                have frozen different parameters.
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside_consensus("synchronize()")
@@ -286,9 +309,11 @@ class CurvaDion(Stateful):
         step = self._built.step(self.param_groups, self._schedule)
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
             self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
+        if self.replicas > 1 or exchange.shards.axes:
             config = partial(self._built.describe, self.param_groups)
             self._agreement.check(exchange, self._schedule.steps, config, {}, ())
         self._settle(step)
+        self._follow_requires_grad()
 
     @contextmanager
     def consensus(self) -> Iterator[None]:

@@ -78,9 +78,10 @@ class Agreement:
         different = exchange.agree(step, *texts, seen=seen, gradients=hashed)
         if "config" in different:
             raise ReplicaMismatchError(
-                "all ranks must construct CurvaDion with the same options and the same list of parameters; "
-                "they differ on some rank; compare the arguments, the parameter groups, the model, "
-                "opt.kernels and torch's precision of float32 products on each of them"
+                "all ranks must construct CurvaDion with the same options and the same list of parameters, "
+                "and freeze the same ones; they differ on some rank; compare the arguments, the parameter "
+                "groups, the model, requires_grad, opt.kernels and torch's precision of float32 products on "
+                "each of them"
             )
         if "step" in different:
             raise ReplicaMismatchError(
