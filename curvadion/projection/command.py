@@ -53,6 +53,7 @@ RATE_HELP = {
     "bfloat16": "FLOPs of bfloat16 products",
     "float32": "FLOPs of float32 products",
     "float64": "FLOPs of float64 products",
+    "cholesky": "FLOPs of Cholesky factors",
     "memory": "bytes of memory read and written",
     "inside": "bytes that leave it in an all-reduce, and in an all-to-all inside a machine",
     "across": "bytes that leave it in an all-to-all across machines",
@@ -409,7 +410,7 @@ def print_work(case: Case) -> None:
     for name, work in case.work.items():
         parts = case.seconds(work)
         whole = sum(parts.values())
-        flops = sum(work.arithmetic.values())
+        flops = sum(work.arithmetic.values()) + work.cholesky
         counts = [f"{flops / 1e9:,.1f}", f"{work.sent / 1e6:,.1f}", f"{work.transient / 1e6:,.0f}"]
         times = [f"{1e3 * t:.2f}" for t in (*parts.values(), whole)]
         rows.append([name, *counts, *times, f"{whole / case.compute:.1%}"])

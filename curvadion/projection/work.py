@@ -11,10 +11,11 @@ are the shorter side)::
     Dion of rank r    FLOPs  8 m n r / S + 2 p r^2 (Gram) + p r^2 (triangular solve) + r^3 / 3 (Cholesky), and
                              in float64 2 p r^2 + p r^2 + 2 r^3 / 3; p = m_s, wide: p = m
                       sent   2 (S-1)/S (4 n r + 12 r^2); wide: 2 (S-1)/S 4 (m + 1) r
+    host              a time for each matrix, where nothing runs ahead: on CPUs
     memory            bytes read and written: 24 of an element of a matrix, 28 of one that is AdamW's (or of
                       all, in a dense step), and what is packed, unpacked and rescaled for owners
 
-    seconds = FLOPs / rate + sent / rate + bytes / rate
+    seconds = FLOPs / rate + sent / rate + bytes / rate + host
 
 One after the other, but for what owners send: of that only the first bucket's waits for nobody, the others
 travel behind products. FLOPs and bytes are those that FLOP counter and ledger count (a test compares them),
@@ -48,11 +49,13 @@ class Rates:
     """What a GPU does in a second.
 
     Attributes:
-        bfloat16, float32, float64: FLOPs of products.
+        bfloat16, float32, float64: FLOPs of products and triangular solves.
+        cholesky: FLOPs of Cholesky factors.
         memory: bytes read and written.
         inside: bytes that leave it for others in its machine, and in an all-reduce, which crosses machines
             over all their network cards at once.
         across: bytes that leave it in an all-to-all of more GPUs than a machine has.
+        host: seconds that a matrix keeps the host, where the device waits for it.
         device: whose choice between owners and all together is meant.
     """
 
@@ -62,15 +65,16 @@ class Rates:
     memory: float
     inside: float
     across: float
+    cholesky: float
+    host: float = 0.0
     device: str = "cuda"
 
 
-# H100 SXM: about half of the dense peak in bfloat16, 3.35 TB/s of memory, NVLink, a network card of 400
-# Gbit/s a GPU. A core of a Xeon with AMX, and gloo on one machine: measured by `benchmarks/sharded.py --only
-# ceilings`.
+# H100 SXM: half of its dense peak in bfloat16, three quarters of its memory's, NVLink, 400 Gbit/s of network
+# for each GPU. A core of a Xeon with AMX, gloo on one machine: by `benchmarks/sharded.py --only ceilings`.
 RATES = {
-    "h100": Rates(5e14, 5e13, 4e13, 2.5e12, 3.7e11, 5e10),
-    "cpu": Rates(4e11, 1e11, 5e10, 5e9, 1e9, 1e9, device="cpu"),
+    "h100": Rates(5e14, 5e13, 4e13, 2.5e12, 3.7e11, 5e10, cholesky=5e12),
+    "cpu": Rates(4e11, 1.3e11, 6.5e10, 1e10, 1.8e9, 1.8e9, cholesky=1e10, host=1e-4, device="cpu"),
 }
 
 
@@ -83,7 +87,9 @@ class Work:
         memory: bytes read and written.
         all_reduce, all_to_all: bytes that leave it inside the replica.
         buckets: in which matrices travel to owners.
-        solved: FLOPs of Cholesky and triangular solves, which FLOP counters leave out, by dtype.
+        solved: FLOPs of triangular solves, which FLOP counters leave out, by dtype.
+        cholesky: FLOPs of Cholesky factors, which they leave out too.
+        matrices: how many there are.
         transient: bytes that are allocated in between, an estimate.
         owned: how many matrices of the replica have an owner.
     """
@@ -94,18 +100,20 @@ class Work:
     all_to_all: float = 0.0
     buckets: int = 0
     solved: Mapping[str, float] = field(default_factory=dict)
+    cholesky: float = 0.0
+    matrices: int = 0
     transient: float = 0.0
     owned: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        names = ("memory", "all_reduce", "all_to_all", "buckets", "owned")
+        names = ("memory", "all_reduce", "all_to_all", "buckets", "cholesky", "matrices", "owned")
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         sums |= {name: _added(getattr(self, name), getattr(other, name)) for name in ("flops", "solved")}
         return Work(**sums, transient=max(self.transient, other.transient))
 
     @property
     def arithmetic(self) -> Mapping[str, float]:
-        """All FLOPs, by dtype."""
+        """FLOPs of products and triangular solves, by dtype."""
         return _added(self.flops, self.solved)
 
     @property
@@ -116,13 +124,13 @@ class Work:
     def seconds(self, rates: Rates, shards: int, gpus_per_node: int) -> dict[str, float]:
         """Return how long its parts take."""
         flops = self.arithmetic
-        products = sum(n / getattr(rates, d) for d, n in flops.items() if d != "float64")
+        products = sum(flops.get(d, 0.0) / getattr(rates, d) for d in ("bfloat16", "float32"))
         crossing = self.all_to_all / (rates.inside if shards <= gpus_per_node else rates.across)
         behind = (1 - 1 / self.buckets) * min(crossing, products) if self.buckets else 0.0
         return {
             "products": products,
-            "float64": flops.get("float64", 0.0) / rates.float64,
-            "memory": self.memory / rates.memory,
+            "float64": flops.get("float64", 0.0) / rates.float64 + self.cholesky / rates.cholesky,
+            "memory": self.memory / rates.memory + self.matrices * rates.host,
             "shard traffic": self.all_reduce / rates.inside + crossing - behind,
         }
 
@@ -186,7 +194,8 @@ def plain(model: Model, s: Settings) -> list[Work]:
     work = []
     for rank in range(s.shards):
         local = sum(c * rows_of(m, s.shards)[rank] * n for (m, n), c in counts.items())
-        work.append(Work(memory=24 * local + 28 * model.scalars / s.shards))
+        memory = 24 * local + 28 * model.scalars / s.shards
+        work.append(Work(memory=memory, matrices=len(model.matrices)))
     return work
 
 
@@ -198,10 +207,8 @@ def muon(model: Model, s: Settings) -> list[Work]:
     width = (s.how.dtype or torch.float32).itemsize
     owned, work = dict[tuple[int, int], Spread](), [Work() for _ in range(s.shards)]
     for shape, count in counts.items():
-        spread, (m, n) = (
-            spread_of(shape, rounds_of(s, max(shape), min(shape)), s.shards),
-            (max(shape), min(shape)),
-        )
+        m, n = max(shape), min(shape)
+        spread = spread_of(shape, rounds_of(s, m, n), s.shards)
         wide = shape[0] < shape[1]
         sides = (1, s.shards) if wide else (s.shards, 1)
         alone = cost_alone(spread, wire, s.shards, len(model.matrices))
@@ -262,10 +269,8 @@ def dion(model: Model, s: Settings) -> list[Work]:
                 {"float32": count * (8 * part * r + 2 * p * r * r), "float64": count * 2 * p * r * r},
                 memory=count * (16 * part + 60 * p * r),
                 all_reduce=count * sent,
-                solved={
-                    "float32": count * (p * r * r + r**3 / 3),
-                    "float64": count * (p * r * r + 2 * r**3 / 3),
-                },
+                solved=dict.fromkeys(("float32", "float64"), count * p * r * r),
+                cholesky=count * r**3,
             )
             kept = work[rank].transient + count * (24 * p * r + 20 * r * r)
             work[rank] = replace(work[rank], transient=kept)
