@@ -283,7 +283,8 @@ def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     squares = gram.diagonal(dim1=-2, dim2=-1).clone()
     L, pivots, positive = _cholesky(gram, _shifted(squares))
     live = positive & (pivots > floor**2 * squares.amax(-1, keepdim=True))
-    if gram.is_cpu and bool(live.all()):  # elsewhere the host would have to wait for the answer
+    # Elsewhere the host would have to wait for the answer, and in a dry run there is none.
+    if type(gram) is Tensor and gram.is_cpu and bool(live.all()):
         return L, live.unsqueeze(-2)
     # Noise must not pass for a direction: what later columns have along it would be lost.
     L, _, positive = _cholesky(_restrict(gram, live), torch.where(live, _shifted(squares * live), 1.0))
