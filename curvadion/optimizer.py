@@ -102,8 +102,9 @@ class CurvaDion(Stateful):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
-        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is
-            sent the shards: "auto" where that takes less time than all ranks working on it together.
+        owners: whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank
+            of its replica, which is sent the shards: "auto" where that takes less time than all ranks working
+            on it together.
         owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after

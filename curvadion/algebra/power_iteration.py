@@ -284,7 +284,7 @@ def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     L, pivots, positive = _cholesky(gram, _shifted(squares))
     live = positive & (pivots > floor**2 * squares.amax(-1, keepdim=True))
     # Elsewhere the host would have to wait for the answer, and in a dry run there is none.
-    if gram.is_cpu and type(gram) is Tensor and bool(live.all()):
+    if type(gram) is Tensor and gram.is_cpu and bool(live.all()):
         return L, live.unsqueeze(-2)
     # Noise must not pass for a direction: what later columns have along it would be lost.
     L, _, positive = _cholesky(_restrict(gram, live), torch.where(live, _shifted(squares * live), 1.0))

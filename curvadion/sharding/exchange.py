@@ -11,7 +11,10 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
     5. synchronized step      parameters, moments      mean over replicas   (only after a local step)
                               Q                        replica 0's          (only after a local Dion step)
                               P                        sum over shards, mean over replicas
-                              Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
+                              P                        where that is cheaper, to its owners and back: two
+                                                       all-to-alls a bucket, see `owners`
+                              Gram matrices            of other P, two SUMs over the shards of its rows ("qr":
+                                                       all of P)
                               R                        sum over shards, mean over replicas
                               column norms             one SUM over the shards of R's rows
                               Gram matrices            two SUMs over the shards of R's rows ("qr" only)

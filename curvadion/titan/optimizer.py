@@ -136,8 +136,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         orthogonalization: Literal["cholesky_qr", "qr"] = "cholesky_qr"
         """How P is made orthonormal: by shifted Cholesky QR, or by Householder QR."""
         owners: Literal["auto", "always", "never"] = "auto"
-        """Whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent the
-        shards: "auto" where that takes less time than all ranks working on it together."""
+        """Whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank of
+        its replica, which is sent the shards: "auto" where that takes less time than all ranks working on it
+        together."""
         owner_dtype: Literal["float32", "bfloat16"] | None = None
         """Dtype of momenta and updates on their way to owners and back; None takes that of the computation,
         bfloat16 on a GPU."""
