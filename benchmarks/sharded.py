@@ -11,6 +11,8 @@ Parameters are DTensors, Shard(0) over all ranks, as FSDP2 leaves them. Families
                 microsoft/dion's Muon, in its bfloat16 and with CurvaDion's Newton-Schulz in float32
     dion        local_update="dion", tau=inf, of rank 1/4 and 1; microsoft/dion's Dion
     gradient    local_update="gradient", tau=inf; fused AdamW
+    ceilings    the rates that `curvadion project --hardware` assumes: products of matrices as large as the
+                model's, a copy, and collectives of 8 MB a rank; per second of CPU time
     outer       LOW_COMMUNICATION on two replicas of half of the ranks: its local step, and its synchronized
                 step in 1 and in 32 bits
     torch       torch.optim.Muon on DTensors, which takes seconds a step; only where asked for
@@ -25,15 +27,17 @@ since DTensor has none.
 """
 
 import argparse
+import faulthandler
 import functools
 import gc
+import math
 import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,10 +62,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion.sharding.ledger import WIRE
 
-FAMILIES = ("muon", "dion", "gradient", "outer", "torch")
+FAMILIES = ("muon", "dion", "gradient", "ceilings", "outer", "torch")
 LR, SCALAR_LR, MU, DECAY = 1e-3, 1e-4, 0.95, 0.01
 INF = float("inf")
-Optimizers = list[torch.optim.Optimizer]
+PATIENCE = 120  # seconds that the steps before those that are timed may take
+# Which torch does not count.
+IN_PLACE = {
+    torch.ops.aten.addmm_: lambda x, a, b, out_shape=None, **_: 2 * math.prod(a) * b[-1],
+    torch.ops.aten.baddbmm_: lambda x, a, b, out_shape=None, **_: 2 * math.prod(a) * b[-1],
+}
+CEILINGS = ("product float32", "product bfloat16", "product float64", "copy", "all_to_all", "all_reduce")
+Optimizers = list[Any]
 # Collectives by their names in torch.ops.c10d and torch.ops._c10d_functional: what they are, and which of
 # their arguments is sent.
 KINDS = {
@@ -111,6 +122,12 @@ class Weights:
             self._one(shape, mesh, len(shapes) + number)
             for number, shape in enumerate(MODELS[model].others())
         ]
+        self.first = [p.detach().to_local().clone() for _, p in (*self.matrices, *self.others)]
+
+    def reset(self) -> None:
+        """Go back to the first values, which are equal in all replicas."""
+        for (_, p), value in zip((*self.matrices, *self.others), self.first, strict=True):
+            p.detach().to_local().copy_(value)
 
     @staticmethod
     def _one(shape: tuple[int, ...], mesh: dist.DeviceMesh, number: int) -> tuple[str, torch.nn.Parameter]:
@@ -125,6 +142,41 @@ class Weights:
         p = torch.nn.Parameter(placed(0.02))
         p.grad = placed(1e-3)
         return f"layers.weight.{number}", p
+
+
+class Ceiling:
+    """A product, a copy or a collective that takes its turn like an optimizer.
+
+    Attributes:
+        amount: FLOPs, or bytes that are read and written, or that leave this rank.
+    """
+
+    def __init__(self, run: Callable[[], Any], amount: float):
+        self.step, self.amount = run, amount
+        self.state: dict[Any, Any] = {}
+
+    @staticmethod
+    def of(kind: str, model: str, device: torch.device) -> "Ceiling":
+        """Return one of CEILINGS."""
+        if kind.startswith("product"):
+            dtype = getattr(torch, kind.removeprefix("product "))
+            n = MODELS[model].dim
+            a, b = (torch.randn(8, n, n, device=device, dtype=dtype) for _ in range(2))
+            return Ceiling(lambda: torch.bmm(a, b), 2 * 8 * n**3)
+        size, ranks = 8 << 20, dist.get_world_size()
+        x, y = (torch.zeros(size // ranks * ranks, dtype=torch.uint8, device=device) for _ in range(2))
+        runs = {
+            "copy": (lambda: y.copy_(x), 2 * x.numel()),
+            "all_to_all": (
+                lambda: dist.all_to_all_single(y, x),
+                WIRE["all_to_all"](ranks) * x.numel(),
+            ),
+            "all_reduce": (
+                lambda: dist.all_reduce(y.view(torch.float32)),
+                WIRE["all_reduce"](ranks) * x.numel(),
+            ),
+        }
+        return Ceiling(*runs[kind])
 
 
 class Counter(TorchDispatchMode):
@@ -228,7 +280,7 @@ def adamw(parameters: list[tuple[str, torch.nn.Parameter]]) -> Optimizers:
     return [torch.optim.AdamW(some, lr=SCALAR_LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)]
 
 
-def entries(wanted: list[str], weights: Weights, mesh: dist.DeviceMesh) -> list[Entry]:
+def entries(wanted: list[str], weights: Weights, mesh: dist.DeviceMesh, model: str) -> list[Entry]:
     """Return the variants of one replica over all ranks."""
     f32, bf16 = torch.float32, torch.bfloat16
     found: list[Entry] = []
@@ -253,6 +305,10 @@ def entries(wanted: list[str], weights: Weights, mesh: dist.DeviceMesh) -> list[
     if "gradient" in wanted:
         add("local", "curvadion", curvadion, weights, local_update="gradient", tau=INF)
         add("local", "adamw_fused", adamw, [*weights.matrices, *weights.others])
+    if "ceilings" in wanted:
+        device = torch.device(mesh.device_type)
+        for kind in CEILINGS:
+            found.append(Entry("ceiling", kind, lambda kind=kind: [Ceiling.of(kind, model, device)]))
     if "torch" in wanted:
         add("local_muon", "torch", torch_muon, weights)
     return found
@@ -269,7 +325,7 @@ def outer_entries(weights: Weights, replicate: dist.DeviceMesh) -> list[Entry]:
         "32 bits": {"max_local_steps": 0, "outer_bits": 32},
     }.items():
         settings = {"lr": LR, "replicate_mesh": replicate} | LOW_COMMUNICATION(**options)
-        found.append(Entry("outer", f"curvadion {name}", functools.partial(curvadion, weights, **settings)))
+        found.append(Entry("outer", f"replicas: {name}", functools.partial(curvadion, weights, **settings)))
     return found
 
 
@@ -301,27 +357,31 @@ def transient(device: torch.device) -> Iterator[dict[str, float]]:
     found["transient_bytes"] = peak
 
 
-def count(entry: Entry, device: torch.device) -> None:
-    """Count what a step does, beside the clock."""
-    with Counter() as counter, FlopCounterMode(display=False) as flops:
-        step(entry.optimizers)
-    entry.counted = {
-        "flops": flops.get_total_flops(),
-        "shard_wire_bytes": counter.wire,
-        "calls": counter.calls,
-    }
+def count(entry: Entry, device: torch.device, alone: bool) -> None:
+    """Count what a step does, beside the clock.
+
+    Args:
+        alone: all ranks are one replica, so that the ledger can be compared with what is sent.
+    """
     ledger = getattr(entry.optimizers[0], "ledger", None)
+    before = sum(ledger.calls.values()) if ledger is not None else 0
+    flops = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+    with Counter() if alone else nullcontext(Counter()) as counter, flops:
+        step(entry.optimizers)
+    entry.counted = {"flops": flops.get_total_flops()}
+    entry.counted |= {"shard_wire_bytes": counter.wire, "calls": counter.calls}
     if ledger is not None:
         wire = dict.fromkeys(("shard", "replicate"), 0.0)
         for (axis, _), sent in ledger.last_step_wire.items():
             wire[axis] += sent
-        if not wire["replicate"] and abs(wire["shard"] - counter.wire) > 1e-6 * counter.wire:
+        calls = sum(ledger.calls.values()) - before
+        if alone and (calls != counter.calls or abs(wire["shard"] - counter.wire) > 1e-6 * counter.wire):
             raise RuntimeError(
-                f"the ledger must count what is sent; it has {wire['shard']}, sent {counter.wire}"
+                f"the ledger must count what is sent; it has {calls} calls of {wire['shard']} bytes, sent: "
+                f"{counter.calls} of {counter.wire}"
             )
         entry.counted |= {"shard_wire_bytes": wire["shard"], "replicate_wire_bytes": wire["replicate"]}
-        planned = getattr(entry.optimizers[0], "owners", {})
-        entry.counted["owned"] = len(planned)
+        entry.counted |= {"calls": calls, "owned": len(entry.optimizers[0].owners)}
     with transient(device) as found:
         step(entry.optimizers)
         synchronize(device)
@@ -338,8 +398,8 @@ def together(value: float, device: torch.device) -> float:
     return float(found)
 
 
-def prepare(found: list[Entry], device: torch.device) -> list[Entry]:
-    """Build the optimizers and let them take three steps, the first two to warm up, the others to count."""
+def prepare(found: list[Entry], weights: Weights, device: torch.device, alone: bool) -> list[Entry]:
+    """Build the optimizers and let them take three steps, the first one to warm up, the others to count."""
     from curvadion.algebra import power_iteration
 
     # The first Q of a matrix is drawn on the CPU; the optimizers compared here share the draws.
@@ -347,17 +407,18 @@ def prepare(found: list[Entry], device: torch.device) -> list[Entry]:
     power_iteration.initial_right_factor = functools.cache(original)
     ready = []
     for entry in found:
+        error = None
         try:
+            weights.reset()
             entry.optimizers = entry.build()
             step(entry.optimizers)
-            count(entry, device)
-        except Exception as error:  # on all ranks alike; the others are still worth measuring
-            if dist.get_rank() == 0:
-                print(
-                    f"LEFT OUT: {entry.operation} {entry.name}: {type(error).__name__}: {error}", flush=True
-                )
-            continue
-        ready.append(entry)
+            count(entry, device, alone)
+        except Exception as e:  # the others are still worth measuring
+            error = e
+            what = f"{entry.operation} {entry.name}: {type(error).__name__}: {error}"
+            print(f"LEFT OUT on rank {dist.get_rank()}: {what}", flush=True)
+        if not together(error is not None, device):
+            ready.append(entry)
     power_iteration.initial_right_factor = original
     return ready
 
@@ -388,6 +449,9 @@ def report(found: list[Entry], results: Results | None, **fields: Any) -> None:
         counted = {key: max(r[2][key] for r in ranks) for key in entry.counted}
         cores = statistics.median(cpu)
         notes = {"cpu_ms": cores, **counted}
+        amount = getattr(entry.optimizers[0], "amount", None)
+        if amount is not None:
+            notes["giga_per_cpu_second"] = amount / cores / 1e6
         variant = Variant(entry.operation, entry.name, step, [None], 0, flops=int(counted["flops"]))
         assert results is not None
         row = results.add(variant, Timing(device_ms=ms), copy_gbps=None, **fields)
@@ -395,7 +459,8 @@ def report(found: list[Entry], results: Results | None, **fields: Any) -> None:
         print(
             f"{'':41} {cores:.1f} ms cpu; {counted['shard_wire_bytes'] / 1e6:.2f} MB over the shards in "
             f"{counted['calls']:.0f} calls; {counted['flops'] / 1e9:.2f} GFLOP; "
-            f"transient {counted['transient_bytes'] / 1e6:.1f} MB",
+            f"transient {counted['transient_bytes'] / 1e6:.1f} MB"
+            + (f"; {notes['giga_per_cpu_second']:.1f} G/s of cpu" if amount is not None else ""),
             flush=True,
         )
 
@@ -404,6 +469,8 @@ def work(rank: int, ranks: int, folder: str, arguments: argparse.Namespace, seco
     """Be one rank."""
     device = start(arguments)
     torch.compiler.set_stance("force_eager")
+    # A rank that waits for others in vain says where, and ends them all.
+    faulthandler.dump_traceback_later(2 * seconds + PATIENCE, exit=True)
     if device.type == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
@@ -430,10 +497,10 @@ def work(rank: int, ranks: int, folder: str, arguments: argparse.Namespace, seco
                 torch.manual_seed(arguments.seed + mesh["shard"].get_local_rank())  # replicas are alike
                 weights = Weights(model, mesh["shard"])
                 if sizes[0] == 1:
-                    found = entries(wanted, weights, mesh["shard"])
+                    found = entries(wanted, weights, mesh["shard"], model)
                 else:
                     found = outer_entries(weights, mesh["replicate"])
-                ready = prepare(found, device)
+                ready = prepare(found, weights, device, alone=sizes[0] == 1)
                 parts -= 1
                 measure(ready, device, end - parts * share, arguments.seed)
                 fields = {"model": model, "layout": layout, "shape": layout, "threads": arguments.threads}
@@ -475,7 +542,10 @@ def main() -> None:
         os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the profiler's, once for each rank
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(
-                work, (ranks, folder, arguments, arguments.seconds / len(counts)), nprocs=ranks
+                work,
+                (ranks, folder, arguments, arguments.seconds / len(counts)),
+                nprocs=ranks,
+                daemon=True,
             )
 
 

@@ -102,7 +102,7 @@ class Rooms:
         store = Store(
             table,
             groups,
-            [RULES[group["local_update"]].state for group in groups],
+            [RULES[group["local_update"]].state_of(group) for group in groups],
             [uses_Q or RULES[group["local_update"]].uses_Q for group in groups],
             momentum_dtype=options.momentum_dtype,
             outer_momentum=outer_momentum,

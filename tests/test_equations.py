@@ -245,13 +245,13 @@ def test_right_factor_qr_at_full_rank_gives_an_orthogonal_update(orthogonalizati
 )
 @pytest.mark.parametrize("algorithm", ["dion", "adamw", "lion"])
 def test_weight_decay_is_decoupled_and_uses_lr_on_both_branches(branch: dict, algorithm: str) -> None:
-    """Without a gradient only the decay is left, and local_lr_scale has no part in it."""
+    """Without a gradient, zero or missing, only the decay is left, and local_lr_scale has no part in it."""
     W = torch.full((4, 2), 16.0)
     optimizer, parameters = build(
         {"W": W}, lr=0.5, weight_decay=0.5, local_lr_scale=0.1, algorithms={"W": algorithm}, **branch
     )
     for t in range(1, 4):
-        step(optimizer, parameters)
+        step(optimizer, parameters, W=torch.zeros_like(W) if t == 1 else None)
         assert torch.equal(parameters["W"].detach(), W * 0.75**t), f"step {t}: not (1 - lr wd)^t X"
 
 

@@ -750,19 +750,6 @@ def test_q_depends_on_the_canonical_name_alone() -> None:
         assert untouched, "the global generator is not used"
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_a_changed_requires_grad_is_refused(before: bool) -> None:
-    """Frozen later, a parameter would go on moving with its momentum; thawed later, it would never be
-    trained."""
-    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3), requires_grad=before)]
-    opt = CurvaDion(params)
-    for p in params:
-        p.grad = torch.ones_like(p)  # a gradient that is still there must not hide it
-    params[1].requires_grad_(not before)
-    with pytest.raises(RuntimeError, match="requires_grad must stay"):
-        opt.step()
-
-
 def test_a_changed_shape_is_refused() -> None:
     """Kernels work on addresses: a parameter that was swapped for one of another shape must not be written
     to."""

@@ -13,6 +13,7 @@ from support.ranks import run_ranks
 from torch import nn
 
 from curvadion import CurvaDion
+from curvadion.consensus.fragments import Part
 from curvadion.sharding import flat, journey
 
 BUCKET = 1 << 17  # bytes, of two matrices
@@ -65,3 +66,15 @@ def test_an_outer_step_needs_what_is_under_way_and_a_few_buckets(
 ) -> None:
     for peak, _ in run_ranks(replicas, outer_step, options):
         assert peak <= copies * PARAMETERS + 2 * BUCKET
+
+
+def test_what_a_fragment_took_as_a_view_may_be_put_back() -> None:
+    """U is changed where it is, if its elements can be had without a copy."""
+    part = Part(0, (2, 3), ((slice(0, None, 2), slice(1, None, 3)),))  # a single element
+    x = torch.zeros(2, 3)
+    taken = part.take(x)
+    assert taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    part.put(x, taken.add_(1))
+    expected = torch.zeros(2, 3)
+    expected[0, 1] = 1
+    assert torch.equal(x, expected)

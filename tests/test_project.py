@@ -264,7 +264,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{162_220_800 * (4 + 16 / 128) / 8:,.0f}" in printed
     assert all(name in printed for name in LINKS)
     titles = [line for line in printed.splitlines() if "projected" in line]
-    assert len(titles) == 5, "the assumptions, three tables and the break-even links"
+    assert len(titles) == 6, "the assumptions, four tables and the break-even links"
     assert all(line.startswith("projected") for line in titles), titles
 
 

@@ -18,9 +18,11 @@ def counted(families: list[str], replicas: int) -> list[tuple[str, list[float], 
     if replicas > 1:
         found = sharded.outer_entries(weights, mesh["replicate"])
     else:
-        found = sharded.entries(families, weights, mesh["shard"])
+        found = sharded.entries(families, weights, mesh["shard"], "small")
     found = [entry for entry in found if "microsoft" not in entry.name]
-    ready = sharded.prepare(found, torch.device("cpu"))  # which compares bytes with the ledger
+    ready = sharded.prepare(
+        found, weights, torch.device("cpu"), alone=replicas == 1
+    )  # which compares bytes with the ledger
     assert len(ready) == len(found), "none may be left out"
     sharded.measure(ready, torch.device("cpu"), 0.0, seed=0)
     return [(entry.name, entry.ms, entry.counted) for entry in ready]
@@ -43,7 +45,8 @@ def test_steps_on_shards() -> None:
     assert adamw["shard_wire_bytes"] == adamw["calls"] == 0
 
 
-def test_steps_of_replicas() -> None:
-    local, one_bit, exact = (found for _, _, found in run_ranks(2, counted, ["outer"], 2)[0])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_steps_of_replicas(ranks: int) -> None:
+    local, one_bit, exact = (found for _, _, found in run_ranks(ranks, counted, ["outer"], 2)[-1])
     assert local["replicate_wire_bytes"] == 0
     assert 0 < one_bit["replicate_wire_bytes"] < exact["replicate_wire_bytes"] / 20

@@ -22,7 +22,7 @@ import torch
 from support.ranks import RankFailed, run_ranks
 from support.wire import Wire
 
-from curvadion import CurvaDion, param_groups_for
+from curvadion import CurvaDion, assert_routing, param_groups_for
 
 pytest.importorskip("torchtitan", reason="the plug-in is for torchtitan: install the [torchtitan] extra")
 pytest.importorskip("triton", reason="torchtitan imports triton: install the [torchtitan] extra")
@@ -240,6 +240,16 @@ def test_names_survive_activation_checkpointing_and_compile() -> None:
         ("adamw", 1),
         ("adamw", 5),
     ]
+
+
+def test_the_table_of_all_parameters_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    container = CurvaDionOptimizer.Config().build(model_parts=[parse("debug").model_spec.model.build()])
+    monkeypatch.setattr("curvadion.titan.optimizer.logger.info", lines.append)
+    container.bind(None)
+    [table] = [line for line in lines if "what becomes of each parameter" in line]
+    assert table.endswith(str(container.curvadion.explain()))
+    assert_routing(container.curvadion, {r"attention\.|feed_forward\.": "dion", ".*": "adamw"})
 
 
 def test_groups_by_torchtitans_own_patterns() -> None:

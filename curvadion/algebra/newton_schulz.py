@@ -143,19 +143,20 @@ def newton_schulz(
     if not M:
         return []
     with torch.autocast(M[0].device.type, enabled=False):
-        whole = [w.mT.to(compute_dtype(w.dtype)) for w in columns.gather([m.mT for m in M])]
+        whole = [w.mT for w in columns.gather([m.mT for m in M])]
+        wide = [compute_dtype(w.dtype) for w in whole]
         # Of any size from 1e-38 to 1e38: squares in float64, and the root of 1 / ||M|| twice, for 1 / ||M||
         # itself may overflow float32.
         norms = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=torch.float64) for w in whole]
         squared = rows.sum([norm.square() for norm in norms], "gram")
         roots = [
-            torch.where(s > LEAST_SQUARE, s, 1.0).pow(-0.25).to(w.dtype)
-            for w, s in zip(whole, squared, strict=True)
+            torch.where(s > LEAST_SQUARE, s, 1.0).pow(-0.25).to(dtype)
+            for s, dtype in zip(squared, wide, strict=True)
         ]
-        Y = [w * root * root for w, root in zip(whole, roots, strict=True)]
-        Y = [y.to(how.arithmetic(y)) for y in Y]
+        Y = [(w * root * root).to(how.arithmetic(w)) for w, root in zip(whole, roots, strict=True)]
+        del whole
         for a, b, c in how.rounds:
-            grams = rows.sum([product(y).to(w.dtype) for y, w in zip(Y, whole, strict=True)], "gram")
+            grams = rows.sum([product(y).to(dtype) for y, dtype in zip(Y, wide, strict=True)], "gram")
             for k, gram in enumerate(grams):
                 G = gram.to(Y[k].dtype)
                 Y[k] = torch.baddbmm(Y[k], Y[k], product(G, alpha=c, beta=b), beta=a)

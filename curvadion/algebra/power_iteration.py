@@ -77,8 +77,8 @@ def power_iteration(
     M: Sequence[Tensor],
     Q: Sequence[Tensor],
     *,
-    rows: Side = LOCAL,
     columns: Side = LOCAL,
+    orthonormal_P: Callable[[Tensors, Sequence[float]], Tensors] | None = None,
     reduce_P: Callable[[Tensors], tuple[Tensors, Tensors]] = same_twice,
     reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = same_twice,
     orthogonalization: str = "cholesky_qr",
@@ -99,7 +99,9 @@ def power_iteration(
     Args:
         M: batches (B, m, n) of momenta, m on the longer side of the whole matrix; local shards.
         Q: batches (B, n, r).
-        rows, columns: how m and n are spread over ranks.
+        columns: how n is spread over ranks.
+        orthonormal_P: orthogonalizes P, given a floor for each batch, where m is spread over ranks or others
+            do it; may overwrite P.
         reduce_P: the sum over the ranks that split n (own), then the mean over replicas; returns (own, mean).
         reduce_R: the sum over the ranks that split m (own, R_i), then the mean over replicas (R); returns
             (R_i, R).
@@ -110,7 +112,10 @@ def power_iteration(
     Q = [q.to(m.dtype) for m, q in zip(M, Q, strict=True)]
     _, P = reduce_P([m @ q for m, q in zip(M, Q, strict=True)])
     with record_function("curvadion::orthogonalize"):
-        P, _ = _orthonormal_columns(P, rows, orthogonalization, floors)
+        if orthonormal_P is not None:
+            P = orthonormal_P(P, floors)
+        else:
+            P, _ = orthonormal_columns(P, LOCAL, orthogonalization, floors)
     own, R = reduce_R([m.mT @ p for m, p in zip(M, P, strict=True)])
 
     sumsq = columns.sum([column_sumsq(r) for r in R], "column_norms")
@@ -121,7 +126,7 @@ def power_iteration(
     scales: list[Tensor | None] = [None] * len(R)
     if right_factor == "qr":
         with record_function("curvadion::orthogonalize"):
-            new, independent = _orthonormal_columns(R, columns, orthogonalization, floors)
+            new, independent = orthonormal_columns(R, columns, orthogonalization, floors)
         live = [a & b for a, b in zip(live, independent, strict=True)]
     else:
         lengths = [_inverse_root(s) for s in sumsq]
@@ -182,13 +187,14 @@ def orthogonalize(
         floor: a column is dependent if less than this, relative to the largest column, is left of it after
             those before it.
     """
-    return _orthonormal_columns(P, side, method, [floor] * len(P))[0]
+    return orthonormal_columns(P, side, method, [floor] * len(P))[0]
 
 
-def _orthonormal_columns(
+def orthonormal_columns(
     P: Sequence[Tensor], side: Side, method: str, floors: Sequence[float]
 ) -> tuple[Tensors, Tensors]:
-    """Return the bases, and which columns are independent of those before them, (B, 1, r) bool."""
+    """Return what `orthogonalize` does, with a floor for each batch, and which columns are independent of
+    those before them, (B, 1, r) bool."""
     if method == "qr":
         pairs = [_householder(p, floor) for p, floor in zip(side.gather(list(P)), floors, strict=True)]
         return side.take([basis for basis, _ in pairs]), [live for _, live in pairs]
@@ -278,7 +284,7 @@ def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     L, pivots, positive = _cholesky(gram, _shifted(squares))
     live = positive & (pivots > floor**2 * squares.amax(-1, keepdim=True))
     # Elsewhere the host would have to wait for the answer, and in a dry run there is none.
-    if gram.is_cpu and type(gram) is Tensor and bool(live.all()):
+    if type(gram) is Tensor and gram.is_cpu and bool(live.all()):
         return L, live.unsqueeze(-2)
     # Noise must not pass for a direction: what later columns have along it would be lost.
     L, _, positive = _cholesky(_restrict(gram, live), torch.where(live, _shifted(squares * live), 1.0))
@@ -304,9 +310,9 @@ def _restrict(gram: Tensor, live: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L of G = L L^T, given G's lower triangle, with its diagonal replaced, its squared pivots (what
-    is left of each column after those before it), (B, r), and whether G is positive definite, (B, 1); if
-    not, L means nothing."""
+    """Return L of G = L L^T, its squared pivots (what is left of each column after those before it), (B, r),
+    and whether G is positive definite, (B, 1); if not, L means nothing. Replaces G's diagonal, and reads its
+    lower triangle."""
     gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
     L, info = torch.linalg.cholesky_ex(gram)
     return L, L.diagonal(dim1=-2, dim2=-1).square(), (info == 0).unsqueeze(-1)

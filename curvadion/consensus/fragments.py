@@ -47,7 +47,8 @@ class Part:
 
     def like(self, x: Tensor) -> Tensor:
         """Return a tensor without memory, of the shape of the elements and the dtype of the computation."""
-        return self.take(torch.empty(x.shape, dtype=compute_dtype(x.dtype), device="meta"))
+        like = torch.empty(x.shape, dtype=compute_dtype(x.dtype), device="meta")
+        return like if self.whole else like.new_empty(sum(view.numel() for view in self.views(like)))
 
     def take(self, x: Tensor) -> Tensor:
         """Return the elements, flat; all of the tensor as it is where it is whole."""
@@ -72,8 +73,9 @@ class Part:
         target = x.contiguous()
         views = self.views(target)
         pieces = [values] if len(views) == 1 else values.split([view.numel() for view in views])
-        for view, piece in zip(views, pieces, strict=True):
-            view.copy_(piece.view(view.shape), non_blocking=True)
+        if values.untyped_storage()._cdata != target.untyped_storage()._cdata:  # not what `take` found there
+            for view, piece in zip(views, pieces, strict=True):
+                view.copy_(piece.view(view.shape), non_blocking=True)
         if target is not x:
             x.copy_(target)
 

@@ -1,5 +1,6 @@
 """consensus="outer": replicas send each other how far they have come since they were last equal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from curvadion.rules import local_step
 from curvadion.rules.base import Step
 from curvadion.sharding.flat import shaped
 from curvadion.sharding.journey import Fused, Residuals, RoundedMean, UnderWay
+from curvadion.state.batch import Batch
 from curvadion.state.store import Store, copy_into
 from curvadion_kernels.reference import compute_dtype
 
@@ -161,6 +163,13 @@ class Outer(Consensus):
             )
             for part, x in zip(parts, wide, strict=True):
                 part.put(step.X[part.index], x)
+
+    def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float:
+        numel, dtype = math.prod(step.table.layouts[index].shape), step.table.params[index].dtype
+        share = numel / self._o.fragments
+        if self._codec is None:
+            return share * compute_dtype(dtype).itemsize
+        return share * self._codec.bits_per_value / 8 * (1 + 1 / step.exchange.replicas)
 
     def land(self, step: Step) -> None:
         """Wait for what is under way."""

@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from curvadion.algebra.newton_schulz import Iteration
 from curvadion.projection.formulas import (
     BLOCK,
     FORMULA,
@@ -32,9 +35,29 @@ from curvadion.projection.formulas import (
 from curvadion.projection.points import curves_and_markers, print_points, read_points
 from curvadion.projection.published import PUBLISHED_ASSUMPTIONS, published
 from curvadion.projection.show import BANDWIDTHS, draw, print_table
+from curvadion.projection.work import (
+    RATES,
+    Rates,
+    Settings,
+    Work,
+    busiest,
+    dense_step,
+    local_step,
+    synchronized_step,
+)
 from curvadion.rules import RULES
 
 DESCRIPTION = "project bytes, time per step and speed-up of CurvaDion over a link (nothing is measured)"
+
+RATE_HELP = {
+    "bfloat16": "FLOPs of bfloat16 products",
+    "float32": "FLOPs of float32 products",
+    "float64": "FLOPs of float64 products",
+    "cholesky": "FLOPs of Cholesky factors",
+    "memory": "bytes of memory read and written",
+    "inside": "bytes that leave it in an all-reduce, and in an all-to-all inside a machine",
+    "across": "bytes that leave it in an all-to-all across machines",
+}
 
 # ---- the command
 
@@ -43,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `curvadion project`."""
     _add_model_and_link(parser)
     _add_schedule_and_payload(parser)
+    _add_work(parser)
     add = parser.add_argument
     add(
         "--overlap",
@@ -109,6 +133,24 @@ def _add_schedule_and_payload(parser: argparse.ArgumentParser) -> None:
     add("--block", type=int, default=BLOCK, help=about)
 
 
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--hardware", choices=RATES, default="h100", help="rates of the optimizer's own work (default h100)")
+    for name, about in RATE_HELP.items():
+        add(f"--{name}-per-second", type=float, metavar="RATE", help=f"{about}, of a GPU")
+    about = "GPUs of a machine; in a replica of more, all-to-all is across machines (default %(default)s)"
+    add("--gpus-per-node", type=int, default=8, help=about)
+    about = (
+        "of Muon steps: whole matrices have owners (default %(default)s: where the optimizer finds it faster)"
+    )
+    add("--owners", choices=("auto", "always", "never"), default="auto", help=about)
+    add("--newton-schulz-steps", type=int, default=5, help="rounds of Muon steps (default %(default)s)")
+    about = "time of a symmetric product, of which one triangle is enough, to that of a full one (default 1)"
+    add("--symmetric-share", type=float, default=1.0, help=about)
+    about = "of Newton-Schulz and on the way to owners (default %(default)s)"
+    add("--newton-schulz-dtype", choices=("bfloat16", "float32"), default="bfloat16", help=about)
+
+
 def main(args: argparse.Namespace) -> None:
     """Run `curvadion project`."""
     try:
@@ -140,6 +182,8 @@ class Case:
         link: the one that was asked for.
         interval: steps per synchronized step.
         dense, dion, sent: what a dense step, a Dion step and a synchronized step of CurvaDion send.
+        rates: of the optimizer's own work.
+        work: that of the busiest GPU in each kind of step.
     """
 
     args: argparse.Namespace
@@ -151,6 +195,8 @@ class Case:
     dense: dict[str, Sent]
     dion: dict[str, Sent]
     sent: dict[str, Sent]
+    rates: Rates
+    work: dict[str, Work]
 
     @staticmethod
     def of(args: argparse.Namespace) -> "Case":
@@ -173,6 +219,7 @@ class Case:
             "rank_multiple_of": args.rank_multiple_of,
             "element": args.payload_bytes,
         }
+        rates = rates_of(args)
         return Case(
             args,
             model,
@@ -183,6 +230,8 @@ class Case:
             dense=payload(model, "dense"),
             dion=payload(model, "low-rank", moves_Q=False, **low_rank),
             sent=payload(model, args.payload, moves_Q=moves_Q, block=args.block, **low_rank),
+            rates=rates,
+            work=work_of(args, model, rates),
         )
 
     def nics_of(self, link: Link) -> int:
@@ -192,12 +241,67 @@ class Case:
     def on(self, link: Link) -> Projection:
         """Return the formulas for a link."""
         args, gbit = self.args, link.gbit * self.nics_of(link)
-        return Projection(self.compute, args.replicas, args.shards, gbit, link.rtt_ms / 1e3, args.overlap)
+        own = sum(self.own.values())
+        dense_own = sum(self.seconds(self.work[DENSE]).values())
+        rtt = link.rtt_ms / 1e3
+        return Projection(self.compute, args.replicas, args.shards, gbit, rtt, args.overlap, own, dense_own)
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        """Return how long the parts of the optimizer's own work take."""
+        return work.seconds(self.rates, self.args.shards, self.args.gpus_per_node)
+
+    @property
+    def own(self) -> dict[str, float]:
+        """The seconds of CurvaDion's own work by part, on average over steps."""
+        local, synchronized = self.seconds(self.work[LOCAL_STEP]), self.seconds(self.work[SYNCHRONIZED])
+        rare = 1 / self.interval
+        return {part: (1 - rare) * local[part] + rare * synchronized[part] for part in local}
 
     def times(self, at: Projection) -> tuple[float, float, float]:
         """Return T_dense, T_dion and T_curvadion."""
         T_curvadion = at.gated(self.sent, self.interval, self.args.gate_every, self.args.delay)
-        return at.dense(self.dense), at.gated(self.dion), T_curvadion
+        dion = replace(at, own=sum(self.seconds(self.work[DION]).values()))
+        return at.dense(self.dense), dion.gated(self.dion), T_curvadion
+
+
+# The kinds of steps in tables.
+DENSE, DION, LOCAL_STEP, SYNCHRONIZED = (
+    "AdamW, dense step",
+    "Dion, each step",
+    "CurvaDion, local step",
+    "CurvaDion, synchronized step",
+)
+
+
+def rates_of(args: argparse.Namespace) -> Rates:
+    """Return the rates of the hardware, with those in their place that were given."""
+    given_rates = {
+        name.removesuffix("_per_second"): value
+        for name, value in vars(args).items()
+        if name.endswith("_per_second") and value is not None
+    }
+    return replace(RATES[args.hardware], **given_rates)
+
+
+def work_of(args: argparse.Namespace, model: Model, rates: Rates) -> dict[str, Work]:
+    """Return the optimizer's own work on the busiest GPU, by kind of step."""
+    dtype = getattr(torch, args.newton_schulz_dtype)
+    settings = Settings(
+        args.shards,
+        Iteration(steps=args.newton_schulz_steps, dtype=dtype),
+        args.symmetric_share,
+        args.owners,
+        rank_fraction=args.rank_fraction,
+        rank_multiple_of=args.rank_multiple_of,
+        device=rates.device,
+    )
+    kinds = {
+        DION: synchronized_step(model, "low-rank", args.local_update, settings),
+        LOCAL_STEP: local_step(model, args.local_update, settings),
+        SYNCHRONIZED: synchronized_step(model, args.payload, args.local_update, settings),
+    }
+    most = {name: busiest(works, rates, args.gpus_per_node) for name, works in kinds.items()}
+    return {DENSE: dense_step(model, settings)} | most
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -234,6 +338,14 @@ def check(args: argparse.Namespace, sizes: Sequence[int], interval: float) -> No
         ),
         (args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1"),
         (args.block >= 1, "--block must be >= 1", args.block, "128"),
+        (0 < args.symmetric_share <= 1, "--symmetric-share must be in (0, 1]", args.symmetric_share, "1"),
+        (args.gpus_per_node >= 1, "--gpus-per-node must be >= 1", args.gpus_per_node, "8"),
+        (args.newton_schulz_steps >= 1, "--newton-schulz-steps must be >= 1", args.newton_schulz_steps, "5"),
+        *(
+            (value > 0, f"--{name.replace('_', '-')} must be > 0", value, "5e13")
+            for name, value in vars(args).items()
+            if name.endswith("_per_second") and value is not None
+        ),
         (args.nics is None or args.nics >= 1, "--nics must be >= 1", args.nics, one),
         (args.shards >= 1, "--shards must be >= 1", args.shards, "8"),
         (args.flops_per_gpu > 0, "--flops-per-gpu must be > 0", args.flops_per_gpu, "4e14"),
@@ -248,6 +360,7 @@ def print_projection(case: Case, faster: float, picture: Path | None) -> None:
     at = case.on(case.link)
     print_case(case)
     print_bytes(case)
+    print_work(case)
     print_seconds(case, at)
     print_break_even(case, at, faster)
     print_links(case)
@@ -291,12 +404,33 @@ def print_bytes(case: Case) -> None:
     print_table("projected: bytes of one replica's buffers, by purpose", ["", *columns], rows)
 
 
+def print_work(case: Case) -> None:
+    """Print what the optimizer's own steps take of the busiest GPU."""
+    rows = []
+    for name, work in case.work.items():
+        parts = case.seconds(work)
+        whole = sum(parts.values())
+        flops = sum(work.arithmetic.values()) + work.cholesky
+        counts = [f"{flops / 1e9:,.1f}", f"{work.sent / 1e6:,.1f}", f"{work.transient / 1e6:,.0f}"]
+        times = [f"{1e3 * t:.2f}" for t in (*parts.values(), whole)]
+        rows.append([name, *counts, *times, f"{whole / case.compute:.1%}"])
+    header = ["", "GFLOP", "MB sent", "MB transient", *(f"{part}, ms" for part in case.own), "sum, ms"]
+    title = f"projected: the optimizer's own work on the busiest GPU of a replica ({case.args.hardware})"
+    print_table(title, [*header, "of T_compute"], rows)
+    owned, count = case.work[LOCAL_STEP].owned, len(case.model.matrices)
+    print(f"  {owned} of {count} matrices have an owner in a local step; sent: inside a replica\n")
+
+
 def print_seconds(case: Case, at: Projection) -> None:
-    """Print the seconds of a step on the link that was asked for."""
+    """Print the seconds of a step on the link that was asked for, and what most of it is."""
     T = dict(zip(("dense", "Dion, each step", "CurvaDion"), case.times(at), strict=True))
     rows = [[name, f"{t:.4g}", f"{t - case.compute:.4g}", f"{T['dense'] / t:.2f}x"] for name, t in T.items()]
-    header = ["", "T_step", "of it waiting", "speed-up over dense"]
+    header = ["", "T_step", "beside compute", "speed-up over dense"]
     print_table("projected: seconds per step on this link", header, rows)
+    parts = {"forward and backward": case.compute} | {f"own {part}": t for part, t in case.own.items()}
+    parts["the link"] = T["CurvaDion"] - sum(parts.values())
+    shares = sorted(((t / T["CurvaDion"], part) for part, t in parts.items()), reverse=True)
+    print("  of CurvaDion's step: " + ", ".join(f"{part} {share:.1%}" for share, part in shares) + "\n")
 
 
 def print_break_even(case: Case, at: Projection, faster: float) -> None:

@@ -3,9 +3,10 @@
 Bytes are those that the optimizer's ledger counts (a test compares them), times are those of a latency and a
 bandwidth::
 
-    T_dense     = T_compute + T_x(dense) - min(overlap T_x(dense), T_compute)
-    T_dion      = T_compute + T_gate + T_x(P, R, AdamW gradients)
+    T_dense     = T_compute + T_x(dense) - min(overlap T_x(dense), T_compute) + T_own(AdamW)
+    T_dion      = T_compute + T_gate + T_x(P, R, AdamW gradients) + T_own(Dion)
     T_curvadion = T_compute + T_gate / gate_every + max(0, T_x(payload) - delay T_compute) / interval
+                  + T_own(local step) (1 - 1 / interval) + T_own(synchronized step) / interval
     T_x(sent)   = 8 W(sent) / (nics gbit 1e9) + calls (K - 1) rtt
     T_gate      = 8 W(8 bytes per GPU) / (nics gbit 1e9) + ceil(log2 K) rtt
     W(sent)     = bytes that leave one of the K replicas: 2 (K - 1) / K of an all-reduced buffer, \
@@ -17,7 +18,8 @@ with compute: a dense all-reduce, whose gradients leave while others are still c
 (an even number), the two halves of a synchronization, each with half of the steps of the delay. Everything
 else starts when all gradients are there. T_compute is 6 FLOP per parameter and token, unless given. T_x is a
 ring's, T_gate that of recursive doubling (Thakur et al., "Optimization of Collective Communication Operations
-in MPICH", 2005). Not in the formulas: the optimizer's own work, congestion, stragglers, packet loss.
+in MPICH", 2005). T_own is the optimizer's own work on a GPU and inside a replica, see
+`curvadion.projection.work`. Not in the formulas: FSDP's traffic, congestion, stragglers, packet loss.
 """
 
 import math
@@ -232,6 +234,7 @@ class Projection:
         gbit: of a replica, all its NICs together; inf for no limit.
         rtt: round trip between replicas, seconds.
         overlap: fraction of the dense all-reduce that the backward hides, at most all of T_compute.
+        own, dense_own: T_own of a gated step, on average, and of a dense one, seconds.
 
     Raises:
         ValueError: a value is out of its range.
@@ -243,6 +246,8 @@ class Projection:
     gbit: float
     rtt: float
     overlap: float = 0.0
+    own: float = 0.0
+    dense_own: float = 0.0
 
     def __post_init__(self) -> None:
         rules = [
@@ -275,14 +280,14 @@ class Projection:
     def dense(self, sent: Mapping[str, Sent]) -> float:
         """Return T_dense."""
         T_x = self.transfer(sent)
-        return self.compute + T_x - min(self.overlap * T_x, self.compute)
+        return self.compute + T_x - min(self.overlap * T_x, self.compute) + self.dense_own
 
     def gated(
         self, sent: Mapping[str, Sent], interval: float = 1, gate_every: float = 1, delay: float = 0
     ) -> float:
         """Return T_curvadion, or T_dion with interval 1."""
         waiting = max(0.0, self.transfer(sent) - delay * self.compute)
-        return self.compute + self.gate / gate_every + waiting / interval
+        return self.compute + self.gate / gate_every + waiting / interval + self.own
 
 
 def break_even(
@@ -310,7 +315,8 @@ def break_even(
         found = 0.0
         for a, b in ((1 - at.overlap, 0.0), (1.0, at.compute)):
             slope = a * A - speedup * C
-            missing = speedup * (at.compute + k) - at.compute - a * dense_latency + b
+            fixed = speedup * (at.compute + at.own + k) - (at.compute + at.dense_own)
+            missing = fixed - a * dense_latency + b
             if slope > 0:
                 # A rounding error is none.
                 found = max(found, slope / missing if missing > 1e-12 * at.compute else math.inf)

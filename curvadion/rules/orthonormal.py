@@ -1,5 +1,6 @@
 """Newton-Schulz on matrices that are sharded: of each on one rank, its owner, or on all ranks at once."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from curvadion.algebra.newton_schulz import Iteration, newton_schulz
 from curvadion.algebra.side import LOCAL
 from curvadion.rules.base import Step
 from curvadion.sharding.layout import Region
+from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Spread, Stack
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
@@ -28,16 +30,82 @@ class Slices:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank does in a second: FLOPs of products, bytes that leave it in an all-reduce and in an
-    all-to-all. Round figures; they choose between two ways, so only their ratios count."""
+    """What a rank does in a second: FLOPs of products, and in float64; bytes that leave it in an all-reduce
+    and in an all-to-all. Round figures; they choose between two ways, so only their ratios count."""
 
     flops: float
+    float64: float
     all_reduce: float
     all_to_all: float
 
+    @staticmethod
+    def of(device: torch.device) -> "Rates":
+        """Return a device's."""
+        return RATES.get(device.type, RATES["cuda"])
+
 
 # A GPU with bfloat16 products, NVLink inside its machine and a network card to others; a CPU core in float32.
-RATES = {"cuda": Rates(5e14, 2e11, 5e10), "cpu": Rates(5e10, 1e9, 1e9)}
+RATES = {"cuda": Rates(5e14, 4e13, 2e11, 5e10), "cpu": Rates(5e10, 2.5e10, 1e9, 1e9)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some work takes of a rank: FLOPs of products, bytes that leave it in all-reduces and in
+    all-to-alls."""
+
+    flops: float = 0.0
+    all_reduce: float = 0.0
+    all_to_all: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.flops + other.flops, self.all_reduce + other.all_reduce, self.all_to_all + other.all_to_all
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        """Return how long it takes, one after the other."""
+        return (
+            self.flops / rates.flops + self.all_reduce / rates.all_reduce + self.all_to_all / rates.all_to_all
+        )
+
+
+def cost_alone(spread: Spread, itemsize: int, parts: int, total: int) -> Cost:
+    """Return what one of the matrices costs each rank on average where each is with one owner.
+
+    Args:
+        itemsize: bytes of an element on the way.
+        parts: into how many parts a matrix is split; those of ranks that have the same part travel once.
+        total: how many matrices there are; with fewer than ranks, some ranks have nothing to do.
+    """
+    ranks = len(spread.regions)
+    share, sent = max(1 / ranks, 1 / total), itemsize * math.prod(spread.shape) / parts
+    return Cost(share * spread.flops, 0.0, share * sent * ((parts - 1) + (ranks - 1)))
+
+
+def cost_together(how: Iteration, m: float, n: float, long: int = 1, short: int = 1) -> Cost:
+    """Return what one matrix costs each rank where all ranks work on it at once.
+
+        FLOPs  steps (4 m n^2 / long + 2 n^3),    every rank does the second part, and where the short side is
+                                                  split, as much as the others along it
+        bytes  2 (k - 1) / k of a buffer          k = long: the Gram matrices, float32, and the norm, float64;
+                                                  k = short: m n / long float32, to gather the short side
+
+    Args:
+        m, n: its longer and its shorter side.
+        long, short: over how many ranks they are split.
+    """
+
+    def summed(nbytes: float, ranks: int) -> float:
+        return nbytes * WIRE["all_reduce"](ranks)
+
+    flops = how.steps * (4 * m / long * n**2 + 2 * n**3)
+    return Cost(flops, summed(how.steps * 4 * n * n + 8, long) + summed(4 * m / long * n, short))
+
+
+def owner_pays(alone: Cost, together: Cost, device: str) -> bool:
+    """Say whether a matrix had better be with one owner than with all ranks together."""
+    rates = RATES.get(device, RATES["cuda"])
+    return alone.seconds(rates) <= together.seconds(rates)
 
 
 def orthonormalized(
@@ -139,18 +207,11 @@ def _has_owner(
     ranks = step.owners.ranks
     if ranks == 1 or step.owners.when != "auto":
         return ranks == 1 or step.owners.when == "always"
-    rates = RATES.get(step.exchange.device.type, RATES["cuda"])
     count, sharded = step.exchange.shards.count, batch.layout.sharded
-    m, n = max(spread.shape), min(spread.shape)
     dim = 1 - slices.along if slices is not None else batch.layout.long
     long, short = count(sharded[dim]), count(sharded[1 - dim]) if slices is None else 1
-    parts = count(spread.split)
-
-    share = max(1 / ranks, 1 / total)
-    sent = wire.itemsize * m * n / parts * ((parts - 1) + (ranks - 1))
-    alone = share * (spread.flops / rates.flops + sent / rates.all_to_all)
-
-    summed = 2 * 4 * (how.steps * n * n * (long - 1) / long + m / long * n * (short - 1) / short)
-    products = how.steps * (4 * m / long * n**2 + 2 * n**3)  # of which every rank does the second part
-    together = products / rates.flops + summed / rates.all_reduce
-    return alone <= together
+    return owner_pays(
+        cost_alone(spread, wire.itemsize, count(spread.split), total),
+        cost_together(how, max(spread.shape), min(spread.shape), long, short),
+        step.exchange.device.type,
+    )

@@ -11,7 +11,10 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
     5. synchronized step      parameters, moments      mean over replicas   (only after a local step)
                               Q                        replica 0's          (only after a local Dion step)
                               P                        sum over shards, mean over replicas
-                              Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
+                              P                        where that is cheaper, to its owners and back: two
+                                                       all-to-alls a bucket, see `owners`
+                              Gram matrices            of other P, two SUMs over the shards of its rows ("qr":
+                                                       all of P)
                               R                        sum over shards, mean over replicas
                               column norms             one SUM over the shards of R's rows
                               Gram matrices            two SUMs over the shards of R's rows ("qr" only)
@@ -287,25 +290,38 @@ class Exchange:
             sent.record_stream(self._aside)
             return Answer(host, self._aside.record_event().synchronize)
 
-    def agree(self, step: int, config: int, weights: int) -> list[str]:
-        """Return which of step, config and weights differ somewhere: the same answer on every rank.
+    def agree(self, step: int, config: int, weights: int, *, seen: int = 1, gradients: int = 0) -> list[str]:
+        """Return what holds somewhere, the same answer on every rank: "step", "config", "weights" differ;
+        "no gradient" was seen by anybody; or "equal gradients" were, not all zero, by all replicas.
 
         MAX of x and of -x over the replicas, then over the shards; only the peers in other replicas hold
-        comparable weights. A dry run finds no difference.
+        comparable weights. Where steps are equal, so are the high bits of what carries them, and the low ones
+        tell the largest `seen`; likewise weights and gradients. A dry run finds nothing.
+
+        Args:
+            weights, gradients: hashes; 31 bits of each are compared.
+            seen: by this rank: 0, no gradient; 2, one that is not zero; else 1.
         """
-        message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
+        count, both = step << 2 | seen, weights >> 31 << 31 | gradients >> 31
+        message = torch.tensor([count, -count, config, -config, both, -both], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
             self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
-        different = (message[4] != -message[5]).to(message)
-        message[4], message[5] = different, -different
+        most, least = message[4].clone(), -message[5]
+        message[4], message[5] = (most >> 31 != least >> 31).to(message), (most != least).to(message)
         for axis in self.shards.axes:
             self._along(axis, "all_reduce", "check", message, ReduceOp.MAX)
         if has_no_values(message):
             return []
         found = message.tolist()
-        differ = {"step": found[0] != -found[1], "config": found[2] != -found[3], "weights": found[4] != 0}
-        return [name for name, differs in differ.items() if differs]
+        holds = {
+            "step": found[0] >> 2 != -found[1] >> 2,
+            "config": found[2] != -found[3],
+            "weights": found[4] != 0,
+            "no gradient": found[0] & 3 == 0,
+            "equal gradients": found[0] & 3 == 2 and not found[5] and self.replicas > 1,
+        }
+        return [name for name, does in holds.items() if does]
 
     def differing(self, hashes: Sequence[int]) -> list[int]:
         """Return the positions of the numbers that differ between replicas somewhere: the same on every
