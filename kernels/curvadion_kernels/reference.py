@@ -363,7 +363,8 @@ def sign_decode_(values: Tensor, payloads: Tensor) -> None:
     total = torch.zeros((), dtype=dtype, device=device)
     for k, payload in enumerate(payloads.unflatten(1, (-1, SIGN_BYTES))):
         step = payload[:, :2].contiguous().view(torch.bfloat16).to(dtype)
-        decoded = halves[payload[:, 2:].to(torch.int32)].view(-1, SIGN_BLOCK).mul_(step)
+        codes = payload[:, 2:].reshape(-1).to(torch.int32)
+        decoded = halves.index_select(0, codes).view(-1, SIGN_BLOCK).mul_(step)
         total = total.add_(decoded) if k else decoded
     values.copy_(total.div_(len(payloads)).view(-1))
 
