@@ -198,6 +198,16 @@ def cases(name: str, where: Where) -> Iterator[tuple[str, Callable[[torch.device
                 SUMS,
                 "highest",
             )
+    elif name == "symmetric_product":
+        sizes = ((70, 33), (64, 64)) if where.quick else ((70, 33), (1024, 1024), (5632, 2048))
+        for (rows, cols), dtype, beta in itertools.product(sizes, ROUNDING, (0.0, -4.775)):
+            if dtype != torch.float64 and (rows == cols or not beta):
+                yield (
+                    f"{rows} x {cols} in {dtype}, beta={beta}",
+                    partial(_symmetric_arguments, rows, cols, dtype, beta),
+                    max(PRODUCTS["highest"], ROUNDING[dtype]),
+                    "highest",
+                )
     else:
         raise AssertionError(f"{name} is new in curvadion_kernels.OPS; give it cases here")
 
@@ -227,6 +237,15 @@ def _gate_arguments(count: int, closed: bool, device: torch.device) -> Arguments
     last = draw(count, seed=2).abs()
     tau = torch.full((count,), 0.5)
     return (sums.to(device), last.to(device), tau.to(device)), {"hold_closed": closed}
+
+
+def _symmetric_arguments(
+    rows: int, cols: int, dtype: torch.dtype, beta: float, device: torch.device
+) -> Arguments:
+    A = draw(2, rows, cols, seed=4) / rows**0.5
+    if beta:
+        A = A + A.mT
+    return (A.to(device, dtype),), {"alpha": 2.0315 if beta else 1.0, "beta": beta}
 
 
 def _apply_arguments(

@@ -1,10 +1,18 @@
 """CurvaDion: Dion updates on FSDP2/DTensor shards, with a gate on what crosses slow links."""
 
+from curvadion.explain import assert_routing
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.optimizer import CurvaDion
 from curvadion.options import LOW_COMMUNICATION
 from curvadion.param_groups import param_groups_for
 from curvadion.sharding.agreement import ReplicaMismatchError
 
-__all__ = ["LOW_COMMUNICATION", "CurvaDion", "NonFiniteError", "ReplicaMismatchError", "param_groups_for"]
+__all__ = [
+    "LOW_COMMUNICATION",
+    "CurvaDion",
+    "NonFiniteError",
+    "ReplicaMismatchError",
+    "assert_routing",
+    "param_groups_for",
+]
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
 """The optimizer: `step()`, and what a user calls between steps. The rooms it asks have their own packages."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -33,6 +35,8 @@ from curvadion.state.store import averaged
 from curvadion.stateful import Stateful
 from curvadion_kernels.reference import Fixed
 
+logger = logging.getLogger("curvadion.optimizer")
+
 
 class CurvaDion(Stateful):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
@@ -42,9 +46,10 @@ class CurvaDion(Stateful):
         rho = max over matrices and replicas of | ||m_t|| - ||m_{t-1}|| | / ||m_{t-1}||             (RMMC)
 
     While rho <= tau steps are local: a matrix does what `local_update` says, and 8 bytes cross
-    `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. README.md has the equations,
-    docs/options.md more on single options. A missing gradient counts as zero; parameters with
-    ``requires_grad=False`` at construction are left alone.
+    `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. With one replica every step is,
+    unless an option that says when or how to be local is set. README.md has the equations, docs/options.md
+    more on single options. A missing gradient counts as zero; parameters with
+    ``requires_grad=False`` are left alone, see `synchronize`.
 
     Args:
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
@@ -68,6 +73,8 @@ class CurvaDion(Stateful):
         local_lr_scale [g]: learning rate of matrices on local steps: lr_local = local_lr_scale * lr.
         update_scale [g]: factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
+        weight_layout [g]: how matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or
+            "in_out", the transpose of that, as in the Conv1D of transformers.
         nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
         newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
             "polar_express" makes singular values equal within 1 % in six rounds.
@@ -95,15 +102,17 @@ class CurvaDion(Stateful):
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
         orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
-        owners: whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is
-            sent the shards: "auto" where that takes less time than all ranks working on it together.
+        owners: whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank
+            of its replica, which is sent the shards: "auto" where that takes less time than all ranks working
+            on it together.
         owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
-        **own: options that something registered has declared, see docs/extending.md.
+        **own: options that something registered has declared, see docs/extending.md; and `foreach` and
+            `fused`, which hosts pass to any optimizer and which change nothing.
 
     Raises:
         ValueError, TypeError: an option or a layout breaks a rule; the message names it, and what to try.
@@ -111,9 +120,6 @@ class CurvaDion(Stateful):
     Source: Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, for the update;
     Douillard et al., "DiLoCo", arXiv:2311.08105, for the outer step with Nesterov momentum.
     """
-
-    # torch.amp.GradScaler then leaves skipping to step(), where all ranks agree.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -133,6 +139,7 @@ class CurvaDion(Stateful):
         local_update: str = "gradient",
         local_lr_scale: float = 1.0,
         update_scale: str = "spectral",
+        weight_layout: str = "out_in",
         nesterov: bool = False,
         newton_schulz: str = "jordan",
         newton_schulz_steps: int = 5,
@@ -175,6 +182,20 @@ class CurvaDion(Stateful):
         super().__init__(params, defaults)
         self._build()
         check_taus(self.param_groups, o)
+        if self._alone:
+            logger.info(
+                "one replica has nobody to be local to: every step is synchronized, that is, plain Dion; for "
+                "local steps say when or how (tau, max_local_steps, local_update, ...)"
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether skipping is left to step(), where all ranks agree: yes, to torch.amp.GradScaler.
+
+        To anybody else no: hosts take a yes for "scaled gradients must not be clipped", and refuse to clip
+        where no GradScaler is at work. After its `unscale_()` they can be.
+        """
+        return sys._getframe(1).f_globals.get("__name__") == "torch.amp.grad_scaler"
 
     # ---- one step
 
@@ -186,7 +207,8 @@ class CurvaDion(Stateful):
         Raises:
             NonFiniteError: on every rank, see `on_nonfinite`.
             ReplicaMismatchError: on every rank, see `check_every`.
-            RuntimeError: on every rank, when one of them could not do its part.
+            RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
+                first step.
         """
         loss = None
         if closure is not None:
@@ -200,9 +222,14 @@ class CurvaDion(Stateful):
         return loss
 
     def _take_step(self) -> None:
+        if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
+            self.synchronize()  # with nobody to agree with
         self.ledger.begin_step()
+        self._schedule.alone = self._alone
         config = partial(self._built.describe, self.param_groups)
-        self._agreement.check_if_due(self._built.exchange, self._schedule.steps, config, self._common_weights)
+        self._agreement.check_if_due(
+            self._built.exchange, self._schedule.steps, config, self._common_weights, self._gradients
+        )
 
         with record_function("curvadion::gate"):
             step, failure = self._take_in()
@@ -266,11 +293,14 @@ class CurvaDion(Stateful):
     def synchronize(self) -> None:
         """Make replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
 
-        For use before a checkpoint and at the end. The gate's previous norms are multiplied by ||E_i[M_i]|| /
-        E_i[||M_i||], because averaging shrinks momenta, which alone would open the gate in the next step.
+        For use before a checkpoint, at the end, and after every rank has changed `requires_grad` of some
+        parameters: a frozen one does not move at all, and loses its state (one process need not call it). The
+        gate's previous norms are multiplied by ||E_i[M_i]|| / E_i[||M_i||], because averaging shrinks
+        momenta, which alone would open the gate in the next step.
 
         Raises:
-            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps, or ranks
+                have frozen different parameters.
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside_consensus("synchronize()")
@@ -280,9 +310,11 @@ class CurvaDion(Stateful):
         step = self._built.step(self.param_groups, self._schedule)
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
             self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
+        if self.replicas > 1 or exchange.shards.axes:
             config = partial(self._built.describe, self.param_groups)
-            self._agreement.check(exchange, self._schedule.steps, config, {})
+            self._agreement.check(exchange, self._schedule.steps, config, {}, ())
         self._settle(step)
+        self._follow_requires_grad()
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -327,6 +359,10 @@ class CurvaDion(Stateful):
         Loaders such as torch.distributed.checkpoint ask for `state_dict()`, refused while replicas differ.
         """
         self._schedule.diverged = False
+
+    def _gradients(self) -> list[tuple[str, Tensor | None]]:
+        table = self._built.table
+        return [(name, p.grad) for name, p in zip(table.names, table.params, strict=True)]
 
     def _common_weights(self) -> dict[str, Tensor]:
         """Return what must be equal in all replicas by now, by name."""

@@ -19,7 +19,7 @@ from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
-from curvadion.rules.base import UPDATE_SCALES
+from curvadion.rules.base import UPDATE_SCALES, WEIGHT_LAYOUTS
 from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
@@ -72,6 +72,7 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     "local_update": _one_of(RULES),
     "local_lr_scale": _not_negative("try 1.0"),
     "update_scale": _one_of(UPDATE_SCALES),
+    "weight_layout": _one_of(WEIGHT_LAYOUTS),
     "nesterov": _flag("try False"),
     "newton_schulz": _one_of(POLYNOMIALS),
     "newton_schulz_steps": _integer(1, "try 5, or 6 with newton_schulz='polar_express'"),
@@ -140,10 +141,15 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
     "kernels": _one_of(KERNELS),
 }
 
-# Keys that torch, schedulers and host trainers put into groups. None changes what CurvaDion computes: its
-# updates are always batched.
+# Options of torch's optimizers that hosts pass to any, with what they must be; updates are always batched.
+FOREIGN_OPTIONS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("foreach", "fused"), (None, False, True)),
+    **dict.fromkeys(("capturable", "differentiable", "maximize"), (None, False)),
+}
+# Keys that torch, schedulers and host trainers put into groups. `base_momentum` aside, none changes what
+# CurvaDion computes.
 FOREIGN_KEYS = {
-    *("params", "param_names", "name", "foreach", "fused", "capturable", "differentiable", "maximize"),
+    *("params", "param_names", "name", *FOREIGN_OPTIONS),
     *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
 }
 
@@ -224,9 +230,10 @@ def sort_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         TypeError: nothing has.
         ValueError: a name was declared that there is already.
     """
-    own, of_group, common = arguments["own"], group_options(), optimizer_options()
+    own, of_group, common = dict(arguments["own"]), group_options(), optimizer_options()
+    _check_foreign(own)
     for name in own:
-        if name not in of_group and name not in common:
+        if name not in of_group and name not in common and name not in FOREIGN_OPTIONS:
             raise TypeError(f"CurvaDion takes known options only; got {name!r}; {_meant(name)}")
     declared = {name: option.default for options in _declared() for name, option in options.items()}
     values = {"algorithm": "dion", **declared, **arguments, **own}
@@ -346,6 +353,30 @@ def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None
         )
 
 
+# Options that say when a step is local or what it does then; of groups, and common to all of them.
+_LOCAL_OF_GROUPS = ("tau", "local_update", "local_lr_scale")
+_LOCAL = (
+    "gate",
+    "consensus",
+    "min_local_steps",
+    "max_local_steps",
+    "target_sync_rate",
+    "gate_every",
+    "gate_lag",
+)
+
+
+def asks_for_local_steps(groups: Iterable[Mapping[str, Any]], options: Options) -> bool:
+    """Return whether an option that says when a step is local, or what it does then, is not its default.
+
+    If none is, one replica has nobody to be local to: its local steps would be plain SGD.
+    """
+    given, usual = options.given, options.defaults
+    matrices = [group for group in groups if group.get("algorithm") == "dion"]
+    changed = any(group.get(name) != usual[name] for group in matrices for name in _LOCAL_OF_GROUPS)
+    return changed or any(given[name] != usual[name] for name in _LOCAL)
+
+
 def check_taus(groups: Iterable[Mapping[str, Any]], options: Options) -> None:
     """Raise ValueError if there is no threshold to steer."""
     taus = [group["tau"] for group in groups if group["algorithm"] == "dion"]
@@ -372,12 +403,26 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
                 f"a parameter group may hold known options only; got {key!r} in one{where}; {_meant(key)}"
             )
     check_options(group, known, f" in a parameter group{where}")
-    for key in ("maximize", "capturable", "differentiable"):
-        if group.get(key):
+    _check_foreign(group, f" in a parameter group{where}")
+
+
+def _check_foreign(options: Mapping[str, Any], where: str = "") -> None:
+    for key, values in FOREIGN_OPTIONS.items():
+        if options.get(key) not in values:
             raise ValueError(
-                f"CurvaDion does not implement {key}; got {key}=True in a parameter group{where}; leave it "
-                "out"
+                f"CurvaDion does not implement {key}; got {key}={options[key]!r}{where}; leave it out"
             )
+
+
+def follow_schedulers(groups: Iterable[dict[str, Any]]) -> None:
+    """Let the momentum of matrices follow OneCycleLR and CyclicLR.
+
+    They cycle betas[0] of every group if some group has betas, and leave `base_momentum` behind: that is
+    AdamW's and Lion's; of matrices it is mu.
+    """
+    for group in groups:
+        if "base_momentum" in group and group.get("algorithm") == "dion" and "betas" in group:
+            group["momentum"] = group["betas"][0]
 
 
 def check_rule(
@@ -403,8 +448,24 @@ def check_rule(
             )
 
 
+# What others call an option.
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    **dict.fromkeys(("mu", "beta"), "momentum"),
+    **dict.fromkeys(("beta1", "beta2"), "betas"),
+    "rank": "rank_fraction",
+    "ns_steps": "newton_schulz_steps",
+    **dict.fromkeys(("adjust_lr", "adjust_lr_fn", "scale"), "update_scale"),
+    **dict.fromkeys(("sync_every", "inner_steps", "local_steps"), "max_local_steps"),
+    **dict.fromkeys(("mesh", "process_group", "distributed_mesh"), "replicate_mesh"),
+}
+
+
 def _meant(name: str) -> str:
-    close = difflib.get_close_matches(name, [*group_options(), *optimizer_options()], n=1)
+    known = [*group_options(), *optimizer_options()]
+    close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
 
 

@@ -1,40 +1,22 @@
 """Parameter groups for a whole model: which parameters CurvaDion takes as matrices, and which go to AdamW or
-Lion.
-
-What a parameter is depends on the modules that own it and on its number of dimensions, hardly ever on its
-sizes: in a byte-level model the vocabulary can be as large as the width, and then every matrix has the head's
-shape.
-"""
+Lion. What each parameter is, `curvadion.placement` says."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from curvadion.sharding.layout import canonical_name
+from curvadion.placement import EMBEDDINGS, KINDS, MATRICES, UNPLACED, VECTORS, Placed, place
+from curvadion.sharding.layout import reshard_gathered_modules
 
-# The last word of the path of a module that turns hidden states into logits, in the model zoos people start
-# from.
-HEAD_NAMES = frozenset(
-    "head heads lm_head lm_heads output output_layer output_projection embed_out unembed unembedding "
-    "to_logits logits classifier score".split()
-)
-
-MATRICES, EMBEDDINGS, HEAD, CONVOLUTIONS, VECTORS = (
-    "matrices",
-    "embeddings",
-    "head",
-    "convolutions",
-    "norms_and_biases",
-)
-UNPLACED = "unplaced"
-KINDS = (MATRICES, EMBEDDINGS, HEAD, CONVOLUTIONS, VECTORS, UNPLACED)
 UNDECAYED = (EMBEDDINGS, VECTORS)
+
+logger = logging.getLogger("curvadion.param_groups")
 
 
 def param_groups_for(
@@ -52,23 +34,37 @@ def param_groups_for(
     matrices            2-D weights of linear layers and attention modules   ``"dion"``; lr of the optimizer
     embeddings          embedding tables; also the head, if they are tied    ``"adamw"``, no weight decay
     head                the untied output projection                         ``"adamw"``
+    gates               routers, and linear layers of one row or column      ``"adamw"``
     convolutions        convolution kernels                                  ``"adamw"``
-    norms_and_biases    0- and 1-D parameters, whatever their module         ``"adamw"``, no weight decay
+    norms_and_biases    0- and 1-D parameters, and others that have one      ``"adamw"``, no weight decay
+                        dimension only that is longer than 1
     ==================  ===================================================  ==============================
 
     The head is what ``get_output_embeddings()`` returns where a model has it, and any 2-D weight of a module
-    called ``lm_head``, ``output``, ``classifier`` or the like, outside the numbered blocks. A model with
-    neither, and without a linear layer that shares its weight with an embedding, is searched for linear
-    layers with as many outputs as an embedding has entries: the head is the last of them beside or above the
-    embedding in the module tree; if none stands there, the only one, or of several the last one outside the
-    numbered blocks.
+    called ``lm_head``, ``output``, ``classifier`` or the like, or of a layer in one, outside the numbered
+    blocks; of layers one behind the other, the last. A model with neither, and without a linear layer that
+    shares its weight with an embedding, is searched for linear layers with as many outputs as an embedding
+    has entries: the head is the last of them beside or above the embedding in the module tree; if none stands
+    there, the only one, or of several the last one outside the numbered blocks. Linear layers called ``fc``
+    or ``proj_out``, and all that come after the numbered blocks (after the convolutions, where there are no
+    blocks), are heads if nothing takes their outputs: no layer has so many inputs, and they do not have a few
+    times as many outputs as inputs. Those in the blocks with as many outputs as the largest embedding has
+    entries are heads too, if nothing takes them.
+
+    Gates are linear layers with one row or column; with as many outputs as there are experts beside them; and
+    those called ``router``, or ``gate`` if they have no more than half as many outputs as inputs.
+
+    Matrices stored as in x out, such as those of the ``Conv1D`` of transformers, have a group of their own,
+    with ``weight_layout="in_out"``.
+
+    What was found, and by what, is logged at INFO by ``curvadion.param_groups``. A parameter with
+    ``_no_weight_decay = True``, or named by a module's ``no_weight_decay()``, has no weight decay;
+    ``fully_shard``, which replaces parameters, drops the former, and not the latter.
 
     Sharded parameters (``DTensor``), wrapped modules (``torch.compile``, activation checkpointing, DDP) and a
     list of model parts (pipeline stages) are understood. Frozen parameters are left out, and so are empty
-    groups. Call it after ``fully_shard``, ``parallelize_module`` and the like, which replace parameters.
-
-    ``transformers.pytorch_utils.Conv1D`` stores its weight as in x out. Such a weight is a matrix like any
-    other, but the scale sqrt(rows / columns) of its update is then that of the transposed layer.
+    groups. Call it after ``fully_shard``, ``parallelize_module`` and the like, which replace parameters. What
+    FSDP2 keeps gathered, after a forward without a backward say, is resharded.
 
     Args:
         model: a module, or the parts of one.
@@ -98,23 +94,24 @@ def param_groups_for(
         *(_override(pattern, value) for pattern, value in (overrides or {}).items()),
         (re.compile(""), {}),
     ]
+    reshard_gathered_modules()  # or parameters would be copies that FSDP2 frees
     # Frozen ones are placed too: a frozen embedding still tells which layer is the head.
-    parameters = [
-        parameter for parameter in _placed_parameters(_parts(model)) if parameter.tensor.requires_grad
-    ]
+    parameters = [parameter for parameter in place(_parts(model)) if parameter.tensor.requires_grad]
     if not parameters:
         raise ValueError("A model must have a trainable parameter; this one has none. Is all of it frozen?")
 
-    members: dict[tuple[int, int], list[_Parameter]] = {}
-    unplaced: list[_Parameter] = []
+    members: dict[tuple[int, int, bool, bool], list[Placed]] = {}
+    unplaced: list[Placed] = []
     for parameter in parameters:
         rule = next(i for i, (pattern, _) in enumerate(rules) if any(map(pattern.search, parameter.names)))
         if parameter.kind == UNPLACED and "algorithm" not in rules[rule][1]:
             unplaced.append(parameter)
-        members.setdefault((KINDS.index(parameter.kind), rule), []).append(parameter)
+        undecayed = parameter.undecayed and parameter.kind not in UNDECAYED
+        key = KINDS.index(parameter.kind), rule, undecayed, parameter.in_out
+        members.setdefault(key, []).append(parameter)
     if unplaced:
         raise ValueError(_unplaced_message(unplaced, len(parameters)))
-    used = {rule for _, rule in members}
+    used = {rule for _, rule, *_ in members}
     if idle := [repr(pattern.pattern) for i, (pattern, _) in enumerate(rules[:-1]) if i not in used]:
         raise ValueError(
             f"Every pattern in overrides must decide at least one trainable parameter; {', '.join(idle)} "
@@ -124,20 +121,36 @@ def param_groups_for(
         )
 
     groups = []
-    for (index, rule), group_members in sorted(members.items(), key=lambda item: item[0]):
+    for (index, rule, undecayed, in_out), group_members in sorted(members.items(), key=lambda item: item[0]):
         kind, (pattern, changes) = KINDS[index], rules[rule]
+        label = kind + " stored as in x out" * in_out + " without decay" * undecayed
         group: dict[str, Any] = {
-            "name": f"{kind}: {pattern.pattern}" if pattern.pattern else kind,
+            "name": f"{label}: {pattern.pattern}" if pattern.pattern else label,
             "params": [(parameter.given_name, parameter.tensor) for parameter in group_members],
             "algorithm": changes.get("algorithm", "dion" if kind == MATRICES else scalar_algorithm),
         }
         if group["algorithm"] != "dion":
             # A scheduler multiplies a tensor in place, once for each group.
             group["lr"] = adamw_lr.clone() if isinstance(adamw_lr, Tensor) else adamw_lr
-        if kind in UNDECAYED:
+        if undecayed or kind in UNDECAYED:
             group["weight_decay"] = 0.0
+        if in_out and group["algorithm"] == "dion":
+            group["weight_layout"] = "in_out"
         groups.append(group | changes)
+        _log(groups[-1], group_members)
     return groups
+
+
+def _log(group: Mapping[str, Any], members: Sequence[Placed]) -> None:
+    """Log where parameters go and why, those of all numbered blocks in one line."""
+    alike = Counter((_for_all_blocks(p, "*"), tuple(p.tensor.shape), p.why) for p in members)
+    for (name, shape, why), count in alike.items():
+        what = f"{name} {shape}" + (f" x {count}" if count > 1 else "")
+        logger.info("%s, %s: %s (%s)", group["name"], group["algorithm"], what, why or "an override")
+
+
+def _for_all_blocks(p: Placed, number: str) -> str:
+    return ".".join(number if word.isdigit() else word for word in p.names[0].split("."))
 
 
 def _override(pattern: str, value: str | Mapping[str, Any]) -> tuple[re.Pattern[str], dict[str, Any]]:
@@ -164,37 +177,6 @@ def _override(pattern: str, value: str | Mapping[str, Any]) -> tuple[re.Pattern[
     return compiled, dict(value)
 
 
-@dataclass
-class _Parameter:
-    """One trainable parameter, with every place of the module tree where it stands (more than one when it is
-    tied)."""
-
-    tensor: nn.Parameter
-    given_name: str  # as model.named_parameters() gives it, so that checkpoints agree
-    names: list[str]  # canonical, one for each owner
-    owners: list[nn.Module]
-    kind: str = UNPLACED
-
-    def paths(self) -> list[list[str]]:
-        """The owners' paths, as words."""
-        return [name.split(".")[:-1] for name in self.names]
-
-    def parents(self) -> list[list[str]]:
-        """The paths of the modules that hold the owners."""
-        return [path[:-1] for path in self.paths()]
-
-    def owned_by(self, *types: type, named: str = "(?!)") -> bool:
-        """Whether an owner is of one of the types, or of a class (or a subclass of one) whose name holds the
-        pattern.
-
-        Names, because a library's own linear layer or embedding need not derive from torch's.
-        """
-        return any(
-            isinstance(owner, types) or any(re.search(named, cls.__name__) for cls in type(owner).__mro__)
-            for owner in self.owners
-        )
-
-
 def _parts(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     parts = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
     for part in parts:
@@ -206,107 +188,14 @@ def _parts(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     return parts
 
 
-def _placed_parameters(parts: list[nn.Module]) -> list[_Parameter]:
-    """List the parameters with their kinds, in the order of `named_parameters()`, which is the same on every
-    rank."""
-    found: dict[int, _Parameter] = {}
-    for path, module in (named for part in parts for named in part.named_modules(remove_duplicate=False)):
-        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
-            raise ValueError(
-                "Matrices must keep their two dimensions, and FullyShardedDataParallel flattens them. "
-                "Shard the model with torch.distributed.fsdp.fully_shard."
-            )
-        for leaf, tensor in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}" if path else leaf
-            if is_lazy(tensor):
-                raise ValueError(
-                    f"Parameters must have their shape, and {name!r} is not initialized yet. "
-                    "Run the model on a batch before param_groups_for."
-                )
-            parameter = found.setdefault(id(tensor), _Parameter(tensor, name, [], []))
-            parameter.names.append(canonical_name(name))
-            parameter.owners.append(module)
-
-    parameters = list(found.values())
-    for parameter in parameters:
-        parameter.kind = _kind(parameter)
-    for head in _heads(parameters, _output_embeddings(parts)):
-        if head.kind in (MATRICES, UNPLACED):
-            head.kind = HEAD
-    return parameters
-
-
-def _kind(parameter: _Parameter) -> str:
-    """Tell what a parameter is from its owners and its number of dimensions; heads count as matrices here."""
-    ndim = parameter.tensor.ndim
-    if ndim < 2:
-        return VECTORS
-    # First, because a tied head is an embedding too.
-    if ndim == 2 and parameter.owned_by(nn.Embedding, nn.EmbeddingBag, named="Embedding$"):
-        return EMBEDDINGS
-    if ndim == 2 and parameter.owned_by(nn.Linear, nn.MultiheadAttention, named="Linear|^Conv1D$"):
-        return MATRICES
-    # The latter's bias_k and bias_v are 1 x 1 x width.
-    if parameter.owned_by(nn.LayerNorm, nn.MultiheadAttention, named="Norm$"):
-        return VECTORS
-    if parameter.owned_by(named="^_ConvNd$"):
-        return CONVOLUTIONS
-    return UNPLACED
-
-
-def _output_embeddings(parts: list[nn.Module]) -> set[int]:
-    """Return the identities of the parameters of what the outermost `get_output_embeddings()` gives."""
-    for module in (module for part in parts for module in part.modules()):
-        getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
-        if isinstance(head, nn.Module):
-            return {id(tensor) for tensor in head.parameters()}
-    return set()
-
-
-def _heads(parameters: list[_Parameter], output_embeddings: set[int]) -> list[_Parameter]:
-    """Find the weights that turn hidden states into logits; a tied one may be among them."""
-    wide = [parameter for parameter in parameters if parameter.tensor.ndim == 2]
-    heads = [p for p in wide if id(p.tensor) in output_embeddings or any(map(_is_head, p.paths()))]
-    embeddings = [p for p in wide if p.kind == EMBEDDINGS]
-    if heads or any(p.owned_by(nn.Linear, named="Linear") for p in embeddings):
-        return heads
-
-    sizes = {p.tensor.shape[0] for p in embeddings}
-    fitting = [p for p in wide if p.kind == MATRICES and p.tensor.shape[0] in sizes]
-    homes = [home for p in embeddings for home in p.parents()]
-    beside = [
-        p for p in fitting if any(home[: len(parent)] == parent for parent in p.parents() for home in homes)
-    ]
-    if not beside and len(fitting) > 1:
-        fitting = [p for p in fitting if not any(map(_is_numbered, p.paths()))]
-    return (beside or fitting)[-1:]
-
-
-def _is_head(path: list[str]) -> bool:
-    """Whether a path ends in a head's name outside the numbered blocks; `head.1`, in a Sequential, does
-    too."""
-    while path and path[-1].isdigit():
-        path = path[:-1]
-    return bool(path) and path[-1] in HEAD_NAMES and not _is_numbered(path)
-
-
-def _is_numbered(path: list[str]) -> bool:
-    return any(word.isdigit() for word in path)
-
-
-def _unplaced_message(unplaced: list[_Parameter], total: int) -> str:
+def _unplaced_message(unplaced: list[Placed], total: int) -> str:
     width = max(len(parameter.names[0]) for parameter in unplaced)
     rows = [
         f"    {p.names[0]:<{width}}  {tuple(p.tensor.shape)} owned by {type(p.owners[0]).__name__}"
         for p in unplaced
     ]
     # One pattern for the same parameter of all blocks.
-    patterns = dict.fromkeys(
-        r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in parameter.names[0].split("."))
-        for parameter in unplaced
-    )
-    overrides = ", ".join(f'r"^{pattern}$": "adamw"' for pattern in patterns)
+    overrides = dict.fromkeys(f'r"^{_pattern(p)}$": {_suggested(p)}' for p in unplaced)
     return "\n".join(
         (
             f"Every trainable parameter needs an algorithm, and {len(unplaced)} of {total} could not be "
@@ -315,6 +204,19 @@ def _unplaced_message(unplaced: list[_Parameter], total: int) -> str:
             "Placed are 0- and 1-D parameters, embeddings, convolutions, 2-D weights of linear and "
             "attention layers.",
             'Say what the others are ("adamw", "lion", or "dion" if 2-D), for example:',
-            f"    param_groups_for(model, overrides={{{overrides}}})",
+            f"    param_groups_for(model, overrides={{{', '.join(overrides)}}})",
         )
     )
+
+
+def _pattern(p: Placed) -> str:
+    words = p.names[0].split(".")
+    return r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in words)
+
+
+def _suggested(p: Placed) -> str:
+    """Return an override in writing: positions, class tokens, decay rates and the like are no weights, and
+    have no weight decay; those of experts are."""
+    if "expert" in p.names[0].lower():
+        return '"adamw"'
+    return '{"algorithm": "adamw", "weight_decay": 0.0}'

@@ -1,5 +1,6 @@
 """What an optimizer builds for its parameters, once, and again when a group is added."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,19 @@ from curvadion_kernels import Ops, choose
 from curvadion_kernels.reference import Fixed
 
 logger = logging.getLogger("curvadion.optimizer")
+
+NEWEST_TESTED = (2, 15)  # of torch; scripts/test_versions.sh
+
+
+@functools.cache
+def untested(version: str) -> str:
+    """Return a sentence if this version of torch is newer than all that were tested, else nothing."""
+    if tuple(map(int, version.split(".")[:2])) <= NEWEST_TESTED:
+        return ""
+    newest = ".".join(map(str, NEWEST_TESTED))
+    message = f"torch {version} is newer than {newest}, the newest that CurvaDion was tested with"
+    logger.warning("%s; scripts/test_versions.sh tests others", message)
+    return message
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class Rooms:
         Raises:
             ValueError: layouts or options break a rule.
         """
+        untested(torch.__version__)  # once
         table = Table.of(groups)
         ops = choose("reference" if table.dry else options.kernels, table.device)
         logger.info("kernels: %s (%s)", ops.kernels, ops.why)
@@ -87,7 +102,7 @@ class Rooms:
         store = Store(
             table,
             groups,
-            [RULES[group["local_update"]].state for group in groups],
+            [RULES[group["local_update"]].state_of(group) for group in groups],
             [uses_Q or RULES[group["local_update"]].uses_Q for group in groups],
             momentum_dtype=options.momentum_dtype,
             outer_momentum=outer_momentum,

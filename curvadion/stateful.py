@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from curvadion.options import Options, check_group, check_parameters, check_rule
+from curvadion.options import Options, asks_for_local_steps, check_group, check_parameters, check_rule
 from curvadion.rooms import Rooms
 from curvadion.rules import Step
 from curvadion.sharding.agreement import Agreement
@@ -78,6 +78,21 @@ class Stateful(View):
         own = self.__dict__["state"]
         load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
 
+    @property
+    def _alone(self) -> bool:
+        return self.replicas == 1 and not asks_for_local_steps(self.param_groups, self._options)
+
+    def _follow_requires_grad(self) -> None:
+        """Leave what has been frozen alone from now on, without its state, and take up what is trained again.
+        Replicas are equal."""
+        table = self._built.table
+        if not table.outdated:
+            return
+        self._build()
+        for p in self._built.table.frozen:
+            self.__dict__["state"].pop(p, None)
+        self._schedule.forced = self._agreement.pending = True
+
     def _start_afresh(self) -> None:
         """Go on from the state that was loaded: replicas are equal, and nothing is under way."""
         self._built.store.loaded(self._schedule)
@@ -127,6 +142,7 @@ class Stateful(View):
 
     def _settle(self, step: Step) -> None:
         store, exchange = self._built.store, self._built.exchange
+        self._gate.last_answer()
         if self.diverged:
             self._consensus.settle(step)
             if self.replicas > 1:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvadion import metrics
 from curvadion.consensus import Consensus
+from curvadion.explain import Explanation, explain
 from curvadion.gate.ask import Gate
 from curvadion.gate.schedule import Schedule
 from curvadion.gate.trouble import Trouble
@@ -74,6 +75,15 @@ class View(torch.optim.Optimizer):
         have been taken; without those on which all its ranks work together."""
         ranks, names = self._built.exchange.shards.members, self._built.table.names
         return {names[i]: ranks[owner] for i, owner in sorted(self._built.owners.owner_of.items())}
+
+    def explain(self) -> Explanation:
+        """Return what becomes of each parameter, a list of `Row`; str() of it is a table.
+
+        Names, shapes, groups, rules, learning rates, ranks, owners, and bytes between replicas; see
+        `assert_routing` for tests.
+        """
+        apart = self.replicas > 1 and self._schedule.options.max_local_steps != 0
+        return explain(self.param_groups, self._built, self._consensus, self.owners, apart=apart)
 
     def named_rmmc(self) -> dict[str, float]:
         """Return each matrix's RMMC of the last step on this replica, or NaN; reads from the device."""

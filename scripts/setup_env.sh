@@ -1,5 +1,6 @@
 # Sourced by the other scripts. `ensure_venv EXTRAS` makes the environment .venv in the project root, installs the
-# project there with those extras if pyproject.toml changed since the last time, and activates it.
+# project there with those extras if pyproject.toml or constraints.txt changed since the last time, and activates
+# it.
 #
 # The interpreter is $PYTHON, or the first one on the PATH that is new enough. pip's own settings are respected: where the default torch
 # is larger than a machine without a GPU needs, point pip (PIP_INDEX_URL, pip.conf) to CPU builds.
@@ -29,10 +30,11 @@ ensure_venv() {
       return 1
     fi
   fi
-  wanted="$root"$'\n'"$(cat "$root/pyproject.toml")"
+  wanted="$root"$'\n'"$(cat "$root/pyproject.toml" "$root/scripts/constraints.txt")"
   if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
     echo "Installing CurvaDion[$extras] into $venv; the first time torch comes along, which is large"
-    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --editable "$root[$extras]"; then
+    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$root/scripts/constraints.txt" \
+      --editable "$root[$extras]"; then
       echo "pip could not install CurvaDion[$extras]; the lines above say why (no network, no torch for this Python?)." >&2
       return 1
     fi

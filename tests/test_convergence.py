@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -122,18 +123,29 @@ def test_published_runs_are_still_known() -> None:
         assert convergence.run_of(line).identity == line["identity"]
 
 
-def test_a_file_of_runs_can_be_checked(tmp_path: Path) -> None:
+def study(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the study's command in this process, and its runs in forked ones, which need not import torch
+    again; what it printed."""
+    monkeypatch.setattr(sys, "argv", [convergence.__file__, *map(str, arguments)])
+    get_context = multiprocessing.get_context
+    monkeypatch.setattr(convergence.multiprocessing, "get_context", lambda method: get_context("fork"))
+    convergence.main()
+    return capsys.readouterr().out
+
+
+def test_a_file_of_runs_can_be_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = tmp_path / "done.jsonl"
     lines = [execute(run_of(setting), "cpu") for setting in (replace(OURS, interval=3), MUON)]
     done.write_text("".join(json.dumps(line) + "\n" for line in lines))
     shape = ["--replicas", "2", "--batch", "2", "--steps", "7", "--settings", MUON.name]
-    command = [sys.executable, str(ROOT / "benchmarks" / "convergence.py"), "--check", str(done), *shape]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("then") == 1 and "(+0.0000)" in finished.stdout, finished.stdout
+    output = study(monkeypatch, capsys, "--check", done, *shape)
+    assert output.count("then") == 1 and "(+0.0000)" in output, output
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """As a user starts it, with spawned processes."""
     shape = [word for key, value in SHAPE.items() for word in (f"--{key}", str(value))]
     out = tmp_path / "runs.jsonl"
     command = [

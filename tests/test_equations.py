@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from support.reference import ReferenceReplicas
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvadion import CurvaDion
-from curvadion.algebra.power_iteration import orthogonalize, power_iteration
+from curvadion.algebra.power_iteration import PIECE_ELEMENTS, noise_floor, orthogonalize, power_iteration
 
 # One or a few fp64 products and a QR of condition below 1e3: rounding of 1e-16, amplified.
 FP64 = {"rtol": 1e-11, "atol": 1e-12}
@@ -243,13 +245,13 @@ def test_right_factor_qr_at_full_rank_gives_an_orthogonal_update(orthogonalizati
 )
 @pytest.mark.parametrize("algorithm", ["dion", "adamw", "lion"])
 def test_weight_decay_is_decoupled_and_uses_lr_on_both_branches(branch: dict, algorithm: str) -> None:
-    """Without a gradient only the decay is left, and local_lr_scale has no part in it."""
+    """Without a gradient, zero or missing, only the decay is left, and local_lr_scale has no part in it."""
     W = torch.full((4, 2), 16.0)
     optimizer, parameters = build(
         {"W": W}, lr=0.5, weight_decay=0.5, local_lr_scale=0.1, algorithms={"W": algorithm}, **branch
     )
     for t in range(1, 4):
-        step(optimizer, parameters)
+        step(optimizer, parameters, W=torch.zeros_like(W) if t == 1 else None)
         assert torch.equal(parameters["W"].detach(), W * 0.75**t), f"step {t}: not (1 - lr wd)^t X"
 
 
@@ -368,6 +370,71 @@ def test_cholesky_qr_is_orthonormal_up_to_condition_1e7(shape: tuple[int, int], 
     assert error <= 1e-6, f"|P^T P - I| is {error:.1e}"
     residual = A - P.double() @ (P.mT.double() @ A)
     assert float(residual.abs().max()) <= 1e-6, "the columns of A are not in the span of P"
+
+
+@pytest.mark.parametrize("condition", [1e0, 1e3, 1e5], ids="{:.0e}".format)
+@pytest.mark.parametrize("shape", [(64, 16), (200, 48), (96, 96)], ids=str)
+def test_above_the_noise_floor_a_second_pass_in_float32_is_enough(
+    shape: tuple[int, int], condition: float
+) -> None:
+    A = torch.stack([with_condition(*shape, condition, seed=s) for s in range(3)]).float()
+    [P] = orthogonalize([A], floor=noise_floor(A))
+    P, A = P.double(), A.double()
+    torch.testing.assert_close(
+        P.mT @ P, torch.eye(shape[1], dtype=P.dtype).expand(3, -1, -1), rtol=0, atol=2e-6
+    )
+    # Each column is a combination of as many of P's: to the rounding of its own length.
+    residual = (A - P @ (P.mT @ A).triu()).norm(dim=1) / A.norm(dim=1)
+    assert float(residual.max()) <= 2e-6, f"{float(residual.max()):.1e} of a column is not in the span"
+
+
+class Widest(TorchDispatchMode):
+    """Remembers how many float64 elements the largest tensor had that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float64:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-5])
+def test_float64_copies_are_made_of_a_few_rows_at_a_time(
+    floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    P = [draw(7, 12, 4).float(), draw(2, 60, 4, seed=1).float(), draw(2, 0, 4).float()]
+    expected = orthogonalize(P, floor=floor)
+    monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 100)  # two of the first, 25 rows of the second
+    with Widest() as widest:
+        actual = orthogonalize(P, floor=floor)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    # Gram matrices of a batch are together, and without a floor what the first pass returns.
+    assert widest.elements <= (7 * 4 * 4 if floor else 2 * 60 * 4)
+
+
+@pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
+def test_a_step_taken_in_pieces_is_the_same_step(right_factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        f"w{i}": draw(*shape, seed=i) for i, shape in enumerate([(12, 5)] * 5 + [(4, 9)] * 3 + [(8, 8)])
+    }
+    moved = []
+    for elements in (1 << 17, 100):
+        monkeypatch.setitem(PIECE_ELEMENTS, "cpu", elements)
+        parameters = {name: nn.Parameter(value.clone()) for name, value in values.items()}
+        options = {
+            "rank_fraction": 0.6,
+            "right_factor": right_factor,
+            "local_update": "dion",
+            **ALWAYS_CLOSED,
+        }
+        optimizer = CurvaDion([{"params": list(parameters.items())}], **options)
+        for t in range(3):
+            step(optimizer, parameters, **{name: draw(*v.shape, seed=9 + t) for name, v in values.items()})
+        state = [optimizer.state[p][key] for p in parameters.values() for key in ("momentum", "Q")]
+        moved.append([*parameters.values(), *state])
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-12, atol=1e-12)
 
 
 DEGENERATE = {

@@ -24,8 +24,11 @@ from curvadion.signals import SIGNALS
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
 # Indexing with a list uploads the list.
 WAITING |= {"index", "index_put_"}
-# The one wait of a step; the reference kernel reads the key, Triton's does so on the device.
-ALLOWED = {"ask.py:<lambda>", "reference.py:local_step_"}
+# The one wait of a step. On a CPU, which has nothing to wait for, the reference kernel reads the key, and
+# orthogonalization whether all columns are independent; on a GPU the device decides.
+ALLOWED = {"ask.py:<lambda>", "reference.py:local_step_", "power_iteration.py:_first_factor"}
+# Likewise on the CPU only: whether all matrices have gradients.
+ALLOWED |= {"store.py:_all_live"}
 # On the CPU wherever the parameters are: counters of AdamW, and where shards lie, once.
 ALLOWED |= {"scalar.py:scalar_step", "layout.py:_region"}
 

@@ -251,7 +251,7 @@ DEFECTS = ["zero-shard", "dead-rows", "zero", "zero-at-first", "rank-one", "one-
 
 
 @pytest.mark.parametrize("shards", [2, 4])
-def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(shards: int) -> None:
+def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(shards: int, quick: bool) -> None:
     shapes: Shapes = {"a": (8, 6), "b": (6, 10), "c": (12, 4)}
 
     def train(mesh: Any, defect: str, right_factor: str) -> tuple[dict[str, Tensor], bool]:
@@ -271,7 +271,7 @@ def test_degenerate_gradients_give_the_same_result_on_any_number_of_shards(shard
         mesh = grid(1, shards)[1]
         return [train(mesh, *case) for case in cases]
 
-    cases = list(itertools.product(DEFECTS, ["column_norm", "qr"]))
+    cases = list(itertools.product(DEFECTS, ["column_norm", "qr"]))[: 2 if quick else None]
     alone = [train(None, *case) for case in cases]
     for rank, results in enumerate(run_ranks(shards, worker)):
         for case, (expected, alive), (actual, sharded_alive) in zip(cases, alone, results, strict=True):
@@ -796,10 +796,6 @@ def test_one_replica_does_not_wait_to_say_what_is_wrong(seldom: dict[str, int]) 
     for norm in (1.0, 100.0):
         W.grad = torch.full_like(W, norm)
         opt.step()
-    if "gate_lag" in seldom:
-        with pytest.raises(RuntimeError, match="synchronize"):
-            opt.state_dict()  # what the gate has said of the next step would be missing
-        opt.synchronize()
     opt.state_dict()
     W.grad = torch.full_like(W, math.nan)
     with pytest.raises(NonFiniteError):

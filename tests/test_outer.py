@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ from curvadion import LOW_COMMUNICATION, CurvaDion
 from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.consensus.codec import CODECS, Grid
 from curvadion.consensus.fragments import parts_of
-from curvadion.sharding import flat
-from curvadion.sharding.journey import UnderWay
+from curvadion.sharding import flat, journey
+from curvadion.sharding.journey import Arrival, UnderWay, round_, unrounded
 from curvadion.sharding.ledger import WIRE
 from curvadion.state.table import Table
 
@@ -106,6 +106,19 @@ def test_rounding_has_no_preferred_sign_and_shrinks_what_is_left(bits: int) -> N
     assert torch.equal(y, -mirrored)
     assert abs(float((y - x).mean())) < 4 * float((y - x).std()) / math.sqrt(len(x)), "a bias"
     assert float((x - y).norm()) < {1: 0.61, 2: 0.36, 4: 0.12, 8: 0.01, 16: 0.003}[bits] * float(x.norm())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_in_chunks_changes_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codec = draw(7 * BLOCK), CODECS[bits]
+    assert codec is not None
+    payload = codec.encode(x)
+    values = codec.decode(payload, x.dtype)
+    monkeypatch.setattr(journey, "CHUNK", 3 * BLOCK)
+    residual = x.clone()
+    assert torch.equal(round_(codec, residual), payload)
+    assert torch.equal(residual, x - values)
+    assert torch.equal(unrounded(codec, payload, len(x), x.dtype), values)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -521,13 +534,19 @@ def run_legs(bits: int) -> list[int]:
         placed, Case("legs", {**OUTER, "max_local_steps": 9, "outer_bits": bits, "outer_delay": 4})
     )
     started: list[int] = []
-    start_next_leg = UnderWay.start_next_leg
+    next_leg, arrivals = UnderWay.start_next_leg, UnderWay.arrivals
 
-    def watched(self: UnderWay) -> None:
+    def watched_leg(self: UnderWay) -> None:
         started.append(step)
-        start_next_leg(self)
+        next_leg(self)
 
-    UnderWay.start_next_leg = watched  # type: ignore[method-assign]
+    def watched_arrivals(self: UnderWay) -> Iterator[Arrival]:
+        if self._trips:
+            started.append(step)
+        return arrivals(self)
+
+    UnderWay.start_next_leg = watched_leg  # type: ignore[method-assign]
+    UnderWay.arrivals = watched_arrivals  # type: ignore[method-assign]
     for step in range(5):
         placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
         optimizer.step()
@@ -624,16 +643,13 @@ def test_muon_forgives_coarse_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((coarse[0].double() - exact[0]).norm()) < 0.3 * float(exact[0].norm())
 
 
-def test_one_replica_is_saved_at_rest_only() -> None:
+def test_one_replica_settles_by_itself_to_be_saved() -> None:
     X = torch.nn.Parameter(draw(6, 4))
     optimizer = CurvaDion([X], **OUTER, outer_lr=0.5)
     X.grad = draw(6, 4, seed=1)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="synchronize"):
-        optimizer.state_dict()
     with pytest.raises(RuntimeError, match="call opt.synchronize"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(draw(3, 2))]})
-    optimizer.synchronize()
     optimizer.state_dict()
     optimizer.add_param_group({"params": [torch.nn.Parameter(draw(3, 2))]})
     optimizer.step()

@@ -80,7 +80,7 @@ def fake_steps(ranks: int, rank: int) -> tuple[float, int, float, float]:
         before = opt.ledger.calls["shard", "matrices"]
         with FlopCounterMode(display=False) as counter:
             opt.step()
-    [plan] = opt._built.owners.plans.values()
+    *_, plan = opt._built.owners.plans.values()  # after that of P in the first step
     sent = opt.ledger.last_step_wire["shard", "matrices"]
     dist.destroy_process_group()
     calls = opt.ledger.calls["shard", "matrices"] - before
@@ -177,3 +177,47 @@ def buckets(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[3]], ids=str)
 def test_matrices_travel_in_buckets(layout: Layout) -> None:
     run_ranks(layout.world_size(1), buckets, layout)
+
+
+TALL_AND_WIDE = [(24, 16), (8, 40), (17, 17), (40, 12)]
+
+
+def dion_steps(
+    layout: Layout, method: str
+) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, int]]:
+    torch.manual_seed(0)
+    values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate(TALL_AND_WIDE)}
+    placed = layout.build(values, 1)
+    opt = CurvaDion(
+        [{"params": list(placed.bag.named_parameters())}],
+        local_update="dion",
+        tau=INF,
+        rank_fraction=1.0,
+        orthogonalization=method,
+        owners="always",
+    )
+    for _ in range(3):
+        placed.set_gradients(placed.parts_of({name: torch.randn(v.shape) for name, v in values.items()}))
+        opt.step()
+    wire = {purpose: sent for (axis, purpose), sent in opt.ledger.last_step_wire.items() if axis == "shard"}
+    return {name: whole(p) for name, p in placed.bag.named_parameters()}, wire, opt.owners
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
+def test_the_rows_of_P_go_to_its_owner_and_no_gram_matrices_to_anybody(method: str) -> None:
+    """Of a wide matrix that is split by rows, P is on all ranks already, and goes back to all of them."""
+    [(alone, _, _)] = run_ranks(1, dion_steps, LAYOUTS[0], method)
+    layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
+    ranks = layout.world_size(1)
+    for rank, (values, wire, owners) in enumerate(run_ranks(ranks, dion_steps, layout, method)):
+        torch.testing.assert_close(values, alone, rtol=1e-4, atol=1e-4)
+        numbers = 0
+        for i, shape in enumerate(TALL_AND_WIDE):
+            m, r = max(shape), min(shape)
+            rows = [len(part) for part in torch.arange(m).chunk(ranks)]
+            if shape[0] < shape[1]:
+                numbers += m * r * (ranks - 1) if owners[f"layer{i}.weight"] == rank else 0
+            else:
+                mine = r * rows[rank]
+                numbers += m * r - mine if owners[f"layer{i}.weight"] == rank else mine
+        assert wire["gram"] == 0 and wire["matrices"] == 4 * numbers

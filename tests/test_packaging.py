@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import curvadion
+from curvadion import rooms
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,11 +79,19 @@ def test_metadata(wheel: Path) -> None:
     assert {f"Provides-Extra: {extra}" for extra in ("report", "kernels", "torchtitan", "dev")} <= set(lines)
 
 
-def test_imports_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked far from this tree."""
+    folder = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+        archive.extractall(folder)
+    return folder
+
+
+def test_imports_outside_the_tree(site: Path, tmp_path: Path) -> None:
+    """And the configs too, where torchtitan is."""
     program = """
+import importlib.util
 import curvadion, curvadion_kernels, torch
 print(curvadion.__file__, curvadion_kernels.__file__, curvadion.__version__, sep="\\n")
 model = torch.nn.Linear(6, 4)
@@ -91,49 +100,52 @@ before = model.weight.detach().clone()
 model(torch.ones(2, 6)).sum().backward()
 optimizer.step()
 print(bool(torch.equal(before, model.weight)))
+if importlib.util.find_spec("torchtitan"):
+    import curvadion_configs
+    print(curvadion_configs.__file__, curvadion_configs.gpt_160m().optimizer.local_update, sep="\\n")
 """
     lines = run(
         sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1"
     ).splitlines()
+    configs = [str(site / "curvadion_configs" / "__init__.py"), "muon"]
     assert lines == [
         str(site / "curvadion" / "__init__.py"),
         str(site / "curvadion_kernels" / "__init__.py"),
         curvadion.__version__,
         "False",
+        *(configs if importlib.util.find_spec("torchtitan") else []),
     ]
 
 
-def test_the_command_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+def test_the_command_outside_the_tree(site: Path, tmp_path: Path) -> None:
     """Its help needs no extra."""
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
     (scripts,) = site.glob("*.dist-info/entry_points.txt")
     assert "curvadion = curvadion.cli:main" in scripts.read_text()
     program = """
 import sys
 sys.modules.update(rich=None, matplotlib=None)  # what is None there cannot be imported
 from curvadion.cli import main
-main(sys.argv[1:])
+try:
+    main(["--help"])
+except SystemExit as done:
+    assert not done.code
+main(["report", "run"])
 """
-    environment = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    assert "report" in run(sys.executable, "-c", program, "--help", cwd=tmp_path, **environment)
     refused = subprocess.run(
-        [sys.executable, "-c", program, "report", "run"],
+        [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
+    assert "report" in refused.stdout, refused.stderr
     assert refused.returncode == 1
     assert "pip install 'curvadion[report]'" in refused.stderr
 
 
-def test_configs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchtitan", reason="the configs are for torchtitan: install the [torchtitan] extra")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    program = "import curvadion_configs as c; print(c.__file__, c.gpt_160m().optimizer.local_update)"
-    output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
-    assert output.split() == [str(site / "curvadion_configs" / "__init__.py"), "muon"]
+def test_a_torch_that_nobody_has_tested_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    rooms.untested.cache_clear()
+    assert rooms.untested("2.11.0") == rooms.untested("2.15.3+cu130") == "" and not caplog.records
+    for _ in range(2):
+        assert "2.16.0.dev20270101 is newer than 2.15" in rooms.untested("2.16.0.dev20270101")
+    assert len(caplog.records) == 1, "said once"

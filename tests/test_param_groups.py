@@ -366,7 +366,8 @@ def test_layers_of_other_libraries_by_class_name() -> None:
         }
     )
     assert placed(param_groups_for(model)) == {
-        "matrices": ["a.weight", "b.weight", "c.weight"],
+        "matrices": ["b.weight", "c.weight"],
+        "matrices stored as in x out": ["a.weight"],
         "embeddings": ["d.weight"],
         "norms_and_biases": ["a.bias"],
     }
@@ -651,3 +652,322 @@ def test_fsdp_changes_nothing(tied: bool) -> None:
 def test_tensor_parallelism_changes_nothing() -> None:
     expected = placed(param_groups_for(Forward(vocabulary=WIDTH, head="output")))
     assert run_ranks(2, _groups_of_tensor_parallel) == [expected, expected]
+
+
+# ---- look-alikes of real architectures: what is no hidden matrix
+
+
+class Plain(nn.Module):
+    """Modules by name, registered in that order."""
+
+    def __init__(self, **modules: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+class Conv1D(nn.Module):
+    """transformers.pytorch_utils.Conv1D: its weight is in x out."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.zeros(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def blocks(make: Any, number: int = 2) -> nn.ModuleList:
+    return nn.ModuleList(make() for _ in range(number))
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def attention(width: int = 16) -> Plain:
+    return Plain(qkv=linear(width, 3 * width), proj=linear(width, width))
+
+
+def mlp(width: int = 16) -> Plain:
+    return Plain(fc1=linear(width, 4 * width), fc2=linear(4 * width, width))
+
+
+def swiglu(width: int = 16, hidden: int = 40) -> Plain:
+    return Plain(gate_proj=linear(width, hidden), up_proj=linear(width, hidden), down=linear(hidden, width))
+
+
+def resnet() -> nn.Module:
+    block = lambda: Plain(conv1=nn.Conv2d(8, 8, 3), bn1=nn.BatchNorm2d(8))  # noqa: E731
+    return Plain(conv1=nn.Conv2d(3, 8, 3), layer1=nn.Sequential(block(), block()), fc=nn.Linear(8, 10))
+
+
+def vgg() -> nn.Module:
+    features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    return Plain(features=features, classifier=nn.Sequential(linear(72, 24), linear(24, 24), linear(24, 10)))
+
+
+def mnist() -> nn.Module:
+    return Plain(conv1=nn.Conv2d(1, 4, 3), conv2=nn.Conv2d(4, 8, 3), fc1=linear(98, 20), fc2=linear(20, 10))
+
+
+def convnext() -> nn.Module:
+    block = lambda: Plain(conv_dw=nn.Conv2d(8, 8, 7, groups=8), mlp=mlp(8))  # noqa: E731
+    head = Plain(norm=nn.LayerNorm(8), fc=nn.Linear(8, 10))
+    return Plain(stem=nn.Sequential(nn.Conv2d(3, 8, 4)), stages=blocks(block), head=head)
+
+
+def vit() -> nn.Module:
+    block = lambda: Plain(attn=attention(), mlp=mlp())  # noqa: E731
+    return Plain(
+        cls_token=nn.Parameter(torch.zeros(1, 1, 16)),
+        patch_embed=Plain(proj=nn.Conv2d(3, 16, 4)),
+        blocks=blocks(block),
+        heads=Plain(head=linear(16, 10)),
+    )
+
+
+def dit() -> nn.Module:
+    """The original's: its last layer is called `final_layer.linear`, and what modulates it comes after."""
+    block = lambda: Plain(attn=attention(), adaLN=nn.Sequential(nn.SiLU(), linear(16, 96)))  # noqa: E731
+    final = Plain(linear=linear(16, 12), adaLN_modulation=nn.Sequential(nn.SiLU(), linear(16, 32)))
+    time = Plain(mlp=nn.Sequential(linear(24, 16), nn.SiLU(), linear(16, 16)))
+    return Plain(
+        x_embedder=linear(12, 16), t_embedder=time, y=nn.Embedding(11, 16), blocks=blocks(block), final=final
+    )
+
+
+def dit_without_inner_blocks() -> nn.Module:
+    return Plain(x_embedder=linear(4, 16), blocks=blocks(lambda: linear(16, 16)), proj_out=linear(16, 4))
+
+
+def pixart() -> nn.Module:
+    """Diffusers': projections of the caption and of time are registered after the output."""
+    caption = Plain(linear_1=linear(20, 16), linear_2=linear(16, 16))
+    return Plain(
+        pos_embed=Plain(proj=nn.Conv2d(4, 16, 2)),
+        transformer_blocks=blocks(lambda: Plain(attn1=attention(), ff=mlp())),
+        proj_out=linear(16, 12),
+        adaln_single=Plain(linear=linear(16, 96)),
+        caption_projection=caption,
+    )
+
+
+def moe(gate: nn.Module, experts: nn.Module, **more: nn.Module) -> nn.Module:
+    layer = lambda: Plain(attn=attention(), mlp=Plain(gate=gate, experts=experts, **more))  # noqa: E731
+    return Plain(embed_tokens=nn.Embedding(50, 16), layers=blocks(layer, 1), lm_head=linear(16, 50))
+
+
+def mixtral() -> nn.Module:
+    return moe(linear(16, 4), nn.ModuleList(swiglu() for _ in range(4)))
+
+
+def qwen_moe() -> nn.Module:
+    experts = nn.ModuleList(swiglu() for _ in range(4))
+    return moe(linear(16, 4), experts, shared_expert=swiglu(), shared_expert_gate=linear(16, 1))
+
+
+def deepseek() -> nn.Module:
+    class MoEGate(Plain):
+        """A router that holds its weight itself."""
+
+    gate = MoEGate(weight=nn.Parameter(torch.zeros(4, 16)))
+    return moe(gate, nn.ModuleList(swiglu() for _ in range(4)), shared_experts=swiglu())
+
+
+def mamba() -> nn.Module:
+    A_log = nn.Parameter(torch.zeros(32, 4))
+    A_log._no_weight_decay = True
+    layer = lambda: Plain(  # noqa: E731
+        A_log=A_log,
+        in_proj=linear(16, 64),
+        conv1d=nn.Conv1d(32, 32, 4, groups=32),
+        x_proj=linear(32, 9),
+        dt_proj=nn.Linear(1, 32),
+        out_proj=linear(32, 16),
+    )
+    return Plain(embedding=nn.Embedding(50, 16), layers=blocks(layer, 1), lm_head=linear(16, 50))
+
+
+def t5() -> nn.Module:
+    names = ("q", "k", "v", "o")
+    layer = lambda: Plain(  # noqa: E731
+        **{name: linear(16, 16) for name in names},
+        relative_attention_bias=nn.Embedding(8, 2),
+        wi=linear(16, 64),
+    )
+    stack = lambda: Plain(block=blocks(layer))  # noqa: E731
+    return Plain(shared=nn.Embedding(50, 16), encoder=stack(), decoder=stack(), lm_head=linear(16, 50))
+
+
+def whisper() -> nn.Module:
+    encoder = Plain(conv1=nn.Conv1d(8, 16, 3), embed_positions=nn.Embedding(20, 16), layers=blocks(attention))
+    decoder = Plain(embed_tokens=nn.Embedding(50, 16), layers=blocks(attention))
+    model = Plain(encoder=encoder, decoder=decoder, proj_out=linear(16, 50))
+    model.proj_out.weight = model.decoder.embed_tokens.weight
+    return model
+
+
+def gpt2_of_transformers() -> nn.Module:
+    attn = lambda: Plain(c_attn=Conv1D(48, 16), c_proj=Conv1D(16, 16))  # noqa: E731
+    layer = lambda: Plain(attn=attn(), mlp=Plain(c_fc=Conv1D(64, 16), c_proj=Conv1D(16, 64)))  # noqa: E731
+    model = Plain(transformer=Plain(wte=nn.Embedding(50, 16), h=blocks(layer)), lm_head=linear(16, 50))
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def llava() -> nn.Module:
+    """The projector comes last, and feeds the language model."""
+    vision = Plain(patch=nn.Conv2d(3, 20, 4), layers=blocks(lambda: attention(20)))
+    language = Plain(embed=nn.Embedding(50, 16), layers=blocks(attention), lm_head=linear(16, 50))
+    projector = Plain(linear_1=linear(20, 16), linear_2=linear(16, 16))
+    return Plain(vision_tower=vision, language_model=language, multi_modal_projector=projector)
+
+
+def bert() -> nn.Module:
+    """Its blocks have an `output` each; one head is tied, one tells whether a sentence follows another."""
+    layer = lambda: Plain(attention=attention(), output=Plain(dense=linear(64, 16)))  # noqa: E731
+    heads = Plain(transform=linear(16, 16), decoder=linear(16, 50), seq_relationship=linear(16, 2))
+    model = Plain(embedding=nn.Embedding(50, 16), layer=blocks(layer), pooler=linear(16, 16), cls=heads)
+    model.cls.decoder.weight = model.embedding.weight
+    return model
+
+
+def multi_token_prediction() -> nn.Module:
+    """Further heads stand in numbered blocks."""
+    language = Plain(embed=nn.Embedding(200, 16), layers=blocks(attention), lm_head=linear(16, 200))
+    return Plain(
+        language=language,
+        mtp=blocks(lambda: Plain(eh_proj=linear(32, 16), attn=attention(), out=linear(16, 200)), 1),
+        medusa=nn.ModuleList([nn.Sequential(linear(16, 16), linear(16, 200))]),
+    )
+
+
+def roberta_classifier() -> nn.Module:
+    head = Plain(dense=linear(16, 16), out_proj=linear(16, 3))
+    return Plain(embedding=nn.Embedding(50, 16), layer=blocks(attention), classifier=head)
+
+
+def old_weight_norm() -> nn.Module:
+    return nn.Sequential(nn.Embedding(11, 8), nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 11))
+
+
+def new_weight_norm() -> nn.Module:
+    weight_norm = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(nn.Embedding(11, 8), weight_norm(nn.Linear(8, 8)), nn.Linear(8, 11))
+
+
+# Per architecture, for each kind the last words that tell its 2-D weights apart.
+NOT_HIDDEN: dict[Any, dict[str, list[str]]] = {
+    resnet: {"head": ["fc.weight"]},
+    vgg: {"head": ["classifier.2.weight"]},
+    mnist: {"head": ["fc2.weight"]},
+    convnext: {"head": ["head.fc.weight"]},
+    vit: {"head": ["heads.head.weight"], "norms_and_biases": ["cls_token"]},
+    dit: {"head": ["final.linear.weight"], "embeddings": ["y.weight"]},
+    dit_without_inner_blocks: {"head": ["proj_out.weight"]},
+    pixart: {"head": ["proj_out.weight"]},
+    mixtral: {"head": ["lm_head.weight"], "gates": ["layers.0.mlp.gate.weight"]},
+    qwen_moe: {
+        "head": ["lm_head.weight"],
+        "gates": ["layers.0.mlp.gate.weight", "layers.0.mlp.shared_expert_gate.weight"],
+    },
+    deepseek: {"head": ["lm_head.weight"], "gates": ["layers.0.mlp.gate.weight"]},
+    mamba: {"head": ["lm_head.weight"], "gates": ["layers.0.dt_proj.weight"]},
+    t5: {"head": ["lm_head.weight"]},
+    whisper: {"embeddings": ["decoder.embed_tokens.weight", "encoder.embed_positions.weight"]},
+    gpt2_of_transformers: {"embeddings": ["transformer.wte.weight"]},
+    llava: {"head": ["language_model.lm_head.weight"]},
+    bert: {"head": ["cls.seq_relationship.weight"], "embeddings": ["embedding.weight"]},
+    multi_token_prediction: {"head": ["language.lm_head.weight", "mtp.0.out.weight", "medusa.0.1.weight"]},
+    roberta_classifier: {"head": ["classifier.out_proj.weight"]},
+    old_weight_norm: {"head": ["2.weight"], "norms_and_biases": ["1.weight_g"]},
+    new_weight_norm: {"head": ["2.weight"], "norms_and_biases": ["1.parametrizations.weight.original0"]},
+}
+
+
+@pytest.mark.parametrize("architecture", NOT_HIDDEN, ids=lambda make: make.__name__)
+def test_what_is_no_hidden_matrix(architecture: Any) -> None:
+    model, wanted = architecture(), NOT_HIDDEN[architecture]
+    groups = param_groups_for(model, overrides={"A_log": "adamw"} if architecture is mamba else {})
+    where = {name: group for group, names in placed(groups).items() for name in names}
+    told = {name: kind for kind, names in wanted.items() for name in names}
+    assert {name: where[name] for name in told} == told
+    for name, parameter in model.named_parameters():
+        others = ("embeddings", "unplaced without decay: A_log")
+        if parameter.ndim == 2 and name not in told and where[name] not in others:
+            assert where[name].startswith("matrices"), name
+    for kind in ("head", "gates"):
+        assert [name for name, group in where.items() if group == kind] == wanted.get(kind, [])
+
+
+def test_layers_that_are_stored_as_in_x_out() -> None:
+    class LinearOfAnotherLibrary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.zeros(4, 16)), nn.Parameter(torch.zeros(16))
+
+    model = gpt2_of_transformers()
+    model.other, model.plain = LinearOfAnotherLibrary(), linear(16, 16)
+    groups = param_groups_for(model, overrides={r"h\.1\.mlp": "adamw"})
+    in_out = {
+        name for group in groups if group.get("weight_layout") == "in_out" for name, _ in group["params"]
+    }
+    of_blocks = {name for name, p in model.named_parameters() if ".h." in name and p.ndim == 2}
+    assert in_out == {name for name in of_blocks if "h.1.mlp" not in name} | {"other.weight"}
+    assert options(groups)["matrices stored as in x out"] == {"algorithm": "dion", "weight_layout": "in_out"}
+
+
+def test_overrides_win_over_what_was_found() -> None:
+    groups = placed(param_groups_for(qwen_moe(), overrides={r"\.gate\.": "dion", "lm_head": "dion"}))
+    assert groups["gates: \\.gate\\."] == ["layers.0.mlp.gate.weight"]
+    assert groups["head: lm_head"] == ["lm_head.weight"]
+
+
+def test_where_parameters_go_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="curvadion.param_groups"):
+        param_groups_for(qwen_moe())
+    lines = [record.getMessage() for record in caplog.records]
+    assert "gates, adamw: layers.*.mlp.gate.weight (4, 16) (called gate)" in lines
+    assert "gates, adamw: layers.*.mlp.shared_expert_gate.weight (1, 16) (one row or column)" in lines
+    assert "matrices, dion: layers.*.mlp.experts.*.up_proj.weight (40, 16) x 4 (a linear layer's)" in lines
+
+
+# ---- weight decay
+
+
+def test_what_is_marked_has_no_weight_decay() -> None:
+    groups = param_groups_for(mamba(), overrides={"A_log": "adamw"})
+    assert options(groups)["unplaced without decay: A_log"] == {
+        "algorithm": "adamw",
+        "lr": 3e-3,
+        "weight_decay": 0.0,
+    }
+
+    class Swin(Plain):
+        def no_weight_decay(self) -> set[str]:
+            return {"bias_table"}
+
+    model = Plain(trunk=Swin(bias_table=nn.Parameter(torch.zeros(5, 3)), proj=linear(8, 8)))
+    groups = param_groups_for(model, overrides={"bias_table": "lion"})
+    assert {name: group.get("weight_decay") for name, group in options(groups).items()} == {
+        "matrices": None,
+        "unplaced without decay: bias_table": 0.0,
+    }
+
+
+def test_an_override_may_give_weight_decay_to_what_is_marked() -> None:
+    groups = param_groups_for(mamba(), overrides={"A_log": {"algorithm": "adamw", "weight_decay": 0.1}})
+    assert options(groups)["unplaced without decay: A_log"]["weight_decay"] == 0.1
+
+
+def test_suggested_overrides_give_weight_decay_to_weights_alone() -> None:
+    with pytest.raises(ValueError, match="could not be placed") as caught:
+        param_groups_for(mixture_of_experts())
+    suggestion = str(caught.value).splitlines()[-1]
+    groups = eval(suggestion, {"param_groups_for": param_groups_for, "model": mixture_of_experts()})
+    decays = {name: group.get("weight_decay") for group in groups for name, _ in group["params"]}
+    assert decays["positions"] == 0.0
+    assert decays["layers.0.experts.w1"] is None

@@ -6,12 +6,13 @@ torchrun and the command line.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from support.ranks import RankFailed, run_ranks
 from support.wire import Wire
 
-from curvadion import CurvaDion, param_groups_for
+from curvadion import CurvaDion, assert_routing, param_groups_for
 
 pytest.importorskip("torchtitan", reason="the plug-in is for torchtitan: install the [torchtitan] extra")
 pytest.importorskip("triton", reason="torchtitan imports triton: install the [torchtitan] extra")
@@ -64,6 +65,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+UNCLIPPED = ("--training.max_norm", "1e9")
+
+
 def flags(assets: Path, out: Path) -> list[str]:
     text = str(assets / "text")
     return [
@@ -101,7 +105,19 @@ def trainer_for(config: str, *options: object) -> Any:
         "RANK": str(torch.distributed.get_rank()),
         "WORLD_SIZE": str(torch.distributed.get_world_size()),
     }
-    return parse(config, "--debug.seed", 3, *options).build()
+    return parsed(config, *map(str, options)).build()
+
+
+@functools.cache
+def parsed(config: str, *options: str) -> Any:
+    """`parse` for a trainer, which takes half a second; ranks forked later have it."""
+    return parse(config, "--debug.seed", 3, *options)
+
+
+def train(world_size: int, fn: Callable[..., Any], config: str, options: Sequence[object], *rest: Any) -> Any:
+    """`run_ranks` for a function that builds the trainer of these options."""
+    parsed(config, *map(str, options))
+    return run_ranks(world_size, fn, config, options, *rest)
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -226,6 +242,16 @@ def test_names_survive_activation_checkpointing_and_compile() -> None:
     ]
 
 
+def test_the_table_of_all_parameters_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    container = CurvaDionOptimizer.Config().build(model_parts=[parse("debug").model_spec.model.build()])
+    monkeypatch.setattr("curvadion.titan.optimizer.logger.info", lines.append)
+    container.bind(None)
+    [table] = [line for line in lines if "what becomes of each parameter" in line]
+    assert table.endswith(str(container.curvadion.explain()))
+    assert_routing(container.curvadion, {r"attention\.|feed_forward\.": "dion", ".*": "adamw"})
+
+
 def test_groups_by_torchtitans_own_patterns() -> None:
     config = parse("debug").optimizer
     matrices = {
@@ -274,8 +300,8 @@ def test_untested_versions_are_named() -> None:
 
 
 def first_gradients(config: str, options: Sequence[object]) -> dict[str, Any]:
-    """Return the initial weights, and the gradients that the optimizer sees in the first step, unclipped."""
-    trainer = trainer_for(config, *options, "--training.max_norm", "1e9")
+    """Return the initial weights, and the gradients that the optimizer sees in the first step."""
+    trainer = trainer_for(config, *options)
     start, seen = weights(trainer), {}
 
     def look() -> None:
@@ -290,11 +316,20 @@ def first_gradients(config: str, options: Sequence[object]) -> dict[str, Any]:
     return {"weights": start, "gradients": seen}
 
 
-def test_gradients_are_local_to_a_replica_and_rightly_scaled(assets: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_by_two(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """`first_gradients` of two replicas of two shards, by rank."""
+    options = [*flags(assets, tmp_path_factory.mktemp("two_by_two")), *layout(2, 2), *UNCLIPPED]
+    return train(4, first_gradients, "debug", options)
+
+
+def test_gradients_are_local_to_a_replica_and_rightly_scaled(
+    two_by_two: list[dict[str, Any]], assets: Path, tmp_path: Path
+) -> None:
     """Between replicas all differ, and their mean is what HSDP would have made of them."""
-    options = [*flags(assets, tmp_path), *layout(2, 2)]
-    local = [rank["gradients"] for rank in run_ranks(4, first_gradients, "debug", options)]
-    reduced = [rank["gradients"] for rank in run_ranks(4, first_gradients, "debug_adamw", options)]
+    options = [*flags(assets, tmp_path), *layout(2, 2), *UNCLIPPED]
+    local = [rank["gradients"] for rank in two_by_two]
+    reduced = [rank["gradients"] for rank in train(4, first_gradients, "debug_adamw", options)]
     for name in local[0]:
         for shard in range(2):
             mine, other = local[shard][name], local[2 + shard][name]
@@ -305,19 +340,20 @@ def test_gradients_are_local_to_a_replica_and_rightly_scaled(assets: Path, tmp_p
 
 def test_one_shard_scales_alike(assets: Path, tmp_path: Path) -> None:
     """FSDP2 on a mesh of one rank divides in another place."""
-    options = [*flags(assets, tmp_path), *layout(2, 1)]
-    local = [rank["gradients"] for rank in run_ranks(2, first_gradients, "debug", options)]
-    reduced = [rank["gradients"] for rank in run_ranks(2, first_gradients, "debug_adamw", options)]
+    options = [*flags(assets, tmp_path), *layout(2, 1), *UNCLIPPED]
+    local = [rank["gradients"] for rank in train(2, first_gradients, "debug", options)]
+    reduced = [rank["gradients"] for rank in train(2, first_gradients, "debug_adamw", options)]
     for name in local[0]:
         assert not torch.equal(local[0][name], local[1][name]), name
         torch.testing.assert_close((local[0][name] + local[1][name]) / 2, reduced[0][name])
 
 
-def test_initial_weights_do_not_depend_on_the_mesh(assets: Path, tmp_path: Path) -> None:
+def test_initial_weights_do_not_depend_on_the_mesh(
+    two_by_two: list[dict[str, Any]], assets: Path, tmp_path: Path
+) -> None:
     """DTensor on a CPU mesh would fill all shards with the same numbers."""
-    whole = run_ranks(1, first_gradients, "debug", flags(assets, tmp_path))[0]["weights"]
-    ranks = run_ranks(4, first_gradients, "debug", [*flags(assets, tmp_path), *layout(2, 2)])
-    for replica in (ranks[:2], ranks[2:]):
+    whole = train(1, first_gradients, "debug", [*flags(assets, tmp_path), *UNCLIPPED])[0]["weights"]
+    for replica in (two_by_two[:2], two_by_two[2:]):
         assert_same({name: torch.cat([rank["weights"][name] for rank in replica]) for name in whole}, whole)
 
 
@@ -385,7 +421,7 @@ def uninterrupted(
         "--validator.steps",
         1,
     ]
-    return out, run_ranks(4, run, "debug", options)
+    return out, train(4, run, "debug", options)
 
 
 def test_a_run_learns(uninterrupted: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -400,27 +436,19 @@ def test_a_run_learns(uninterrupted: tuple[Path, list[dict[str, Any]]]) -> None:
     assert 0 < metrics["curvadion/sync_rate"] < 1, "the test is of both branches"
 
 
-def test_validation_does_not_change_the_run(
+def test_validation_and_being_killed_do_not_change_the_run(
     uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path
 ) -> None:
-    with_validation = uninterrupted[1]
-    assert set(with_validation[0]["validation"]) == {1, 4, 8}
-    assert len({rank["validation"][8] for rank in with_validation}) == 1
-    without = run_ranks(4, run, "debug", [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED])
-    assert without[0]["losses"] == with_validation[0]["losses"]
-    for left, right in zip(with_validation, without, strict=True):
-        assert_same(left["weights"], right["weights"])
-
-
-def test_kill_and_resume(
-    uninterrupted: tuple[Path, list[dict[str, Any]]], assets: Path, tmp_path: Path
-) -> None:
-    """The same losses, and bit for bit the same weights, as the run that saved at the same steps and was not
-    killed."""
-    options = [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED]
-    run_ranks(4, run, "debug", options, 5)
-    resumed = run_ranks(4, run, "debug", options)
+    """The same losses, and bit for bit the same weights, as the run that saved at the same steps, looked at
+    the consensus in between, and was not killed."""
     whole = uninterrupted[1]
+    assert set(whole[0]["validation"]) == {1, 4, 8}
+    assert len({rank["validation"][8] for rank in whole}) == 1
+    options = [*flags(assets, tmp_path), *layout(2, 2), *CHECKPOINTED]
+    killed = train(4, run, "debug", options, 5)
+    assert not killed[0]["validation"]
+    assert killed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(1, 6)}
+    resumed = train(4, run, "debug", options)
     assert resumed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(4, 9)}
     for left, right in zip(whole, resumed, strict=True):
         assert_same(left["weights"], right["weights"])
@@ -437,7 +465,7 @@ def test_resume_on_another_mesh(
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "step-3").symlink_to(out / "checkpoint" / "step-3")
     options = [*flags(assets, tmp_path), *layout(replicas, shards), *CHECKPOINTED, "--optimizer.tau", 0.7]
-    resumed = run_ranks(4, run, "debug", options)
+    resumed = train(4, run, "debug", options)
     assert resumed[0]["losses"][4] == pytest.approx(whole[0]["losses"][4], rel=1e-6)
     assert set(resumed[0]["losses"]) == set(range(4, 9))
     assert resumed[0]["tau"] == 0.7, "the command line outranks the checkpoint"
@@ -447,8 +475,8 @@ def test_tensor_parallel(assets: Path, tmp_path: Path) -> None:
     """2 shards x 2 tensor-parallel ranks train as 2 ranks without tensor parallelism, but for the order of
     sums."""
     common = [*flags(assets, tmp_path), "--training.steps", 4, "--optimizer.max_local_steps", 0]
-    plain = run_ranks(2, run, "debug", [*common, *layout(1, 2)])
-    split = run_ranks(4, run, "debug", [*common, *layout(1, 2), "--parallelism.tensor_parallel_degree", 2])
+    plain = train(2, run, "debug", [*common, *layout(1, 2)])
+    split = train(4, run, "debug", [*common, *layout(1, 2), "--parallelism.tensor_parallel_degree", 2])
     assert split[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-4)
 
 
@@ -463,10 +491,10 @@ def test_local_gradients_need_curvadion(assets: Path, tmp_path: Path) -> None:
         run_ranks(1, build)
 
 
-def traffic(options: Sequence[object]) -> list[dict[str, Any]]:
+def traffic(config: str, options: Sequence[object]) -> list[dict[str, Any]]:
     """Return for each of five steps what the Flight Recorder saw, what the ledger says, and what was
     logged."""
-    trainer = trainer_for("debug", *options)
+    trainer = trainer_for(config, *options)
     optimizer, batches, logged, trace = (
         trainer.optimizers.curvadion,
         trainer.batch_generator(trainer.dataloader),
@@ -510,7 +538,7 @@ def test_bytes_between_replicas_are_the_ledgers(assets: Path, tmp_path: Path) ->
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
-        ranks = run_ranks(4, traffic, options)
+        ranks = train(4, traffic, "debug", options)
     for trace in ranks:
         own = 0
         for step, entry in enumerate(trace, 1):

@@ -34,7 +34,7 @@ NOISE_ULPS = 64
 # ... and, where every entry was rounded to a coarser format than it was summed in, in units of that format's.
 COARSE_NOISE_ULPS = 2
 # Elements that are worked on at a time, by kind of device.
-PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+PIECE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def power_iteration(
     M: Sequence[Tensor],
     Q: Sequence[Tensor],
     *,
-    rows: Side = LOCAL,
     columns: Side = LOCAL,
+    orthonormal_P: Callable[[Tensors, Sequence[float]], Tensors] | None = None,
     reduce_P: Callable[[Tensors], tuple[Tensors, Tensors]] = same_twice,
     reduce_R: Callable[[Tensors], tuple[Tensors, Tensors]] = same_twice,
     orthogonalization: str = "cholesky_qr",
@@ -99,7 +99,9 @@ def power_iteration(
     Args:
         M: batches (B, m, n) of momenta, m on the longer side of the whole matrix; local shards.
         Q: batches (B, n, r).
-        rows, columns: how m and n are spread over ranks.
+        columns: how n is spread over ranks.
+        orthonormal_P: orthogonalizes P, given a floor for each batch, where m is spread over ranks or others
+            do it; may overwrite P.
         reduce_P: the sum over the ranks that split n (own), then the mean over replicas; returns (own, mean).
         reduce_R: the sum over the ranks that split m (own, R_i), then the mean over replicas (R); returns
             (R_i, R).
@@ -110,7 +112,10 @@ def power_iteration(
     Q = [q.to(m.dtype) for m, q in zip(M, Q, strict=True)]
     _, P = reduce_P([m @ q for m, q in zip(M, Q, strict=True)])
     with record_function("curvadion::orthogonalize"):
-        P, _ = _orthonormal_columns(P, rows, orthogonalization, floors)
+        if orthonormal_P is not None:
+            P = orthonormal_P(P, floors)
+        else:
+            P, _ = orthonormal_columns(P, LOCAL, orthogonalization, floors)
     own, R = reduce_R([m.mT @ p for m, p in zip(M, P, strict=True)])
 
     sumsq = columns.sum([column_sumsq(r) for r in R], "column_norms")
@@ -121,7 +126,7 @@ def power_iteration(
     scales: list[Tensor | None] = [None] * len(R)
     if right_factor == "qr":
         with record_function("curvadion::orthogonalize"):
-            new, independent = _orthonormal_columns(R, columns, orthogonalization, floors)
+            new, independent = orthonormal_columns(R, columns, orthogonalization, floors)
         live = [a & b for a, b in zip(live, independent, strict=True)]
     else:
         lengths = [_inverse_root(s) for s in sumsq]
@@ -173,20 +178,23 @@ def orthogonalize(
     Args:
         P: batches (B, m, r), local rows, m >= r as a whole.
         side: how the rows are spread over ranks.
-        method: "cholesky_qr", shifted Cholesky QR in two passes, Gram matrices and factors in float64 (Fukaya
-            et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM
-            J. Sci. Comput. 42, 2020), accurate up to condition 1e7; only r x r matrices cross ranks. "qr":
-            Householder (`torch.linalg.qr`) on the gathered matrix, the reference.
+        method: "cholesky_qr", shifted Cholesky QR in two passes (Fukaya et al., "Shifted Cholesky QR for
+            computing the QR factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42, 2020),
+            accurate up to condition 1e7; only r x r matrices cross ranks. The first pass is in float64, of a
+            few matrices or rows at a time; the second in P's dtype where the floor leaves it orthonormal
+            columns, else in float64. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the
+            reference.
         floor: a column is dependent if less than this, relative to the largest column, is left of it after
             those before it.
     """
-    return _orthonormal_columns(P, side, method, [floor] * len(P))[0]
+    return orthonormal_columns(P, side, method, [floor] * len(P))[0]
 
 
-def _orthonormal_columns(
+def orthonormal_columns(
     P: Sequence[Tensor], side: Side, method: str, floors: Sequence[float]
 ) -> tuple[Tensors, Tensors]:
-    """Return the bases, and which columns are independent of those before them, (B, 1, r) bool."""
+    """Return what `orthogonalize` does, with a floor for each batch, and which columns are independent of
+    those before them, (B, 1, r) bool."""
     if method == "qr":
         pairs = [_householder(p, floor) for p, floor in zip(side.gather(list(P)), floors, strict=True)]
         return side.take([basis for basis, _ in pairs]), [live for _, live in pairs]
@@ -196,8 +204,8 @@ def _orthonormal_columns(
         L, kept = _first_factor(gram, floor)
         # The first pass leaves columns that are orthonormal to its rounding, unless the shift has held some
         # of them down: then the second one needs as many digits.
-        exact = floor**2 > 10 * GRAM_SHIFT * L.shape[-1]
-        bases.append(_solve(p, L, p.dtype if exact else torch.float64))
+        enough = floor**2 > 10 * GRAM_SHIFT * L.shape[-1]
+        bases.append(_solve(p, L, p.dtype if enough else torch.float64))
         live.append(kept)
         del L
     grams = side.sum([_gram(w, w.dtype) for w in bases], "gram")
@@ -236,22 +244,32 @@ def _handed_over(tensors: Tensors) -> Iterator[Tensor]:
 
 
 def _gram(P: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return P^T P, (B, r, r), computed in this dtype piece by piece."""
-    gram = P.new_zeros((len(P), P.shape[-1], P.shape[-1]), dtype=dtype)
+    """Return the lower triangle of P^T P, (B, r, r), computed in this dtype piece by piece; above it are
+    zeros and some of the rest."""
+    r = P.shape[-1]
+    width = max(128, r // 8)
+    gram = P.new_zeros((len(P), r, r), dtype=dtype)
     for some, rows in _blocks(P):
         w = P[some, rows].to(dtype)
-        gram[some].baddbmm_(w.mT, w)
+        for j in range(0, r, width):
+            gram[some, j:, j : j + width].baddbmm_(w[..., j:].mT, w[..., j : j + width])
     return gram
 
 
 def _solve(P: Tensor, L: Tensor, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:
     """Return P L^-T in this dtype, computed in L's piece by piece; columns that are not live are zero."""
+
+    def solved(some: slice, rows: slice) -> Tensor:
+        B = P[some, rows].to(L.dtype)
+        X = torch.linalg.solve_triangular(L[some].mT, B, upper=True, left=False)
+        return X if live is None else X.masked_fill_(~live[some], 0.0)  # also where it is not finite
+
+    blocks = list(_blocks(P))
+    if len(blocks) == 1:
+        return solved(*blocks[0]).to(dtype)
     result = torch.empty_like(P, dtype=dtype)
-    for some, rows in _blocks(P):
-        solved = torch.linalg.solve_triangular(L[some].mT, P[some, rows].to(L.dtype), upper=True, left=False)
-        if live is not None:
-            solved.masked_fill_(~live[some], 0.0)  # also where it is not finite
-        result[some, rows] = solved
+    for block in blocks:
+        result[block] = solved(*block)
     return result
 
 
@@ -263,10 +281,12 @@ def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     none is independent: no direction, no update. Overwrites G.
     """
     squares = gram.diagonal(dim1=-2, dim2=-1).clone()
-    _, pivots, positive = _cholesky(gram, _shifted(squares))
-    above = pivots > floor**2 * squares.amax(-1, keepdim=True)
+    L, pivots, positive = _cholesky(gram, _shifted(squares))
+    live = positive & (pivots > floor**2 * squares.amax(-1, keepdim=True))
+    # Elsewhere the host would have to wait for the answer, and in a dry run there is none.
+    if type(gram) is Tensor and gram.is_cpu and bool(live.all()):
+        return L, live.unsqueeze(-2)
     # Noise must not pass for a direction: what later columns have along it would be lost.
-    live = above & positive
     L, _, positive = _cholesky(_restrict(gram, live), torch.where(live, _shifted(squares * live), 1.0))
     return L, (live & positive).unsqueeze(-2)
 
@@ -290,8 +310,9 @@ def _restrict(gram: Tensor, live: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L of G = L L^T with G's diagonal replaced, its squared pivots (what is left of each column after
-    those before it), (B, r), and whether G is positive definite, (B, 1); if not, L means nothing."""
+    """Return L of G = L L^T, its squared pivots (what is left of each column after those before it), (B, r),
+    and whether G is positive definite, (B, 1); if not, L means nothing. Replaces G's diagonal, and reads its
+    lower triangle."""
     gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
     L, info = torch.linalg.cholesky_ex(gram)
     return L, L.diagonal(dim1=-2, dim2=-1).square(), (info == 0).unsqueeze(-1)
@@ -307,7 +328,7 @@ def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(P)
     pivots = R.diagonal(dim1=-2, dim2=-1).abs()
     live = pivots > max(NOISE_ULPS * torch.finfo(P.dtype).eps, floor) * pivots.amax(-1, keepdim=True)
-    if not bool(live.all()):
+    if type(live) is not Tensor or not bool(live.all()):
         # The basis vector of a dependent column is arbitrary, and later columns lose their part along it:
         # factor again, those last.
         order = torch.argsort(~live, dim=-1, stable=True).unsqueeze(-2).expand_as(P)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvadion.allowed import Option
 from curvadion.rules.base import Step
+from curvadion.state.batch import Batch
 from curvadion.state.store import Store
 
 
@@ -74,6 +75,16 @@ class Consensus:
         """Return what is the same in all replicas between any two steps, by what it is: one tensor of each
         parameter."""
         return {}
+
+    def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float | None:
+        """Return the bytes that a replica hands to collectives between replicas for one parameter in a
+        synchronization, without padding; None if it does not say.
+
+        Args:
+            batch: of a matrix.
+            apart: there were local steps before.
+        """
+        return None
 
     def drift(self) -> Tensor | None:
         """Return sums of squares of this replica's own way minus the common one, and of that; None if

@@ -55,6 +55,8 @@ class Grid:
         else:
             step = x.abs().amax(-1, keepdim=True) * (2 / levels)
         step = step.to(torch.bfloat16)
+        if self.bits == 1:  # the code is the sign
+            return torch.cat([step.view(torch.uint8), _pack(x >= 0)], dim=-1).view(-1)
         wide = step.to(x.dtype)
         codes = torch.where(wide > 0, x / wide, 0.0).floor_().add_(levels // 2)
         codes = codes.nan_to_num_(0.0).clamp_(0, levels - 1).to(torch.uint8)
@@ -67,10 +69,27 @@ class Grid:
         """Return the values, flat, in `dtype`."""
         payload = payload.view(-1, 2 + self.block * self.bits // 8)
         step = payload[:, :2].contiguous().view(torch.bfloat16).to(dtype)
+        if self.bits == 1:
+            halves = _halves(payload.device, dtype)[payload[:, 2:].to(torch.int32)]
+            return halves.view(len(payload), self.block).mul_(step).view(-1)
         levels, per_byte = 1 << self.bits, 8 // self.bits
         shifts = torch.arange(per_byte, dtype=torch.uint8, device=payload.device) * self.bits
         codes = (payload[:, 2:].unsqueeze(-1) >> shifts).view(len(payload), self.block) & (levels - 1)
         return (codes.to(dtype).add_(0.5 - levels // 2) * step).view(-1)
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """Return each 8 bools as a byte, lowest bit first: (blocks, values) -> (blocks, values / 8)."""
+    # Eight bytes of 0 or 1 as one little-endian number: this product gathers them, without a carry, in the
+    # highest byte.
+    eights = bits.view(torch.int64) * 0x0102040810204080
+    return (eights >> 56).to(torch.uint8)
+
+
+def _halves(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return 1/2 or -1/2 for each bit of each byte, (256, 8)."""
+    bits = torch.arange(256, device=device).unsqueeze(-1) >> torch.arange(8, device=device) & 1
+    return bits.to(dtype) - 0.5
 
 
 class Bfloat16:

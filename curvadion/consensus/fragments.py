@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvadion.sharding.layout import Layout
 from curvadion.state.table import Table
+from curvadion_kernels.reference import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Part:
         runs = x.view(self.shape)
         return [runs[cut] for cut in self.cuts]
 
+    def like(self, x: Tensor) -> Tensor:
+        """Return a tensor without memory, of the shape of the elements and the dtype of the computation."""
+        like = torch.empty(x.shape, dtype=compute_dtype(x.dtype), device="meta")
+        return like if self.whole else like.new_empty(sum(view.numel() for view in self.views(like)))
+
     def take(self, x: Tensor) -> Tensor:
         """Return the elements, flat; all of the tensor as it is where it is whole."""
         if self.whole:
@@ -67,8 +73,9 @@ class Part:
         target = x.contiguous()
         views = self.views(target)
         pieces = [values] if len(views) == 1 else values.split([view.numel() for view in views])
-        for view, piece in zip(views, pieces, strict=True):
-            view.copy_(piece.view(view.shape), non_blocking=True)
+        if values.untyped_storage()._cdata != target.untyped_storage()._cdata:  # not what `take` found there
+            for view, piece in zip(views, pieces, strict=True):
+                view.copy_(piece.view(view.shape), non_blocking=True)
         if target is not x:
             x.copy_(target)
 

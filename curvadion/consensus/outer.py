@@ -1,7 +1,9 @@
 """consensus="outer": replicas send each other how far they have come since they were last equal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from curvadion.consensus.codec import codec_of
 from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
+from curvadion.sharding.flat import shaped
 from curvadion.sharding.journey import Residuals, RoundedMean, UnderWay
+from curvadion.state.batch import Batch
 from curvadion.state.store import Store, copy_into
 from curvadion_kernels.reference import compute_dtype
 
@@ -40,12 +44,11 @@ class OuterOptions:
 
 @dataclass
 class _Flight:
-    """Pseudo-gradients under way: of which fragment, what this replica put in, and for how many steps
-    already."""
+    """Pseudo-gradients under way: of which fragment, their shapes, and for how many steps already."""
 
     fragment: int
     parts: list[Part]
-    own: list[Tensor]
+    like: list[Tensor]
     mean: UnderWay
     age: int = 0
 
@@ -86,6 +89,7 @@ class Outer(Consensus):
         self._X0: list[Tensor] = []
         self._stale = True  # X_0 is still to be taken from the parameters
         self._residuals = [Residuals() for _ in range(self._o.fragments)]
+        self._like: dict[int, list[Tensor]] = {}
         self._flights: list[_Flight] = []
         self._apart: Tensor | None = None
 
@@ -114,6 +118,7 @@ class Outer(Consensus):
         if [x.shape for x in X] == [x0.shape for x0 in self._X0]:
             return
         device = torch.device("cpu") if self._o.on_host else None
+        self._like.clear()
         self._X0 = [torch.empty_like(x, device=device, pin_memory=self._o.on_host and x.is_cuda) for x in X]
         self.forget()
 
@@ -159,6 +164,13 @@ class Outer(Consensus):
             for part, x in zip(parts, wide, strict=True):
                 part.put(step.X[part.index], x)
 
+    def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float:
+        numel, dtype = math.prod(step.table.layouts[index].shape), step.table.params[index].dtype
+        share = numel / self._o.fragments
+        if self._codec is None:
+            return share * compute_dtype(dtype).itemsize
+        return share * self._codec.bits_per_value / 8 * (1 + 1 / step.exchange.replicas)
+
     def land(self, step: Step) -> None:
         """Wait for what is under way."""
         for flight in list(self._flights):
@@ -171,58 +183,104 @@ class Outer(Consensus):
             flight.age += 1
             if self._codec is not None and flight.age == -(-self._o.delay // 2):
                 flight.mean.start_next_leg()
-        arriving = [flight for flight in self._flights if flight.age >= self._o.delay]
-        for flight in arriving:  # first all that others wait for
-            flight.mean.arrived()
-        for flight in arriving:
-            self._arrive(step, flight)
+        failures = []
+        for flight in [flight for flight in self._flights if flight.age >= self._o.delay]:
+            try:
+                self._arrive(step, flight)
+            except RuntimeError as error:  # others wait for the rest
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _depart(self, step: Step, fragment: int) -> None:
         """Send a fragment's pseudo-gradients on their way; without a delay also arrive."""
         for flight in [flight for flight in self._flights if flight.fragment == fragment]:
             self._arrive(step, flight)
         parts = parts_of(step.table, fragment, self._o.fragments)
-        X0 = self._references(step.X, parts)
-        pairs = zip(X0, parts, strict=True)
-        own = [x0.to(compute_dtype(x0.dtype)) - part.take(step.X[part.index]) for x0, part in pairs]
-        axes = [step.table.copied[part.index] for part in parts]
+        if fragment not in self._like:
+            self._like[fragment] = [part.like(step.X[part.index]) for part in parts]
+        like = self._like[fragment]
+        way = partial(self._way, step.X, parts, like)
         mean = step.exchange.start_mean_over_replicas(
-            own, axes, "pseudo_gradients", self._codec, self._residuals[fragment], self.journey
+            like,
+            [step.table.copied[part.index] for part in parts],
+            "pseudo_gradients",
+            self._codec,
+            self._residuals[fragment],
+            self.journey,
+            make=way,
+            keep_own=self._o.delay > 0,
         )
-        self._flights.append(_Flight(fragment, parts, own, mean))
+        self._flights.append(_Flight(fragment, parts, like, mean))
         if not self._o.delay:
-            self._arrive(step, self._flights[-1], X0)
+            self._arrive(step, self._flights[-1])
 
-    def _arrive(self, step: Step, flight: _Flight, X0: list[Tensor] | None = None) -> None:
-        """End a flight; X_0 of its parts is fetched unless it is given."""
+    def _way(
+        self, X: Sequence[Tensor], parts: Sequence[Part], like: Sequence[Tensor], indices: list[int]
+    ) -> Tensor:
+        """Return X_0 - X of the parts with these indices, as one flat buffer."""
+        some, shapes = [parts[i] for i in indices], [like[i] for i in indices]
+        device = X[some[0].index].device
+        flat = torch.empty(sum(t.numel() for t in shapes), dtype=shapes[0].dtype, device=device)
+        views = shaped(flat, shapes)
+        torch._foreach_copy_(views, self._references(X, some))
+        torch._foreach_sub_(views, [part.take(X[part.index]) for part in some])
+        return flat
+
+    def _arrive(self, step: Step, flight: _Flight) -> None:
+        """End a flight, buffer by buffer."""
         self._flights.remove(flight)
-        parts, own, D = flight.parts, flight.own, flight.mean.arrived()
-        if not parts:
-            return
-        o = self._o
-        norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (torch._foreach_sub(own, D), D)]
-        self._apart = torch.stack(norms).square().sum(1)
+        norms: dict[int, tuple[Tensor, Tensor]] = {}
+        try:
+            for indices, D, own in flight.mean.arrivals():
+                if own is None:  # nobody has moved since
+                    own = self._way(step.X, flight.parts, flight.like, indices)
+                norms |= self._move(step, flight, indices, D, own)
+                del D, own  # before the next come
+        finally:
+            flight.mean.let_pass()  # whatever happened here, others wait for it
+        if norms:
+            both = zip(*(norms[i] for i in range(len(flight.parts))), strict=True)
+            self._apart = torch.stack([torch.stack(some) for some in both]).square().sum(1)
+
+    def _move(
+        self, step: Step, flight: _Flight, indices: list[int], D: Tensor, own: Tensor
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Move the parts in a buffer by their D, in the memory of D and `own`; return the norms of own - D
+        and of D, by part."""
+        o, shapes = self._o, [flight.like[i] for i in indices]
+        parts = [flight.parts[i] for i in indices]
+        X, d, ours = [step.X[part.index] for part in parts], shaped(D, shapes), shaped(own, shapes)
+        if o.delay:
+            apart = shaped(own - D, shapes)
+        else:
+            own.sub_(D)
+            apart = ours
+        norms = zip(torch._foreach_norm(apart), torch._foreach_norm(d), strict=True)
+        del apart
         if step.store.outer_momenta:
             momenta = [step.store.outer_momenta[part.index] for part in parts]
             U = [part.take(u) for part, u in zip(parts, momenta, strict=True)]
             torch._foreach_mul_(U, o.momentum)
-            torch._foreach_add_(U, D)
+            torch._foreach_add_(U, d)
             for part, momentum, u in zip(parts, momenta, U, strict=True):
                 part.put(momentum, u)
-            D = list(torch._foreach_add(D, U, alpha=o.momentum))
-        X0 = self._references(step.X, parts) if X0 is None else X0
-        X0 = [x0.to(d.dtype).sub(d, alpha=o.lr) for x0, d in zip(X0, D, strict=True)]
-        moved = X0
+            torch._foreach_add_(d, U, alpha=o.momentum)
         if o.delay:
-            pairs = zip(parts, own, D, strict=True)
-            moved = [part.take(step.X[part.index]) + ours.sub(d, alpha=o.lr) for part, ours, d in pairs]
+            for part, x, way, change in zip(parts, X, ours, d, strict=True):
+                torch.sub(way, change, alpha=o.lr, out=way)
+                torch.add(part.take(x), way, out=way)
+        for x0, change in zip(self._references(step.X, parts), d, strict=True):
+            torch.sub(x0, change, alpha=o.lr, out=change)
+        moved = ours if o.delay else d
         if all(part.whole for part in parts):
-            copy_into([step.X[part.index] for part in parts], moved)
+            copy_into(X, moved)
         else:
-            for part, x in zip(parts, moved, strict=True):
-                part.put(step.X[part.index], x)
-        for part, x0 in zip(parts, X0, strict=True):
+            for part, x, values in zip(parts, X, moved, strict=True):
+                part.put(x, values)
+        for part, x0 in zip(parts, d, strict=True):
             self._keep(part, x0)
+        return dict(zip(indices, norms, strict=True))
 
     def _keep(self, part: Part, x0: Tensor) -> None:
         """Put these values of a part into X_0. On the host only whole tensors arrive without a wait, so a

@@ -54,12 +54,13 @@ class Schedule:
         forced: the next step that is not skipped is synchronized, on all ranks alike.
         wanted: this rank asks the others for a synchronized step; told in the gate's key when it is due.
         diverged: replicas may hold different state, so that a checkpoint would be a patchwork.
+        alone: there is one replica, and nobody has asked for local steps: every step is synchronized.
     """
 
     def __init__(self, options: ScheduleOptions):
         self.options = options
         self.steps = self.local_steps = self.synchronized_steps = 0
-        self.forced = self.wanted = self.diverged = False
+        self.forced = self.wanted = self.diverged = self.alone = False
 
     @property
     def apart(self) -> bool:
@@ -76,7 +77,7 @@ class Schedule:
         """Whether the next step must be synchronized: first steps, or `max_local_steps` local ones in a
         row."""
         most = self.options.max_local_steps
-        return self.forced or self.warming_up or (most is not None and self.local_steps >= most)
+        return self.forced or self.alone or self.warming_up or (most is not None and self.local_steps >= most)
 
     @property
     def may_ask(self) -> bool:

@@ -68,7 +68,7 @@ class Step:
             direction: (B, rows, columns), this rank's shards.
         """
         group, live = self.groups[batch.group], self.store.live_in(batch)
-        size = local_lr(group) * scale(group, batch)
+        size = local_lr(group) * scale(group, batch.layout.shape)
         self.ops.local_step_(
             [self.X[i] for i in batch.params],
             list(direction.contiguous().unbind()),
@@ -188,10 +188,25 @@ UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def scale(group: Mapping[str, Any], batch: Batch) -> float:
-    """Return the factor of the learning rate that the shape of the matrices asks for, sqrt(rows / columns) by
+# The names of the option `weight_layout`: the dimension of the outputs, "rows" in the equations.
+WEIGHT_LAYOUTS = {"out_in": 0, "in_out": 1}
+
+
+def output_dim(group: Mapping[str, Any]) -> int:
+    """Return the dimension of the group's matrices along which their outputs lie."""
+    return WEIGHT_LAYOUTS[group["weight_layout"]]
+
+
+def slices_first(matrices: Tensor, dim: int) -> Tensor:
+    """Return a view of (B, rows, columns) whose rows are the slices along that dimension; its own inverse."""
+    return matrices.mT if dim == 1 else matrices
+
+
+def scale(group: Mapping[str, Any], shape: Sequence[int]) -> float:
+    """Return the factor of the learning rate that matrices of this shape ask for, sqrt(outputs / inputs) by
     default."""
-    return UPDATE_SCALES[group["update_scale"]](*batch.layout.shape)
+    outputs = output_dim(group)
+    return UPDATE_SCALES[group["update_scale"]](shape[outputs], shape[1 - outputs])
 
 
 class Rule:
@@ -203,12 +218,18 @@ class Rule:
         options: options of groups that it declares, `step.groups[batch.group][name]`.
         state: what it keeps for each matrix, `batch.kept[name]`.
         uses_Q: whether it reads and moves this replica's Q; without it there may be none.
+        uses_rank: whether the rank, of rank_fraction, means something to it.
     """
 
     own_options: tuple[str, ...] = ("update_scale",)  # which `Step.move` heeds
     options: Mapping[str, Option] = {}
     state: tuple[StateSpec, ...] = ()
     uses_Q = False
+    uses_rank = False
+
+    def state_of(self, group: Mapping[str, Any]) -> tuple[StateSpec, ...]:
+        """Return what it keeps for each matrix of a group."""
+        return self.state
 
     def begin(self, step: Step, key: Tensor | int) -> None:
         """Enqueue what can be done before the host knows whether the step is local; the device looks at the

@@ -2,9 +2,11 @@
 means."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from curvadion.algebra.power_iteration import piece_elements, pieces, power_iteration
 from curvadion.rules.base import Rule, Step, local_lr, scale, shrinkage
+from curvadion.rules.left_factor import orthonormalize
 from curvadion.sharding.owners import Stack
 from curvadion.state.batch import Batch
 
@@ -18,7 +20,7 @@ class Dion(Rule):
     X   <- (1 - lr wd) X - lr_local scale P Q^T
     """
 
-    uses_Q = True
+    uses_Q = uses_rank = True
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
         dion_step(step, batches, synchronized=False)
@@ -29,11 +31,14 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
     lr_local."""
     for chosen in _pieces(step, batches, synchronized=synchronized):
         method = step.groups[chosen[0].group]
+        left = partial(
+            orthonormalize, step, chosen, method=method["orthogonalization"], synchronized=synchronized
+        )
         factors = power_iteration(
             [b.M for b in chosen],
             [b.right_factor for b in chosen],
-            rows=step.rows(chosen, synchronized=synchronized),
             columns=step.columns(chosen, synchronized=synchronized),
+            orthonormal_P=left if step.owners.ranks > 1 else None,
             reduce_P=step.reduction(
                 chosen, [b.columns for b in chosen], synchronized=synchronized, live_only=True
             ),
@@ -57,7 +62,8 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
                 scale=f.scale,
                 transposed=b.layout.transposed,
                 decay=shrinkage(group),
-                step_size=(float(group["lr"]) if synchronized else local_lr(group)) * scale(group, b),
+                step_size=(float(group["lr"]) if synchronized else local_lr(group))
+                * scale(group, b.layout.shape),
                 feedback=1 - group["momentum"],
             )
             b.right_factor.copy_(f.Q)

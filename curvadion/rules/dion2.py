@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from curvadion.rules.base import Rule, Step
+from curvadion.rules.base import Rule, Step, output_dim, slices_first
 from curvadion.rules.orthonormal import ITERATION, Slices, orthonormalized
 from curvadion.sharding.layout import Layout
 from curvadion.state.batch import Batch
@@ -11,7 +11,8 @@ from curvadion_kernels.reference import compute_dtype
 
 
 class Dion2(Rule):
-    """An orthonormalized update of k slices of the momentum: rows if rows <= columns, else columns.
+    """An orthonormalized update of k slices of the momentum: rows if rows <= columns, else columns; with
+    weight_layout="in_out" of a square matrix columns, which are its outputs.
 
         K       = the k slices of m_i with the largest L1 norms; of equal ones the first
         O       = newton_schulz(m_i[K])                                 (k, columns)  or  (rows, k)
@@ -27,11 +28,12 @@ class Dion2(Rule):
     """
 
     own_options = (*ITERATION, "update_scale")
+    uses_rank = True
 
     def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
-        dims = [0 if b.layout.shape[0] <= b.layout.shape[1] else 1 for b in batches]
+        dims = [_side(b.layout, output_dim(step.groups[b.group])) for b in batches]
         short, long = step.side(batches, dims), step.side(batches, [1 - dim for dim in dims])
-        momenta = [_slices_first(b.momentum, dim) for b, dim in zip(batches, dims, strict=True)]
+        momenta = [slices_first(b.momentum, dim) for b, dim in zip(batches, dims, strict=True)]
         M = [m.to(compute_dtype(m.dtype)) for m in momenta]
         # In float64 sums of float32 hardly depend on their order, and near ties not on the layout.
         sizes = long.sum([m.abs().sum(-1, keepdim=True, dtype=torch.float64) for m in M], "norms")
@@ -49,14 +51,14 @@ class Dion2(Rule):
                 place = b.layout.take(_places(c, b.layout.shape[dim]), dim, 1).unsqueeze(-1)
                 # One slice of zeros more is what those that were not chosen take.
                 update = torch.nn.functional.pad(direction, (0, 0, 0, 1)).gather(1, place.expand_as(m))
-                step.move(b, _slices_first(update, dim))
+                step.move(b, slices_first(update, dim))
                 decay = torch.ones_like(place, dtype=compute_dtype(m.dtype))
                 m.mul_(decay.masked_fill_(place < c.shape[1], step.groups[b.group]["momentum"]))
 
 
-def _slices_first(matrices: Tensor, dim: int) -> Tensor:
-    """Return a view of (B, rows, columns) whose rows are the slices along that dimension; its own inverse."""
-    return matrices.mT if dim == 1 else matrices
+def _side(layout: Layout, outputs: int) -> int:
+    """Return the dimension of the slices: the shorter one, of equal ones that of the outputs."""
+    return outputs if layout.shape[outputs] <= layout.shape[1 - outputs] else 1 - outputs
 
 
 def _largest(sizes: Tensor, k: int) -> Tensor:

@@ -30,16 +30,22 @@ class Slices:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank does in a second: FLOPs of products, bytes that leave it in an all-reduce and in an
-    all-to-all. Round figures; they choose between two ways, so only their ratios count."""
+    """What a rank does in a second: FLOPs of products, and in float64; bytes that leave it in an all-reduce
+    and in an all-to-all. Round figures; they choose between two ways, so only their ratios count."""
 
     flops: float
+    float64: float
     all_reduce: float
     all_to_all: float
 
+    @staticmethod
+    def of(device: torch.device) -> "Rates":
+        """Return a device's."""
+        return RATES.get(device.type, RATES["cuda"])
+
 
 # A GPU with bfloat16 products, NVLink inside its machine and a network card to others; a CPU core in float32.
-RATES = {"cuda": Rates(5e14, 2e11, 5e10), "cpu": Rates(5e10, 1e9, 1e9)}
+RATES = {"cuda": Rates(5e14, 4e13, 2e11, 5e10), "cpu": Rates(5e10, 2.5e10, 1e9, 1e9)}
 
 
 @dataclass(frozen=True)

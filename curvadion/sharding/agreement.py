@@ -1,13 +1,19 @@
 """Do all ranks agree on what must be common: the step, the options, the parameters, the weights?"""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.exchange import Exchange
+from curvadion.sharding.layout import local_tensor
+
+logger = logging.getLogger("curvadion.optimizer")
+
+Gradients = Sequence[tuple[str, Tensor | None]]
 
 
 class ReplicaMismatchError(RuntimeError):
@@ -33,34 +39,49 @@ class Agreement:
         step: int,
         config: Callable[[], str],
         weights: Callable[[], Mapping[str, Tensor]],
+        gradients: Callable[[], Gradients],
     ) -> None:
-        """`check`, where it is due; of weights, at the next step on which there are some to compare."""
+        """`check`, where it is due; of weights, at the next step on which there are some to compare; of
+        gradients, on the first step and after whatever may have changed something."""
         due = self.pending or (self._every > 0 and step % self._every == 0)
         self._weights_due |= due
         common = weights() if self._weights_due else {}
         if due or common:
-            self.check(exchange, step, config, common)
+            self.check(exchange, step, config, common, gradients() if self.pending else ())
             self._weights_due &= not common
         if due:
             self.pending = False
 
     def check(
-        self, exchange: Exchange, step: int, config: Callable[[], str], weights: Mapping[str, Tensor]
+        self,
+        exchange: Exchange,
+        step: int,
+        config: Callable[[], str],
+        weights: Mapping[str, Tensor],
+        gradients: Gradients,
     ) -> None:
-        """Raise `ReplicaMismatchError` on every rank if ranks disagree; a collective.
+        """Raise on every rank if ranks disagree, or nobody has a gradient; a collective.
 
         Args:
             step: steps taken so far.
             config: returns a text of all that must be equal on all ranks.
             weights: what must be equal in all replicas by now, by name; none where nothing must be.
+            gradients: of all parameters, with their names; nothing where there need be none.
+
+        Raises:
+            ReplicaMismatchError: ranks disagree.
+            RuntimeError: no rank has a gradient.
         """
         hashes = [hash_tensors([t]) for t in weights.values()]
-        different = exchange.agree(step, hash_text(config()), hash_text(repr(hashes)))
+        seen, hashed = look_at(gradients, hashed=exchange.replicas > 1) if gradients else (1, 0)
+        texts = hash_text(config()), hash_text(repr(hashes))
+        different = exchange.agree(step, *texts, seen=seen, gradients=hashed)
         if "config" in different:
             raise ReplicaMismatchError(
-                "all ranks must construct CurvaDion with the same options and the same list of parameters; "
-                "they differ on some rank; compare the arguments, the parameter groups, the model, "
-                "opt.kernels and torch's precision of float32 products on each of them"
+                "all ranks must construct CurvaDion with the same options and the same list of parameters, "
+                "and freeze the same ones; they differ on some rank; compare the arguments, the parameter "
+                "groups, the model, requires_grad, opt.kernels and torch's precision of float32 products on "
+                "each of them"
             )
         if "step" in different:
             raise ReplicaMismatchError(
@@ -82,6 +103,31 @@ class Agreement:
                 f"replicate_mesh); they differ in {which}; seed every replica alike, load the same "
                 "checkpoint, or call opt.broadcast_parameters() before the first step"
             )
+        if "no gradient" in different:
+            raise RuntimeError(
+                f"some parameter must have a gradient in the first step; none of {len(gradients)} has one on "
+                "any rank: they are no longer those of the model, which fully_shard(), DDP, .to() or a "
+                "wrapper has replaced, or nobody called backward(); construct CurvaDion after the model is "
+                "sharded, wrapped and moved, and call step() after backward()"
+            )
+        if "equal gradients" in different:
+            logger.warning(
+                "all %d replicas have the same gradients, bit for bit, in the first step. Either somebody "
+                "averages them across replicate_mesh already, and nothing is saved: wrap the model neither "
+                "in DistributedDataParallel nor over a mesh that has this axis (HSDP), but shard it over the "
+                "ranks of one replica. Or all replicas read the same data: give each its own.",
+                exchange.replicas,
+            )
+        if lacking := [name for name, g in gradients if g is None]:
+            logger.warning(
+                "%d of %d parameters have no gradient here in the first step, which counts as zero: %s%s. If "
+                "they should be trained, they are not the model's any more: construct CurvaDion after the "
+                "whole model is sharded, wrapped and moved.",
+                len(lacking),
+                len(gradients),
+                ", ".join(lacking[:5]),
+                " and others" if len(lacking) > 5 else "",
+            )
 
     def refuse_to_step_alone(self, exchange: Exchange, step: int, config: Callable[[], str]) -> None:
         """Raise, as do the replicas that are at `synchronize()` while this one takes a step."""
@@ -90,6 +136,18 @@ class Agreement:
             "all ranks must call step() and synchronize() equally often; this one takes a step after "
             f"{step}, another is at synchronize(); give every replica as many batches"
         )
+
+
+def look_at(gradients: Gradients, *, hashed: bool) -> tuple[int, int]:
+    """Return whether this rank has no gradient (0), one that is not zero (2) or neither (1), and a hash of
+    all of them if wanted; what is no gradient for the optimizer, as is a sparse one, is passed over."""
+    present = [local_tensor(g) for _, g in gradients if g is not None]
+    if not present:
+        return 0, 0
+    dense = [g for g in present if g.layout == torch.strided and g.is_floating_point() and g.itemsize > 1]
+    if not hashed or any(map(has_no_values, dense)) or not any(bool(g.any()) for g in dense):
+        return 1, 0
+    return 2, hash_tensors(dense)
 
 
 def hash_text(text: str) -> int:

@@ -11,7 +11,10 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
     5. synchronized step      parameters, moments      mean over replicas   (only after a local step)
                               Q                        replica 0's          (only after a local Dion step)
                               P                        sum over shards, mean over replicas
-                              Gram matrices            two SUMs over the shards of P's rows ("qr": all of P)
+                              P                        where that is cheaper, to its owners and back: two
+                                                       all-to-alls a bucket, see `owners`
+                              Gram matrices            of other P, two SUMs over the shards of its rows ("qr":
+                                                       all of P)
                               R                        sum over shards, mean over replicas
                               column norms             one SUM over the shards of R's rows
                               Gram matrices            two SUMs over the shards of R's rows ("qr" only)
@@ -53,7 +56,7 @@ from torch.distributed import ReduceOp
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
-from curvadion.sharding.journey import Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
+from curvadion.sharding.journey import AtHome, Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
 
@@ -192,6 +195,9 @@ class Exchange:
         codec: Codec | None,
         kept: Residuals,
         journey: type[RoundedMean] = RoundedMean,
+        *,
+        make: Callable[[list[int]], Tensor] | None = None,
+        keep_own: bool = False,
     ) -> UnderWay:
         """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all
         replicas.
@@ -204,24 +210,32 @@ class Exchange:
         tensors' dtype.
 
         Args:
-            tensors: d_i, local shards.
+            tensors: d_i, local shards; with `make` only their shapes and dtypes count.
             copied: for each tensor, the axes over which it is the same.
             codec: C; None to round nothing: one all-reduce, one leg.
             kept: e_i and f; the same object for the same list of tensors.
             journey: how a rounded buffer comes to its mean, where it is not as above.
+            make: returns the flat buffer of the tensors with these indices; with one replica only when what
+                arrived is asked for, unless `keep_own`.
+            keep_own: whether the caller wants to see again what this replica put in.
         """
-        under_way = UnderWay(tensors, partial(self.join, purpose=purpose))
+        under_way = UnderWay(partial(self.join, purpose=purpose))
+        make = make or partial(flatten, tensors)
         if self.replicas == 1:
+            for (_, _), indices in buckets(tensors, [((), ())] * len(tensors)):
+                own = make(indices) if keep_own else None
+                under_way.add(Cut(indices, (), (), []), AtHome(partial(make, indices), own), own)
             return under_way
         kept.in_use = codec is not None
         number = 0
-        for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose):
+        for cut, flat, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
+            own = flat if keep_own else None
             if not piece.numel():
-                under_way.add(cut, Nothing(piece, legs=1 if codec is None else journey.legs))
+                under_way.add(cut, Nothing(piece, legs=1 if codec is None else journey.legs), own)
             elif codec is None:
-                under_way.add(cut, Mean(self, piece, purpose, None, copy=False))
+                under_way.add(cut, Mean(self, piece, purpose, None, copy=keep_own), own)
             else:
-                under_way.add(cut, journey(self, piece, purpose, codec, number, kept))
+                under_way.add(cut, journey(self, piece, purpose, codec, number, kept), own)
                 number += 1
         return under_way
 
@@ -276,25 +290,38 @@ class Exchange:
             sent.record_stream(self._aside)
             return Answer(host, self._aside.record_event().synchronize)
 
-    def agree(self, step: int, config: int, weights: int) -> list[str]:
-        """Return which of step, config and weights differ somewhere: the same answer on every rank.
+    def agree(self, step: int, config: int, weights: int, *, seen: int = 1, gradients: int = 0) -> list[str]:
+        """Return what holds somewhere, the same answer on every rank: "step", "config", "weights" differ;
+        "no gradient" was seen by anybody; or "equal gradients" were, not all zero, by all replicas.
 
         MAX of x and of -x over the replicas, then over the shards; only the peers in other replicas hold
-        comparable weights. A dry run finds no difference.
+        comparable weights. Where steps are equal, so are the high bits of what carries them, and the low ones
+        tell the largest `seen`; likewise weights and gradients. A dry run finds nothing.
+
+        Args:
+            weights, gradients: hashes; 31 bits of each are compared.
+            seen: by this rank: 0, no gradient; 2, one that is not zero; else 1.
         """
-        message = torch.tensor([step, -step, config, -config, weights, -weights], dtype=torch.int64)
+        count, both = step << 2 | seen, weights >> 31 << 31 | gradients >> 31
+        message = torch.tensor([count, -count, config, -config, both, -both], dtype=torch.int64)
         message = message.to(self.device)
         if self.replicas > 1:
             self.over_replicas("all_reduce", "check", message, ReduceOp.MAX, wait=True)
-        different = (message[4] != -message[5]).to(message)
-        message[4], message[5] = different, -different
+        most, least = message[4].clone(), -message[5]
+        message[4], message[5] = (most >> 31 != least >> 31).to(message), (most != least).to(message)
         for axis in self.shards.axes:
             self._along(axis, "all_reduce", "check", message, ReduceOp.MAX)
         if has_no_values(message):
             return []
         found = message.tolist()
-        differ = {"step": found[0] != -found[1], "config": found[2] != -found[3], "weights": found[4] != 0}
-        return [name for name, differs in differ.items() if differs]
+        holds = {
+            "step": found[0] >> 2 != -found[1] >> 2,
+            "config": found[2] != -found[3],
+            "weights": found[4] != 0,
+            "no gradient": found[0] & 3 == 0,
+            "equal gradients": found[0] & 3 == 2 and not found[5] and self.replicas > 1,
+        }
+        return [name for name, does in holds.items() if does]
 
     def differing(self, hashes: Sequence[int]) -> list[int]:
         """Return the positions of the numbers that differ between replicas somewhere: the same on every
@@ -351,13 +378,18 @@ class Exchange:
             torch._foreach_copy_([tensors[i] for i in cut.indices], [values[i] for i in cut.indices])
 
     def _pieces(
-        self, tensors: Sequence[Tensor], partial: Sequence[Axes], copied: Sequence[Axes], purpose: str
+        self,
+        tensors: Sequence[Tensor],
+        partial: Sequence[Axes],
+        copied: Sequence[Axes],
+        purpose: str,
+        make: Callable[[list[int]], Tensor] | None = None,
     ) -> Iterator[tuple[Cut, Tensor, Tensor]]:
         """Yield, for each flat buffer, how it was cut, what summing over the `partial` axes leaves of it
         here, and this rank's piece of that; the same piece is with its peers in the other replicas, also if
         it is empty."""
         for (split, copies), indices in buckets(tensors, list(zip(partial, copied, strict=True))):
-            mine = flatten(tensors, indices)
+            mine = flatten(tensors, indices) if make is None else make(indices)
             parts = []
             for axis in split:
                 parts.append(self._part(mine.numel(), axis))

@@ -82,10 +82,13 @@ def flatten(tensors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
     return torch.cat([tensors[i].reshape(-1) for i in indices])
 
 
+def shaped(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of the flat buffer, shaped like the tensors it was made of."""
+    pieces = flat.split([t.numel() for t in like])
+    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
+
+
 def unflatten(flat: Tensor, like: Sequence[Tensor], indices: Sequence[int], result: list[Tensor]) -> None:
     """Put views of the flat buffer, shaped like the tensors it was made of, into `result`."""
-    start = 0
-    for i in indices:
-        end = start + like[i].numel()
-        result[i] = flat[start:end].view(like[i].shape)
-        start = end
+    for i, view in zip(indices, shaped(flat, [like[i] for i in indices]), strict=True):
+        result[i] = view

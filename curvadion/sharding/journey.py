@@ -1,13 +1,15 @@
 """Means over the replicas that are under way: in legs, each a collective, while something else is done."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from curvadion.sharding.flat import Cut, pad, unflatten
+from curvadion.sharding.flat import Cut
 from curvadion.sharding.group import Work
 
 
@@ -26,11 +28,39 @@ class Codec(Protocol):
     def bits_per_value(self) -> float: ...
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the bytes (uint8) of a flat tensor; those of each of `size` equal parts together, in
-        order."""
+        """Return the bytes (uint8) of a flat tensor, those of each block together, in order."""
 
     def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values of such bytes, flat."""
+
+
+# Blocks are rounded by so many values at a time, so that what a codec needs on its way stays small.
+CHUNK = 1 << 22
+
+
+def _chunk(codec: Codec) -> int:
+    return max(1, CHUNK // codec.block) * codec.block
+
+
+def round_(codec: Codec, x: Tensor) -> Tensor:
+    """Return the bytes of a flat tensor whose length is a multiple of the codec's block, and leave in it what
+    they lack."""
+    payloads = []
+    for part in x.split(_chunk(codec)):
+        payloads.append(codec.encode(part))
+        part.sub_(codec.decode(payloads[-1], x.dtype))
+    return torch.cat(payloads) if len(payloads) > 1 else payloads[0]
+
+
+def unrounded(codec: Codec, payload: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Return the values of the bytes of a flat tensor of this length."""
+    values = payload.new_empty(length, dtype=dtype)
+    blocks = payload.view(length // codec.block, -1)
+    for target, part in zip(
+        values.split(_chunk(codec)), blocks.split(_chunk(codec) // codec.block), strict=True
+    ):
+        target.copy_(codec.decode(part.view(-1), dtype))
+    return values
 
 
 class Residuals:
@@ -124,63 +154,107 @@ class RoundedMean:
     ):
         self._exchange, self._purpose, self._codec = exchange, purpose, codec
         self._numel, self._dtype = piece.numel(), piece.dtype
-        flat = pad(piece, piece.numel() + -piece.numel() % (codec.block * exchange.replicas))
-        mine, self._ours = kept.of(number, flat.numel(), flat.numel() // exchange.replicas, flat)
-        mine.add_(flat)
-        del flat  # a full buffer, at the peak of memory
-        self._sent = codec.encode(mine)
-        mine.sub_(codec.decode(self._sent, self._dtype))
+        self._length = self._numel + -self._numel % (codec.block * exchange.replicas)
+        mine, self._ours = kept.of(number, self._length, self._length // exchange.replicas, piece)
+        mine[: self._numel].add_(piece)
+        self._sent = round_(codec, mine)
         self._received: Tensor | None = torch.empty_like(self._sent)
         self._work = exchange.over_replicas("all_to_all", purpose, self._received, self._sent)
 
     def next_leg(self) -> Tensor | None:
         self._work.wait()
         if self._received is None:
-            return self._codec.decode(self._sent, self._dtype)[: self._numel]
-        parts = self._codec.decode(self._received, self._dtype)
+            return unrounded(self._codec, self._sent, self._length, self._dtype)[: self._numel]
+        parts = unrounded(self._codec, self._received, self._length, self._dtype)
         self._received = None
         self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
         del parts  # as large as the buffer, and not wanted any more
-        part = self._codec.encode(self._ours)
-        self._ours.sub_(self._codec.decode(part, self._dtype))
+        part = round_(self._codec, self._ours)
         self._work = self._exchange.over_replicas("all_gather", self._purpose, self._sent, part)
         return None
+
+
+class AtHome:
+    """A buffer that goes nowhere, for there is one replica: made when it is asked for, unless it is kept."""
+
+    def __init__(self, make: Callable[[], Tensor], own: Tensor | None):
+        self._make, self._own = make, own
+
+    def next_leg(self) -> Tensor:
+        return self._make() if self._own is None else self._own.clone()
+
+
+class Arrival(NamedTuple):
+    """A buffer whose mean is there.
+
+    Attributes:
+        indices: of the tensors in it.
+        mean: flat, to do with as one likes.
+        own: what this replica put in, if it was to be kept.
+    """
+
+    indices: list[int]
+    mean: Tensor
+    own: Tensor | None
+
+
+@dataclass
+class _Trip:
+    """A buffer under way.
+
+    Attributes:
+        own: what this replica put in, None if it is not to be kept.
+        mean: what came of it, if it arrived before it was asked for.
+    """
+
+    cut: Cut
+    journey: Journey
+    own: Tensor | None
+    mean: Tensor | None = None
 
 
 class UnderWay:
     """A mean over the replicas that travels in legs, while something else is done.
 
-    The first leg has started. All ranks call `start_next_leg` and `arrived` at the same places among their
-    collectives.
+    The first leg has started. All ranks call `start_next_leg` and exhaust `arrivals` at the same places among
+    their collectives.
 
     Args:
-        tensors: whose mean it is.
         join: gathers a buffer from the pieces of it that the ranks of a replica hold.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], join: Callable[[Cut, Tensor], Tensor]):
-        self._tensors, self._join = tensors, join
-        self._mean = list(tensors)
-        self._journeys: list[tuple[Cut, Journey]] = []
+    def __init__(self, join: Callable[[Cut, Tensor], Tensor]):
+        self._join = join
+        self._trips: deque[_Trip] = deque()
 
-    def add(self, cut: Cut, journey: Journey) -> None:
+    def add(self, cut: Cut, journey: Journey, own: Tensor | None) -> None:
         """Take along one more buffer."""
-        self._journeys.append((cut, journey))
+        self._trips.append(_Trip(cut, journey, own))
 
     def start_next_leg(self) -> None:
         """Wait for the leg that is under way, and start the next one if there is one."""
-        left = []
-        for cut, journey in self._journeys:
-            mean = journey.next_leg()
-            if mean is None:
-                left.append((cut, journey))
-            else:
-                whole = self._join(cut, mean)
-                unflatten(whole, self._tensors, cut.indices, self._mean)
-        self._journeys = left
+        for trip in self._trips:
+            if trip.mean is None and (mean := trip.journey.next_leg()) is not None:
+                trip.mean = self._join(trip.cut, mean)
 
-    def arrived(self) -> list[Tensor]:
-        """Wait for all of it, and return the mean."""
-        while self._journeys:
-            self.start_next_leg()
-        return self._mean
+    def arrivals(self) -> Iterator[Arrival]:
+        """Wait for all of it, and yield buffer by buffer what came, while those after it are still bytes."""
+        while self._trips:
+            for _ in range(len(self._trips)):
+                trip = self._trips.popleft()
+                whole = trip.mean
+                if whole is None and (mean := trip.journey.next_leg()) is not None:
+                    whole = self._join(trip.cut, mean)
+                    del mean
+                if whole is None:
+                    self._trips.append(trip)
+                    continue
+                arrival = Arrival(trip.cut.indices, whole, trip.own)
+                del trip, whole
+                yield arrival
+                del arrival
+
+    def let_pass(self) -> None:
+        """Wait for what is left of it, and want none of it."""
+        for _ in self.arrivals():
+            pass

@@ -27,7 +27,7 @@ from torch.distributed.tensor._utils import (
 )
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from curvadion.sharding.dry import with_values
+from curvadion.sharding.dry import has_no_values, with_values
 from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
 
 Axes = tuple[int, ...]  # axes of the shard mesh, ascending
@@ -101,14 +101,35 @@ def reshard_gathered_modules() -> None:
     use those copies as they were. FSDP2 offers no way from a parameter to its module, hence the register of
     all modules under `fully_shard`; a module that is gathered for no reason only pays one more all-gather.
     """
-    from torch.distributed._composable_state import (
-        _module_state_mapping,
-    )  # private, so: only where it is needed
+    from torch.distributed._composable_state import _module_state_mapping  # private, so: only here
+
+    if not _module_state_mapping:
+        return
     from torch.distributed.fsdp import FSDPModule
 
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def refuse_gathered(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if some of these parameters are FSDP2's gathered copies, whose memory it frees.
+
+    A module has them in place of its shards after a forward without a backward, and after `unshard()`.
+    """
+    reshard_gathered_modules()
+    gone = []
+    for name, p in named:
+        x = local_tensor(p)
+        plain = type(x) in (Tensor, torch.nn.Parameter) and not has_no_values(x)
+        if plain and x.numel() and not x.untyped_storage().nbytes():
+            gone.append(name)
+    if gone:
+        raise ValueError(
+            "parameters must be the shards that FSDP2 keeps; got some that it has gathered, and whose memory "
+            f"it frees: {', '.join(gone[:5])}{' and others' if len(gone) > 5 else ''}; call module.reshard() "
+            "before listing parameters, or take param_groups_for(model), which does so"
+        )
 
 
 class Region(NamedTuple):

@@ -149,7 +149,7 @@ def check_loadable(
     """
     for group, saved in zip(groups, saved_groups, strict=True):
         check_group(saved, " of the checkpoint")
-        for key in ("algorithm", "local_update"):
+        for key in ("algorithm", "local_update", "weight_layout"):
             if saved.get(key, group[key]) != group[key]:
                 raise ValueError(
                     f"a checkpoint must have been saved with the {key} of each group; got {saved[key]!r} for "

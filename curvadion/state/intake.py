@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvadion.algebra.power_iteration import rank_of
 from curvadion.allowed import check_options
-from curvadion.options import GROUP_OPTIONS
+from curvadion.options import GROUP_OPTIONS, follow_schedulers
 from curvadion.rules import RULES
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
@@ -48,7 +48,7 @@ class Intake:
         return self._X
 
     def gradients(
-        self, groups: Sequence[Mapping[str, Any]], scale: Tensor | None
+        self, groups: Sequence[dict[str, Any]], scale: Tensor | None
     ) -> tuple[Fixed[Tensor | None], Exception | None]:
         """Return this rank's part of all gradients, None for a missing one, and what is wrong with them or
         the groups.
@@ -59,6 +59,7 @@ class Intake:
         """
         failure: Exception | None = None
         try:
+            follow_schedulers(groups)
             self._check_groups(groups)
         except Exception as error:
             failure = error
@@ -99,10 +100,7 @@ class Intake:
     def _inspect_one(self, i: int, p: Tensor, x: Tensor, g: Tensor | None) -> Tensor | None:
         name, shards = self._table.names[i], self._table.shards
         if not p.requires_grad:
-            raise RuntimeError(
-                f"requires_grad must stay as it was at construction; it was switched off for {name!r}; to "
-                "freeze a parameter, give its group lr=0 and momentum=0"
-            )
+            raise RuntimeError(_changed(f"off for {name!r}"))
         if g is None:
             return None
         axes, divisor = partial_axes(g, p, shards)
@@ -144,10 +142,7 @@ class Intake:
                 "changed; construct a new optimizer for a changed model"
             )
         if any(p.requires_grad for p in self._table.frozen):
-            raise RuntimeError(
-                "requires_grad must stay as it was at construction; it was switched on for some parameter; "
-                "to train a parameter from now on, leave it out at first and add_param_group() it later"
-            )
+            raise RuntimeError(_changed("on for some parameter"))
         for group in groups:
             _check_there(group, GROUP_OPTIONS)
             check_options(group, GROUP_OPTIONS, " in a parameter group")
@@ -172,6 +167,13 @@ class Intake:
                 "local_update may change to a rule that needs no state but what there is, or to the one it "
                 f"was built with; got {group['local_update']!r}; construct a new optimizer for it"
             )
+
+
+def _changed(how: str) -> str:
+    return (
+        "requires_grad must not change between synchronize() and step(), where there are several ranks; it "
+        f"was switched {how}; change it on every rank, and call opt.synchronize() there before the next step"
+    )
 
 
 def _check_there(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:

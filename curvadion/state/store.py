@@ -117,14 +117,18 @@ class Store:
 
     def live_in(self, batch: Batch) -> Tensor | None:
         """Return which matrices of a batch have a gradient in this step: (B,) float64, 1 or 0; None if it is
-        known that all have one."""
-        if self.live.is_cpu and bool(self.live.all()):
+        known that all have one, as it is in a dry run."""
+        if self.table.dry or self._all_live():
             return None
         members = tuple(batch.params)
         if members not in self._places:
             places = torch.tensor([self._place_of[i] for i in members], device="cpu")
             self._places[members] = places.to(self.live.device)
-        return self.live[self._places[members]].to(torch.float64)
+        return self.live.index_select(0, self._places[members]).to(torch.float64)
+
+    def _all_live(self) -> bool:
+        """Say so where it is known; a GPU would have to be waited for."""
+        return self.live.is_cpu and bool(self.live.all())
 
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Return the positions of the matrices whose group's local rule this is: the same object when asked
@@ -184,9 +188,10 @@ class Store:
         With store=False only the message, for a step that may be skipped. `also` is looked at as gradients
         are.
         """
-        decay = numbers.each(
-            "decay", [b.decay for b in self.batches], self.batch_of
-        )  # what was postponed so far
+        if store and ops.kernels == "reference":
+            self.settle()  # the same bits, stack by stack, where the kernels below go over single matrices
+        # What was postponed so far.
+        decay = numbers.each("decay", [b.decay for b in self.batches], self.batch_of)
         if store:
             for b in self.batches:
                 b.decay = 1.0

@@ -12,7 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from curvadion.sharding.dry import has_no_values
-from curvadion.sharding.layout import Axes, Layout, ShardMesh, canonical_name, local_tensor
+from curvadion.sharding.layout import (
+    Axes,
+    Layout,
+    ShardMesh,
+    canonical_name,
+    local_tensor,
+    refuse_gathered,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Table:
         ]
         live = [(name or str(i), p, index) for i, (name, p, index) in enumerate(named) if p.requires_grad]
         params = [p for _, p, _ in live]
+        refuse_gathered((name, p) for name, p, _ in live)
         group_of = [index for _, _, index in live]
         is_matrix = [groups[index]["algorithm"] == "dion" for index in group_of]
         devices = {local_tensor(p).device for p in params}
@@ -148,12 +156,19 @@ class Table:
             name if names.index(name) == k else f"{name}#{self.matrices[k]}" for k, name in enumerate(names)
         ]
 
+    @property
+    def outdated(self) -> bool:
+        """Whether a parameter has been frozen, or one that was is so no longer."""
+        return any(p.requires_grad for p in self.frozen) or not all(p.requires_grad for p in self.params)
+
     def describe(self) -> list[tuple[Any, ...]]:
-        """Return what must be equal on all ranks: names, shapes, dtypes, groups and placements."""
+        """Return what must be equal on all ranks: names, shapes, dtypes, groups, placements, and what is
+        frozen."""
         pairs = zip(self.names, self.params, self.group_of, self.layouts, strict=True)
-        return [
+        trained = [
             (name, tuple(p.shape), str(p.dtype), of, str(layout.placements)) for name, p, of, layout in pairs
         ]
+        return [*trained, tuple(p.requires_grad for p in self.listed)]
 
     @functools.cached_property
     def group_of_matrix(self) -> list[int]:

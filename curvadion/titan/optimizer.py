@@ -84,6 +84,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         update_scale: Literal["spectral", "match_rms_adamw", "original"] | str = "spectral"
         """Factor of the learning rate of an orthonormal update, m x n: "spectral", sqrt(m/n);
         "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n))."""
+        weight_layout: Literal["out_in", "in_out"] | str = "out_in"
+        """How matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or "in_out", the
+        transpose of that, as in the Conv1D of transformers."""
         nesterov: bool = False
         """"muon" and "normuon" take G_i + mu m_i for m_i."""
         newton_schulz: Literal["jordan", "polar_express"] | str = "jordan"
@@ -133,8 +136,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         orthogonalization: Literal["cholesky_qr", "qr"] = "cholesky_qr"
         """How P is made orthonormal: by shifted Cholesky QR, or by Householder QR."""
         owners: Literal["auto", "always", "never"] = "auto"
-        """Whether each matrix of a Muon step is orthonormalized by one rank of its replica, which is sent the
-        shards: "auto" where that takes less time than all ranks working on it together."""
+        """Whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank of
+        its replica, which is sent the shards: "auto" where that takes less time than all ranks working on it
+        together."""
         owner_dtype: Literal["float32", "bfloat16"] | None = None
         """Dtype of momenta and updates on their way to owners and back; None takes that of the computation,
         bfloat16 on a GPU."""
@@ -212,6 +216,7 @@ class CurvaDionOptimizer(OptimizersContainer):
         options |= {name: getattr(torch, options[name]) for name in DTYPES if options[name] is not None}
         options |= self.config.own
         opt = CurvaDion(self._groups, replicate_mesh=replicate_mesh, **options)
+        logger.info(f"CurvaDion: what becomes of each parameter:\n{opt.explain()}")
         if opt.replicas > 1:
             opt.broadcast_parameters()
         self.optimizers = [opt]

@@ -139,14 +139,14 @@ def momentum_norm_(
     if momenta and (isinstance(decay, Tensor) or decay != 1.0):
         scale_(momenta, decay)
     wide = upcast(momenta)
-    present = [(m, g) for m, g in zip(wide, grads, strict=True) if g is not None]
+    into, present = _present(wide, grads)
     if present:
-        torch._foreach_add_([m for m, _ in present], [g for _, g in present])
+        torch._foreach_add_(into, present)
     store_(momenta, wide)
     device = next((t.device for t in (*momenta, *watch)), None)
     sums = torch.zeros(2 * count + 2, dtype=torch.float32, device=device)
     if momenta:
-        dtype = functools.reduce(torch.promote_types, {m.dtype for m in momenta}, torch.float32)
+        dtype = functools.reduce(torch.promote_types, set(map(_DTYPE, momenta)), torch.float32)
         sums[:count] = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=dtype)).square()
     watched = [t for t in watch if t.numel()]
     if watched:
@@ -209,7 +209,7 @@ def local_step_(
     *,
     decay: Scalar,
     step_size: Scalar,
-    key: Tensor | int | None = None,
+    key: Tensor | None = None,
 ) -> None:
     """Take one gradient step, X_l <- a_l X_l - b_l G_l, in place; a gradient of None counts as zero.
 
@@ -226,13 +226,16 @@ def local_step_(
     work = upcast(params)
     factors = [list(v.unbind()) if isinstance(v, Tensor) and v.ndim else v for v in (decay, step_size)]
     torch._foreach_mul_(work, factors[0])
-    present = [i for i, g in enumerate(grads) if g is not None]
-    slopes = [g.to(x.dtype) for x, g in zip(work, grads, strict=True) if g is not None]
-    if present and isinstance(factors[1], float):
-        torch._foreach_add_([work[i] for i in present], slopes, alpha=-factors[1])
-    elif present:
-        steps = [factors[1][i] for i in present] if isinstance(factors[1], list) else factors[1]
-        torch._foreach_sub_([work[i] for i in present], torch._foreach_mul(slopes, steps))
+    moved, slopes = _present(work, grads)
+    if list(map(_DTYPE, slopes)) != list(map(_DTYPE, moved)):
+        slopes = [g.to(x.dtype) for x, g in zip(moved, slopes, strict=True)]
+    if slopes and isinstance(factors[1], float):
+        torch._foreach_add_(moved, slopes, alpha=-factors[1])
+    elif slopes:
+        steps = factors[1]
+        if isinstance(steps, list):
+            steps = [step for step, g in zip(steps, grads, strict=True) if g is not None]
+        torch._foreach_sub_(moved, torch._foreach_mul(slopes, steps))
     store_(params, work)
 
 
@@ -310,13 +313,23 @@ def scale_(tensors: Sequence[Tensor], factor: Scalar | Sequence[float]) -> None:
     store_(tensors, wide)
 
 
+def _present(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that have a gradient, and the gradients."""
+    if isinstance(grads, Fixed) and len(grads.present) == len(grads) == len(tensors):
+        return list(tensors), grads.present
+    pairs = [(t, g) for t, g in zip(tensors, grads, strict=True) if g is not None]
+    return [t for t, _ in pairs], [g for _, g in pairs]
+
+
 def upcast(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors in the dtype they are computed in: the same object where that is its own."""
+    if set(map(_DTYPE, tensors)) <= {torch.float32, torch.float64}:
+        return list(tensors)
     return [t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32) for t in tensors]
 
 
 def store_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Round the results of a computation on `upcast(tensors)` back into the tensors."""
-    changed = [(t, v) for t, v in zip(tensors, values, strict=True) if t is not v]
-    if changed:
+    if not all(map(operator.is_, tensors, values)):
+        changed = [(t, v) for t, v in zip(tensors, values, strict=True) if t is not v]
         torch._foreach_copy_([t for t, _ in changed], [v for _, v in changed])

@@ -129,7 +129,7 @@ def momentum_norm_kernel(
         i = offset + tl.arange(0, BLOCK)
         there = i < size
         old = (c * tl.load(m + i, mask=there, other=0.0).to(TYPE)).to(M_TYPE).to(TYPE)
-        gradient = tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)
+        gradient = tl.load(g + i, mask=i < tl.where(g_address != 0, size, 0), other=0.0).to(TYPE)
         new = (old + gradient).to(M_TYPE)
         if STORE:
             tl.store(m + i, new, mask=there)
@@ -274,7 +274,7 @@ def local_step_kernel(
         i = offset + tl.arange(0, BLOCK)
         there = i < size
         old = tl.load(x + i, mask=there, other=0.0).to(TYPE)
-        slope = tl.load(g + i, mask=there & (g_address != 0), other=0.0).to(TYPE)
+        slope = tl.load(g + i, mask=i < tl.where(g_address != 0, size, 0), other=0.0).to(TYPE)
         tl.store(x + i, (a * old - b * slope).to(X_TYPE), mask=there)
 
 

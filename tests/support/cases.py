@@ -85,6 +85,9 @@ CASES = [
         {"orthogonalization": "qr", "right_factor": "qr", "error_feedback": False, "local_update": "dion"},
     ),
     Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0}),
+    Case("dion_owners", {"local_update": "dion", "rank_fraction": 1.0, "owners": "always"}, everywhere=True),
+    Case("dion_together", {"local_update": "dion", "owners": "never", "error_feedback": False}),
+    Case("householder_owners", {"local_update": "dion", "orthogonalization": "qr", "owners": "always"}),
     Case("no_error_feedback", {"error_feedback": False}),
     Case("no_consensus_dion", {"consensus": "none", "local_update": "dion", "local_lr_scale": 0.5}),
     Case(
