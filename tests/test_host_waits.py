@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from support.models import Toy, grid
+from support.models import Toy, grid, shipped
 from support.ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,12 +55,6 @@ class Silent(ThreadGroup):
 
     def _meet(self, *arguments: Any) -> Any:
         return _Done()
-
-
-def shipped(table: Mapping[str, Any]) -> list[str]:
-    """The package's own; other tests register more."""
-    kinds = {name: one if isinstance(one, type) else type(one) for name, one in table.items()}
-    return [name for name, kind in kinds.items() if kind.__module__.startswith("curvadion.")]
 
 
 OPTIONS: list[dict[str, Any]] = [
