@@ -52,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "together": {"local_update": "muon", "owners": "never"},
     "auto": {"local_update": "muon", "owners": "auto"},
     "dion": {"local_update": "dion", "rank_fraction": 0.5},
+    "dion, owners": {"local_update": "dion", "rank_fraction": 0.5, "owners": "always"},
+    "dion, together": {"local_update": "dion", "rank_fraction": 0.5, "owners": "never"},
 }
 
 

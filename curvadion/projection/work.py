@@ -8,9 +8,11 @@ are the shorter side)::
                       sent   w times its part of others' matrices, and the others' part of its own
     Muon, together    FLOPs  rounds (4 m_s n^2 + 2 n^3); wide: rounds (4 m n^2 + 2 n^3)
                       sent   2 (S-1)/S (rounds 4 n^2 + 8); wide: 2 (S-1)/S 4 m n
-    Dion of rank r    FLOPs  8 m n r / S + 2 p r^2 (Gram) + p r^2 (triangular solve) + r^3 / 3 (Cholesky), and
-                             in float64 2 p r^2 + p r^2 + 2 r^3 / 3; p = m_s, wide: p = m
-                      sent   2 (S-1)/S (4 n r + 12 r^2); wide: 2 (S-1)/S 4 (m + 1) r
+    Dion of rank r    FLOPs  8 m n r / S; in float32 and in float64 p r^2 to 2 p r^2 (a triangle of the Gram
+                             matrix) and p r^2 (triangular solve), and r^3 (Cholesky) for p rows of P: with
+                             owners m of those it owns, together m_s; wide: m
+                      sent   2 (S-1)/S 4 n r; wide: 2 (S-1)/S 4 (m + 1) r; to owners and back as Muon's, of P,
+                             which they have already where it is wide; together 2 (S-1)/S 12 r^2
     host              a time for each matrix, where nothing runs ahead: on CPUs
     memory            bytes read and written: 24 of an element of a matrix, 28 of one that is AdamW's (or of
                       all, in a dense step), and what is packed, unpacked and rescaled for owners
@@ -31,6 +33,8 @@ import torch
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.algebra.power_iteration import rank_of
 from curvadion.projection.formulas import Model
+from curvadion.rules import left_factor
+from curvadion.rules.orthonormal import RATES as CHOICE
 from curvadion.rules.orthonormal import cost_alone, cost_together, owner_pays
 from curvadion.sharding.layout import Region
 from curvadion.sharding.ledger import WIRE
@@ -257,24 +261,64 @@ def muon(model: Model, s: Settings) -> list[Work]:
 def dion(model: Model, s: Settings) -> list[Work]:
     """Return what "dion" takes of each rank, norms, momenta and AdamW left out; a synchronized step with
     consensus="average" too, beside what it sends to other replicas."""
-    work = [Work() for _ in range(s.shards)]
+    counts, work = counts_of(model), [Work() for _ in range(s.shards)]
     summed = WIRE["all_reduce"](s.shards)
-    for shape, count in counts_of(model).items():
+    owned = dict[tuple[int, int], Spread]()
+    for shape, count in counts.items():
         m, n = max(shape), min(shape)
         r, wide = rank_of(n, s.rank_fraction, s.rank_multiple_of), shape[0] < shape[1]
-        sent = summed * (4 * (m + 1) * r if wide else 4 * n * r + (8 + 4) * r * r)
+        P = replace(spread_of(shape, left_factor.flops(m, r), s.shards), shape=(m, r))
+        P = replace(P, regions=tuple(Region((0, 0), (m if wide else x.shape[0], r)) for x in P.regions))
+        parts = 1 if wide else s.shards
+        pays = left_factor.owner_pays(P, parts, 4, len(model.matrices), "cholesky_qr", CHOICE[s.device])
+        has_owner = s.shards > 1 and (s.owners == "always" or (s.owners == "auto" and pays))
+        if has_owner:
+            owned[shape] = P
+        sent = 4 * (m + 1) * r if wide else 4 * n * r + (0 if has_owner else (8 + 4) * r * r)
         for rank, rows in enumerate(rows_of(shape[0], s.shards)):
-            p, part = (m if wide else rows), rows * shape[1]
+            part = rows * shape[1]
             work[rank] += Work(
-                {"float32": count * (8 * part * r + 2 * p * r * r), "float64": count * 2 * p * r * r},
-                memory=count * (16 * part + 60 * p * r),
-                all_reduce=count * sent,
-                solved=dict.fromkeys(("float32", "float64"), count * p * r * r),
-                cholesky=count * r**3,
+                {"float32": count * 8 * part * r},
+                count * (16 * part + 12 * P.regions[rank].numel),
+                summed * count * sent,
             )
-            kept = work[rank].transient + count * (14 * p * r + 9 * r * r)
-            work[rank] = replace(work[rank], transient=kept)
+            if not has_owner:
+                work[rank] = at_once(work[rank], orthogonalized(P.regions[rank].shape[0], r), count)
+    if not owned:
+        return work
+    shapes = list(owned)
+    owners, _ = assign(list(owned.values()), [counts[x] for x in shapes], s.shards)
+    for rank in range(s.shards):
+        for shape, P, whose in zip(shapes, owned.values(), owners, strict=True):
+            own, size, part = whose.count(rank), math.prod(P.shape), P.regions[rank].numel
+            whole = shape[0] < shape[1]  # each rank has all of P: an owner is sent nothing
+            sent = own * sum(x.numel for k, x in enumerate(P.regions) if k != rank)
+            sent += 0 if whole else (len(whose) - own) * part
+            work[rank] = at_once(work[rank], orthogonalized(*P.shape), own)
+            work[rank] += Work(
+                all_to_all=4 * sent, memory=16 * (own * size + len(whose) * part), owned=len(whose)
+            )
+        mine = sum(w.count(rank) * math.prod(P.shape) for P, w in zip(owned.values(), owners, strict=True))
+        work[rank] += Work(buckets=max(1, math.ceil(mine / BUCKET_ELEMENTS)))
     return work
+
+
+def orthogonalized(rows: int, r: int) -> Work:
+    """Return what Cholesky QR of so many rows of P takes: two passes, the first in float64."""
+    width = max(128, r // 8)  # of block columns of the lower triangle
+    gram = sum(2 * rows * (r - j) * min(width, r - j) for j in range(0, r, width))
+    return Work(
+        {"float32": gram, "float64": gram},
+        memory=60 * rows * r,
+        solved=dict.fromkeys(("float32", "float64"), rows * r * r),
+        cholesky=r**3,
+        transient=14 * rows * r + 9 * r * r,
+    )
+
+
+def at_once(work: Work, one: Work, count: int) -> Work:
+    """Return work and that of `count` matrices more, all in memory at once."""
+    return replace(sum([one] * count, start=work), transient=work.transient + count * one.transient)
 
 
 def gradient(model: Model, s: Settings) -> list[Work]:

@@ -77,21 +77,27 @@ def _has_owner(step: Step, batch: Batch, spread: Spread, P: Tensor, method: str,
     Args:
         total: how many matrices there are; with fewer than ranks, some ranks have nothing to do.
     """
-    ranks = step.owners.ranks
     if step.owners.when != "auto":
         return step.owners.when == "always"
-    rates, (m, r), parts = (
-        Rates.of(step.exchange.device),
-        spread.shape,
-        step.exchange.shards.count(batch.rows),
-    )
+    parts = step.exchange.shards.count(batch.rows)
+    return owner_pays(spread, parts, P.element_size(), total, method, Rates.of(step.exchange.device))
 
+
+def owner_pays(spread: Spread, parts: int, itemsize: int, total: int, method: str, rates: Rates) -> bool:
+    """Say whether P had better be with one owner than with all ranks together.
+
+    Args:
+        parts: into how many its rows are split.
+        itemsize: bytes of an element.
+        total: how many matrices there are.
+    """
+    (m, r), ranks = spread.shape, len(spread.regions)
     share = max(1 / ranks, 1 / total)
-    sent = P.element_size() * m * r / parts * ((parts - 1) + (ranks - 1))
+    sent = itemsize * m * r / parts * ((parts - 1) + (ranks - 1))
     alone = share * (spread.flops / rates.float64 + sent / rates.all_to_all)
 
     # Householder needs the whole matrix on all ranks; Cholesky QR two Gram matrices, the first in float64.
     whole = method == "qr"
-    summed = 2 * (parts - 1) / parts * (P.element_size() * m * r if whole else (8 + P.element_size()) * r * r)
+    summed = 2 * (parts - 1) / parts * (itemsize * m * r if whole else (8 + itemsize) * r * r)
     together = flops(m if whole else m / parts, r) / rates.float64 + summed / rates.all_reduce
     return alone <= together
