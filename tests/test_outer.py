@@ -4,6 +4,7 @@ on the way."""
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 
@@ -30,7 +31,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from curvadion import LOW_COMMUNICATION, CurvaDion
 from curvadion.algebra.newton_schulz import newton_schulz
-from curvadion.consensus.codec import CODECS, Grid
+from curvadion.consensus.codec import CODECS, Grid, Sign
 from curvadion.consensus.fragments import parts_of
 from curvadion.sharding import flat, journey
 from curvadion.sharding.journey import Arrival, UnderWay, round_, unrounded
@@ -528,6 +529,44 @@ def run_with_an_empty_rank(bits: int, delay: int) -> None:
 @pytest.mark.parametrize(("bits", "delay"), [(1, 0), (1, 2), (32, 2)])
 def test_a_rank_that_holds_nothing_takes_part_all_the_same(bits: int, delay: int) -> None:
     run_ranks(4, run_with_an_empty_rank, bits, delay, deadline=40)
+
+
+def run_on_kernels(kernels: str) -> tuple[list[str], list[Tensor]]:
+    """From where each buffer's rounding came, and the parameters; in float32, which the kernels take."""
+    used = []
+    encode_ = Sign.encode_
+
+    def watched(self: Sign, residual: Tensor, x: Tensor) -> Tensor:
+        assert residual.dtype == x.dtype == torch.float32
+        used.append(self.ops.kernels)
+        return encode_(self, residual, x)
+
+    Sign.encode_ = watched  # type: ignore[method-assign]
+    placed = LAYOUTS[0].build({name: value.float() for name, value in initial_values().items()}, 2)
+    optimizer = make_optimizer(placed, Case("kernels", {**OUTER, "outer_bits": 1, "kernels": kernels}))
+    for step in range(4):
+        parts = placed.parts_of(gradients(2)[step][placed.replica])
+        placed.set_gradients({name: None if g is None else g.float() for name, g in parts.items()})
+        optimizer.step()
+    return used, [p.detach() for p in placed.bag.parameters()]
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        "reference",
+        pytest.param(
+            "triton",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("triton") is None, reason="needs triton; pip install -e '.[dev]'"
+            ),
+        ),
+    ],
+)
+def test_one_bit_is_rounded_by_the_kernels_of_the_optimizer(kernels: str) -> None:
+    (used, left), (others, right) = run_ranks(2, run_on_kernels, kernels, deadline=60)
+    assert used == others and len(used) >= 4 and set(used) == {kernels}
+    assert all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
 
 
 def run_legs(bits: int) -> list[int]:

@@ -412,9 +412,10 @@ def sign_encode_kernel(
     for level in tl.static_range(7):
         a, b = tl.split(tl.reshape(sums, ((ROWS * _SIGN_BLOCK) >> (level + 1), 2)))
         sums = a + b
-    step = (sums * (2.0 / _SIGN_BLOCK)).to(tl.bfloat16)
-    half = step.to(tl.float32) * 0.5
-    scale = tl.where(sums == sums, step.to(tl.uint16, bitcast=True).to(tl.int32), 0x7FC0)
+    # To bfloat16, to the nearest even: the upper half of the bits, which are not negative.
+    bits = (sums * (2.0 / _SIGN_BLOCK)).to(tl.int32, bitcast=True)
+    scale = tl.where(sums == sums, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    half = (scale << 16).to(tl.float32, bitcast=True) * 0.5
 
     positive = s >= 0
     lowest_first = tl.arange(0, 8)[None, :]
@@ -439,9 +440,9 @@ def _decoded(payload, row, blocks, ROWS: tl.constexpr):
     j = tl.arange(0, ROWS * _SIGN_BLOCK // 8)
     k = row + j // (_SIGN_BLOCK // 8)
     block = payload + k * _SIGN_BYTES
-    low = tl.load(block, mask=k < blocks, other=0).to(tl.uint16)
-    high = tl.load(block + 1, mask=k < blocks, other=0).to(tl.uint16)
-    step = (low | (high << 8)).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    low = tl.load(block, mask=k < blocks, other=0).to(tl.int32)
+    high = tl.load(block + 1, mask=k < blocks, other=0).to(tl.int32)
+    step = ((low << 16) | (high << 24)).to(tl.float32, bitcast=True)
     signs = tl.load(block + 2 + j % (_SIGN_BLOCK // 8), mask=k < blocks, other=0).to(tl.int32)
     bits = (signs[:, None] >> tl.arange(0, 8)[None, :]) & 1
     return (bits.to(tl.float32) - 0.5) * step[:, None]
