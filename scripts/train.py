@@ -20,6 +20,7 @@ Writes to --out: steps.jsonl (a line per step), summary.json, report/index.html.
 
 import argparse
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from gpt import GPT
 from text import ByteText
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -135,7 +137,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
     add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
     add("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoint")
+    add("--resume", action="store_true", help="go on from the newest checkpoint that can be loaded, or start")
     add("--compile", action="store_true", help="torch.compile each block")
     args = parser.parse_args()
     if args.resume and not args.checkpoint:
@@ -281,15 +283,35 @@ def save(folder: Path, step: int, model: nn.Module, opt: CurvaDion, schedule: La
 
 
 def load_newest(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> int:
-    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/.metadata")]
-    if not steps:
-        raise SystemExit(f"--resume found no complete checkpoint (step-N) in {folder}")
+    """Load the newest checkpoint that can be read, and return its step; 0 if there is none yet."""
+    # .metadata is written last: without it a save did not come to its end.
+    folders = [path.parent.name for path in folder.glob("step-*/.metadata")]
+    steps = sorted((int(name[5:]) for name in folders if re.fullmatch(r"step-\d+", name)), reverse=True)
+    for step in steps:
+        try:
+            problem = None
+            load(folder / f"step-{step}", model, opt, schedule)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            problem = error
+        failed = torch.tensor(float(problem is not None), device=next(model.parameters()).device)
+        dist.all_reduce(failed)
+        if not failed:
+            return step
+        if problem is not None:
+            print(f"passed over {folder}/step-{step}, which cannot be loaded: {problem}", flush=True)
+    if steps:
+        raise SystemExit(f"--resume could load none of the {len(steps)} checkpoints in {folder}; see above")
+    if dist.get_rank() == 0:
+        print(f"--resume found no checkpoint in {folder}; starts from the beginning", flush=True)
+    return 0
+
+
+def load(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> None:
     model_state, opt_state = get_state_dict(model, opt)
     state = {"model": model_state, "optimizer": opt_state, "step": 0, "schedule": schedule.state_dict()}
-    dcp.load(state, checkpoint_id=folder / f"step-{max(steps)}")
+    dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    return state["step"]
 
 
 @record

@@ -4,6 +4,7 @@ behind."""
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,15 +126,36 @@ def test_bytes_are_those_of_a_whole_replica(finished):
             assert record["curvadion/bytes/replicate"] == 2 * 8, "8 bytes from each of the 2 shards"
 
 
+def test_resume_starts_where_there_is_no_checkpoint_yet(tmp_path):
+    """One command line for the first launch and for all later ones."""
+    options = ["--steps", 2, "--eval-every", 0, "--checkpoint", tmp_path / "none", "--resume"]
+    train_forked(tmp_path, *options, processes=2)
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
+    assert (tmp_path / "none" / "step-2" / ".metadata").exists()
+
+
 def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
     """Bitwise, and although it evaluates on other steps: a look at the consensus model changes nothing
     either."""
     folder, _ = finished
     checkpoint = tmp_path / "checkpoints"
     checkpoint.mkdir()
-    (checkpoint / f"step-{CHECKPOINT_EVERY}").symlink_to(folder / "checkpoints" / f"step-{CHECKPOINT_EVERY}")
+    good = folder / "checkpoints" / f"step-{CHECKPOINT_EVERY}"
+    (checkpoint / f"step-{CHECKPOINT_EVERY}").symlink_to(good)
+    for step, spoil in ((12, "cut"), (13, "missing"), (14, "not finished")):  # newer, passed over
+        newer = checkpoint / f"step-{step}"
+        shutil.copytree(good, newer)
+        data = next(newer.glob("*.distcp"))
+        if spoil == "cut":
+            data.write_bytes(data.read_bytes()[:1000])
+        else:
+            (data if spoil == "missing" else newer / ".metadata").unlink()
+    (checkpoint / "step-15.old").symlink_to(good)
+    before = lines(folder)[: CHECKPOINT_EVERY + 2]  # the run went on a little before it was killed
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before) + '{"step": 1')
     train_forked(tmp_path, "--checkpoint", checkpoint, "--resume", "--eval-every", 3)
-    resumed, uninterrupted = lines(tmp_path), lines(folder)[CHECKPOINT_EVERY:]
+    assert [record["step"] for record in lines(tmp_path)] == list(range(1, STEPS + 1))
+    resumed, uninterrupted = lines(tmp_path)[CHECKPOINT_EVERY:], lines(folder)[CHECKPOINT_EVERY:]
     for key in ("step", "loss", "lr", "rmmc_matrix", "curvadion/rmmc_max", "curvadion/synchronized"):
         assert [record[key] for record in resumed] == [record[key] for record in uninterrupted], key
 

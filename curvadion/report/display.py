@@ -49,6 +49,22 @@ def hardware(device: torch.device, tree: Path) -> dict[str, str]:
     }
 
 
+def _replace(file: Path, text: str) -> None:
+    """Write a file such that there is the old one or the new one, also if this process is killed
+    meanwhile."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(text)
+    new.replace(file)
+
+
+def _step_of(line: str) -> float:
+    """Return the step that a line of steps.jsonl is of; infinity for a line that is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Display:
     """Show and write a run while it goes on; on one rank only."""
 
@@ -59,7 +75,11 @@ class Display:
         if start and (folder / "summary.json").exists():
             earlier = json.loads((folder / "summary.json").read_text())["held_out"]
             summary["held_out"] = [point for point in earlier if point[0] < start]
-        self.file = (folder / "steps.jsonl").open("a" if start else "w")
+        steps_file = folder / "steps.jsonl"
+        if start and steps_file.exists():  # without the steps that are taken again, and a line cut short
+            kept = [line for line in steps_file.read_text().splitlines() if _step_of(line) <= start]
+            _replace(steps_file, "".join(line + "\n" for line in kept))
+        self.file = steps_file.open("a" if start else "w")
         self.console = Console(soft_wrap=True, highlight=False)
         bar = (BarColumn(bar_width=12),) if self.console.width >= 120 else ()
         line = TextColumn(
@@ -116,7 +136,7 @@ class Display:
     def held_out(self, step: int, loss: float) -> None:
         """Note and show a held-out loss, and write the summary so far."""
         self.summary["held_out"].append([step, loss])
-        (self.folder / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+        _replace(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
         self.console.print(f"step {step:>{len(str(self.steps))}}/{self.steps}  held-out loss {loss:.4f}")
 
     def close(self) -> None:
