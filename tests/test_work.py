@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion
 from curvadion.algebra.newton_schulz import Iteration
+from curvadion.algebra.power_iteration import orthogonalize
 from curvadion.projection.formulas import SIZES, Model
 from curvadion.projection.work import (
     RATES,
@@ -24,6 +25,7 @@ from curvadion.projection.work import (
     Work,
     busiest,
     local_step,
+    orthogonalized,
     synchronized_step,
 )
 
@@ -121,6 +123,13 @@ def test_seconds_by_hand() -> None:
     # Three of four buckets travel behind 5 seconds of products, of 3 seconds inside a machine.
     hidden = replace(work, buckets=4).seconds(rates, shards=8, gpus_per_node=8)
     assert hidden == parts | {"shard traffic": 5.0 - 3 * 3 / 4}
+
+
+@pytest.mark.parametrize(("rows", "r"), [(40, 24), (300, 270)])
+def test_flops_of_an_orthogonalization(rows: int, r: int) -> None:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        orthogonalize([torch.randn(1, rows, r)], floor=1e-5)
+    assert sum(orthogonalized(rows, r).flops.values()) == counter.get_total_flops()
 
 
 def test_a_synchronized_step_is_a_local_one_and_what_it_sends() -> None:

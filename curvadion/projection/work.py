@@ -295,6 +295,8 @@ def dion(model: Model, s: Settings) -> list[Work]:
             sent = own * sum(x.numel for k, x in enumerate(P.regions) if k != rank)
             sent += 0 if whole else (len(whose) - own) * part
             work[rank] = at_once(work[rank], orthogonalized(*P.shape), own)
+            kept = work[rank].transient + 8 * len(whose) * part  # what came and what goes
+            work[rank] = replace(work[rank], transient=kept)
             work[rank] += Work(
                 all_to_all=4 * sent, memory=16 * (own * size + len(whose) * part), owned=len(whose)
             )
