@@ -33,6 +33,7 @@ from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.consensus.codec import CODECS, Grid
 from curvadion.consensus.fragments import parts_of
 from curvadion.sharding import flat, journey
+from curvadion.sharding.group import ThreadGroup
 from curvadion.sharding.journey import Arrival, UnderWay, round_, unrounded
 from curvadion.sharding.ledger import WIRE
 from curvadion.state.table import Table
@@ -705,3 +706,31 @@ def test_x_0_on_the_host_is_the_same_x_0(options: dict) -> None:
         runs.append((W, b))
     for mine, other in zip(*runs, strict=True):
         assert torch.equal(mine, other)
+
+
+def test_a_parameter_that_takes_the_place_of_another_has_an_X0_of_its_own() -> None:
+    """Of the same shape and another dtype: with outer_lr < 1 an X_0 in bfloat16 would round the parameter."""
+
+    def replica(group: ThreadGroup) -> float:
+        coarse = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+        fine = nn.Parameter(torch.full((8, 8), 1.001), requires_grad=False)
+        opt = CurvaDion(
+            [coarse, fine],
+            replicate_mesh=group,
+            consensus="outer",
+            outer_lr=0.5,
+            lr=1e-30,
+            tau=math.inf,
+            max_local_steps=1,
+        )
+        coarse.grad = torch.ones_like(coarse)
+        opt.step()
+        coarse.requires_grad_(False)
+        fine.requires_grad_(True)
+        opt.synchronize()
+        for _ in range(2):
+            fine.grad = torch.eye(8)
+            opt.step()
+        return float((fine.detach() - torch.tensor(1.001)).abs().max())
+
+    assert ThreadGroup.run(2, replica) == [0.0, 0.0]
