@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -734,3 +736,21 @@ def test_a_parameter_that_takes_the_place_of_another_has_an_X0_of_its_own() -> N
         return float((fine.detach() - torch.tensor(1.001)).abs().max())
 
     assert ThreadGroup.run(2, replica) == [0.0, 0.0]
+
+
+def test_what_the_host_keeps_is_there_before_the_host_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies from a GPU to X_0 are enqueued; nothing else waits for them where only X_0 is compared."""
+    waited: list[Any] = []
+
+    def stream(device: torch.device) -> Any:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    device, weight = torch.device("cuda", 0), nn.Parameter(torch.ones(4, 4))
+    for on_host in (False, True):
+        opt = CurvaDion([weight], **{**OUTER, "outer_on_host": on_host})
+        weight.grad = torch.eye(4)
+        opt.step()
+        store: Any = SimpleNamespace(table=SimpleNamespace(device=device), outer_momenta=[])
+        assert "X_0" in opt._consensus.common(store)
+    assert waited == [device]

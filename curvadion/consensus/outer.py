@@ -112,6 +112,8 @@ class Outer(Consensus):
     def common(self, store: Store) -> Mapping[str, Sequence[Tensor]]:
         if self._stale:
             return {}
+        if self._o.on_host and store.table.device.type == "cuda":  # the host reads what may be on its way
+            torch.cuda.current_stream(store.table.device).synchronize()
         return {"X_0": self._X0} | ({"U": store.outer_momenta} if self.keeps_momentum else {})
 
     def allocate(self, X: Sequence[Tensor]) -> None:
