@@ -132,6 +132,22 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
         {"TYPE": tl.float32, "ROWS": T.COLUMN_ROWS, "TILE": T.COLUMN_TILE[0], "COLS": T.COLUMN_TILE[1]},
         {"num_warps": 4},
     )
+    for kind in (tl.float32, tl.bfloat16):
+        sizes = dict.fromkeys(("size", "x_size", "count", "stride"), "i32")
+        yield (
+            f"sign_encode ({NAMES[kind]})",
+            T.sign_encode_kernel,
+            {**dict.fromkeys(("residual", "x"), POINTERS[kind]), "payload": "*u8", **sizes},
+            {"ROWS": T.SIGN_ROWS},
+            T.SIGN_OPTIONS,
+        )
+        yield (
+            f"sign_decode ({NAMES[kind]})",
+            T.sign_decode_kernel,
+            {"values": POINTERS[kind], "payloads": "*u8", **sizes},
+            {"ROWS": T.SIGN_ROWS},
+            T.SIGN_OPTIONS,
+        )
     for kind, dtype in ((tl.float32, torch.float32), (tl.bfloat16, torch.bfloat16)):
         precision = "tf32x3" if target.backend == "cuda" and kind == tl.float32 else "ieee"
         tile = T.symmetric_tile(dtype, precision, hip=target.backend == "hip")
@@ -162,7 +178,7 @@ def build(
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    sizes = ("rows", "cols", "r", "n", "batch_stride", "row_stride", "col_stride")
+    sizes = ("rows", "cols", "r", "n", "size", "batch_stride", "row_stride", "col_stride")
     aligned = [name for name in names if types.get(name, "").startswith("*") or name in sizes]
     aligned = [name for name in aligned if name not in constants]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -271,7 +287,7 @@ def main() -> None:
                 continue
             compiled = build(kernel, types, constants, target, options)
             disassemble = not arguments.quick or name.startswith(
-                ("momentum_norm", "local_step", "low_rank_apply", "symmetric_product")
+                ("momentum_norm", "local_step", "low_rank_apply", "symmetric_product", "sign_")
             )
             found = inspect_cuda(compiled, disassemble) if target.backend == "cuda" else inspect_hip(compiled)
             row = {

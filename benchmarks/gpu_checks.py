@@ -208,6 +208,11 @@ def cases(name: str, where: Where) -> Iterator[tuple[str, Callable[[torch.device
                     max(PRODUCTS["highest"], ROUNDING[dtype]),
                     "highest",
                 )
+    elif name in ("sign_encode_", "sign_decode_"):
+        sizes = ((37, 5), (0, 1)) if where.quick else ((37, 5), (0, 1), (16, 2), (20_000, 8))
+        for (blocks, count), dtype in itertools.product(sizes, ROUNDING):
+            make = _encode_arguments if name == "sign_encode_" else _decode_arguments
+            yield f"{blocks} blocks of {dtype}, {count}", partial(make, blocks, count, dtype), 0.0, "highest"
     else:
         raise AssertionError(f"{name} is new in curvadion_kernels.OPS; give it cases here")
 
@@ -246,6 +251,28 @@ def _symmetric_arguments(
     if beta:
         A = A + A.mT
     return (A.to(device, dtype),), {"alpha": 2.0315 if beta else 1.0, "beta": beta}
+
+
+def _blocks(blocks: int, dtype: torch.dtype) -> Tensor:
+    """Return blocks from denormal numbers to near the largest, and of zeros, a NaN and an infinity."""
+    x = draw(blocks, 128, seed=10)
+    x *= torch.logspace(-42, 36, max(blocks, 1))[:blocks, None]
+    for k, value in enumerate((0.0, math.nan, math.inf)):
+        x[7 + k : 8 + k, 3:] = value
+    return x.to(dtype).view(-1)
+
+
+def _encode_arguments(blocks: int, less: int, dtype: torch.dtype, device: torch.device) -> Arguments:
+    e, x = _blocks(blocks, dtype), _blocks(blocks, torch.float32).to(dtype).flip(0)
+    return (e.to(device), x[: max(0, len(x) - less)].to(device)), {}
+
+
+def _decode_arguments(blocks: int, count: int, dtype: torch.dtype, device: torch.device) -> Arguments:
+    payloads = [
+        OPS["sign_encode_"].reference(_blocks(blocks, torch.float32).roll(128 * k), torch.empty(0))
+        for k in range(count)
+    ]
+    return (torch.empty(128 * blocks, dtype=dtype, device=device), torch.stack(payloads).to(device)), {}
 
 
 def _apply_arguments(

@@ -13,6 +13,8 @@ same number:
     local_update      both and the gate between them                24   (SGD with momentum 20, AdamW 28)
     low_rank_apply_   X <- a X - b P Q^T,  M <- M - c P R^T         16 and the factors, Q not read
     symmetric_product A^T A, and b A + c A^2 of square ones         (bfloat16) 2 (m n + n^2), once each
+    sign_encode_      e + x to one bit a value, e <- what it lacks   12.14
+    sign_decode_      the mean of 8 such payloads                    5.13
 
 A shard of 1/8 is the first of 8 ranks' rows of every matrix. Products run at two precisions: tf32, against
 the kernel with one TF32 product, and highest, against the kernel with three (tf32x3). The crossover is the
@@ -49,7 +51,15 @@ from timing import (
 from torch import Tensor
 from torch.testing import assert_close
 
-OPERATIONS = ("momentum_norm", "local_step", "local_update", "low_rank_apply", "symmetric_product")
+OPERATIONS = (
+    "momentum_norm",
+    "local_step",
+    "local_update",
+    "low_rank_apply",
+    "symmetric_product",
+    "sign_encode",
+    "sign_decode",
+)
 ELEMENTWISE = OPERATIONS[:3]
 PRECISIONS = {
     "tf32": "high",
@@ -430,6 +440,74 @@ def print_symmetric(rows: list[dict[str, Any]], triton_ops: Any) -> None:
         print(f"{shape:18} {tiles:6} tiles {gain:5.2f}   {'kernel' if taken else 'cuBLAS'}")
 
 
+# ---- one bit a value
+
+
+@dataclass
+class Signs:
+    """One copy of the buffers of the 1-bit codec; `payloads` has a row for each replica."""
+
+    residual: Tensor
+    x: Tensor
+    payloads: Tensor
+
+    def clone(self) -> "Signs":
+        return replace(self, residual=self.residual.clone(), x=self.x.clone())
+
+
+def sign_variants(
+    size: int, device: torch.device, operations: list[str], triton_ops: Any, copies: int | None
+) -> list[Variant]:
+    """Return both ways to round so many values to one bit each, and to take the mean of 8 payloads."""
+    from curvadion_kernels import reference
+
+    count, coded = 8, reference.SIGN_BYTES * size // reference.SIGN_BLOCK
+    states = []
+    for _ in range(copies or copies_needed(8 * size, device)):
+        x = torch.randn(size, device=device)
+        payload = reference.sign_encode_(x.clone(), x)
+        payloads = torch.stack([payload.roll(k * reference.SIGN_BYTES) for k in range(count)])
+        states.append(Signs(torch.randn(size, device=device), x, payloads))
+    # The reference: add 12, abs 8, sums 12, signs 5 and 5 to pack them, d 5, subtract 12; for a payload 13,
+    # to add it 12, to divide and copy 16.
+    ways: dict[tuple[str, str], tuple[Callable[[Signs], Any], int, int]] = {}
+    for name, ops in (("triton", triton_ops), ("reference", reference)):
+        if ops is not None:
+            fused = name == "triton"
+            encode = 12 * size + coded
+            ways["sign_encode", name] = (
+                lambda s, f=ops.sign_encode_: f(s.residual, s.x),
+                encode,
+                encode if fused else 59 * size,
+            )
+            decode = 4 * size + count * coded
+            ways["sign_decode", name] = (
+                lambda s, f=ops.sign_decode_: f(s.residual, s.payloads),
+                decode,
+                decode if fused else (25 * count + 4) * size,
+            )
+    return [
+        Variant(f"{operation}_", name, run, states, least, moved, 4 * size, {"size": size})
+        for (operation, name), (run, least, moved) in ways.items()
+        if operation in operations
+    ]
+
+
+def check_signs(variant: Variant) -> None:
+    """Compare a variant with the reference on the CPU, bit for bit."""
+    from curvadion_kernels import reference
+
+    got = variant.states[0].clone()
+    expected = Signs(got.residual.cpu(), got.x.cpu(), got.payloads.cpu()).clone()
+    payload = variant.run(got)
+    if variant.operation == "sign_encode_":
+        wanted = reference.sign_encode_(expected.residual, expected.x)
+        assert_close(payload.cpu(), wanted, rtol=0, atol=0)
+    else:
+        reference.sign_decode_(expected.residual, expected.payloads)
+    assert_close(got.residual.cpu(), expected.residual, rtol=0, atol=0)
+
+
 def ranks(dim: int) -> list[int]:
     """Return the powers of two from 16 to the dimension, and that."""
     return sorted({*(2**k for k in range(4, dim.bit_length())), dim})
@@ -508,7 +586,13 @@ def make_cases(
     for shape in symmetric_shapes(device.type == "cuda") if "symmetric_product" in operations else ():
         ways = partial(symmetric_variants, shape, device, triton_ops)
         symmetric.append(Case("", 1, torch.bfloat16, math.prod(shape), ways, check_symmetric))
-    return elementwise + symmetric + low_rank
+    signs: list[Case] = []
+    if some := [o for o in operations if o.startswith("sign_")]:
+        least = 2**12 if arguments.interpret else 2**18
+        for size in (2**22, 2**26) if device.type == "cuda" else (least,):
+            build = partial(sign_variants, size, device, some, triton_ops)
+            signs.append(Case("", 1, torch.float32, size, build, check_signs))
+    return elementwise + symmetric + signs + low_rank
 
 
 def print_crossovers(rows: list[dict[str, Any]], constant: int | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.layouts import LAYOUTS, Layout, whole
+from support.models import shipped
 from support.ranks import run_ranks
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ def drawn(step: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["missing", "zero"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", shipped(RULES))
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_moves_along_a_momentum_without_a_gradient(mode: str, rule: str, kind: str) -> None:
     """Another matrix of the same stack goes on as without it."""

@@ -34,6 +34,8 @@ KERNELS = (
     "low_rank_apply",
     "column_sumsq",
     "symmetric_product",
+    "sign_encode",
+    "sign_decode",
 )
 
 pytestmark = pytest.mark.skipif(
@@ -77,6 +79,17 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(
     """Of both tensors they read, and of the one they write."""
     (row,) = rows(report, kernel, target=target)
     assert row["instructions"].get("load16", 0) >= 2 and row["instructions"].get("store16", 0) >= 1, row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_signs_come_with_16_bytes_at_a_time(report: list[dict[str, Any]], target: str) -> None:
+    """What is read of x and of the residual, and what is written of values."""
+    (encode,) = rows(report, "sign_encode (fp32)", target=target)
+    (decode,) = rows(report, "sign_decode (fp32)", target=target)
+    assert encode["instructions"].get("load16", 0) >= 2 and encode["instructions"].get("store16", 0) >= 1, (
+        encode
+    )
+    assert decode["instructions"].get("store16", 0) >= 1, decode
 
 
 @pytest.mark.parametrize("kernel", ["momentum_norm (bf16, bf16)", "local_step (bf16, bf16)"])

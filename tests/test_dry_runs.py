@@ -114,9 +114,9 @@ def test_a_step_on_the_meta_device_is_refused() -> None:
 def test_a_dry_run_does_not_guess_what_only_values_say() -> None:
     with FakeTensorMode():
         model = TinyGPT()
-        opt = CurvaDion(model.groups(), tau=0.1)
+        opt = CurvaDion(model.groups(), tau=0.2)  # with all defaults one replica synchronizes every step
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         opt.step()  # the first is always synchronized
-        with pytest.raises(RuntimeError, match=r"tau=0\.1.*max_local_steps"):
+        with pytest.raises(RuntimeError, match=r"tau=0\.2.*max_local_steps"):
             opt.step()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import Toy, grid
+from support.models import Toy, grid, shipped
 from support.ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,9 +58,11 @@ class Silent(ThreadGroup):
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"consensus": consensus, "local_update": rule} for consensus in CONSENSUS for rule in RULES
+    {"consensus": consensus, "local_update": rule}
+    for consensus in shipped(CONSENSUS)
+    for rule in shipped(RULES)
 ]
-OPTIONS += [{"gate": signal} for signal in SIGNALS] + [{"gate_lag": 1}]
+OPTIONS += [{"gate": signal} for signal in shipped(SIGNALS)] + [{"gate_lag": 1}]
 OUTER: list[dict[str, Any]] = [
     {"outer_bits": 1, "outer_delay": 2},
     {"outer_fragments": 3, "outer_on_host": True},
@@ -91,7 +93,7 @@ def test_the_host_waits_once_in_a_step(options: dict[str, Any]) -> None:
     assert branches == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name not in ("gradient", "dion")])
+@pytest.mark.parametrize("rule", [name for name in shipped(RULES) if name not in ("gradient", "dion")])
 def test_matrices_go_to_their_owners_without_a_wait(rule: str) -> None:
     def worker() -> Counter[str]:
         _, mesh = grid(1, 2)

@@ -107,11 +107,15 @@ class Guard(TorchFunctionMode):
     filled with NaN."""
 
     PAD = 64  # elements; so that an offset of 0 is aligned
-    SENTINEL = -77.0  # exact in every dtype
+    SENTINEL = -77.0  # exact in every dtype but bytes
 
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def sentinel(cls, dtype: torch.dtype) -> float:
+        return cls.SENTINEL % 256 if dtype == torch.uint8 else cls.SENTINEL
 
     def put(self, *values: Tensor, packed: bool = False) -> list[Tensor]:
         """Return equal tensors: aligned, or one behind the other at whatever address, as FSDP2 hands out its
@@ -126,7 +130,8 @@ class Guard(TorchFunctionMode):
 
     def _put(self, values: Sequence[Tensor], offset: int) -> list[Tensor]:
         size = 2 * self.PAD + offset + sum(v.numel() + 1 for v in values)
-        buffer = torch.full((size,), self.SENTINEL, dtype=values[0].dtype, device=values[0].device)
+        dtype = values[0].dtype
+        buffer = torch.full((size,), self.sentinel(dtype), dtype=dtype, device=values[0].device)
         outside = torch.ones(size, dtype=torch.bool, device=buffer.device)
         views, begin = [], self.PAD + offset
         for value in values:
@@ -145,11 +150,11 @@ class Guard(TorchFunctionMode):
             or not out.is_contiguous()
         ):
             return out
-        return self.put(out.fill_(math.nan if out.is_floating_point() else self.SENTINEL))[0]
+        return self.put(out.fill_(math.nan if out.is_floating_point() else self.sentinel(out.dtype)))[0]
 
     def check(self) -> None:
         for buffer, outside in self.buffers:
-            assert (buffer[outside] == self.SENTINEL).all(), "written out of bounds"
+            assert (buffer[outside] == self.sentinel(buffer.dtype)).all(), "written out of bounds"
 
 
 @pytest.fixture
@@ -974,6 +979,124 @@ def test_column_sumsq(guard: Guard, device: torch.device, shape: tuple[int, ...]
         )
 
 
+# ---- sign_encode_, sign_decode_
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether they agree also in the signs of zeros; which NaN a NaN is does not count."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    bits = [torch.where(t.isnan(), 0.0, t).view(integers) if t.is_floating_point() else t for t in (a, b)]
+    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
+
+
+def blocks_of(number: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    """Blocks of 128 values from denormal to near the largest, of zeros of both signs, NaNs and infinities."""
+    x = draw(number, 128, seed=seed)
+    x *= torch.logspace(-44, 38, max(number, 2))[:number, None]
+    if number > 8:
+        x[2], x[3], x[4], x[5, 7], x[6, 9], x[7, 11] = 0.0, -0.0, 3e38, math.nan, math.inf, -math.inf
+    return x.view(-1).to(device, dtype)
+
+
+def signs_exactly(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes and the values of float32 numbers, by the equations: block by block, sums in a tree."""
+    payload, values = bytearray(), []
+    for block in s.cpu().view(-1, 128):
+        sums = block.abs().unbind()
+        while len(sums) > 1:
+            sums = tuple(a + b for a, b in zip(sums[::2], sums[1::2], strict=True))
+        step = (sums[0] / 64).bfloat16()
+        positive = [bool(v >= 0) for v in block]
+        if step.isnan():
+            payload += b"\xc0\x7f"
+        else:
+            payload += struct.pack("<f", float(step))[2:]
+        payload += sum(bit << place for place, bit in enumerate(positive)).to_bytes(16, "little")
+        values += [step.float() / 2 * (1 if bit else -1) for bit in positive]
+    return torch.tensor(list(payload), dtype=torch.uint8), torch.stack(values)
+
+
+SIGN_DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+
+
+@needs_triton
+@SIGN_DTYPES
+@pytest.mark.parametrize(("number", "missing"), [(0, 0), (1, 0), (37, 0), (37, 131), (16, 1), (16, 16 * 128)])
+def test_sign_encode(
+    guard: Guard, device: torch.device, number: int, missing: int, dtype: torch.dtype
+) -> None:
+    """Bit for bit, beside the programs' edges and where x is shorter than the residual."""
+    size = 128 * number
+    e, x = guard.put(
+        blocks_of(number, dtype, device), blocks_of(number, dtype, device, seed=1)[: size - missing]
+    )
+    before, expected = e.clone().float(), e.clone()
+    payload = triton_ops.sign_encode_(e, x)
+    wanted = reference.sign_encode_(expected, x)
+    assert payload.shape == (18 * number,) and torch.equal(payload, wanted)
+    assert same_bits(e, expected)
+    if number == 37:
+        before[: len(x)] += x.float()
+        exact, values = signs_exactly(before)
+        assert torch.equal(payload.cpu(), exact)
+        assert same_bits(e.cpu(), (before.cpu() - values).to(dtype))
+
+
+@needs_triton
+@packed
+def test_sign_encode_of_mixed_dtypes(guard: Guard, device: torch.device, packed: bool) -> None:
+    """Of a bfloat16 x and a float32 residual, at any address; and float64 by the reference."""
+    for dtype, other in ((BF16, F32), (F32, F64), (F64, F64)):
+        e, x = guard.put(
+            blocks_of(20, other, device), blocks_of(18, dtype, device, seed=3)[: 17 * 128 + 1], packed=packed
+        )
+        expected = e.clone()
+        assert torch.equal(triton_ops.sign_encode_(e, x), reference.sign_encode_(expected, x))
+        assert same_bits(e, expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
+def test_sign_decode(guard: Guard, device: torch.device, count: int, dtype: torch.dtype) -> None:
+    """Bit for bit, of rows that lie apart as those of a part do."""
+    sent = [blocks_of(40, F32, device, seed=k).roll(128 * k) for k in range(count)]
+    payloads = torch.stack([reference.sign_encode_(s.clone(), s[:0]) for s in sent])
+    for begin, end in ((0, 40), (3, 20), (16, 32), (5, 5)):
+        values = torch.empty(128 * (end - begin), dtype=dtype, device=device)
+        expected, rows = torch.empty_like(values), payloads[:, 18 * begin : 18 * end]
+        triton_ops.sign_decode_(values, rows)
+        reference.sign_decode_(expected, rows)
+        assert same_bits(values, expected)
+    total = torch.zeros(40 * 128)
+    for s in sent:
+        total = total + signs_exactly(s)[1]
+    values = torch.empty(40 * 128, device=device)
+    triton_ops.sign_decode_(values, payloads)
+    assert_close(values.cpu(), total / count, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_the_signs_refuse_what_does_not_fit(device: torch.device, op: str) -> None:
+    encode, decode = (getattr(OPS[name], op) for name in ("sign_encode_", "sign_decode_"))
+    values, payloads = torch.zeros(256, device=device), torch.zeros(2, 36, dtype=torch.uint8, device=device)
+    for residual in (values[:200], values.view(2, 128), torch.zeros(512, device=device)[::2]):
+        with pytest.raises(ValueError, match="residual must be flat"):
+            encode(residual, values[:1])
+    for x in (torch.zeros(257, device=device), values.view(2, 128), values[::2], values.to("meta")):
+        with pytest.raises(ValueError, match="x must be flat"):
+            encode(values, x)
+    for wrong in (values[:200], values.view(2, 128)):
+        with pytest.raises(ValueError, match="values must be flat"):
+            decode(wrong, payloads)
+    for sent in (payloads[0], payloads[:0], payloads[:, :18], payloads.expand(2, 2, 36)):
+        with pytest.raises(ValueError, match=r"payloads must be \(K, 36\)"):
+            decode(values, sent)
+    for sent in (payloads.to(torch.int8), payloads.to("meta")):
+        with pytest.raises(ValueError, match="payloads must be uint8 on"):
+            decode(values, sent)
+
+
 # ---- symmetric_product
 
 
@@ -1335,6 +1458,11 @@ def library_arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "low_rank_apply_": (matrices[2], torch.stack(matrices[0]), P, Q, R, False, a, b, c),
         "column_sumsq": (R,),
         "symmetric_product": (P, 0.5, 0.0),
+        "sign_encode_": (draw(256, seed=60, device=device), draw(200, seed=61, device=device)),
+        "sign_decode_": (
+            torch.zeros(256, device=device),
+            torch.arange(108, dtype=torch.uint8, device=device).view(3, 36),
+        ),
     }
 
 
@@ -1363,7 +1491,9 @@ def all_custom_ops(given: dict[str, tuple[Any, ...]]) -> tuple[Tensor, ...]:
     ops.local_step_(*given["local_step_"])
     ops.low_rank_apply_(*given["low_rank_apply_"])
     C = ops.symmetric_product(*given["symmetric_product"])
-    return sums, norm, rmmc, key, ops.column_sumsq(*given["column_sumsq"]), C
+    payload = ops.sign_encode_(*given["sign_encode_"])
+    ops.sign_decode_(*given["sign_decode_"])
+    return sums, norm, rmmc, key, ops.column_sumsq(*given["column_sumsq"]), C, payload
 
 
 def test_custom_ops_compile_without_copies(device: torch.device, library_kernels: str) -> None:
@@ -1384,6 +1514,8 @@ def test_custom_ops_compile_without_copies(device: torch.device, library_kernels
     assert_close(leaves(compiled), leaves(eager), rtol=0, atol=0)
     for name in ("momentum_norm_", "local_step_", "low_rank_apply_"):
         assert f"torch.ops.curvadion.{name}.default([arg" in code, code
+    for name in ("sign_encode_", "sign_decode_"):
+        assert f"torch.ops.curvadion.{name}.default(arg" in code, code
     assert "clone" not in code and "copy_" not in code, code
     with torch._dynamo.config.patch(error_on_recompile=True):
         for given in (eager, compiled):

@@ -118,10 +118,13 @@ def test_rounding_in_chunks_changes_nothing(bits: int, monkeypatch: pytest.Monke
     payload = codec.encode(x)
     values = codec.decode(payload, x.dtype)
     monkeypatch.setattr(journey, "CHUNK", 3 * BLOCK)
-    residual = x.clone()
-    assert torch.equal(round_(codec, residual), payload)
+    residual, short = x.clone(), x[: 5 * BLOCK + 9].clone()
+    residual[: len(short)] -= short  # is zero
+    assert torch.equal(round_(codec, residual, short), payload)
     assert torch.equal(residual, x - values)
     assert torch.equal(unrounded(codec, payload, len(x), x.dtype), values)
+    sent = torch.cat([payload, codec.encode(-2 * x), codec.encode(4 * x)])
+    torch.testing.assert_close(unrounded(codec, sent, len(x), x.dtype, 3), values, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)

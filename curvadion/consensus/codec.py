@@ -8,7 +8,7 @@ Karimireddy et al., "Error Feedback Fixes SignSGD", arXiv:1901.09847, for why th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from curvadion.allowed import Option
 from curvadion.sharding.journey import Codec
+from curvadion_kernels import Ops, choose
+from curvadion_kernels.reference import SIGN_BLOCK, SIGN_BYTES
 
 # The step of the best uniform grid for a normal distribution, in standard deviations (Max, "Quantizing for
 # minimum distortion", 1960).
@@ -27,12 +29,12 @@ class Grid:
     """Rounds each block of 128 values to 2^bits levels, symmetric around zero and without zero.
 
         value = (code + 1/2 - 2^(bits-1)) step
-        1 bit: step = 2 mean|x|    2 bits: step = 0.996 sqrt(mean x^2)    4, 8 bits: step = 2 max|x| / 2^bits
+        2 bits: step = 0.996 sqrt(mean x^2)    4, 8 bits: step = 2 max|x| / 2^bits
 
     The step is a bfloat16. A block of zeros is exact, one with a NaN or an infinity to none that are finite.
 
     Attributes:
-        bits: 1, 2, 4 or 8.
+        bits: 2, 4 or 8.
     """
 
     bits: int
@@ -48,15 +50,11 @@ class Grid:
         together."""
         x = x.view(-1, self.block)
         levels = 1 << self.bits
-        if self.bits == 1:
-            step = 2 * x.abs().mean(-1, keepdim=True)
-        elif self.bits == 2:
+        if self.bits == 2:
             step = NORMAL_STEP[2] * x.square().mean(-1, keepdim=True).sqrt()
         else:
             step = x.abs().amax(-1, keepdim=True) * (2 / levels)
         step = step.to(torch.bfloat16)
-        if self.bits == 1:  # the code is the sign
-            return torch.cat([step.view(torch.uint8), _pack(x >= 0)], dim=-1).view(-1)
         wide = step.to(x.dtype)
         codes = torch.where(wide > 0, x / wide, 0.0).floor_().add_(levels // 2)
         codes = codes.nan_to_num_(0.0).clamp_(0, levels - 1).to(torch.uint8)
@@ -69,27 +67,45 @@ class Grid:
         """Return the values, flat, in `dtype`."""
         payload = payload.view(-1, 2 + self.block * self.bits // 8)
         step = payload[:, :2].contiguous().view(torch.bfloat16).to(dtype)
-        if self.bits == 1:
-            halves = _halves(payload.device, dtype)[payload[:, 2:].to(torch.int32)]
-            return halves.view(len(payload), self.block).mul_(step).view(-1)
         levels, per_byte = 1 << self.bits, 8 // self.bits
         shifts = torch.arange(per_byte, dtype=torch.uint8, device=payload.device) * self.bits
         codes = (payload[:, 2:].unsqueeze(-1) >> shifts).view(len(payload), self.block) & (levels - 1)
         return (codes.to(dtype).add_(0.5 - levels // 2) * step).view(-1)
 
 
-def _pack(bits: Tensor) -> Tensor:
-    """Return each 8 bools as a byte, lowest bit first: (blocks, values) -> (blocks, values / 8)."""
-    # Eight bytes of 0 or 1 as one little-endian number: this product gathers them, without a carry, in the
-    # highest byte.
-    eights = bits.view(torch.int64) * 0x0102040810204080
-    return (eights >> 56).to(torch.uint8)
+@dataclass(frozen=True)
+class Sign:
+    """Rounds each value to its sign times the mean |x| of its block of 128, see `reference.sign_encode_`.
 
+    Attributes:
+        ops: where its operations come from.
+    """
 
-def _halves(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return 1/2 or -1/2 for each bit of each byte, (256, 8)."""
-    bits = torch.arange(256, device=device).unsqueeze(-1) >> torch.arange(8, device=device) & 1
-    return bits.to(dtype) - 0.5
+    ops: Ops = field(default_factory=choose)
+    block: ClassVar[int] = SIGN_BLOCK
+    bits_per_value: ClassVar[float] = 8 * SIGN_BYTES / SIGN_BLOCK
+
+    def on(self, ops: Ops) -> "Sign":
+        """Return the same with other operations."""
+        return Sign(ops)
+
+    def encode_(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Return the bytes of residual + x, whose error is the new residual."""
+        return self.ops.sign_encode_(residual, x)
+
+    def decode_(self, values: Tensor, payloads: Tensor) -> None:
+        """Replace the values by the mean of what the payloads, one a row, stand for."""
+        self.ops.sign_decode_(values, payloads)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the bytes, uint8, of a flat tensor whose length is a multiple of block."""
+        return self.encode_(x.clone(), x[:0])
+
+    def decode(self, payload: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values, flat, in `dtype`."""
+        values = payload.new_empty(payload.numel() // SIGN_BYTES * self.block, dtype=dtype)
+        self.decode_(values, payload.unsqueeze(0))
+        return values
 
 
 class Bfloat16:
@@ -112,7 +128,8 @@ class Bfloat16:
 CODECS: dict[int | str, Codec | type[Any] | None] = {
     32: None,
     16: Bfloat16(),
-    **{bits: Grid(bits) for bits in (8, 4, 2, 1)},
+    **{bits: Grid(bits) for bits in (8, 4, 2)},
+    1: Sign(),
 }
 
 

@@ -16,7 +16,7 @@ from curvadion.consensus.fragments import Part, parts_of
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
 from curvadion.sharding.flat import shaped
-from curvadion.sharding.journey import Residuals, RoundedMean, UnderWay
+from curvadion.sharding.journey import Fused, Residuals, RoundedMean, UnderWay
 from curvadion.state.batch import Batch
 from curvadion.state.store import Store, copy_into
 from curvadion_kernels.reference import compute_dtype
@@ -207,7 +207,7 @@ class Outer(Consensus):
             like,
             [step.table.copied[part.index] for part in parts],
             "pseudo_gradients",
-            self._codec,
+            self._codec.on(step.ops) if isinstance(self._codec, Fused) else self._codec,
             self._residuals[fragment],
             self.journey,
             make=way,

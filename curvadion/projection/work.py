@@ -74,7 +74,7 @@ class Rates:
 # for each GPU. A core of a Xeon with AMX, gloo on one machine: by `benchmarks/sharded.py --only ceilings`.
 RATES = {
     "h100": Rates(5e14, 5e13, 4e13, 2.5e12, 3.7e11, 5e10, cholesky=5e12),
-    "cpu": Rates(4e11, 1.3e11, 6.5e10, 1e10, 1.8e9, 1.8e9, cholesky=1e10, host=1e-4, device="cpu"),
+    "cpu": Rates(3.3e11, 1.15e11, 6e10, 1e10, 1.6e9, 1.6e9, cholesky=1e10, host=1e-4, device="cpu"),
 }
 
 
@@ -272,7 +272,7 @@ def dion(model: Model, s: Settings) -> list[Work]:
                 solved=dict.fromkeys(("float32", "float64"), count * p * r * r),
                 cholesky=count * r**3,
             )
-            kept = work[rank].transient + count * (24 * p * r + 20 * r * r)
+            kept = work[rank].transient + count * (14 * p * r + 9 * r * r)
             work[rank] = replace(work[rank], transient=kept)
     return work
 

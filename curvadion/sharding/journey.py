@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.distributed import ReduceOp
 
 from curvadion.sharding.flat import Cut
 from curvadion.sharding.group import Work
+from curvadion_kernels import Ops
 
 
 class Codec(Protocol):
@@ -34,6 +35,20 @@ class Codec(Protocol):
         """Return the values of such bytes, flat."""
 
 
+@runtime_checkable
+class Fused(Codec, Protocol):
+    """A codec with operations of the kernels, which spare passes over the buffers."""
+
+    def on(self, ops: Ops) -> "Fused":
+        """Return the same codec with operations from this place."""
+
+    def encode_(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Do what `round_` says, at once."""
+
+    def decode_(self, values: Tensor, payloads: Tensor) -> None:
+        """Replace the values by the mean of those of the payloads, one a row, which may lie apart."""
+
+
 # Blocks are rounded by so many values at a time, so that what a codec needs on its way stays small.
 CHUNK = 1 << 22
 
@@ -42,24 +57,40 @@ def _chunk(codec: Codec) -> int:
     return max(1, CHUNK // codec.block) * codec.block
 
 
-def round_(codec: Codec, x: Tensor) -> Tensor:
-    """Return the bytes of a flat tensor whose length is a multiple of the codec's block, and leave in it what
-    they lack."""
-    payloads = []
-    for part in x.split(_chunk(codec)):
-        payloads.append(codec.encode(part))
-        part.sub_(codec.decode(payloads[-1], x.dtype))
+def round_(codec: Codec, residual: Tensor, x: Tensor) -> Tensor:
+    """Return the bytes of residual + x, and make what they lack the residual.
+
+    Args:
+        residual: flat, its length a multiple of the codec's block.
+        x: flat, at most as long; behind its end nothing is added.
+    """
+    payloads, begin = [], 0
+    for kept in residual.split(_chunk(codec)):
+        part = x[begin : begin + len(kept)]
+        begin += len(kept)
+        if isinstance(codec, Fused):
+            payloads.append(codec.encode_(kept, part))
+            continue
+        kept[: len(part)].add_(part)
+        payloads.append(codec.encode(kept))
+        kept.sub_(codec.decode(payloads[-1], kept.dtype))
     return torch.cat(payloads) if len(payloads) > 1 else payloads[0]
 
 
-def unrounded(codec: Codec, payload: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Return the values of the bytes of a flat tensor of this length."""
+def unrounded(codec: Codec, payload: Tensor, length: int, dtype: torch.dtype, count: int = 1) -> Tensor:
+    """Return the mean of the values of `count` payloads of flat tensors of this length, one behind the
+    other."""
     values = payload.new_empty(length, dtype=dtype)
-    blocks = payload.view(length // codec.block, -1)
-    for target, part in zip(
-        values.split(_chunk(codec)), blocks.split(_chunk(codec) // codec.block), strict=True
-    ):
-        target.copy_(codec.decode(part.view(-1), dtype))
+    blocks = payload.view(count, length // codec.block, -1)
+    chunk = _chunk(codec)
+    for mean, rows in zip(values.split(chunk), blocks.split(chunk // codec.block, dim=1), strict=True):
+        if isinstance(codec, Fused):
+            codec.decode_(mean, rows.flatten(1))
+            continue
+        mean.copy_(codec.decode(rows[0].reshape(-1), dtype))
+        for row in rows[1:]:
+            mean.add_(codec.decode(row.reshape(-1), dtype))
+        mean.div_(count)
     return values
 
 
@@ -156,8 +187,7 @@ class RoundedMean:
         self._numel, self._dtype = piece.numel(), piece.dtype
         self._length = self._numel + -self._numel % (codec.block * exchange.replicas)
         mine, self._ours = kept.of(number, self._length, self._length // exchange.replicas, piece)
-        mine[: self._numel].add_(piece)
-        self._sent = round_(codec, mine)
+        self._sent = round_(codec, mine, piece)
         self._received: Tensor | None = torch.empty_like(self._sent)
         self._work = exchange.over_replicas("all_to_all", purpose, self._received, self._sent)
 
@@ -165,11 +195,10 @@ class RoundedMean:
         self._work.wait()
         if self._received is None:
             return unrounded(self._codec, self._sent, self._length, self._dtype)[: self._numel]
-        parts = unrounded(self._codec, self._received, self._length, self._dtype)
+        replicas = self._exchange.replicas
+        part = unrounded(self._codec, self._received, len(self._ours), self._dtype, replicas)
         self._received = None
-        self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
-        del parts  # as large as the buffer, and not wanted any more
-        part = round_(self._codec, self._ours)
+        part = round_(self._codec, self._ours, part)
         self._work = self._exchange.over_replicas("all_gather", self._purpose, self._sent, part)
         return None
 

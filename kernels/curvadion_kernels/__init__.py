@@ -53,6 +53,8 @@ OPS = {
         "low_rank_apply_",
         "column_sumsq",
         "symmetric_product",
+        "sign_encode_",
+        "sign_decode_",
     )
 }
 
@@ -63,8 +65,8 @@ class Ops:
     Attributes:
         kernels: "triton" or "reference".
         why: in words, why this one.
-        momentum_norm_, gate_key, local_step_, low_rank_apply_, column_sumsq, symmetric_product: see
-            `reference`.
+        momentum_norm_, gate_key, local_step_, low_rank_apply_, column_sumsq, symmetric_product, sign_encode_,
+            sign_decode_: see `reference`.
     """
 
     def __init__(self, kernels: str, why: str):
@@ -78,6 +80,8 @@ class Ops:
     low_rank_apply_: Callable[..., None]
     column_sumsq: Callable[..., torch.Tensor]
     symmetric_product: Callable[..., torch.Tensor]
+    sign_encode_: Callable[..., torch.Tensor]
+    sign_decode_: Callable[..., None]
 
 
 def choose(kernels: str = "auto", device: torch.device | str = "cpu") -> Ops:

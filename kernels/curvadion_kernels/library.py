@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from curvadion_kernels import Ops, choose
+from curvadion_kernels.reference import SIGN_BLOCK, SIGN_BYTES
 
 # Their tables of addresses must not be made inside the memory pool of a graph that torch.compile captures.
 _UNSAFE = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is not None else None
@@ -102,3 +103,20 @@ def symmetric_product(A: Tensor, alpha: float, beta: float) -> Tensor:
 @symmetric_product.register_fake
 def _(A: Tensor, alpha: float, beta: float) -> Tensor:
     return A.new_empty(A.shape[0], A.shape[2], A.shape[2])
+
+
+@torch.library.custom_op("curvadion::sign_encode_", mutates_args=("residual",))
+def sign_encode_(residual: Tensor, x: Tensor) -> Tensor:
+    """Return e + x as one bit a value and a scale each 128, (18 values / 128,) uint8; e <- what they lack."""
+    return _ops(residual).sign_encode_(residual, x)
+
+
+@sign_encode_.register_fake
+def _(residual: Tensor, x: Tensor) -> Tensor:
+    return residual.new_empty(residual.numel() // SIGN_BLOCK * SIGN_BYTES, dtype=torch.uint8)
+
+
+@torch.library.custom_op("curvadion::sign_decode_", mutates_args=("values",))
+def sign_decode_(values: Tensor, payloads: Tensor) -> None:
+    """v <- the mean of what the K rows of payloads stand for."""
+    _ops(values).sign_decode_(values, payloads)

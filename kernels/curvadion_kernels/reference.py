@@ -28,6 +28,9 @@ OUTSIDE_KEY = (
     FAILED_KEY - 2
 )  # the same of a replica that is between steps; plus 1: it has seen a non-finite value
 
+SIGN_BLOCK = 128  # values that share a scale in `sign_encode_`
+SIGN_BYTES = 2 + SIGN_BLOCK // 8  # of them and their scale
+
 Scalar = float | Tensor
 T = TypeVar("T", bound=Tensor | None, covariant=True)
 _DTYPE = operator.attrgetter("dtype")
@@ -304,6 +307,97 @@ def symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Te
     if alpha == 1:
         return A.mT @ A
     return torch.baddbmm(A.new_empty(A.shape[0], 1, A.shape[2]), A.mT, A, beta=0, alpha=alpha)
+
+
+def sign_encode_(residual: Tensor, x: Tensor) -> Tensor:
+    """Round x and what was left before to one bit a value, and leave what that lacks.
+
+        s = e + x,    h = bf16(2 mean|s|) / 2,    d = h where s >= 0, else -h,    e <- s - d
+
+    with a mean of every 128 values: neighbours are added, then neighbouring sums, so that it is the same to
+    the last bit everywhere. Zeros are exact; a block with a NaN decodes to NaN, one with an infinity to
+    infinities.
+
+    Args:
+        residual: e, flat and contiguous, a multiple of 128 values.
+        x: flat and contiguous, at most as long; behind its end nothing is added.
+
+    Returns: uint8, 18 bytes for each 128 values: 2 h as a bfloat16, little-endian, and 16 bytes of signs, 1
+    where s >= 0, lowest bit first.
+    Bytes: one read of x, one read and one write of e, 0.14 a value written.
+    """
+    _check_sign_encode(residual, x)
+    wide = upcast([residual])[0]
+    wide[: x.numel()].add_(x)
+    s = wide.view(-1, SIGN_BLOCK)
+    sums = s.abs()
+    while sums.shape[-1] > 1:
+        sums = sums[:, 0::2] + sums[:, 1::2]
+    step = sums.mul_(2 / SIGN_BLOCK).to(torch.bfloat16)
+    step.masked_fill_(step.isnan(), torch.nan)  # of all NaNs always the same one
+    positive = s >= 0
+    # Eight bytes of 0 or 1 as one little-endian number: this product gathers them, without a carry, in the
+    # highest byte.
+    signs = (positive.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
+    half = step.to(s.dtype).mul_(0.5)
+    s.sub_(torch.where(positive, half, -half))
+    store_([residual], [wide])
+    return torch.cat([step.view(torch.uint8), signs], dim=-1).view(-1)
+
+
+def sign_decode_(values: Tensor, payloads: Tensor) -> None:
+    """Replace the values by the mean of what K payloads of `sign_encode_` stand for.
+
+        v <- (d_1 + d_2 + ... + d_K) / K,    added in this order
+
+    Args:
+        values: v, flat and contiguous, a multiple of 128.
+        payloads: (K, 18 values / 128) uint8; the rows may lie apart.
+
+    Bytes: 0.14 K a value read, one write of v.
+    """
+    _check_sign_decode(values, payloads)
+    device, dtype = values.device, compute_dtype(values.dtype)
+    bits = torch.arange(256, device=device).unsqueeze(-1) >> torch.arange(8, device=device) & 1
+    halves = bits.to(dtype) - 0.5  # of each bit of each byte
+    total = torch.zeros((), dtype=dtype, device=device)
+    for k, payload in enumerate(payloads.unflatten(1, (-1, SIGN_BYTES))):
+        step = payload[:, :2].contiguous().view(torch.bfloat16).to(dtype)
+        codes = payload[:, 2:].reshape(-1).to(torch.int32)
+        decoded = halves.index_select(0, codes).view(-1, SIGN_BLOCK).mul_(step)
+        total = total.add_(decoded) if k else decoded
+    values.copy_(total.div_(len(payloads)).view(-1))
+
+
+def _check_sign_encode(residual: Tensor, x: Tensor) -> None:
+    if residual.ndim != 1 or residual.numel() % SIGN_BLOCK or not residual.is_contiguous():
+        raise ValueError(
+            f"residual must be flat, contiguous and a multiple of {SIGN_BLOCK} values; got "
+            f"{tuple(residual.shape)} of strides {residual.stride()}; pad it"
+        )
+    if x.ndim != 1 or x.numel() > residual.numel() or not x.is_contiguous() or x.device != residual.device:
+        raise ValueError(
+            f"x must be flat, contiguous, on {residual.device} and have at most {residual.numel()} values; "
+            f"got {tuple(x.shape)} of strides {x.stride()} on {x.device}"
+        )
+
+
+def _check_sign_decode(values: Tensor, payloads: Tensor) -> None:
+    if values.ndim != 1 or values.numel() % SIGN_BLOCK or not values.is_contiguous():
+        raise ValueError(
+            f"values must be flat, contiguous and a multiple of {SIGN_BLOCK}; got {tuple(values.shape)} of "
+            f"strides {values.stride()}"
+        )
+    width = values.numel() // SIGN_BLOCK * SIGN_BYTES
+    if payloads.ndim != 2 or not len(payloads) or payloads.shape[1] != width or payloads.stride(1) != 1:
+        raise ValueError(
+            f"payloads must be (K, {width}) with K >= 1 for {values.numel()} values, and each row together; "
+            f"got {tuple(payloads.shape)} of strides {payloads.stride()}"
+        )
+    if payloads.dtype != torch.uint8 or payloads.device != values.device:
+        raise ValueError(
+            f"payloads must be uint8 on {values.device}; got {payloads.dtype} on {payloads.device}"
+        )
 
 
 def scale_(tensors: Sequence[Tensor], factor: Scalar | Sequence[float]) -> None:

@@ -28,6 +28,8 @@ from curvadion_kernels.reference import (
     INDEX_BITS,
     INDEX_MASK,
     NONFINITE_BIT,
+    SIGN_BLOCK,
+    SIGN_BYTES,
     SYNCHRONIZE_BIT,
     Fixed,
     Scalar,
@@ -43,6 +45,8 @@ SUM_BLOCK = 256
 GATE_BLOCK = 1024
 COLUMN_TILE = (32, 64)  # rows and columns of R that `column_sumsq` reads at a time
 COLUMN_ROWS = 512  # rows of R that one program of `column_sumsq` sums
+SIGN_ROWS = 16  # blocks of values that one program of `sign_encode_` or `sign_decode_` works on
+SIGN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Above this rank, and only where TF32 products are allowed, two cuBLAS products take the place of the fused
 # low-rank apply: their arithmetic then outweighs the second pass over X and M that fusing saves. An estimate
@@ -68,6 +72,8 @@ _NONFINITE = tl.constexpr(NONFINITE_BIT)
 _FAILED = tl.constexpr(FAILED_KEY)
 _INDEX_BITS = tl.constexpr(INDEX_BITS)
 _INDEX_MASK = tl.constexpr(INDEX_MASK)
+_SIGN_BLOCK = tl.constexpr(SIGN_BLOCK)
+_SIGN_BYTES = tl.constexpr(SIGN_BYTES)
 
 
 # ---- kernels
@@ -383,6 +389,82 @@ def column_sumsq_kernel(
         total += value * value
     at = (batch * blocks + tl.program_id(0)).to(tl.int64) * r + k
     tl.store(partial + at, tl.sum(total, axis=0), mask=k < r)
+
+
+@triton.jit(do_not_specialize=["x_size"])
+def sign_encode_kernel(
+    residual,  # (size,)
+    x,  # (x_size,)
+    payload,  # (size / 128 * 18,) uint8
+    size,
+    x_size,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    i = row * _SIGN_BLOCK + tl.arange(0, ROWS * _SIGN_BLOCK)
+    s = tl.load(residual + i, mask=i < size, other=0.0).to(tl.float32)
+    if (row + ROWS) * _SIGN_BLOCK <= x_size:  # without a mask: 16 bytes at a time
+        s += tl.load(x + i).to(tl.float32)
+    else:
+        s = tl.where(i < x_size, s + tl.load(x + i, mask=i < x_size, other=0.0).to(tl.float32), s)
+
+    sums = tl.abs(s)
+    for level in tl.static_range(7):
+        a, b = tl.split(tl.reshape(sums, ((ROWS * _SIGN_BLOCK) >> (level + 1), 2)))
+        sums = a + b
+    step = (sums * (2.0 / _SIGN_BLOCK)).to(tl.bfloat16)
+    half = step.to(tl.float32) * 0.5
+    scale = tl.where(sums == sums, step.to(tl.uint16, bitcast=True).to(tl.int32), 0x7FC0)
+
+    positive = s >= 0
+    lowest_first = tl.arange(0, 8)[None, :]
+    signs = tl.sum(tl.reshape(positive.to(tl.int32), (ROWS * _SIGN_BLOCK // 8, 8)) << lowest_first, axis=1)
+    j = tl.arange(0, ROWS * _SIGN_BLOCK // 8)
+    blocks = size // _SIGN_BLOCK
+    there = row + j // (_SIGN_BLOCK // 8) < blocks
+    at = (row + j // (_SIGN_BLOCK // 8)) * _SIGN_BYTES + 2 + j % (_SIGN_BLOCK // 8)
+    tl.store(payload + at, signs.to(tl.uint8), mask=there)
+    k = row + tl.arange(0, ROWS)
+    tl.store(payload + k * _SIGN_BYTES, (scale & 0xFF).to(tl.uint8), mask=k < blocks)
+    tl.store(payload + k * _SIGN_BYTES + 1, (scale >> 8).to(tl.uint8), mask=k < blocks)
+
+    spread = tl.reshape(tl.broadcast_to(half[:, None], (ROWS, _SIGN_BLOCK)), (ROWS * _SIGN_BLOCK,))
+    left = s - tl.where(positive, spread, -spread)
+    tl.store(residual + i, left.to(residual.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def _decoded(payload, row, blocks, ROWS: tl.constexpr):
+    """Return what a payload says of ROWS blocks from `row` on, eight values a row."""
+    j = tl.arange(0, ROWS * _SIGN_BLOCK // 8)
+    k = row + j // (_SIGN_BLOCK // 8)
+    block = payload + k * _SIGN_BYTES
+    low = tl.load(block, mask=k < blocks, other=0).to(tl.uint16)
+    high = tl.load(block + 1, mask=k < blocks, other=0).to(tl.uint16)
+    step = (low | (high << 8)).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    signs = tl.load(block + 2 + j % (_SIGN_BLOCK // 8), mask=k < blocks, other=0).to(tl.int32)
+    bits = (signs[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    return (bits.to(tl.float32) - 0.5) * step[:, None]
+
+
+@triton.jit(do_not_specialize=["count"])
+def sign_decode_kernel(
+    values,  # (size,)
+    payloads,  # (count, size / 128 * 18) uint8
+    size,
+    count,
+    stride,  # between the payloads
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    total = _decoded(payloads, row, size // _SIGN_BLOCK, ROWS)
+    for _ in range(1, count):
+        payloads += stride
+        total += _decoded(payloads, row, size // _SIGN_BLOCK, ROWS)
+    j = tl.arange(0, ROWS * _SIGN_BLOCK // 8)
+    i = row * _SIGN_BLOCK + j[:, None] * 8 + tl.arange(0, 8)[None, :]
+    mean = tl.div_rn(total, count.to(tl.float32))
+    tl.store(values + i, mean.to(values.dtype.element_ty), mask=i < size)
 
 
 @triton.jit
@@ -837,6 +919,44 @@ def symmetric_tile(
     if hip:
         return {"TILE": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2}
     return {"TILE": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
+
+
+def sign_encode_(residual: Tensor, x: Tensor) -> Tensor:
+    """Round x and what was left before to one bit a value, and leave what that lacks; see
+    `reference.sign_encode_`.
+
+    One launch, and the reference's bits. float64 goes to the reference. Bytes: one read of x, one read and
+    one write of e, 0.14 a value written.
+    """
+    reference._check_sign_encode(residual, x)
+    if torch.float64 in (residual.dtype, x.dtype):
+        return reference.sign_encode_(residual, x)
+    size = residual.numel()
+    payload = torch.empty(size // SIGN_BLOCK * SIGN_BYTES, dtype=torch.uint8, device=residual.device)
+    if size:
+        with _on(residual.device):
+            sign_encode_kernel[(triton.cdiv(size, SIGN_ROWS * SIGN_BLOCK),)](
+                residual, x, payload, size, x.numel(), SIGN_ROWS, **SIGN_OPTIONS
+            )
+        increment_version(residual)
+    return payload
+
+
+def sign_decode_(values: Tensor, payloads: Tensor) -> None:
+    """Replace the values by the mean of what K payloads stand for; see `reference.sign_decode_`.
+
+    One launch, and the reference's bits. float64 goes to the reference. Bytes: 0.14 K a value read, one write
+    of v.
+    """
+    reference._check_sign_decode(values, payloads)
+    if values.dtype == torch.float64:
+        return reference.sign_decode_(values, payloads)
+    if size := values.numel():
+        with _on(values.device):
+            sign_decode_kernel[(triton.cdiv(size, SIGN_ROWS * SIGN_BLOCK),)](
+                values, payloads, size, len(payloads), payloads.stride(0), SIGN_ROWS, **SIGN_OPTIONS
+            )
+        increment_version(values)
 
 
 # ---- where the kernels run

@@ -162,3 +162,9 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def shipped(table: Mapping[str, Any]) -> list[str]:
+    """The package's own; other tests register more."""
+    kinds = {name: one if isinstance(one, type) else type(one) for name, one in table.items()}
+    return [name for name, kind in kinds.items() if kind.__module__.startswith("curvadion.")]
