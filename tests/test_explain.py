@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.models import Toy, grid
 from support.ranks import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from curvadion import CurvaDion, assert_routing, param_groups_for
 
@@ -144,3 +147,22 @@ def test_bytes_are_those_that_the_ledger_counts(shards: int) -> None:
         [said] = {rank[name][0] for rank in ranks}
         assert sum(rank[name][1] for rank in ranks) == said > 0, name
     assert set(ranks[0]["local normuon"][2]) == set(range(shards))
+
+
+def test_one_rank_alone_may_ask() -> None:
+    """On a mesh of two dimensions that is not all the world, too, where a group of it has yet to be made."""
+
+    def worker() -> list[int | None]:
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("shard", "tp"))
+        if dist.get_rank() == 4:
+            return []
+        weight = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0), Shard(1)])
+        opt = CurvaDion([nn.Parameter(weight)], local_update="muon", owners="always", max_local_steps=9)
+        before = [row.owner for row in opt.explain()] if dist.get_rank() == 0 else []
+        opt.param_groups[0]["params"][0].grad = weight
+        opt.step()
+        return [*before, *(row.owner for row in opt.explain())]
+
+    results = run_ranks(5, worker, deadline=30)
+    assert results[0] == [None, 0]
+    assert results[1:] == [[0], [0], [0], []]

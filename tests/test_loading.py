@@ -11,6 +11,11 @@ import pytest
 import torch
 from support.models import state_digest
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from curvadion import LOW_COMMUNICATION, CurvaDion
 
@@ -177,3 +182,25 @@ def test_without_names_the_order_counts() -> None:
     assert torch.equal(
         opt.state[opt.param_groups[0]["params"][0]]["momentum"], state_of(state, 0, "momentum")
     )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_names_stay_with_their_parameters_where_torch_puts_the_state_in_order(flat: bool) -> None:
+    """torch.distributed.checkpoint brings parameters into the optimizer's order, but not the saved names."""
+
+    def holder(opt: CurvaDion) -> nn.Module:
+        module = nn.Module()
+        for group in opt.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                module.register_parameter(name, p)
+        return module
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    opt, other, third = build(("a", "b")), build(("b", "a")), build(("a", "b"))
+    train(opt, range(3))
+    state = copy.deepcopy(get_optimizer_state_dict(holder(opt), opt, options=options))
+    set_optimizer_state_dict(holder(other), other, state, options=options)
+    assert other.param_groups[0]["param_names"] == ["b", "a"]
+    third.load_state_dict(copy.deepcopy(other.state_dict()))
+    for p, q in zip(opt.param_groups[0]["params"], third.param_groups[0]["params"], strict=True):
+        assert torch.equal(opt.state[p]["momentum"], third.state[q]["momentum"])

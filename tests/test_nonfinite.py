@@ -19,6 +19,7 @@ from support.ranks import run_ranks
 from torch import Tensor, nn
 
 from curvadion import CurvaDion, NonFiniteError
+from curvadion.sharding.group import ThreadGroup
 
 BAD = {"nan": math.nan, "+inf": math.inf, "-inf": -math.inf}
 OPTIONS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "tau": math.inf, "max_local_steps": 2}
@@ -878,3 +879,22 @@ def run_broadcast() -> str:
 def test_moments_are_common_after_a_broadcast_and_synchronize() -> None:
     left, right = run_ranks(2, run_broadcast)
     assert left == right
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_synchronize_does_not_spread_a_nan_among_the_parameters(on_nonfinite: str) -> None:
+    """There is nothing to skip there: the mean would be NaN in all replicas, and the next checkpoint too."""
+
+    def replica(group: ThreadGroup) -> tuple[str, bool]:
+        weight = nn.Parameter(torch.ones(8, 8))
+        opt = CurvaDion(
+            [weight], replicate_mesh=group, tau=math.inf, max_local_steps=9, on_nonfinite=on_nonfinite
+        )
+        for step in range(2):
+            weight.grad = torch.eye(8) * (1 + step + group.rank)
+            opt.step()
+        if group.rank == 1:
+            weight.data[0, 0] = math.nan
+        return outcome(opt.synchronize)[0], bool(weight.isfinite().all())
+
+    assert ThreadGroup.run(2, replica) == [("NonFiniteError", True), ("NonFiniteError", False)]

@@ -7,6 +7,8 @@ import copy
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from curvadion.algebra.newton_schulz import newton_schulz
 from curvadion.consensus.codec import CODECS, Grid, Sign
 from curvadion.consensus.fragments import parts_of
 from curvadion.sharding import flat, journey
+from curvadion.sharding.group import ThreadGroup
 from curvadion.sharding.journey import Arrival, UnderWay, round_, unrounded
 from curvadion.sharding.ledger import WIRE
 from curvadion.state.table import Table
@@ -747,3 +750,49 @@ def test_x_0_on_the_host_is_the_same_x_0(options: dict) -> None:
         runs.append((W, b))
     for mine, other in zip(*runs, strict=True):
         assert torch.equal(mine, other)
+
+
+def test_a_parameter_that_takes_the_place_of_another_has_an_X0_of_its_own() -> None:
+    """Of the same shape and another dtype: with outer_lr < 1 an X_0 in bfloat16 would round the parameter."""
+
+    def replica(group: ThreadGroup) -> float:
+        coarse = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+        fine = nn.Parameter(torch.full((8, 8), 1.001), requires_grad=False)
+        opt = CurvaDion(
+            [coarse, fine],
+            replicate_mesh=group,
+            consensus="outer",
+            outer_lr=0.5,
+            lr=1e-30,
+            tau=math.inf,
+            max_local_steps=1,
+        )
+        coarse.grad = torch.ones_like(coarse)
+        opt.step()
+        coarse.requires_grad_(False)
+        fine.requires_grad_(True)
+        opt.synchronize()
+        for _ in range(2):
+            fine.grad = torch.eye(8)
+            opt.step()
+        return float((fine.detach() - torch.tensor(1.001)).abs().max())
+
+    assert ThreadGroup.run(2, replica) == [0.0, 0.0]
+
+
+def test_what_the_host_keeps_is_there_before_the_host_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies from a GPU to X_0 are enqueued; nothing else waits for them where only X_0 is compared."""
+    waited: list[Any] = []
+
+    def stream(device: torch.device) -> Any:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    device, weight = torch.device("cuda", 0), nn.Parameter(torch.ones(4, 4))
+    for on_host in (False, True):
+        opt = CurvaDion([weight], **{**OUTER, "outer_on_host": on_host})
+        weight.grad = torch.eye(4)
+        opt.step()
+        store: Any = SimpleNamespace(table=SimpleNamespace(device=device), outer_momenta=[])
+        assert "X_0" in opt._consensus.common(store)
+    assert waited == [device]

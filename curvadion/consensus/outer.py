@@ -112,13 +112,15 @@ class Outer(Consensus):
     def common(self, store: Store) -> Mapping[str, Sequence[Tensor]]:
         if self._stale:
             return {}
+        if self._o.on_host and store.table.device.type == "cuda":  # the host reads what may be on its way
+            torch.cuda.current_stream(store.table.device).synchronize()
         return {"X_0": self._X0} | ({"U": store.outer_momenta} if self.keeps_momentum else {})
 
     def allocate(self, X: Sequence[Tensor]) -> None:
-        if [x.shape for x in X] == [x0.shape for x0 in self._X0]:
+        self._like.clear()  # also where shards are alike, as of whole tensors that are not
+        if [(x.shape, x.dtype) for x in X] == [(x0.shape, x0.dtype) for x0 in self._X0]:
             return
         device = torch.device("cpu") if self._o.on_host else None
-        self._like.clear()
         self._X0 = [torch.empty_like(x, device=device, pin_memory=self._o.on_host and x.is_cuda) for x in X]
         self.forget()
 

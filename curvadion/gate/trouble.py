@@ -100,7 +100,7 @@ class Trouble:
         steps: int,
     ) -> None:
         """Raise on this rank as on every other, or return where the step is skipped. Parameters are untouched
-        so far.
+        so far. Outside of a step there is none to skip.
 
         Args:
             failure: what this rank could not do.
@@ -115,15 +115,15 @@ class Trouble:
             if failure is not None:
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
-        if self.skips:
+        if self.skips and not decision.outside:
             return
         self.broken = f"a NaN or an infinity was met in an earlier step(){RELOAD}"
         here = here or names()
         where = "on another rank, or a momentum whose squared norm overflows float32"
         if here:
             where = f"on this rank in {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}"
+        instead = "" if self.skips else ", or construct with on_nonfinite='skip' to skip such steps"
         raise NonFiniteError(
             f"gradients must be finite, and parameters that are sent; got a NaN or an infinity {where}, "
-            f"after {steps} steps. Nothing was sent, and parameters are untouched{RELOAD}, or construct with "
-            "on_nonfinite='skip' to skip such steps"
+            f"after {steps} steps. Nothing was sent, and parameters are untouched{RELOAD}{instead}"
         )

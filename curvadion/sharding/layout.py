@@ -213,10 +213,10 @@ class ShardMesh:
 
     @functools.cached_property
     def members(self) -> list[int]:
-        """The global ranks of `everyone`, in its order."""
+        """The global ranks of `everyone`, in its order; known before there is that group."""
         if not self.axes:
             return [dist.get_rank() if dist.is_initialized() else 0]
-        return self.everyone.ranks
+        return self._groups[0].ranks if len(self.axes) == 1 else sorted(self.ranks)
 
     @functools.cached_property
     def index(self) -> int:

@@ -64,6 +64,8 @@ def load(
             for key in group_options():
                 if key in before:
                     group.setdefault(key, before[key])
+            if "param_names" in before:  # in their order, which the saved names may not be in
+                group["param_names"] = before["param_names"]
         for name, layout, (p, values) in zip(table.names, table.layouts, saved_states(), strict=True):
             for key, value in values.items():
                 if key in own[p]:
