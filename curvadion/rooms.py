@@ -110,7 +110,16 @@ class Rooms:
             own_Q=earlier.store.own_Q if earlier is not None else (),
         )
         intake = Intake(table, store.batches, exchange)
-        owners = Owners(exchange, options.owners, options.owner_dtype)
+        when = options.owners
+        if when != "never" and not table.shards.can_meet:
+            when = "never"
+            logger.warning(
+                "owners=%r needs one group of all ranks of a replica, which on a mesh of several dimensions "
+                "torch makes with all ranks of the world only where init_process_group got a device_id; all "
+                "ranks work together instead",
+                options.owners,
+            )
+        owners = Owners(exchange, when, options.owner_dtype)
         return Rooms(options, table, store, exchange, owners, ops, Numbers(table.device), intake)
 
     def X(self) -> list[Tensor]:

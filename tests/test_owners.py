@@ -14,12 +14,13 @@ from support.layouts import LAYOUTS, Layout, local, whole
 from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.algebra.newton_schulz import Iteration
-from curvadion.sharding.layout import Region
+from curvadion.sharding.layout import Region, ShardMesh
 from curvadion.sharding.owners import Spread, assign
 
 INF = float("inf")
@@ -221,3 +222,18 @@ def test_the_rows_of_P_go_to_its_owner_and_no_gram_matrices_to_anybody(method: s
                 mine = r * rows[rank]
                 numbers += m * r - mine if owners[f"layer{i}.weight"] == rank else mine
         assert wire["gram"] == 0 and wire["matrices"] == 4 * numbers
+
+
+def a_world_whose_groups_are_split_off() -> tuple[bool, bool, str]:
+    """Where torch would ask ranks outside of the replica to take part in making its group."""
+    mesh = dist.init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replicate", "fsdp", "tp"))
+    alone = ShardMesh([distribute_tensor(torch.ones(4, 4), mesh["fsdp", "tp"], [Shard(0), Replicate()])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardMesh, "can_meet", property(lambda _: False))
+        weight = nn.Parameter(distribute_tensor(torch.randn(8, 8), mesh["fsdp"], [Shard(0)]))
+        opt = CurvaDion([weight], local_update="muon", tau=INF, owners="always")
+    return alone.can_meet, not opt.owners, opt._built.owners.when
+
+
+def test_without_a_group_of_all_ranks_they_work_together() -> None:
+    assert run_ranks(4, a_world_whose_groups_are_split_off) == [(True, True, "never")] * 4

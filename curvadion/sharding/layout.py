@@ -203,6 +203,14 @@ class ShardMesh:
         """The number of ranks of a replica."""
         return max(1, len(self.ranks))
 
+    @property
+    def can_meet(self) -> bool:
+        """Whether `everyone` can be made by these ranks alone: not where torch splits a group off the
+        communicator of the whole world, in which ranks would have to take part that are not here."""
+        if len(self.axes) < 2 or len(self.ranks) == dist.get_world_size():
+            return True
+        return getattr(dist.group.WORLD, "bound_device_id", None) is None
+
     @functools.cached_property
     def everyone(self) -> Group:
         """The ranks of the replica as one group: the axis if there is one, else a group that they make now,
