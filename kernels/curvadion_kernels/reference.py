@@ -156,15 +156,26 @@ def momentum_norm_(
         sums[count] = ~torch.stack(
             [largest.isfinite() for largest in torch._foreach_norm(watched, float("inf"))]
         ).all()
-    given = [k for k, g in enumerate(grads) if g is not None and g.numel()]
+    given = _not_empty(grads)
     if given:
-        largest = torch._foreach_norm([g for g in grads if g is not None and g.numel()], float("inf"))
-        live = (torch.stack([value.to(torch.float64) for value in largest]) != 0).to(sums)
+        largest = torch._foreach_norm([g for _, g in given], float("inf"))
+        alike = len(set(map(_DTYPE, largest))) == 1
+        live = torch.stack(largest if alike else [value.to(torch.float64) for value in largest]) != 0
         if len(given) == count:
             sums[count + 2 :] = live
         else:
-            sums[count + 2 :].index_copy_(0, torch.tensor(given, device=device), live)
+            places = torch.tensor([k for k, _ in given], device=device)
+            sums[count + 2 :].index_copy_(0, places, live.to(sums))
     return sums
+
+
+def _not_empty(grads: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """Return the gradients that are there and have elements, and where."""
+    if isinstance(grads, Fixed):  # which has looked at them already
+        return [
+            (k, g) for k, (g, n) in enumerate(zip(grads, grads.numels, strict=True)) if g is not None and n
+        ]
+    return [(k, g) for k, g in enumerate(grads) if g is not None and g.numel()]
 
 
 def gate_key(
