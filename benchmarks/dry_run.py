@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timing import MODELS, ROOT
+from peak_memory import PeakMemory
+from timing import MODELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
@@ -48,8 +49,6 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 def count(model: Decoder, shards: int, rule: str, rank_fraction: float) -> dict[str, Any]:
     """Take a local step as one rank of so many, and return what it took."""
-    from support.memory import PeakMemory
-
     dist.init_process_group("fake", rank=0, world_size=shards, store=FakeStore())
     mesh = dist.init_device_mesh("cpu", (shards,))  # torch makes none under FakeTensorMode
     half = {"newton_schulz_dtype": torch.bfloat16} if rule in ("muon", "normuon", "dion2") else {}
@@ -117,7 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tests"))
     main()

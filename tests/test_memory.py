@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.memory import PeakMemory
+from peak_memory import PeakMemory
 from support.ranks import run_ranks
 from torch import nn
 

@@ -6,11 +6,13 @@ That every layout computes what one process computes is tested in tests/test_mes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.layouts import LAYOUTS, Layout, local, whole
+from support.layouts import LAYOUTS, Layout, Placed, local, whole
 from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -103,29 +105,36 @@ def test_bytes_and_work_of_a_local_step_fall_with_the_number_of_ranks(ranks: int
         assert calls % 2 == 0 and calls <= 2 * math.ceil(sum(SMALL.values()) / ranks)
 
 
-def muon_steps(layout: Layout, when: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+SHAPES = [(24, 16), (8, 40), (17, 17)]
+Step = Callable[[], None]
+
+
+def laid_out(layout: Layout, shapes: list[tuple[int, int]], **options: Any) -> tuple[Placed, CurvaDion, Step]:
+    """Random matrices of these shapes, their optimizer, and what takes a step with random gradients."""
     torch.manual_seed(0)
-    values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate([(24, 16), (8, 40), (17, 17)])}
+    values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate(shapes)}
     placed = layout.build(values, 1)
-    opt = CurvaDion(
-        [{"params": list(placed.bag.named_parameters())}],
-        local_update="muon",
-        tau=INF,
-        weight_decay=0.0,
-        lr=1.0,
-        owners=when,
-        owner_dtype=dtype,
-    )
+    opt = CurvaDion([{"params": list(placed.bag.named_parameters())}], tau=INF, **options)
+
+    def step() -> None:
+        placed.set_gradients(placed.parts_of({name: torch.randn(v.shape) for name, v in values.items()}))
+        opt.step()
+
+    return placed, opt, step
+
+
+def muon_steps(layout: Layout, when: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    options = {"weight_decay": 0.0, "lr": 1.0, "owners": when, "owner_dtype": dtype}
+    placed, opt, take_step = laid_out(layout, SHAPES, local_update="muon", **options)
     for step in range(3):
         if step == 1:  # the first step is Dion's
             before = {name: whole(p).clone() for name, p in placed.bag.named_parameters()}
-        placed.set_gradients(placed.parts_of({name: torch.randn(v.shape) for name, v in values.items()}))
-        opt.step()
+        take_step()
     named = opt.owners
     if when == "always" and layout.shards:
         ranks = set(range(dist.get_world_size()))
-        assert set(named) == set(values) and set(named.values()) <= ranks, named
-        assert len(set(named.values())) == min(len(ranks), len(values))
+        assert set(named) == set(before) and set(named.values()) <= ranks, named
+        assert len(set(named.values())) == min(len(ranks), len(before))
     else:
         assert not named or not layout.shards
     return {name: whole(p) - before[name] for name, p in placed.bag.named_parameters()}
@@ -186,20 +195,10 @@ TALL_AND_WIDE = [(24, 16), (8, 40), (17, 17), (40, 12)]
 def dion_steps(
     layout: Layout, method: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, int]]:
-    torch.manual_seed(0)
-    values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate(TALL_AND_WIDE)}
-    placed = layout.build(values, 1)
-    opt = CurvaDion(
-        [{"params": list(placed.bag.named_parameters())}],
-        local_update="dion",
-        tau=INF,
-        rank_fraction=1.0,
-        orthogonalization=method,
-        owners="always",
-    )
+    options = {"rank_fraction": 1.0, "orthogonalization": method, "owners": "always"}
+    placed, opt, take_step = laid_out(layout, TALL_AND_WIDE, local_update="dion", **options)
     for _ in range(3):
-        placed.set_gradients(placed.parts_of({name: torch.randn(v.shape) for name, v in values.items()}))
-        opt.step()
+        take_step()
     wire = {purpose: sent for (axis, purpose), sent in opt.ledger.last_step_wire.items() if axis == "shard"}
     return {name: whole(p) for name, p in placed.bag.named_parameters()}, wire, opt.owners
 

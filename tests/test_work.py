@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from sharded import IN_PLACE
 from support.ranks import run_ranks
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
@@ -32,11 +32,6 @@ from curvadion.projection.work import (
 # Tall, wide, square, more ranks than rows for some, and rows that do not divide evenly.
 MODEL = Model(((24, 16), (24, 16), (16, 24), (16, 16), (17, 5), (2, 9)), scalars=0)
 INF = float("inf")
-# Which torch does not count.
-IN_PLACE = {
-    torch.ops.aten.addmm_: lambda x, a, b, out_shape=None, **_: 2 * math.prod(a) * b[-1],
-    torch.ops.aten.baddbmm_: lambda x, a, b, out_shape=None, **_: 2 * math.prod(a) * b[-1],
-}
 SHARD_SUMS = ("gram", "factors", "column_norms")  # all-reduced
 CASES: dict[str, dict[str, Any]] = {
     "owners": {"local_update": "muon", "owners": "always"},

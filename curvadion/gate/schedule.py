@@ -80,12 +80,16 @@ class Schedule:
         return self.forced or self.alone or self.warming_up or (most is not None and self.local_steps >= most)
 
     @property
+    def due(self) -> bool:
+        """Whether the next step is one of those on which the gate is asked."""
+        every = self.options.gate_every
+        return self.bound or (every is not None and self.steps % every == 0)
+
+    @property
     def may_ask(self) -> bool:
         """Whether the next step may ask the other replicas, and send them something: as far as is known
         without what they answered last."""
-        every = self.options.gate_every
-        due = self.bound or (every is not None and self.steps % every == 0)
-        return due or self.options.gate_lag > 0
+        return self.due or self.options.gate_lag > 0
 
     @property
     def asks_seldom(self) -> bool:
@@ -98,7 +102,7 @@ class Schedule:
         Whether the gate is due must not depend on that answer, or tau would be steered twice.
         """
         o = self.options
-        due = self.bound or (o.gate_every is not None and self.steps % o.gate_every == 0)
+        due = self.due
         self.forced |= told.synchronize
         ask = (self.bound or told.trouble) if o.gate_lag else due
         later = due and not ask

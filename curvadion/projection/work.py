@@ -216,7 +216,7 @@ def muon(model: Model, s: Settings) -> list[Work]:
         wide = shape[0] < shape[1]
         sides = (1, s.shards) if wide else (s.shards, 1)
         alone = cost_alone(spread, wire, s.shards, len(model.matrices))
-        pays = owner_pays(alone, cost_together(s.how, m, n, *sides), s.device)
+        pays = owner_pays(alone, cost_together(s.how, m, n, *sides), CHOICE[s.device])
         if s.shards == 1 or s.owners == "always" or (s.owners == "auto" and pays):
             owned[shape] = spread
             continue

@@ -1,14 +1,17 @@
 """Orthogonalization of Dion's P on shards: of each matrix on one rank, its owner, or on all ranks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from curvadion.algebra.power_iteration import orthogonalize, orthonormal_columns
 from curvadion.algebra.side import Tensors
 from curvadion.rules.base import Step
-from curvadion.rules.orthonormal import Rates
+from curvadion.rules.orthonormal import Cost, Rates, cost_alone
+from curvadion.rules.orthonormal import owner_pays as owner_is_cheaper
 from curvadion.sharding.layout import Region
+from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Spread
 from curvadion.state.batch import Batch
 
@@ -91,13 +94,11 @@ def owner_pays(spread: Spread, parts: int, itemsize: int, total: int, method: st
         itemsize: bytes of an element.
         total: how many matrices there are.
     """
-    (m, r), ranks = spread.shape, len(spread.regions)
-    share = max(1 / ranks, 1 / total)
-    sent = itemsize * m * r / parts * ((parts - 1) + (ranks - 1))
-    alone = share * (spread.flops / rates.float64 + sent / rates.all_to_all)
-
+    m, r = spread.shape
     # Householder needs the whole matrix on all ranks; Cholesky QR two Gram matrices, the first in float64.
     whole = method == "qr"
-    summed = 2 * (parts - 1) / parts * (itemsize * m * r if whole else (8 + itemsize) * r * r)
-    together = flops(m if whole else m / parts, r) / rates.float64 + summed / rates.all_reduce
-    return alone <= together
+    summed = WIRE["all_reduce"](parts) * (itemsize * m * r if whole else (8 + itemsize) * r * r)
+    together = Cost(flops(m if whole else m / parts, r), summed)
+    return owner_is_cheaper(
+        cost_alone(spread, itemsize, parts, total), together, replace(rates, flops=rates.float64)
+    )

@@ -102,9 +102,8 @@ def cost_together(how: Iteration, m: float, n: float, long: int = 1, short: int 
     return Cost(flops, summed(how.steps * 4 * n * n + 8, long) + summed(4 * m / long * n, short))
 
 
-def owner_pays(alone: Cost, together: Cost, device: str) -> bool:
+def owner_pays(alone: Cost, together: Cost, rates: Rates) -> bool:
     """Say whether a matrix had better be with one owner than with all ranks together."""
-    rates = RATES.get(device, RATES["cuda"])
     return alone.seconds(rates) <= together.seconds(rates)
 
 
@@ -213,5 +212,5 @@ def _has_owner(
     return owner_pays(
         cost_alone(spread, wire.itemsize, count(spread.split), total),
         cost_together(how, max(spread.shape), min(spread.shape), long, short),
-        step.exchange.device.type,
+        Rates.of(step.exchange.device),
     )
