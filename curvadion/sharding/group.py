@@ -111,6 +111,15 @@ class TorchGroup:
         return dist.broadcast(tensor, group=self.group, group_src=0, async_op=not wait) or _DONE
 
 
+def gather(value: T) -> list[T]:
+    """Return what all ranks give, in rank order; every rank calls it. Without a process group this one's."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class ThreadGroup:
     """One rank of a group whose ranks are threads of this process, each with tensors of its own.
 
