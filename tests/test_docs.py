@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.ranks import run_program
+from support.ranks import run_program, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -41,10 +41,74 @@ def test_there_is_a_short_example_for_everything_that_can_be_registered() -> Non
         assert sum(bool(line.strip()) for line in block.splitlines()) <= 20
 
 
-def test_the_readmes_code_runs() -> None:
-    assert blocks("README.md")
-    for block in blocks("README.md"):
+@pytest.mark.parametrize("page", ["README.md", "docs/coming_from.md"])
+def test_the_code_of_a_page_runs(page: str) -> None:
+    assert blocks(page)
+    for block in blocks(page):
         run_program(block)
+
+
+# Trains with the functions of docs/own_model.md, as its reader would put them together.
+OWN_MODEL = """
+import torch.distributed as dist
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).tanh()
+        return x
+
+
+torch.manual_seed(0)
+mesh = make_mesh("cpu", replicas=2, ranks=dist.get_world_size())
+model = Model()
+opt = make_optimizer(model, mesh)
+look(opt)
+data = torch.Generator().manual_seed(dist.get_rank())
+batches, lines = [torch.randn(8, 16, generator=data) for _ in range(9)], []
+loss_of = lambda model, batch: (model(batch) - batch.flip(1)).square().mean()
+before = evaluate(model, opt, loss_of, batches)
+train(model, opt, 4 * batches, loss_of, lines.append)
+assert evaluate(model, opt, loss_of, batches) < 0.9 * before
+assert [bool(line["curvadion/synchronized"]) for line in lines] == [i % 8 == 0 for i in range(36)]
+finish(opt)
+assert not opt.diverged
+dist.destroy_process_group()
+"""
+
+
+def own_model() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    code = "\n".join(blocks("docs/own_model.md")) + OWN_MODEL
+    exec(compile(code, "docs/own_model.md", "exec"), {"__name__": "own_model"})
+
+
+def test_the_loop_of_own_model_trains_on_four_ranks() -> None:
+    run_ranks(4, own_model, group=False)
+
+
+def test_the_playbooks_tables_are_what_the_formulas_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    import playbook
+
+    monkeypatch.setattr("sys.argv", ["playbook.py", "--check"])
+    playbook.main()
+
+
+def test_every_page_is_in_the_sites_menu_and_the_menu_has_no_others() -> None:
+    menu = re.findall(r"^ .*?: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(menu) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_pages_link_to_nothing_outside_the_site() -> None:
+    for page in PAGES[1:]:
+        assert not re.findall(r"\]\(\.\./", (ROOT / page).read_text()), page
 
 
 @pytest.mark.parametrize("page", PAGES)
