@@ -1,4 +1,4 @@
-"""For scripts/docs.sh: takes the mark [g] of group options out of argument names, which the signature lacks."""
+"""For scripts/docs.sh: takes the mark [g] of group options out of argument names."""
 
 import re
 from typing import Any
