@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib: ins
 
 from curvadion.cli import main
 from curvadion.report import drawing, run_figures, study_figures
+from curvadion.report.page import SCRIPT
 from curvadion.report.runs import Run, provenance, read_lines, run_tables
 from curvadion.report.studies import Spread, aggregate, case_name, read_links, sensitivity, study_table
 
@@ -210,13 +211,17 @@ class Loads(HTMLParser):
 def test_the_page_stands_alone(page):
     html = (page / "index.html").read_text()
     loads = Loads(html)
-    assert len(loads.sources) == len(list(page.glob("*.png"))) == len(figures_expected())
-    assert all(source.startswith("data:image/png;base64,") for source in loads.sources)
+    pictures = [source for source in loads.sources if source.startswith("data:image/png;base64,")]
+    assert len(pictures) == len(list(page.glob("*.png"))) == len(figures_expected())
+    tables = [source for source in loads.sources if source.startswith("data:text/csv;base64,")]
+    assert len(pictures) + len(tables) == len(loads.sources)
     assert (
-        not loads.tags & {"script", "link", "iframe", "object"}
+        not loads.tags & {"link", "iframe", "object"}
         and "@import" not in html
         and "url(" not in html
+        and re.findall(r"<script[^>]*>", html) == ["<script>"]
     )
+    assert not re.search(r"\b(fetch|import|XMLHttpRequest|eval|innerHTML)\b", SCRIPT)
 
 
 def figures_expected() -> list[str]:
@@ -515,3 +520,49 @@ def test_the_command_says_what_it_can_do(capsys):
             main(arguments)
         output = capsys.readouterr()
         assert words in output.out + output.err
+
+
+def test_a_smoothed_curve_follows_a_steep_start_and_averages_noise() -> None:
+    line = [5.0 - 0.25 * i for i in range(40)]
+    assert run_figures.smooth(line) == pytest.approx(line), "an exponential mean is 2 above it"
+    noise = [(-1.0) ** i for i in range(101)]
+    assert max(abs(v) for v in run_figures.smooth(noise)[10:-10]) <= 1 / 20
+    assert run_figures.smooth([1.0, math.nan, 3.0, 5.0, 7.0])[2] == pytest.approx(4.0)
+    assert math.isnan(run_figures.smooth([1.0, math.nan, 3.0])[1])
+
+
+def without_tau(folder: Path) -> Path:
+    run = make_run(folder, new=True)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["arguments"]["tau"] = math.inf
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_where_there_is_no_tau_no_picture_speaks_of_one(tmp_path: Path) -> None:
+    runs = [Run(without_tau(tmp_path / "run"))]
+    for figure in (run_figures.rmmc_timeline(runs), run_figures.rmmc_heat_maps(runs)):
+        words = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+        assert words and not any("tau" in text for text in words), words
+    with_tau = run_figures.rmmc_timeline([Run(make_run(tmp_path / "gated", new=True))])
+    assert "tau" in {text.get_text() for text in with_tau.legends[0].texts}
+
+
+def test_one_run_shows_three_pictures_and_folds_the_others_away_and_several_compare(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, new=True) for name in ("a", "b")]
+    for chosen, shown in ((runs[:1], 3), (runs, 7)):
+        main(["report", *map(str, chosen), "--out", str(tmp_path / "page")])
+        first, *folded = (tmp_path / "page" / "index.html").read_text().split("<summary>More pictures")
+        assert (first.count("<img"), "".join(folded).count("<img")) == (shown, 7 - shown)
+    assert first.index("loss against bytes") < first.index("loss against tokens")
+
+
+def test_each_table_can_be_taken_along(tmp_path: Path) -> None:
+    from base64 import b64decode
+
+    main(["report", str(make_run(tmp_path / "run", new=True)), "--out", str(tmp_path / "page")])
+    html = (tmp_path / "page" / "index.html").read_text()
+    runs, purposes = re.findall(r'download="(\w+)\.csv" href="data:text/csv;base64,([^"]+)"', html)
+    assert (runs[0], purposes[0]) == ("runs", "bytes_by_purpose")
+    lines = b64decode(runs[1]).decode().splitlines()
+    assert "processes,2 x 2" in lines and 'parameters,"400,000"' in lines

@@ -1,6 +1,8 @@
-"""Put tables and figures into one HTML page that needs no network and no script; the figures lie beside it as
-PNG files too."""
+"""Put tables and figures into one HTML page that needs no network, and no script but for sorting tables; the
+figures lie beside it as PNG files too."""
 
+import csv
+import io
 import re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
@@ -35,20 +37,26 @@ SMOOTHED = (
     "replicas' average."
 )
 RUN_FIGURES = {
-    run_figures.loss_against_tokens: SMOOTHED,
     run_figures.loss_against_bytes: (
         f"{SMOOTHED} Dashed: what dense bf16 gradients would have sent in the whole run."
     ),
+    run_figures.loss_against_tokens: SMOOTHED,
     run_figures.loss_against_time: f"{SMOOTHED} Evaluations and checkpoints are not in the time.",
     run_figures.bytes_so_far: (
         "What one replica sent to the others on training steps, and what dense bf16 gradients would have."
     ),
     run_figures.rmmc_timeline: (
-        "Relative maximum momentum change of every step; above tau the replicas synchronize."
+        "Relative maximum momentum change of every step, and which steps were synchronized."
     ),
     run_figures.rmmc_heat_maps: "RMMC of every matrix on replica 0, on the steps that it was read on.",
     run_figures.drift: "Relative distance of the replicas, just before each synchronization.",
 }
+# Of one run these say most; the others are folded away. Several are compared by all, bytes first.
+OF_ONE_RUN = (
+    run_figures.loss_against_tokens,
+    run_figures.bytes_so_far,
+    run_figures.rmmc_timeline,
+)
 BARS = "Bars: a standard deviation to either side from three seeds on, the extremes of two."
 CUT = "An arrowhead at the edge: too far off to show."
 STUDY_FIGURES = {
@@ -84,24 +92,66 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
+:root {{ --ink: #222; --pale: #666; --paper: #fff; --line: #ddd; --code: #f6f6f6; color-scheme: light dark; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e4e4e4; --pale: #aaa; --paper: #1b1b1b; --line: #444; --code: #2a2a2a; }}
+}}
 body {{ max-width: 900px; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }}
-body {{ color: #222; background: #fff; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
-figure {{ margin: 1.5rem 0; overflow-x: auto; }} img {{ width: 100%; height: auto; }}
-figcaption, caption {{ font-size: 0.85rem; color: #666; text-align: left; }}
+body {{ color: var(--ink); background: var(--paper); }}
+h1 {{ font-size: 1.6rem; }}
+h2 {{ font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }}
+figure {{ margin: 1.5rem 0; overflow-x: auto; }}
+img {{ width: 100%; height: auto; background: #fff; }}
+figcaption, caption {{ font-size: 0.85rem; color: var(--pale); text-align: left; }}
 caption {{ caption-side: bottom; padding-top: 0.4rem; }}
-h3 {{ font-size: 1rem; margin: 0 0 0.3rem; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; }}
-th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #e5e5e5; text-align: right; }}
+h3 {{ font-size: 1rem; margin: 0 0 0.3rem; }} h3 a {{ font-weight: normal; font-size: 0.85rem; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th {{ vertical-align: bottom; }} th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-pre {{ overflow-x: auto; font-size: 0.8rem; background: #f6f6f6; padding: 0.6rem; }}
+th button {{ all: unset; cursor: pointer; }} th button:focus-visible {{ outline: 2px solid; }}
+th[aria-sort=ascending] button::after {{ content: " \\2191"; }}
+th[aria-sort=descending] button::after {{ content: " \\2193"; }}
+pre {{ overflow-x: auto; font-size: 0.8rem; background: var(--code); padding: 0.6rem; }}
+@media print {{
+  :root {{ --ink: #000; --pale: #333; --paper: #fff; --code: #fff; }}
+  body {{ max-width: none; }} h2 {{ break-after: avoid; }} figure {{ break-inside: avoid; }}
+  h3 a {{ display: none; }} pre {{ white-space: pre-wrap; }}
+}}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
 {body}
+<script>{script}</script>
 </body>
 </html>
+"""
+
+# Sorts a table by the column whose head is pressed, numbers by size; without it the page lacks nothing else.
+SCRIPT = """
+for (const head of document.querySelectorAll("th")) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(...head.childNodes);
+  head.append(button);
+  button.onclick = () => {
+    const up = head.getAttribute("aria-sort") !== "ascending", place = head.cellIndex;
+    const value = (row) => {
+      const text = row.cells[place].textContent.replace(/,/g, "");
+      const unit = {k: 1e3, M: 1e6, G: 1e9}[(/^[-+]?[\\d.]+ ([kMG])B/.exec(text) || [])[1]] || 1;
+      const number = parseFloat(text) * unit;
+      return Number.isNaN(number) ? text : number;
+    };
+    const compare = (a, b) =>
+      typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+    const body = head.closest("table").tBodies[0], rows = [...body.rows];
+    rows.sort((a, b) => (up ? 1 : -1) * compare(value(a), value(b)));
+    body.append(...rows);
+    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  };
+}
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => (d.open = true)));
 """
 
 
@@ -124,7 +174,8 @@ class Page:
         )
         body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
         whole = f"<table><caption>{escape(table.caption)}</caption>\n{body}</table>"
-        self.parts.append(f"<figure><h3>{escape(table.title)}</h3>\n{whole}</figure>")
+        title = f"<h3>{escape(table.title)} {csv_link(table)}</h3>"
+        self.parts.append(f"<figure>{title}\n{whole}</figure>")
 
     def figure(self, figure_of: Callable[[Any], Any], results: Any, caption: str, provenance: str) -> None:
         """Add a figure, unless there is nothing to draw."""
@@ -151,8 +202,17 @@ class Page:
         self.heading("Runs")
         for table in run_tables(runs):
             self.table(table)
-        for figure_of, caption in RUN_FIGURES.items():
-            self.figure(figure_of, runs, caption, run_provenance(runs))
+        first = OF_ONE_RUN if len(runs) == 1 else tuple(RUN_FIGURES)
+        for figure_of in first:
+            self.figure(figure_of, runs, RUN_FIGURES[figure_of], run_provenance(runs))
+        self.parts.append("<details><summary>More pictures</summary>")
+        before = len(self.parts)
+        for figure_of in (f for f in RUN_FIGURES if f not in first):
+            self.figure(figure_of, runs, RUN_FIGURES[figure_of], run_provenance(runs))
+        if len(self.parts) == before:
+            self.parts.pop()
+        else:
+            self.parts.append("</details>")
         self.commands([run.summary for run in runs])
 
     def study(self, cells: Sequence[Cell]) -> None:
@@ -184,8 +244,19 @@ class Page:
         for name, picture in self.pictures.items():
             (folder / name).write_bytes(picture)
         page = folder / "index.html"
-        page.write_text(PAGE.format(title=escape(title), body="\n".join(self.parts)), encoding="utf-8")
+        page.write_text(
+            PAGE.format(title=escape(title), body="\n".join(self.parts), script=SCRIPT), encoding="utf-8"
+        )
         return page
+
+
+def csv_link(table: Table) -> str:
+    """Return a link that holds the table as a file of comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text).writerows([table.head, *table.rows])
+    name = re.sub(r"\W+", "_", table.title).strip("_").lower()
+    encoded = b64encode(text.getvalue().encode()).decode()
+    return f'<a download="{name}.csv" href="data:text/csv;base64,{encoded}">CSV</a>'
 
 
 def show(table: Table) -> None:

@@ -15,14 +15,20 @@ from curvadion.report.drawing import BLUE, COLORS, GREY, MOST_NAMES, ORANGE, dri
 from curvadion.report.runs import Run, number, sent_keys, sent_words
 
 
-def smooth(values: Sequence[float], memory: float = 0.9) -> list[float]:
-    """Average exponentially, without a bias to the first value; gaps stay gaps."""
-    total = weight = 0.0
-    means = []
+def smooth(values: Sequence[float], reach: int = 10) -> list[float]:
+    """Average each value with as many neighbours on either side, at most `reach`; fewer near the ends, so
+    that a steep start is followed and not trailed. Gaps stay gaps, and count for nothing."""
+    sums, counts = [0.0], [0]
     for value in values:
-        if not math.isnan(value):
-            total, weight = memory * total + value, memory * weight + 1
-        means.append(math.nan if math.isnan(value) else total / weight)
+        gap = math.isnan(value)
+        sums.append(sums[-1] + (0.0 if gap else value))
+        counts.append(counts[-1] + (not gap))
+    means = []
+    for i, value in enumerate(values):
+        side = min(reach, i, len(values) - 1 - i)
+        low, high = i - side, i + side + 1
+        missing = math.isnan(value)
+        means.append(math.nan if missing else (sums[high] - sums[low]) / (counts[high] - counts[low]))
     return means
 
 
@@ -135,26 +141,27 @@ def rmmc_timeline(runs: Sequence[Run]) -> Figure | None:
         log_axis(axis, "y")
         axis.set_ylabel("RMMC")
         steered = " at first" if len(set(run.taus)) > 1 else ""
-        tau = f"tau {run.tau:g}{steered}" if math.isfinite(run.tau) else "no tau"
+        tau = f"tau {run.tau:g}{steered}, " if math.isfinite(run.tau) else ""
         count = f"{run.total('synchronized'):.0f} of {len(run.steps)} steps synchronized"
-        axis.set_title(f"{run.name}: {tau}, {count}", loc="left")
+        axis.set_title(f"{run.name}: {tau}{count}", loc="left")
     axes[-1][0].set_xlabel("step")
+    figure.legend(handles=_handles(gated), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _handles(runs: Sequence[Run]) -> list[Line2D]:
+    """Return the legend's lines: a tau, and what it decides, only where there is one."""
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5}
-    handles = [
-        Line2D([], [], color=BLUE, label="local step", **{**dot, "marker": "."}),
+    hollow = {"markeredgecolor": ORANGE, "markerfacecolor": "none"}
+    local = Line2D([], [], color=BLUE, label="local step", **{**dot, "marker": "."})
+    if not any(math.isfinite(run.tau) for run in runs):
+        return [local, Line2D([], [], label="synchronized step", **hollow, **dot)]
+    return [
+        local,
         Line2D([], [], color=ORANGE, label="synchronized: RMMC above tau", **dot),
-        Line2D(
-            [],
-            [],
-            markeredgecolor=ORANGE,
-            markerfacecolor="none",
-            label="synchronized by another rule",
-            **dot,
-        ),
+        Line2D([], [], label="synchronized by another rule", **hollow, **dot),
         Line2D([], [], color=GREY, linestyle="--", label="tau"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    return figure
 
 
 def rmmc_heat_maps(runs: Sequence[Run]) -> Figure | None:
@@ -190,9 +197,11 @@ def rmmc_heat_maps(runs: Sequence[Run]) -> Figure | None:
         every = -(-len(matrices) // MOST_NAMES)
         axis.set_yticks(range(0, len(matrices), every), matrices[::every], fontsize=7.5)
         axis.set_title(f"{run.name}: RMMC of every matrix", loc="left")
-        bar = figure.colorbar(mesh, ax=axis, pad=0.01, aspect=30, label="RMMC (line: tau; grey: undefined)")
+        shown = low < run.tau < high
+        label = f"RMMC ({'line: tau; ' * shown}grey: undefined)"
+        bar = figure.colorbar(mesh, ax=axis, pad=0.01, aspect=30, label=label)
         log_axis(bar.ax, "y")
-        if low < run.tau < high:
+        if shown:
             bar.ax.axhline(run.tau, color="black", linewidth=2)
     axes[-1][0].set_xlabel("step")
     return figure

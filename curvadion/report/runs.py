@@ -200,8 +200,9 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
         rows = [[words_of(key), *(readable(column.get(key, 0)) for column in purposes)] for key in kept]
         rows.append(["all", *(readable(sum(column.values())) for column in purposes)])
         caption = (
-            "Bytes that the ranks of one replica handed to collectives between replicas, by purpose. "
-            f"{run_provenance(runs)}"
+            "Buffers that the ranks of one replica handed to collectives between replicas, by purpose. What "
+            "leaves a replica for them is more or less: 2 (K - 1) / K times a buffer that K replicas reduce, "
+            f"(K - 1) / K times one of which each gets a part. {run_provenance(runs)}"
         )
         tables.append(Table("Bytes by purpose", head, rows, caption))
     return tables

@@ -19,6 +19,21 @@ VALIDATION_LOSS = 4  # bytes: a float32, in each validation
 LOSSES = 16  # bytes: mean and largest loss in float32 and an int64 of tokens seen, in each logged step
 
 
+# What goes to TensorBoard and W&B, with all_curvadion everything.
+LOGGED = (
+    "curvadion/synchronized",
+    "curvadion/steps_since_sync",
+    "curvadion/since_log/sync_rate",
+    "curvadion/since_log/rmmc_max",
+    "curvadion/tau",
+    "curvadion/skipped_steps",
+    "curvadion/wire/shard",
+    "curvadion/wire_total/replicate",
+    "curvadion/dense_bf16_wire_total",
+    "torchtitan/bytes_total/replicate",
+)
+
+
 class CheckpointManager(checkpointer.CheckpointManager):
     """torchtitan's checkpoints, of replicas that are made one before each save; the final one is the
     consensus model.
@@ -55,7 +70,11 @@ class MetricsProcessor(metrics.MetricsProcessor):
 
     @dataclass(kw_only=True, slots=True)
     class Config(metrics.MetricsProcessor.Config):
-        """The fields of torchtitan's own."""
+        """The fields of torchtitan's own, and one more."""
+
+        all_curvadion: bool = False
+        """Log every number of `CurvaDion.metrics()` to TensorBoard and W&B, also the bytes of every purpose,
+        rather than those that one looks at (`LOGGED`)."""
 
     logged_steps = validations = validation_steps = 0
 
@@ -78,14 +97,15 @@ class MetricsProcessor(metrics.MetricsProcessor):
         values["torchtitan/bytes_total/replicate"] = float(
             own if self.parallel_dims.dp_replicate_enabled else 0
         )
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **values})
+        logged = values if self.config.all_curvadion else {name: values[name] for name in LOGGED}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **logged})
         logger.info(self._line(step, values))
 
     def _line(self, step: int, values: dict[str, float]) -> str:
         assert isinstance(self.optimizers, CurvaDionOptimizer)
         opt, color = self.optimizers.curvadion, self.color
         argmax = int(values["curvadion/rmmc_argmax"])
-        sent, dense = values["curvadion/bytes_total/replicate"], values["curvadion/dense_bf16_bytes_total"]
+        sent, dense = values["curvadion/wire_total/replicate"], values["curvadion/dense_bf16_wire_total"]
         rmmc = values["curvadion/rmmc_max"]
         return (
             f"{color.red}step: {step:2}  "
