@@ -525,7 +525,7 @@ def test_the_command_says_what_it_can_do(capsys):
 def test_a_smoothed_curve_follows_a_steep_start_and_averages_noise() -> None:
     line = [5.0 - 0.25 * i for i in range(40)]
     assert run_figures.smooth(line) == pytest.approx(line), "an exponential mean is 2 above it"
-    noise = [(-1.0) ** i for i in range(101)]
+    noise = [(-1.0) ** i for i in range(301)]
     assert max(abs(v) for v in run_figures.smooth(noise)[10:-10]) <= 1 / 20
     assert run_figures.smooth([1.0, math.nan, 3.0, 5.0, 7.0])[2] == pytest.approx(4.0)
     assert math.isnan(run_figures.smooth([1.0, math.nan, 3.0])[1])

@@ -15,9 +15,10 @@ from curvadion.report.drawing import BLUE, COLORS, GREY, MOST_NAMES, ORANGE, dri
 from curvadion.report.runs import Run, number, sent_keys, sent_words
 
 
-def smooth(values: Sequence[float], reach: int = 10) -> list[float]:
-    """Average each value with as many neighbours on either side, at most `reach`; fewer near the ends, so
-    that a steep start is followed and not trailed. Gaps stay gaps, and count for nothing."""
+def smooth(values: Sequence[float]) -> list[float]:
+    """Average each value with as many neighbours on either side, a thirtieth of all at most; fewer near the
+    ends, so that a steep start is followed and not trailed. Gaps stay gaps, and count for nothing."""
+    reach = max(2, len(values) // 30)
     sums, counts = [0.0], [0]
     for value in values:
         gap = math.isnan(value)
