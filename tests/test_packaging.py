@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,13 @@ import curvadion
 from curvadion import rooms
 
 ROOT = Path(__file__).resolve().parent.parent
+# What may lie in a checkout and is not the project's.
+JUNK = shutil.ignore_patterns(
+    ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
+)
+JUNK_PATH = re.compile(
+    r"^(\.git|\.venv|runs|build|dist|outputs|assets|data)(/|$)|(^|/)(__pycache__|\.\w+_cache)/|\.egg-info/"
+)
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -28,23 +36,42 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, built from a copy, because setuptools writes beside the sources."""
     missing = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(
             f"building the wheel needs {' and '.join(missing)}: python -m pip install '.[dev]' brings them"
         )
-    # A copy, because setuptools writes build/ and *.egg-info beside the sources.
     copy = tmp_path_factory.mktemp("source") / "curvadion"
-    junk = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
-    )
-    shutil.copytree(ROOT, copy, ignore=junk)
+    shutil.copytree(ROOT, copy, ignore=JUNK)
+    build = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", build, str(out), cwd=copy)
+    (built,) = out.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source distribution."""
     out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
-    run(*pip, "--wheel-dir", str(out), str(copy), cwd=out)
+    run(*pip, "--wheel-dir", str(out), str(source), cwd=out)
     (built,) = out.glob("*.whl")
     return built
+
+
+def test_the_source_distribution_holds_everything(source: Path) -> None:
+    """So that its tests, its two commands and its documentation work: as a checkout does."""
+    with tarfile.open(source) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    ours = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*")
+        if path.is_file() and not JUNK_PATH.search(str(path.relative_to(ROOT)))
+    }
+    assert len(ours) > 200 and not ours - held, sorted(ours - held)
 
 
 def test_contents(wheel: Path) -> None:
