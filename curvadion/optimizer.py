@@ -47,8 +47,8 @@ class CurvaDion(Stateful):
 
     While rho <= tau steps are local: a matrix does what `local_update` says, and 8 bytes cross
     `replicate_mesh`. Otherwise the step is synchronized, as `consensus` says. With one replica every step is,
-    unless an option that says when or how to be local is set. README.md has the equations, docs/options.md
-    more on single options. A missing gradient counts as zero; parameters with
+    unless an option that says when or how to be local is set. docs/how_it_works.md has the equations,
+    docs/options.md more on single options. A missing gradient counts as zero; parameters with
     ``requires_grad=False`` are left alone, see `synchronize`.
 
     Args:
