@@ -81,6 +81,8 @@ class CurvaDion(Stateful):
         newton_schulz_steps [g]: number of rounds.
         newton_schulz_dtype [g]: dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs
             that have units for it if the momentum is bfloat16 too; else the momentum's, at least float32.
+        newton_schulz_method [g]: "gram" takes several rounds on one Gram matrix where one side is 1.5 times
+            the other, for fewer FLOPs; "standard" takes all on the matrix itself.
         consensus: how replicas become equal on a synchronized step: "average", by means of all they hold;
             "outer", by pseudo-gradients. "none" is the published formula as it stands, and drifts.
         outer_lr: outer learning rate; 1 without outer_momentum is plain averaging.
@@ -105,6 +107,9 @@ class CurvaDion(Stateful):
         owners: whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank
             of its replica, which is sent the shards: "auto" where that takes less time than all ranks working
             on it together.
+        replica_gbit: Gbit/s at which a rank can send to other replicas: where the link between them is fast,
+            each P of a synchronized step, which all replicas have alike, may have its owner among the ranks
+            of all of them, as `owners` says. None, for a slow link: each replica works on all P.
         owner_dtype: dtype of momenta and updates on their way to owners and back; None takes that of the
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
@@ -144,6 +149,7 @@ class CurvaDion(Stateful):
         newton_schulz: str = "jordan",
         newton_schulz_steps: int = 5,
         newton_schulz_dtype: torch.dtype | None = None,
+        newton_schulz_method: str = "gram",
         consensus: str = "average",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
@@ -162,6 +168,7 @@ class CurvaDion(Stateful):
         payload_dtype: torch.dtype | None = None,
         orthogonalization: str = "cholesky_qr",
         owners: str = "auto",
+        replica_gbit: float | None = None,
         owner_dtype: torch.dtype | None = None,
         on_nonfinite: str = "raise",
         check_every: int = 1000,

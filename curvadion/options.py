@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import POLYNOMIALS
+from curvadion.algebra.newton_schulz import METHODS, POLYNOMIALS
 from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
@@ -81,6 +81,7 @@ GROUP_OPTIONS: dict[str, Allowed] = {
         "None or a floating-point torch.dtype of 16, 32 or 64 bits",
         "try None, which takes bfloat16 where it is fast",
     ),
+    "newton_schulz_method": _one_of(METHODS),
     "error_feedback": _flag("try True"),
     "right_factor": _one_of(("column_norm", "qr")),
     "orthogonalization": _one_of(("cholesky_qr", "qr")),
@@ -131,6 +132,11 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         "try torch.bfloat16",
     ),
     "owners": _one_of(("auto", "always", "never")),
+    "replica_gbit": Allowed(
+        lambda v: v is None or v > 0,
+        "None or a number > 0",
+        "try None, or 2000 for replicas on the GPUs of one machine",
+    ),
     "owner_dtype": Allowed(
         lambda v: v in (None, torch.float64, torch.float32, torch.bfloat16),
         "None, torch.float64, torch.float32 or torch.bfloat16",
@@ -199,6 +205,7 @@ class Options:
     momentum_dtype: torch.dtype | None
     payload_dtype: torch.dtype | None
     owners: str
+    replica_gbit: float | None
     owner_dtype: torch.dtype | None
     on_nonfinite: str
     check_every: int

@@ -12,6 +12,7 @@ from torch import Tensor
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.options import Options, group_options
 from curvadion.rules import RULES, Step
+from curvadion.sharding.crew import Crew
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import check_replicas, local_tensor
@@ -49,7 +50,7 @@ class Rooms:
         table: which parameters there are, and how they are laid out.
         store: their state.
         exchange: who talks to other ranks.
-        owners: have work done on whole matrices.
+        owners, common_owners: have work done on whole matrices, see `Step`.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         intake: reads parameters and gradients.
     """
@@ -59,6 +60,7 @@ class Rooms:
     store: Store
     exchange: Exchange
     owners: Owners
+    common_owners: Owners | None
     ops: Ops
     numbers: Numbers
     intake: Intake
@@ -110,17 +112,12 @@ class Rooms:
             own_Q=earlier.store.own_Q if earlier is not None else (),
         )
         intake = Intake(table, store.batches, exchange)
-        when = options.owners
-        if when != "never" and not table.shards.can_meet:
-            when = "never"
-            logger.warning(
-                "owners=%r needs one group of all ranks of a replica, which on a mesh of several dimensions "
-                "torch makes with all ranks of the world only where init_process_group got a device_id; all "
-                "ranks work together instead",
-                options.owners,
-            )
-        owners = Owners(exchange, when, options.owner_dtype)
-        return Rooms(options, table, store, exchange, owners, ops, Numbers(table.device), intake)
+        owners, common_owners = Owners(exchange, options.owners, options.owner_dtype), None
+        if options.replica_gbit is not None and exchange.replicas > 1 and options.owners != "never":
+            crew, bandwidth = Crew(table.shards, peers), options.replica_gbit * 1e9 / 8
+            common_owners = Owners(exchange, options.owners, None, crew, "common_factors", bandwidth)
+        ops_and_numbers = ops, Numbers(table.device)
+        return Rooms(options, table, store, exchange, owners, common_owners, *ops_and_numbers, intake)
 
     def X(self) -> list[Tensor]:
         """Return this rank's shards of all parameters; call it under `torch.no_grad()`."""
@@ -130,8 +127,8 @@ class Rooms:
         """Return a step of these shards and gradients; without them, one for what is done between steps."""
         X = Fixed(self.X()) if X is None else X
         G = Fixed([None] * len(X)) if G is None else G
-        room = (self.table, self.store, schedule, self.exchange, self.owners, self.ops, self.numbers)
-        return Step(X, G, groups, *room, self.options.payload_dtype)
+        room = (self.table, self.store, schedule, self.exchange, self.owners, self.common_owners)
+        return Step(X, G, groups, *room, self.ops, self.numbers, self.options.payload_dtype)
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Return a text of all that must be equal on all ranks, what it found and what rounding depends on
@@ -143,7 +140,8 @@ class Rooms:
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
         found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]
-        return repr((options, plain, found, self.table.describe(), self.exchange.replicas))
+        offsets = self.common_owners.crew.offsets if self.common_owners is not None else []
+        return repr((options, plain, found, self.table.describe(), self.exchange.replicas, offsets))
 
     @property
     def dense_bytes(self) -> int:

@@ -34,7 +34,7 @@ THEMES = {
     "The update": """
         lr momentum weight_decay rank_fraction rank_multiple_of local_update local_lr_scale update_scale
         weight_layout nesterov
-        error_feedback right_factor orthogonalization owners owner_dtype betas eps
+        error_feedback right_factor orthogonalization owners replica_gbit owner_dtype betas eps
     """.split(),
     "The gate": """
         gate tau warmup_steps min_local_steps max_local_steps target_sync_rate gate_every gate_lag
@@ -43,8 +43,8 @@ THEMES = {
         consensus outer_lr outer_momentum outer_bits outer_fragments outer_delay outer_on_host
     """.split(),
     "Numbers and checks": """
-        newton_schulz newton_schulz_steps newton_schulz_dtype momentum_dtype payload_dtype on_nonfinite
-        check_every kernels
+        newton_schulz newton_schulz_steps newton_schulz_dtype newton_schulz_method momentum_dtype
+        payload_dtype on_nonfinite check_every kernels
     """.split(),
 }
 

@@ -16,17 +16,23 @@ from support.layouts import LAYOUTS, Layout, Placed, local, whole
 from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.algebra.newton_schulz import Iteration
-from curvadion.sharding.layout import Region, ShardMesh
+from curvadion.sharding import crew
+from curvadion.sharding.group import Pairwise
+from curvadion.sharding.layout import Region
 from curvadion.sharding.owners import Spread, assign
 
 INF = float("inf")
-flops = Iteration().flops
+
+
+def flops(rows: int, columns: int) -> float:
+    return Iteration().flops(rows, columns, torch.float32)
+
+
 # (rows, columns): how many of them.
 MODELS = {
     "12 layers of 256": {(256, 256): 48, (688, 256): 24, (256, 688): 12},
@@ -223,16 +229,46 @@ def test_the_rows_of_P_go_to_its_owner_and_no_gram_matrices_to_anybody(method: s
         assert wire["gram"] == 0 and wire["matrices"] == 4 * numbers
 
 
-def a_world_whose_groups_are_split_off() -> tuple[bool, bool, str]:
+def split_off() -> tuple[dict[str, torch.Tensor], int]:
     """Where torch would ask ranks outside of the replica to take part in making its group."""
-    mesh = dist.init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replicate", "fsdp", "tp"))
-    alone = ShardMesh([distribute_tensor(torch.ones(4, 4), mesh["fsdp", "tp"], [Shard(0), Replicate()])])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardMesh, "can_meet", property(lambda _: False))
-        weight = nn.Parameter(distribute_tensor(torch.randn(8, 8), mesh["fsdp"], [Shard(0)]))
-        opt = CurvaDion([weight], local_update="muon", tau=INF, owners="always")
-    return alone.can_meet, not opt.owners, opt._built.owners.when
+        patch.setattr(crew, "_splits_the_world", lambda: True)
+        layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2_tp2")
+        torch.manual_seed(0)
+        values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate(SHAPES)}
+        placed = layout.build(values, 2)
+        opt = CurvaDion(
+            [{"params": list(placed.bag.named_parameters())}],
+            replicate_mesh=placed.replicate_mesh,
+            local_update="muon",
+            owners="always",
+            tau=INF,
+        )
+        groups = dist.distributed_c10d.get_pg_count()
+        for _ in range(3):
+            placed.set_gradients(placed.parts_of({n: torch.randn(v.shape) for n, v in values.items()}))
+            opt.step()
+        opt.synchronize()
+        assert isinstance(opt._built.owners.crew.group, Pairwise)
+        assert dist.distributed_c10d.get_pg_count() == groups, "nobody made a group"
+    return {name: whole(p) for name, p in placed.bag.named_parameters()}, len(set(opt.owners.values()))
 
 
-def test_without_a_group_of_all_ranks_they_work_together() -> None:
-    assert run_ranks(4, a_world_whose_groups_are_split_off) == [(True, True, "never")] * 4
+def test_without_a_group_of_all_ranks_they_send_each_other_messages() -> None:
+    ranks = run_ranks(8, split_off)
+    [(alone, _)] = run_ranks(1, as_one_process)
+    for values, owners in ranks:
+        torch.testing.assert_close(values, alone, rtol=1e-4, atol=1e-5)
+        assert owners == len(SHAPES)
+
+
+def as_one_process() -> tuple[dict[str, torch.Tensor], int]:
+    """The same steps: replicas with equal gradients are one."""
+    placed, _, _ = laid_out(LAYOUTS[0], SHAPES)
+    opt = CurvaDion(
+        [{"params": list(placed.bag.named_parameters())}], local_update="muon", owners="always", tau=INF
+    )
+    for _ in range(3):
+        placed.set_gradients({n: torch.randn(p.shape) for n, p in placed.bag.named_parameters()})
+        opt.step()
+    return {name: whole(p) for name, p in placed.bag.named_parameters()}, 0

@@ -44,6 +44,14 @@ POLYNOMIALS: dict[str, tuple[tuple[float, ...], ...]] = {
 }
 
 
+# The names of the option `newton_schulz_method`.
+METHODS = ("gram", "standard")
+# Rounds on one Gram matrix: how many at most; and how large the rounding of its arithmetic may get, relative
+# to the largest singular value, where they are the first ones and where they are not. Measured, see
+# `Iteration`.
+GRAM_ROUNDS, FIRST_NOISE, LATER_NOISE = 3, 1.2, 0.6
+
+
 @dataclass(frozen=True)
 class Iteration:
     """How `newton_schulz` iterates; the same on all ranks.
@@ -62,11 +70,13 @@ class Iteration:
         polynomials: a name in POLYNOMIALS.
         steps: the number of rounds.
         dtype: they are computed in; None for bfloat16 on a GPU unless M is float64, M's dtype elsewhere.
+        method: "gram", several rounds on one Gram matrix where that takes fewer FLOPs; "standard", one.
     """
 
     polynomials: str = "jordan"
     steps: int = 5
     dtype: torch.dtype | None = None
+    method: str = "gram"
 
     @staticmethod
     def of(group: Mapping[str, Any], momentum: Tensor) -> "Iteration":
@@ -83,7 +93,8 @@ class Iteration:
             and cpu_multiplies_bfloat16()
         ):
             dtype = torch.bfloat16
-        return Iteration(group["newton_schulz"], group["newton_schulz_steps"], dtype)
+        method = group["newton_schulz_method"]
+        return Iteration(group["newton_schulz"], group["newton_schulz_steps"], dtype, method)
 
     @property
     def rounds(self) -> list[tuple[float, ...]]:
@@ -98,10 +109,38 @@ class Iteration:
         wide = compute_dtype(M.dtype)
         return torch.bfloat16 if M.is_cuda and wide == torch.float32 else wide
 
-    def flops(self, m: float, n: float) -> float:
-        """Return the FLOPs of all rounds on (m, n), m >= n or the other way round."""
+    def segments(self, m: float, n: float, dtype: torch.dtype) -> list[list[tuple[float, ...]]]:
+        """Return the rounds on (m, n) in segments, each of which starts from a new Gram matrix.
+
+        k rounds in one take 4 m n^2 + (8 k - 6) n^3 FLOPs, in k segments k (4 m n^2 + 2 n^3): so one is the
+        better where 2 m > 3 n. On the Gram matrix G each round multiplies rounding errors by a^2 or so, and a
+        negative eigenvalue grows without bound, which Y^T Y never has: hence a segment ends before they are
+        too large. In bfloat16 "jordan" has segments of 3 and 2 rounds, "polar_express" of 2.
+        """
+        rounds = self.rounds
+        if self.method == "standard" or 2 * max(m, n) <= 3 * min(m, n):
+            return [[triple] for triple in rounds]
+        found: list[list[tuple[float, ...]]] = []
+        while rounds:
+            noise, number = torch.finfo(dtype).eps * rounds[0][0] ** 2, 1
+            while number < min(GRAM_ROUNDS, len(rounds)) and noise <= (LATER_NOISE if found else FIRST_NOISE):
+                noise, number = noise * rounds[number][0] ** 2, number + 1
+            found.append(rounds[:number])
+            rounds = rounds[number:]
+        return found
+
+    def products(self, m: float, n: float, dtype: torch.dtype) -> tuple[float, float]:
+        """Return the FLOPs of all rounds on (m, n), m >= n or the other way round: of products A^T A, where
+        one triangle is enough, and of others."""
         long, short = max(m, n), min(m, n)
-        return self.steps * (4 * long * short**2 + 2 * short**3)
+        lengths = [len(segment) for segment in self.segments(m, n, dtype)]
+        symmetric = len(lengths) * 2 * long * short**2 + self.steps * 2 * short**3
+        others = len(lengths) * 2 * long * short**2 + sum(3 * (k - 1) for k in lengths) * 2 * short**3
+        return symmetric, others
+
+    def flops(self, m: float, n: float, dtype: torch.dtype) -> float:
+        """Return the FLOPs of all rounds on (m, n), m >= n or the other way round."""
+        return sum(self.products(m, n, dtype))
 
 
 @functools.cache
@@ -129,7 +168,9 @@ def newton_schulz(
         Y <- M / ||M||_F,    each round:  G = Y^T Y,   Y <- Y (a I + b G + c G^2)
 
     G is n x n and summed over the shards of the long side in each round. The iteration forgives rounding,
-    because each round starts from Y.
+    because each round starts from Y. Several rounds on one G, where the whole matrix is here, are
+
+        Q <- I,   each round:  Z = a I + b G + c G^2,   Q <- Q Z,   G <- Z G Z;   then Y <- Y Q
 
     Args:
         M: batches (B, m, n) with m the longer side of the whole matrix; local shards.
@@ -138,27 +179,56 @@ def newton_schulz(
         product: returns alpha A^T A + beta A.
 
     Returns: batches of the same shapes and dtypes.
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the iteration.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the iteration;
+    Zhang, Amsel, Chen, Dao, "Gram Newton-Schulz", 2026, for several rounds on one G, and starting anew.
     """
     if not M:
         return []
     with torch.autocast(M[0].device.type, enabled=False):
         whole = [w.mT for w in columns.gather([m.mT for m in M])]
         wide = [compute_dtype(w.dtype) for w in whole]
-        # Of any size from 1e-38 to 1e38: squares in float64, and the root of 1 / ||M|| twice, for 1 / ||M||
-        # itself may overflow float32.
+        # Of any size from 1e-38 to 1e38: squares in float64.
         norms = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=torch.float64) for w in whole]
         squared = rows.sum([norm.square() for norm in norms], "gram")
-        roots = [
-            torch.where(s > LEAST_SQUARE, s, 1.0).pow(-0.25).to(dtype)
+        scales = [
+            torch.where(s > LEAST_SQUARE, s, 1.0).rsqrt().to(dtype)
             for s, dtype in zip(squared, wide, strict=True)
         ]
-        Y = [(w * root * root).to(how.arithmetic(w)) for w, root in zip(whole, roots, strict=True)]
+        Y = [
+            torch.mul(w, scale, out=torch.empty_like(w, dtype=how.arithmetic(w)))  # in one pass
+            for w, scale in zip(whole, scales, strict=True)
+        ]
         del whole
-        for a, b, c in how.rounds:
-            grams = rows.sum([product(y).to(dtype) for y, dtype in zip(Y, wide, strict=True)], "gram")
-            for k, gram in enumerate(grams):
-                G = gram.to(Y[k].dtype)
-                Y[k] = torch.baddbmm(Y[k], Y[k], product(G, alpha=c, beta=b), beta=a)
+        alone = rows is LOCAL  # else all ranks, whatever their shards, sum equally often
+        segments = [
+            how.segments(y.shape[1], y.shape[2], y.dtype) if alone else [[triple] for triple in how.rounds]
+            for y in Y
+        ]
+        for number in range(how.steps):
+            here = [k for k, cut in enumerate(segments) if number < len(cut)]
+            grams = rows.sum([product(Y[k]).to(wide[k]) for k in here], "gram")
+            for k, gram in zip(here, grams, strict=True):
+                Y[k] = _advance(Y[k], gram.to(Y[k].dtype), segments[k][number], product)
         result = [y.to(m.dtype).mT for y, m in zip(Y, M, strict=True)]
     return [y.mT for y in columns.take(result)]
+
+
+def _advance(
+    Y: Tensor, G: Tensor, rounds: Sequence[tuple[float, ...]], product: Callable[..., Tensor]
+) -> Tensor:
+    """Return Y after these rounds, given G = Y^T Y."""
+    Q: Tensor | None = None
+    for number, (a, b, c) in enumerate(rounds, 1):
+        Z = product(G, alpha=c, beta=b)  # without a I, whose rounding would be all others'
+        if len(rounds) == 1:
+            return torch.baddbmm(Y, Y, Z, beta=a)
+        if number < len(rounds):
+            GZ = torch.baddbmm(G, G, Z, beta=a)
+            G = torch.baddbmm(GZ, GZ, Z, beta=a)
+        if Q is None:
+            Q = Z
+            Q.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            Q = torch.baddbmm(Q, Q, Z, beta=a)
+    assert Q is not None, "there are rounds"
+    return Y @ Q

@@ -180,8 +180,14 @@ def spread_of(shape: tuple[int, int], flops: float, shards: int) -> Spread:
 
 
 def rounds_of(s: Settings, rows: float, n: float) -> float:
-    """Return the FLOPs of all rounds on `rows` rows of matrices, in full products' time."""
+    """Return the FLOPs of all rounds on `rows` rows of matrices, together, in full products' time."""
     return s.how.steps * (s.triangle * (2 * rows * n**2 + 2 * n**3) + 2 * rows * n**2)
+
+
+def rounds_alone(s: Settings, m: float, n: float) -> float:
+    """Return the FLOPs of all rounds on a whole matrix, in full products' time."""
+    symmetric, others = s.how.products(m, n, s.how.dtype or torch.float32)
+    return s.triangle * symmetric + others
 
 
 def counts_of(model: Model) -> dict[tuple[int, int], int]:
@@ -212,7 +218,7 @@ def muon(model: Model, s: Settings) -> list[Work]:
     owned, work = dict[tuple[int, int], Spread](), [Work() for _ in range(s.shards)]
     for shape, count in counts.items():
         m, n = max(shape), min(shape)
-        spread = spread_of(shape, rounds_of(s, m, n), s.shards)
+        spread = spread_of(shape, rounds_alone(s, m, n), s.shards)
         wide = shape[0] < shape[1]
         sides = (1, s.shards) if wide else (s.shards, 1)
         alone = cost_alone(spread, wire, s.shards, len(model.matrices))

@@ -33,6 +33,8 @@ class Step:
         schedule: how many steps there were before this one.
         exchange: sums over shards, means over replicas.
         owners: have work done on whole matrices.
+        common_owners: the same of what all replicas have alike, by the ranks of all of them; None where what
+            they would send each other is dearer.
         ops, numbers: the kernels, and hyper-parameters as they want them.
         payload_dtype: of P, R and gradients between replicas; None for the tensor's own.
     """
@@ -45,9 +47,16 @@ class Step:
     schedule: Schedule
     exchange: Exchange
     owners: Owners
+    common_owners: Owners | None
     ops: Ops
     numbers: Numbers
     payload_dtype: torch.dtype | None
+
+    def crews(self, *, synchronized: bool) -> list[Owners]:
+        """Return whom to ask for an owner, one after the other, of what on a synchronized step all replicas
+        have alike."""
+        common = [self.common_owners] if synchronized and self.common_owners is not None else []
+        return [*common, *([self.owners] if self.owners.ranks > 1 else [])]
 
     def batches(self, rule: str) -> list[Batch]:
         """Return the matrices whose group's local rule this is."""

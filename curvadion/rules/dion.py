@@ -38,7 +38,7 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
             [b.M for b in chosen],
             [b.right_factor for b in chosen],
             columns=step.columns(chosen, synchronized=synchronized),
-            orthonormal_P=left if step.owners.ranks > 1 else None,
+            orthonormal_P=left if step.crews(synchronized=synchronized) else None,
             reduce_P=step.reduction(
                 chosen, [b.columns for b in chosen], synchronized=synchronized, live_only=True
             ),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
 
 # The options of a group that `Iteration.of` reads.
-ITERATION = ("newton_schulz", "newton_schulz_steps", "newton_schulz_dtype")
+ITERATION = ("newton_schulz", "newton_schulz_steps", "newton_schulz_dtype", "newton_schulz_method")
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Slices:
 @dataclass(frozen=True)
 class Rates:
     """What a rank does in a second: FLOPs of products, and in float64; bytes that leave it in an all-reduce
-    and in an all-to-all. Round figures; they choose between two ways, so only their ratios count."""
+    and in an all-to-all, and for other replicas. Round figures; they choose between two ways, so only their
+    ratios count."""
 
     flops: float
     float64: float
     all_reduce: float
     all_to_all: float
+    replicas: float = math.inf
 
     @staticmethod
     def of(device: torch.device) -> "Rates":
@@ -51,35 +53,34 @@ RATES = {"cuda": Rates(5e14, 4e13, 2e11, 5e10), "cpu": Rates(5e10, 2.5e10, 1e9, 
 @dataclass(frozen=True)
 class Cost:
     """What some work takes of a rank: FLOPs of products, bytes that leave it in all-reduces and in
-    all-to-alls."""
+    all-to-alls, and for other replicas."""
 
     flops: float = 0.0
     all_reduce: float = 0.0
     all_to_all: float = 0.0
+    replicas: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.flops + other.flops, self.all_reduce + other.all_reduce, self.all_to_all + other.all_to_all
-        )
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def seconds(self, rates: Rates) -> float:
         """Return how long it takes, one after the other."""
-        return (
-            self.flops / rates.flops + self.all_reduce / rates.all_reduce + self.all_to_all / rates.all_to_all
-        )
+        return sum(getattr(self, f.name) / getattr(rates, f.name) for f in fields(self))
 
 
-def cost_alone(spread: Spread, itemsize: int, parts: int, total: int) -> Cost:
+def cost_alone(spread: Spread, itemsize: int, parts: int, total: int, replicas: int = 1) -> Cost:
     """Return what one of the matrices costs each rank on average where each is with one owner.
 
     Args:
         itemsize: bytes of an element on the way.
         parts: into how many parts a matrix is split; those of ranks that have the same part travel once.
         total: how many matrices there are; with fewer than ranks, some ranks have nothing to do.
+        replicas: among whose ranks there is one owner.
     """
     ranks = len(spread.regions)
     share, sent = max(1 / ranks, 1 / total), itemsize * math.prod(spread.shape) / parts
-    return Cost(share * spread.flops, 0.0, share * sent * ((parts - 1) + (ranks - 1)))
+    inside, others = (parts - 1) + (ranks // replicas - 1), ranks - ranks // replicas
+    return Cost(share * spread.flops, 0.0, share * sent * inside, share * sent * others)
 
 
 def cost_together(how: Iteration, m: float, n: float, long: int = 1, short: int = 1) -> Cost:
@@ -176,7 +177,8 @@ def _together(
 
 def _spread(step: Step, batch: Batch, slices: Slices | None, how: Iteration) -> Spread:
     """Return how the matrices of a batch are spread over the ranks of the replica, or slices of them."""
-    key = (id(batch.layout), slices, how)
+    dtype = how.arithmetic(batch.momentum)
+    key = (id(batch.layout), slices, how, dtype)
     spreads = step.owners.spreads
     if key not in spreads:
         layout = batch.layout
@@ -185,7 +187,8 @@ def _spread(step: Step, batch: Batch, slices: Slices | None, how: Iteration) -> 
             dim = 1 - slices.along
             regions = tuple(Region((0, r.offset[dim]), (slices.number, r.shape[dim])) for r in regions)
             split, (rows, columns) = layout.sharded[dim], (slices.number, layout.shape[dim])
-        spreads[key] = Spread((rows, columns), regions, split, how.flops(rows, columns))
+        flops = how.flops(rows, columns, dtype)
+        spreads[key] = Spread((rows, columns), regions, split, flops)
     return spreads[key]
 
 

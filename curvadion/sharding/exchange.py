@@ -12,7 +12,9 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
                               Q                        replica 0's          (only after a local Dion step)
                               P                        sum over shards, mean over replicas
                               P                        where that is cheaper, to its owners and back: two
-                                                       all-to-alls a bucket, see `owners`
+                                                       all-to-alls a bucket, see `owners`. First those with
+                                                       owners among the ranks of all replicas (replica_gbit),
+                                                       over all of them; then those with owners in the replica
                               Gram matrices            of other P, two SUMs over the shards of its rows ("qr":
                                                        all of P)
                               R                        sum over shards, mean over replicas
@@ -53,6 +55,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from curvadion.sharding.crew import Crew
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
@@ -135,18 +138,25 @@ class Exchange:
 
     def start_all_to_all(
         self,
+        crew: Crew,
         sent: Tensor,
         sent_counts: Sequence[int],
         received: Tensor,
         received_counts: Sequence[int],
         purpose: str,
     ) -> Work:
-        """Start sending each rank of the replica its part of a flat buffer, as many elements as said."""
-        group, size = self.shards.everyone, sent.element_size()
-        self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
+        """Start sending each rank of a crew its part of a flat buffer, as many elements as said."""
+        size = sent.element_size()
+        inside = sum(n for n, near in zip(sent_counts, crew.inside, strict=True) if near)
+        for axis, parts, there in (
+            ("shard", sent[:inside], bool(self.shards.axes)),
+            ("replicate", sent[inside:], crew.replicas > 1),
+        ):
+            if there:  # one call that two axes have a part of counts for both
+                self.ledger.record("all_to_all_uneven", crew.size, axis, purpose, parts)
         # As bytes, which every backend sends, whatever the dtype.
         sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
-        return group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
+        return crew.group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
 
     # ---- between replicas
 

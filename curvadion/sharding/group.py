@@ -28,24 +28,12 @@ class Work(Protocol):
         """Wait until its result may be used."""
 
 
-class Group(Protocol):
-    """The ranks of one collective. All of them make the same calls in the same order, with tensors of equal
-    sizes.
-
-    Each call is waited for with `wait` of what it returns, also one that was made with wait=True: then the
-    result may be used at once, in order with what the device does next, and NCCL needs no other stream.
-
-    Attributes:
-        size, rank: how many there are, and which one this is.
-        ranks: their global ranks; empty where there are none.
-    """
+class AllToAll(Protocol):
+    """The ranks of an all-to-all; see `Group`."""
 
     size: int
     rank: int
     ranks: list[int]
-
-    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
-        """Start replacing the tensor by the sum or the maximum of all ranks' tensors."""
 
     def all_to_all(
         self,
@@ -57,6 +45,22 @@ class Group(Protocol):
         wait: bool = False,
     ) -> Work:
         """Start sending the k-th part of `sent` to rank k: of `size` equal ones, or parts of these sizes."""
+
+
+class Group(AllToAll, Protocol):
+    """The ranks of one collective. All of them make the same calls in the same order, with tensors of equal
+    sizes.
+
+    Each call is waited for with `wait` of what it returns, also one that was made with wait=True: then the
+    result may be used at once, in order with what the device does next, and NCCL needs no other stream.
+
+    Attributes:
+        size, rank: how many there are, and which one this is.
+        ranks: their global ranks; empty where there are none.
+    """
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
+        """Start replacing the tensor by the sum or the maximum of all ranks' tensors."""
 
     def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
         """Start putting the pieces of all ranks, one after the other, into `whole`."""
@@ -118,6 +122,56 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class _Messages:
+    """Messages under way, and what they are copied from and to."""
+
+    def __init__(self, works: Sequence[Any], *tensors: Tensor):
+        self._works, self._tensors = works, tensors
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+class Pairwise:
+    """Some ranks of the world, without a group of their own: their all-to-all is a batch of messages from
+    rank to rank, as in NCCL any is, over the world's communicator, which nobody else has to join.
+
+    torch allows that to some of the ranks once there is that communicator: from the start where
+    init_process_group got a device_id.
+    """
+
+    def __init__(self, ranks: list[int], rank: int):
+        self.size, self.rank, self.ranks = len(ranks), rank, ranks
+
+    def all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_sizes: list[int] | None = None,
+        sent_sizes: list[int] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Work:
+        def parts(whole: Tensor, sizes: list[int] | None) -> Sequence[Tensor]:
+            return whole.split(sizes or whole.numel() // self.size)
+
+        messages = []
+        pairs = zip(parts(sent, sent_sizes), parts(received, received_sizes), strict=True)
+        for k, (out, into) in enumerate(pairs):
+            if k == self.rank:
+                into.copy_(out)
+                continue
+            if out.numel():
+                messages.append(dist.P2POp(dist.isend, out, self.ranks[k]))
+            if into.numel():
+                messages.append(dist.P2POp(dist.irecv, into, self.ranks[k]))
+        work = _Messages(dist.batch_isend_irecv(messages) if messages else (), sent, received)
+        if wait:
+            work.wait()
+        return work
 
 
 class ThreadGroup:

@@ -203,25 +203,9 @@ class ShardMesh:
         """The number of ranks of a replica."""
         return max(1, len(self.ranks))
 
-    @property
-    def can_meet(self) -> bool:
-        """Whether `everyone` can be made by these ranks alone: not where torch splits a group off the
-        communicator of the whole world, in which ranks would have to take part that are not here."""
-        if len(self.axes) < 2 or len(self.ranks) == dist.get_world_size():
-            return True
-        return getattr(dist.group.WORLD, "bound_device_id", None) is None
-
-    @functools.cached_property
-    def everyone(self) -> Group:
-        """The ranks of the replica as one group: the axis if there is one, else a group that they make now,
-        all of them together."""
-        if len(self.axes) == 1:
-            return self._groups[0]
-        return TorchGroup(_group_of(tuple(sorted(self.ranks))))
-
     @functools.cached_property
     def members(self) -> list[int]:
-        """The global ranks of `everyone`, in its order; known before there is that group."""
+        """The global ranks of the replica, in order."""
         if not self.axes:
             return [dist.get_rank() if dist.is_initialized() else 0]
         return self._groups[0].ranks if len(self.axes) == 1 else sorted(self.ranks)
@@ -229,11 +213,11 @@ class ShardMesh:
     @functools.cached_property
     def index(self) -> int:
         """This rank's place among them."""
-        return self.everyone.rank if self.axes else 0
+        return self.members.index(dist.get_rank()) if self.axes else 0
 
     @functools.cached_property
     def coordinates(self) -> list[tuple[int, ...]]:
-        """The place along each axis of each rank of `everyone`."""
+        """The place along each axis of each of the `members`."""
         if self.mesh is None or not self.axes:
             return [()]
         sizes = tuple(self.mesh.shape)
@@ -242,7 +226,7 @@ class ShardMesh:
         return [tuple(place_of[rank][dim] for dim in wide) for rank in self.members]
 
     def regions(self, layout: "Layout") -> tuple[Region, ...]:
-        """Return the part of a parameter that each rank of `everyone` holds."""
+        """Return the part of a parameter that each of the `members` holds."""
         key = (layout.shape, id(layout.mesh), str(layout.placements))
         if key not in self._regions:
             self._regions[key] = tuple(self._region(layout, place) for place in self.coordinates)
@@ -284,7 +268,7 @@ class ShardMesh:
 _GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
 
 
-def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
+def group_of(ranks: tuple[int, ...]) -> ProcessGroup:
     """Return a group of these ranks, all of which call this together; nobody else has to."""
     if len(ranks) == dist.get_world_size():
         assert dist.group.WORLD is not None, "a mesh has process groups"

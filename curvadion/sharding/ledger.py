@@ -31,6 +31,7 @@ PURPOSES = {
     "partial_gradients": Purpose("gradients that tensor parallelism leaves partial", ("shard",)),
     "gram": Purpose("Gram matrices", ("shard",)),
     "matrices": Purpose("whole matrices, to their owners and back", ("shard",)),
+    "common_factors": Purpose("Dion factors, to owners in all replicas and back", ()),
     "column_norms": Purpose("column norms", ("shard",)),
     "drift": Purpose("drift, for the gate", ()),
 }
@@ -70,8 +71,8 @@ class Ledger:
     """Calls and bytes of this rank by (axis, purpose), axis "replicate" or "shard"; the same keys on every
     rank.
 
-    A purpose that PURPOSES does not know, of a rule or a gate added later, and "drift" have their row from
-    the first call on.
+    A purpose that PURPOSES does not know, of a rule or a gate added later, "drift" and "common_factors" have
+    their row from the first call on.
 
     Attributes:
         calls: collectives.

@@ -1,5 +1,6 @@
 """Whole matrices, each with one rank of the replica, its owner: it is sent the shards, works on the matrix,
-and sends every rank its part of what came out.
+and sends every rank its part of what came out. What all replicas have alike may have one owner among the
+ranks of all of them.
 
 What a rank sends and computes falls with the number S of ranks: with w bytes an element about 2 w / S times
 the elements of all matrices, and each matrix is worked on once. Which collective comes when, on all ranks
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curvadion.sharding.crew import Crew
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Work
 from curvadion.sharding.layout import Axes, Region
@@ -149,6 +151,9 @@ class Owners:
         exchange: of the replica.
         when: "auto", where that takes less time; "always"; "never".
         dtype: of matrices on their way; None: that in which they are worked on.
+        crew: the ranks among which owners are chosen; None for those of the replica.
+        purpose: of what travels, in the ledger.
+        bandwidth: at which a rank sends to other replicas, bytes a second.
 
     Attributes:
         ranks: how many there are.
@@ -157,9 +162,19 @@ class Owners:
         owner_of: the owner of each parameter that has one so far, as an index of the replica's ranks.
     """
 
-    def __init__(self, exchange: Exchange, when: str = "auto", dtype: torch.dtype | None = None):
-        self.exchange, self.when, self.dtype = exchange, when, dtype
-        self.ranks = exchange.shards.size
+    def __init__(
+        self,
+        exchange: Exchange,
+        when: str = "auto",
+        dtype: torch.dtype | None = None,
+        crew: Crew | None = None,
+        purpose: str = "matrices",
+        bandwidth: float = math.inf,
+    ):
+        self.exchange, self.when, self.dtype, self.purpose = exchange, when, dtype, purpose
+        self.bandwidth = bandwidth
+        self.crew = crew or Crew(exchange.shards)
+        self.ranks = self.crew.size
         self.spreads: dict[Hashable, Spread] = {}
         self.owner_of: dict[int, int] = {}
         self.plans: dict[tuple, Plan] = {}
@@ -207,7 +222,7 @@ class Owners:
                 yield stacks
 
     def _bucket(self, spreads: Sequence[Spread], stacks: list[Stack], owners: list[list[int]]) -> _Bucket:
-        me, coming, going = self.exchange.shards.index, _Leg(), _Leg()
+        me, coming, going = self.crew.index, _Leg(), _Leg()
         mine: list[list[int]] = []
         for s, stack in enumerate(stacks):
             spread = spreads[stack.index]
@@ -232,7 +247,7 @@ class Owners:
     def _sends(self, rank: int, owner: int, split: Axes) -> bool:
         """Say whether it is this rank, of all that have the same part of a matrix, that sends it to the
         owner: the one that differs from it along the axes that split the matrix only."""
-        places = self.exchange.shards.coordinates
+        places = self.crew.coordinates
         return all(
             axis in split or a == b
             for axis, (a, b) in enumerate(zip(places[rank], places[owner], strict=True))
@@ -256,7 +271,7 @@ class Owners:
             for bucket in plan.buckets:
                 yield [(s, work(s.index, shards(s).to(plan.wire[s.index]))) for s in bucket.stacks]
             return
-        trips = [_Trip(self.exchange, bucket, plan) for bucket in plan.buckets]
+        trips = [_Trip(self, bucket, plan) for bucket in plan.buckets]
         for number, trip in enumerate(trips):
             if number == 0:
                 trip.come(shards)
@@ -272,8 +287,8 @@ class Owners:
 class _Trip:
     """A bucket on its way to the owners and back."""
 
-    def __init__(self, exchange: Exchange, bucket: _Bucket, plan: Plan):
-        self._exchange, self._bucket, self._me = exchange, bucket, exchange.shards.index
+    def __init__(self, owners: Owners, bucket: _Bucket, plan: Plan):
+        self._owners, self._bucket, self._me = owners, bucket, owners.crew.index
         self._spreads = [plan.spreads[stack.index] for stack in bucket.stacks]
         self._wire = plan.wire[bucket.stacks[0].index]
         self._place = [{k: place for place, k in enumerate(places)} for places in bucket.mine]
@@ -283,7 +298,7 @@ class _Trip:
 
     def _start(self, leg: _Leg, parts: list[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
         """Send parts, and prepare to receive parts of these shapes."""
-        device = self._exchange.device
+        device = self._owners.exchange.device
         sent = [p.numel() for p in parts]
         out = torch.empty(sum(sent), dtype=self._wire, device=device)
         if parts:
@@ -293,11 +308,13 @@ class _Trip:
         received = [math.prod(shape) for shape in shapes]
         into = torch.empty(sum(received), dtype=self._wire, device=device)
         self._received = [v.view(s) for v, s in zip(into.split(received), shapes, strict=True)]
-        counts = [[0] * self._exchange.shards.size for _ in range(2)]
+        counts = [[0] * self._owners.ranks for _ in range(2)]
         for count, items, sizes in zip(counts, (leg.sent, leg.received), (sent, received), strict=True):
             for item, size in zip(items, sizes, strict=True):
                 count[item.rank] += size
-        self._work = self._exchange.start_all_to_all(out, counts[0], into, counts[1], "matrices")
+        self._work = self._owners.exchange.start_all_to_all(
+            self._owners.crew, out, counts[0], into, counts[1], self._owners.purpose
+        )
 
     def come(self, shards: Callable[[Stack], Tensor]) -> None:
         """Send this rank's shards to the owners."""

@@ -97,6 +97,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         newton_schulz_dtype: Literal["float32", "bfloat16"] | None = None
         """Dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs that have units for it
         if the momentum is bfloat16 too; else the momentum's, at least float32."""
+        newton_schulz_method: Literal["gram", "standard"] = "gram"
+        """"gram" takes several rounds on one Gram matrix where one side is 1.5 times the other, for fewer
+        FLOPs; "standard" takes all on the matrix itself."""
         consensus: Literal["average", "outer", "none"] | str = "average"
         """How replicas become equal on a synchronized step: "average", by means of all they hold; "outer", by
         pseudo-gradients. "none" is the published formula as it stands, and drifts."""
@@ -139,6 +142,10 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank of
         its replica, which is sent the shards: "auto" where that takes less time than all ranks working on it
         together."""
+        replica_gbit: float | None = None
+        """Gbit/s at which a rank can send to other replicas: where the link between them is fast, each P of a
+        synchronized step, which all replicas have alike, may have its owner among the ranks of all of them,
+        as `owners` says. None, for a slow link: each replica works on all P."""
         owner_dtype: Literal["float32", "bfloat16"] | None = None
         """Dtype of momenta and updates on their way to owners and back; None takes that of the computation,
         bfloat16 on a GPU."""

@@ -106,6 +106,12 @@ CASES = [
     Case("steered_later", {"gate_lag": 1, "target_sync_rate": 0.5, "tau": 0.8}, gate_only=True),
     Case("steered", {"target_sync_rate": 0.5, "tau": 1.5}, gate_only=True),
     Case("muon", {"local_update": "muon", "local_lr_scale": 0.5}),
+    Case(
+        "owners_in_all_replicas",
+        {"local_update": "muon", "owners": "always", "replica_gbit": math.inf},
+        {"wide.weight": {"orthogonalization": "qr"}, "twin.weight": {"right_factor": "qr"}},
+        everywhere=True,
+    ),
     Case("muon_together", {"local_update": "muon", "owners": "never"}, everywhere=True),
     # The reference's SVD leaves 1e-16 in rows of zeros, which a division by less than eps would show.
     Case(
