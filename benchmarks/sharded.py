@@ -12,7 +12,9 @@ Parameters are DTensors, Shard(0) over all ranks, as FSDP2 leaves them. Families
     dion        local_update="dion", tau=inf, of rank 1/4 and 1; microsoft/dion's Dion
     gradient    local_update="gradient", tau=inf; fused AdamW
     ceilings    the rates that `curvadion project --hardware` assumes: products of matrices as large as the
-                model's, a copy, and collectives of 8 MB a rank; per second of CPU time
+                model's, triangular solves and Cholesky factors, a copy, norms, collectives of 8 MB a rank, a
+                small one, small operations; per second of CPU time. With them, what `curvadion project` makes
+                of each step is set beside its CPU time
     outer       LOW_COMMUNICATION on two replicas of half of the ranks: its local step, and its synchronized
                 step in 1 and in 32 bits
     torch       torch.optim.Muon on DTensors, which takes seconds a step; only where asked for
@@ -60,6 +62,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from curvadion.algebra.newton_schulz import Iteration
+from curvadion.projection.work import LOCAL, Rates, local_step
+from curvadion.projection.work import Settings as WorkSettings
 from curvadion.sharding.ledger import WIRE
 
 FAMILIES = ("muon", "dion", "gradient", "ceilings", "outer", "torch")
@@ -71,7 +76,11 @@ IN_PLACE = {
     torch.ops.aten.addmm_: lambda x, a, b, out_shape=None, **_: 2 * math.prod(a) * b[-1],
     torch.ops.aten.baddbmm_: lambda x, a, b, out_shape=None, **_: 2 * math.prod(a) * b[-1],
 }
-CEILINGS = ("product float32", "product bfloat16", "product float64", "copy", "all_to_all", "all_reduce")
+CEILINGS = (
+    *("product float32", "product bfloat16", "product float64", "solve float32", "solve float64"),
+    *("cholesky", "copy", "norm", "all_to_all", "all_reduce", "call", "operation"),
+)
+SMALL = 200  # small operations
 Optimizers = list[Any]
 # Collectives by their names in torch.ops.c10d and torch.ops._c10d_functional: what they are, and which of
 # their arguments is sent.
@@ -158,11 +167,26 @@ class Ceiling:
     @staticmethod
     def of(kind: str, model: str, device: torch.device) -> "Ceiling":
         """Return one of CEILINGS."""
-        if kind.startswith("product"):
-            dtype = getattr(torch, kind.removeprefix("product "))
-            n = MODELS[model].dim
-            a, b = (torch.randn(8, n, n, device=device, dtype=dtype) for _ in range(2))
-            return Ceiling(lambda: torch.bmm(a, b), 2 * 8 * n**3)
+        n, what = MODELS[model].dim, kind.rpartition(" ")
+        if what[0] in ("product", "solve"):
+            dtype = getattr(torch, what[2])
+            a, b = (torch.randn(8, n, n, device=device).to(dtype) for _ in range(2))
+            if what[0] == "product":
+                return Ceiling(lambda: torch.bmm(a, b), 2 * 8 * n**3)
+            upper = a.triu() + n * torch.eye(n, device=device, dtype=dtype)
+            return Ceiling(lambda: torch.linalg.solve_triangular(upper, b, upper=True, left=False), 8 * n**3)
+        if kind == "cholesky":
+            gram = torch.eye(n, device=device, dtype=torch.float64).repeat(8, 1, 1)
+            return Ceiling(lambda: torch.linalg.cholesky_ex(gram), 8 * n**3 / 3)
+        if kind == "norm":
+            some = [torch.randn(n, n, device=device) for _ in range(16)]
+            return Ceiling(lambda: torch._foreach_norm(some), 4 * 16 * n * n)
+        if kind == "operation":
+            one = torch.ones(1, device=device)
+            return Ceiling(lambda: [one.mul_(1.0) for _ in range(SMALL)], SMALL)
+        if kind == "call":
+            few = torch.zeros(256, device=device)
+            return Ceiling(lambda: dist.all_reduce(few), 1)
         size, ranks = 8 << 20, dist.get_world_size()
         x, y = (torch.zeros(size // ranks * ranks, dtype=torch.uint8, device=device) for _ in range(2))
         runs = {
@@ -177,6 +201,47 @@ class Ceiling:
             ),
         }
         return Ceiling(*runs[kind])
+
+
+def rates_of(found: list[Entry], cpu_ms: list[float], device: str) -> Rates | None:
+    """Return what the ceilings among the entries say of a CPU; None if they are not all there."""
+    if device != "cpu":  # where the CPU's time is not the step's
+        return None
+    a_second = {
+        entry.name: entry.optimizers[0].amount / ms * 1e3
+        for entry, ms in zip(found, cpu_ms, strict=True)
+        if entry.operation == "ceiling"
+    }
+    if set(a_second) != set(CEILINGS):
+        return None
+    products = {dtype: a_second[f"product {dtype}"] for dtype in ("bfloat16", "float32", "float64")}
+    return Rates(
+        **products,
+        memory=a_second["copy"],
+        inside=a_second["all_to_all"],
+        across=a_second["all_to_all"],
+        cholesky=a_second["cholesky"],
+        solve32=a_second["solve float32"],
+        solve64=a_second["solve float64"],
+        reduced=a_second["norm"],
+        operation=1 / a_second["operation"],
+        call=1 / a_second["call"],
+        device=device,
+    )
+
+
+def projected(entry: Entry, model: str, ranks: int, rates: Rates) -> float | None:
+    """Return the milliseconds that `curvadion project` gives a step, the mean over ranks; None for others'
+    steps."""
+    options = getattr(entry.build, "keywords", {})
+    rule = options.get("local_update")
+    if rule not in LOCAL or entry.build.func is not curvadion:
+        return None
+    names = {"owners", "owner_dtype", "rank_fraction"} & options.keys()
+    how = Iteration(dtype=options.get("newton_schulz_dtype"))
+    settings = WorkSettings(ranks, how, device=rates.device, **{name: options[name] for name in names})
+    works = local_step(MODELS[model].model, rule, settings)
+    return 1e3 * statistics.mean(sum(w.seconds(rates, ranks, ranks).values()) for w in works)
 
 
 class Counter(TorchDispatchMode):
@@ -228,7 +293,7 @@ def their_groups(weights: Weights) -> list[dict[str, Any]]:
 def microsoft_muon(weights: Weights, mesh: dist.DeviceMesh, float32: bool) -> Optimizers:
     from dion import Muon
 
-    from curvadion.algebra.newton_schulz import Iteration, newton_schulz
+    from curvadion.algebra.newton_schulz import newton_schulz
 
     how = Iteration(dtype=torch.float32)
 
@@ -437,18 +502,24 @@ def measure(found: list[Entry], device: torch.device, until: float, seed: int) -
         rounds += 1
 
 
-def report(found: list[Entry], results: Results | None, **fields: Any) -> None:
+def report(found: list[Entry], results: Results | None, device: str, **fields: Any) -> None:
     """Collect what the ranks have measured, and let rank 0 write it down."""
     mine = [(entry.ms, entry.cpu_ms, entry.counted) for entry in found]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    for k, entry in enumerate(found if results is not None else ()):
-        ranks = [rank[k] for rank in everyone]
+    of_ranks = [[rank[k] for rank in everyone] for k in range(len(found))]
+    cpu_ms = [
+        statistics.median(statistics.mean(rounds) for rounds in zip(*(r[1] for r in ranks), strict=True))
+        for ranks in of_ranks
+    ]
+    rates = rates_of(found, cpu_ms, device)
+    for entry, ranks, cores in zip(found, of_ranks, cpu_ms, strict=True) if results is not None else ():
         ms = [max(rounds) for rounds in zip(*(r[0] for r in ranks), strict=True)]
-        cpu = [statistics.mean(rounds) for rounds in zip(*(r[1] for r in ranks), strict=True)]
         counted = {key: max(r[2][key] for r in ranks) for key in entry.counted}
-        cores = statistics.median(cpu)
         notes = {"cpu_ms": cores, **counted}
+        guess = projected(entry, fields["model"], len(ranks), rates) if rates is not None else None
+        if guess is not None:
+            notes["projected_cpu_ms"] = guess
         amount = getattr(entry.optimizers[0], "amount", None)
         if amount is not None:
             notes["giga_per_cpu_second"] = amount / cores / 1e6
@@ -460,7 +531,8 @@ def report(found: list[Entry], results: Results | None, **fields: Any) -> None:
             f"{'':41} {cores:.1f} ms cpu; {counted['shard_wire_bytes'] / 1e6:.2f} MB over the shards in "
             f"{counted['calls']:.0f} calls; {counted['flops'] / 1e9:.2f} GFLOP; "
             f"transient {counted['transient_bytes'] / 1e6:.1f} MB"
-            + (f"; {notes['giga_per_cpu_second']:.1f} G/s of cpu" if amount is not None else ""),
+            + (f"; {notes['giga_per_cpu_second']:.3g} G/s of cpu" if amount is not None else "")
+            + (f"; projected {guess:.1f} ms cpu, {guess / cores - 1:+.0%}" if guess is not None else ""),
             flush=True,
         )
 
@@ -504,7 +576,7 @@ def work(rank: int, ranks: int, folder: str, arguments: argparse.Namespace, seco
                 parts -= 1
                 measure(ready, device, end - parts * share, arguments.seed)
                 fields = {"model": model, "layout": layout, "shape": layout, "threads": arguments.threads}
-                report(ready, results, **fields, dion=installed("dion"))
+                report(ready, results, device.type, **fields, dion=installed("dion"))
                 del found, ready, weights
                 gc.collect()
     finally:

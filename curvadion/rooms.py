@@ -140,8 +140,8 @@ class Rooms:
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
         found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]
-        offsets = self.common_owners.crew.offsets if self.common_owners is not None else []
-        return repr((options, plain, found, self.table.describe(), self.exchange.replicas, offsets))
+        spacing = self.common_owners.crew.spacing if self.common_owners is not None else []
+        return repr((options, plain, found, self.table.describe(), self.exchange.replicas, spacing))
 
     @property
     def dense_bytes(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sharded import IN_PLACE
 from support.layouts import LAYOUTS, Layout, Placed, local, whole
 from support.ranks import run_ranks
 from torch import nn
@@ -227,6 +228,61 @@ def test_the_rows_of_P_go_to_its_owner_and_no_gram_matrices_to_anybody(method: s
                 mine = r * rows[rank]
                 numbers += m * r - mine if owners[f"layer{i}.weight"] == rank else mine
         assert wire["gram"] == 0 and wire["matrices"] == 4 * numbers
+
+
+def synchronized_steps(layout: Layout, replicas: int, gbit: float | None, when: str) -> Any:
+    torch.manual_seed(0)
+    values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate(TALL_AND_WIDE)}
+    placed = layout.build(values, replicas)
+    opt = CurvaDion(
+        [{"params": list(placed.bag.named_parameters())}],
+        replicate_mesh=placed.replicate_mesh,
+        max_local_steps=0,
+        rank_fraction=1.0,
+        owners=when,
+        replica_gbit=gbit,
+    )
+    for step in range(3):
+        torch.manual_seed(10 * step + placed.replica)
+        placed.set_gradients(placed.parts_of({name: torch.randn(v.shape) for name, v in values.items()}))
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            opt.step()
+    state = {name: local(opt.state[p]["Q"]).clone() for name, p in placed.bag.named_parameters()}
+    moved = {name: local(p).clone() for name, p in placed.bag.named_parameters()}
+    common = {
+        axis: sent for (axis, what), sent in opt.ledger.last_step_wire.items() if what == "common_factors"
+    }
+    return placed.replica, moved, state, common, counter.get_total_flops(), opt.owners
+
+
+@pytest.mark.parametrize(("layout", "replicas"), [(LAYOUTS[0], 2), (LAYOUTS[0], 3), (LAYOUTS[2], 2)], ids=str)
+def test_over_a_fast_link_each_P_has_one_owner_among_all_replicas(layout: Layout, replicas: int) -> None:
+    size = layout.world_size(replicas)
+    found = run_ranks(size, synchronized_steps, layout, replicas, INF, "always")
+    repeated = run_ranks(size, synchronized_steps, layout, replicas, None, "never")
+    shards = size // replicas
+    for rank, (_, moved, Q, common, flops, owners) in enumerate(found):
+        _, first, first_Q, *_ = found[rank % shards]
+        for name in moved:
+            assert torch.equal(moved[name], first[name]) and torch.equal(Q[name], first_Q[name])
+        _, alone, _, nothing, most, _ = repeated[rank]
+        torch.testing.assert_close(moved, alone, rtol=1e-4, atol=1e-5)
+        assert len(owners) == len(TALL_AND_WIDE) and not nothing
+        assert len(set(owners.values())) == min(size, len(owners)), "each rank owns as many as it can"
+        across = 0
+        for i, shape in enumerate(TALL_AND_WIDE):
+            m, r, split = max(shape), min(shape), shape[0] >= shape[1] and shards > 1
+            if owners[f"layer{i}.weight"] == rank:  # the others' rows, in each other replica
+                across += (replicas - 1) * m * r * (1 if split else shards)
+        assert common["replicate"] == 4 * across and (shards == 1) == ("shard" not in common)
+        assert shards > 1 or flops < most
+    assert {replica for replica, *_ in found} == set(range(replicas))
+
+
+@pytest.mark.parametrize(("gbit", "spread"), [(None, False), (1e-3, False), (1e6, True)])
+def test_the_link_decides_whether_replicas_share_owners(gbit: float | None, spread: bool) -> None:
+    for _, _, _, common, _, owners in run_ranks(3, synchronized_steps, LAYOUTS[0], 3, gbit, "auto"):
+        assert bool(owners) == spread and bool(common) == spread
 
 
 def split_off() -> tuple[dict[str, torch.Tensor], int]:

@@ -109,10 +109,13 @@ def test_work_of_owners_falls_with_the_shards_and_that_of_all_together_does_not(
 
 
 def test_seconds_by_hand() -> None:
-    rates = Rates(bfloat16=10, float32=5, float64=2, memory=100, inside=20, across=4, cholesky=1, host=0.5)
-    flops, solved = {"bfloat16": 30, "float32": 5, "float64": 6}, {"float32": 5, "float64": 2}
-    work = Work(flops, 250, 40, 60, buckets=1, solved=solved, cholesky=3, matrices=2)
-    parts = {"products": 5.0, "float64": 7.0, "memory": 3.5, "shard traffic": 5.0}
+    rates = Rates(
+        bfloat16=10, float32=5, float64=2, memory=100, inside=20, across=4, cholesky=1, solve32=5, solve64=1,
+        reduced=10, operation=0.5, call=2,
+    )  # fmt: skip
+    flops, solved = {"bfloat16": 30, "float32": 5, "float64": 6}, {"float32": 5, "float64": 1}
+    work = Work(flops, 250, 40, 60, buckets=1, solved=solved, cholesky=3, reduced=5, operations=3, calls=2)
+    parts = {"products": 5.0, "float64": 7.0, "memory": 3.0, "host": 5.5, "shard traffic": 5.0}
     assert work.seconds(rates, shards=8, gpus_per_node=8) == parts
     assert work.seconds(rates, shards=9, gpus_per_node=8) == parts | {"shard traffic": 17.0}
     # Three of four buckets travel behind 5 seconds of products, of 3 seconds inside a machine.

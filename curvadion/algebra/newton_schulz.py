@@ -206,7 +206,9 @@ def newton_schulz(
         ]
         for number in range(how.steps):
             here = [k for k, cut in enumerate(segments) if number < len(cut)]
-            grams = rows.sum([product(Y[k]).to(wide[k]) for k in here], "gram")
+            grams = [product(Y[k]) for k in here]
+            if not alone:
+                grams = rows.sum([gram.to(wide[k]) for k, gram in zip(here, grams, strict=True)], "gram")
             for k, gram in zip(here, grams, strict=True):
                 Y[k] = _advance(Y[k], gram.to(Y[k].dtype), segments[k][number], product)
         result = [y.to(m.dtype).mT for y, m in zip(Y, M, strict=True)]

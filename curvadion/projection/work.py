@@ -13,15 +13,19 @@ are the shorter side)::
                              owners m of those it owns, together m_s; wide: m
                       sent   2 (S-1)/S 4 n r; wide: 2 (S-1)/S 4 (m + 1) r; to owners and back as Muon's, of P,
                              which they have already where it is wide; together 2 (S-1)/S 12 r^2
-    host              a time for each matrix, where nothing runs ahead: on CPUs
-    memory            bytes read and written: 24 of an element of a matrix, 28 of one that is AdamW's (or of
-                      all, in a dense step), and what is packed, unpacked and rescaled for owners
+    host              a time for each operation and each collective, where nothing runs ahead: on CPUs
+    memory            bytes read and written by all operations but products: momenta, parameters and AdamW
+                      (24 and 28 an element by the fused kernels, 40 by the reference, which reads 8 more for
+                      norms), what is packed, unpacked and rescaled for owners, addends of products, and 65
+                      for each element of P and R
 
-    seconds = FLOPs / rate + sent / rate + bytes / rate + host
+    seconds = FLOPs / rate + sent / rate + bytes / rate + operations x a time + collectives x a time
 
 One after the other, but for what owners send: of that only the first bucket's waits for nobody, the others
 travel behind products. FLOPs and bytes are those that FLOP counter and ledger count (a test compares them),
-but for Cholesky and triangular solves, which are not counted there. Rates are assumptions.
+but for Cholesky and triangular solves, which are not counted there; bytes of memory are within a fifth of
+those of the operations that run on a CPU (a test, too). Rates of GPUs are assumptions; `benchmarks/sharded.py
+--only ceilings,...` measures a machine's, and sets what comes of them beside what it measures.
 """
 
 import math
@@ -53,14 +57,17 @@ class Rates:
     """What a GPU does in a second.
 
     Attributes:
-        bfloat16, float32, float64: FLOPs of products and triangular solves.
+        bfloat16, float32, float64: FLOPs of products.
+        solve32, solve64: FLOPs of triangular solves.
         cholesky: FLOPs of Cholesky factors.
         memory: bytes read and written.
+        reduced: bytes read for norms by themselves.
         inside: bytes that leave it for others in its machine, and in an all-reduce, which crosses machines
             over all their network cards at once.
         across: bytes that leave it in an all-to-all of more GPUs than a machine has.
-        host: seconds that a matrix keeps the host, where the device waits for it.
-        device: whose choice between owners and all together is meant.
+        operation, call: seconds that an operation and a collective take of the host, where the device waits
+            for it.
+        device: whose kernels, and whose choice between owners and all together, are meant.
     """
 
     bfloat16: float
@@ -70,16 +77,56 @@ class Rates:
     inside: float
     across: float
     cholesky: float
-    host: float = 0.0
+    solve32: float
+    solve64: float
+    reduced: float
+    operation: float = 0.0
+    call: float = 0.0
     device: str = "cuda"
 
 
 # H100 SXM: half of its dense peak in bfloat16, three quarters of its memory's, NVLink, 400 Gbit/s of network
 # for each GPU. A core of a Xeon with AMX, gloo on one machine: by `benchmarks/sharded.py --only ceilings`.
 RATES = {
-    "h100": Rates(5e14, 5e13, 4e13, 2.5e12, 3.7e11, 5e10, cholesky=5e12),
-    "cpu": Rates(3.3e11, 1.15e11, 6e10, 1e10, 1.6e9, 1.6e9, cholesky=1e10, host=1e-4, device="cpu"),
+    "h100": Rates(
+        5e14, 5e13, 4e13, 2.5e12, 3.7e11, 5e10, cholesky=5e12, solve32=5e13, solve64=4e13, reduced=2.5e12
+    ),
+    "cpu": Rates(
+        3.3e11,
+        1.15e11,
+        6e10,
+        1e10,
+        1.6e9,
+        1.6e9,
+        cholesky=1e10,
+        solve32=3e10,
+        solve64=1.5e10,
+        reduced=2.3e9,
+        operation=3e-6,
+        call=1e-3,
+        device="cpu",
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Bytes that a local step reads and writes for an element of a matrix, its norms and its step along a
+    direction of `width` bytes an element; those that it reads for norms alone."""
+
+    matrix: Callable[[float], float]
+    norms: float
+
+
+KERNELS = {
+    "cuda": Kernels(lambda width: 20 + width, 0.0),  # m, with norms: 12; X: 8 and the direction
+    "cpu": Kernels(lambda width: 20 + 20, 8.0),  # decay and sum of m: 20; decay and step of X, in float32: 20
+}
+ADAMW = 28.0  # of an element that AdamW updates
+LOW_RANK = 28.0  # of an element of a matrix: m with its gradient 12, X and M with what is applied 16
+FACTOR = 65.0  # of an element of P and R, by count
+# Operations, by count: of any step, and for each matrix; of a rule, and for each of its matrices.
+STEP_OPERATIONS, MUON_OPERATIONS, DION_OPERATIONS = (300, 8), (130, 18), (350, 20)
 
 
 @dataclass(frozen=True)
@@ -93,7 +140,8 @@ class Work:
         buckets: in which matrices travel to owners.
         solved: FLOPs of triangular solves, which FLOP counters leave out, by dtype.
         cholesky: FLOPs of Cholesky factors, which they leave out too.
-        matrices: how many there are.
+        reduced: bytes read for norms by themselves.
+        operations, calls: on the host, and collectives.
         transient: bytes that are allocated in between, an estimate.
         owned: how many matrices of the replica have an owner.
     """
@@ -105,12 +153,24 @@ class Work:
     buckets: int = 0
     solved: Mapping[str, float] = field(default_factory=dict)
     cholesky: float = 0.0
-    matrices: int = 0
+    reduced: float = 0.0
+    operations: float = 0.0
+    calls: float = 0.0
     transient: float = 0.0
     owned: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        names = ("memory", "all_reduce", "all_to_all", "buckets", "cholesky", "matrices", "owned")
+        names = (
+            "memory",
+            "all_reduce",
+            "all_to_all",
+            "buckets",
+            "cholesky",
+            "reduced",
+            "operations",
+            "calls",
+        )
+        names = (*names, "owned")
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         sums |= {name: _added(getattr(self, name), getattr(other, name)) for name in ("flops", "solved")}
         return Work(**sums, transient=max(self.transient, other.transient))
@@ -127,14 +187,18 @@ class Work:
 
     def seconds(self, rates: Rates, shards: int, gpus_per_node: int) -> dict[str, float]:
         """Return how long its parts take."""
-        flops = self.arithmetic
-        products = sum(flops.get(d, 0.0) / getattr(rates, d) for d in ("bfloat16", "float32"))
+        products = sum(self.flops.get(d, 0.0) / getattr(rates, d) for d in ("bfloat16", "float32"))
+        products += self.solved.get("float32", 0.0) / rates.solve32
+        exact = (
+            self.flops.get("float64", 0.0) / rates.float64 + self.solved.get("float64", 0.0) / rates.solve64
+        )
         crossing = self.all_to_all / (rates.inside if shards <= gpus_per_node else rates.across)
         behind = (1 - 1 / self.buckets) * min(crossing, products) if self.buckets else 0.0
         return {
             "products": products,
-            "float64": flops.get("float64", 0.0) / rates.float64 + self.cholesky / rates.cholesky,
-            "memory": self.memory / rates.memory + self.matrices * rates.host,
+            "float64": exact + self.cholesky / rates.cholesky,
+            "memory": self.memory / rates.memory + self.reduced / rates.reduced,
+            "host": self.operations * rates.operation + self.calls * rates.call,
             "shard traffic": self.all_reduce / rates.inside + crossing - behind,
         }
 
@@ -198,15 +262,36 @@ def counts_of(model: Model) -> dict[tuple[int, int], int]:
     return counts
 
 
-def plain(model: Model, s: Settings) -> list[Work]:
-    """Return what norms, momenta and parameters take, and AdamW for everything else, on each rank."""
-    counts = counts_of(model)
+def plain(model: Model, s: Settings, width: float | None = 4) -> list[Work]:
+    """Return what norms, momenta and parameters take, and AdamW for everything else, on each rank.
+
+    Args:
+        width: bytes of an element of directions; None where an update of low rank is applied to X and M.
+    """
+    counts, kernels = counts_of(model), KERNELS[s.device]
+    matrix = LOW_RANK if width is None else kernels.matrix(width)
+    scalars, (once, each) = model.scalars / s.shards, STEP_OPERATIONS
     work = []
     for rank in range(s.shards):
         local = sum(c * rows_of(m, s.shards)[rank] * n for (m, n), c in counts.items())
-        memory = 24 * local + 28 * model.scalars / s.shards
-        work.append(Work(memory=memory, matrices=len(model.matrices)))
+        work.append(
+            Work(
+                memory=matrix * local + ADAMW * scalars,
+                reduced=kernels.norms * (local + scalars / 2),
+                operations=once + each * len(model.matrices),
+                calls=1 if s.shards > 1 else 0,
+            )
+        )
     return work
+
+
+def addends(s: Settings, m: float, n: float) -> float:
+    """Return how many elements the products of all rounds on a whole matrix read to add them."""
+    found = 0.0
+    for segment in s.how.segments(m, n, s.how.dtype or torch.float32):
+        k = len(segment)
+        found += n * n + m * n if k == 1 else (k + 3 * (k - 1)) * n * n
+    return found
 
 
 def muon(model: Model, s: Settings) -> list[Work]:
@@ -232,8 +317,11 @@ def muon(model: Model, s: Settings) -> list[Work]:
             elements = count * (m * n if wide else rows * n)
             work[rank] += Work(
                 {name: count * flops},
-                memory=elements * (12 + (4 + s.how.steps) * width),
+                memory=elements * (4 + (1 + s.how.steps) * width) + count * s.how.steps * (8 + width) * n * n,
+                reduced=4 * elements,
                 all_reduce=count * cost.all_reduce,
+                operations=MUON_OPERATIONS[0] / len(counts),
+                calls=(s.how.steps + 1 + wide) / len(counts),
                 transient=0.0,
             )
             kept = work[rank].transient + COPIES * max(4, width) * elements
@@ -243,21 +331,26 @@ def muon(model: Model, s: Settings) -> list[Work]:
     shapes = list(owned)
     owners, load = assign(list(owned.values()), [counts[x] for x in shapes], s.shards)
     for rank in range(s.shards):
-        mine = sent = local = 0.0
+        mine = sent = local = added = 0.0
         for shape, spread, whose in zip(shapes, owned.values(), owners, strict=True):
             part, size, own = spread.regions[rank].numel, math.prod(shape), whose.count(rank)
             mine, local = mine + own * size, local + len(whose) * part
+            added += own * addends(s, max(shape), min(shape))
             sent += (len(whose) - own) * part + own * (size - part)
-        copied = 2 * (4 + wire) * local + 2 * 2 * wire * mine if s.shards > 1 else 0.0
+        stays, gone = 1 / s.shards, 1 - 1 / s.shards
+        copied = gone * (4 + 3 * wire) * local + (gone * 4 * wire + stays * (12 + 5 * wire)) * mine
         several = mine > BUCKET_ELEMENTS
         at_once = (
             (COPIES + 2 * several) * max(wire, width) * min(mine, max(BUCKET_ELEMENTS, math.prod(shapes[0])))
         )
         work[rank] += Work(
             {name: load[rank]},
-            memory=copied + mine * (12 + (4 + s.how.steps) * width),
+            memory=(copied if s.shards > 1 else 0.0) + mine * (wire + width) + added * width,
+            reduced=mine * wire,
             all_to_all=wire * sent,
             buckets=max(1, math.ceil(mine / BUCKET_ELEMENTS)),
+            operations=MUON_OPERATIONS[0] + MUON_OPERATIONS[1] * sum(counts[x] for x in shapes),
+            calls=2 * max(1, math.ceil(mine / BUCKET_ELEMENTS)) if s.shards > 1 else 0,
             transient=at_once,
             owned=sum(counts[x] for x in shapes),
         )
@@ -267,7 +360,9 @@ def muon(model: Model, s: Settings) -> list[Work]:
 def dion(model: Model, s: Settings) -> list[Work]:
     """Return what "dion" takes of each rank, norms, momenta and AdamW left out; a synchronized step with
     consensus="average" too, beside what it sends to other replicas."""
-    counts, work = counts_of(model), [Work() for _ in range(s.shards)]
+    counts, (once, each) = counts_of(model), DION_OPERATIONS
+    host = Work(operations=once + each * len(model.matrices), calls=5 if s.shards > 1 else 0)
+    work = [host for _ in range(s.shards)]
     summed = WIRE["all_reduce"](s.shards)
     owned = dict[tuple[int, int], Spread]()
     for shape, count in counts.items():
@@ -285,7 +380,7 @@ def dion(model: Model, s: Settings) -> list[Work]:
             part = rows * shape[1]
             work[rank] += Work(
                 {"float32": count * 8 * part * r},
-                count * (16 * part + 12 * P.regions[rank].numel),
+                count * FACTOR * (P.regions[rank].numel + (rows if wide else n) * r),
                 summed * count * sent,
             )
             if not has_owner:
@@ -303,9 +398,7 @@ def dion(model: Model, s: Settings) -> list[Work]:
             work[rank] = at_once(work[rank], orthogonalized(*P.shape), own)
             kept = work[rank].transient + 8 * len(whose) * part  # what came and what goes
             work[rank] = replace(work[rank], transient=kept)
-            work[rank] += Work(
-                all_to_all=4 * sent, memory=16 * (own * size + len(whose) * part), owned=len(whose)
-            )
+            work[rank] += Work(all_to_all=4 * sent, memory=16 * own * size, owned=len(whose))
         mine = sum(w.count(rank) * math.prod(P.shape) for P, w in zip(owned.values(), owners, strict=True))
         work[rank] += Work(buckets=max(1, math.ceil(mine / BUCKET_ELEMENTS)))
     return work
@@ -317,7 +410,6 @@ def orthogonalized(rows: int, r: int) -> Work:
     gram = sum(2 * rows * (r - j) * min(width, r - j) for j in range(0, r, width))
     return Work(
         {"float32": gram, "float64": gram},
-        memory=60 * rows * r,
         solved=dict.fromkeys(("float32", "float64"), rows * r * r),
         cholesky=r**3,
         transient=14 * rows * r + 9 * r * r,
@@ -358,14 +450,16 @@ def local_step(model: Model, rule: str, s: Settings) -> list[Work]:
             f"the work of a local step is known for {', '.join(LOCAL)}; got {rule!r}; try 'muon', which "
             "takes more"
         )
-    return [a + b for a, b in zip(plain(model, s), LOCAL[rule](model, s), strict=True)]
+    widths = {muon: (s.owner_dtype or s.how.dtype or torch.float32).itemsize, dion: None}
+    common = plain(model, s, widths.get(LOCAL[rule], 4))
+    return [a + b for a, b in zip(common, LOCAL[rule](model, s), strict=True)]
 
 
 def synchronized_step(model: Model, payload: str, rule: str, s: Settings) -> list[Work]:
     """Return what a synchronized step takes of each rank, beside what it sends to other replicas: with
     pseudo-gradients ("outer-B") a local step and those, else one of Dion's."""
     if not payload.startswith("outer"):
-        return [a + b for a, b in zip(plain(model, s), dion(model, s), strict=True)]
+        return [a + b for a, b in zip(plain(model, s, None), dion(model, s), strict=True)]
     coded = CODEC_BYTES if payload not in ("outer-32", "outer-16") else 0.0
     elements = model.parameters / s.shards
     outer = Work(memory=(OUTER_BYTES + coded) * elements)
@@ -374,4 +468,4 @@ def synchronized_step(model: Model, payload: str, rule: str, s: Settings) -> lis
 
 def dense_step(model: Model, s: Settings) -> Work:
     """Return what fused AdamW takes of each rank, the optimizer of a dense step."""
-    return Work(memory=28 * model.parameters / s.shards)
+    return Work(memory=ADAMW * model.parameters / s.shards)

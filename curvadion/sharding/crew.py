@@ -26,19 +26,18 @@ class Crew:
         self.size = shards.size * self.replicas
 
     @functools.cached_property
-    def offsets(self) -> list[int]:
-        """How far the global ranks of this rank's peers are from its own; those of its neighbours in the
-        replica must be as far."""
-        if self._peers is None or not self._peers.ranks:
-            return [0] * self.replicas
-        return [rank - dist.get_rank() for rank in self._peers.ranks]
+    def spacing(self) -> list[int]:
+        """How far each replica's global ranks are from those of the first one; the same on all ranks."""
+        ranks = self._peers.ranks if self._peers is not None else []
+        return [rank - ranks[0] for rank in ranks] or [0] * self.replicas
 
     @functools.cached_property
     def _order(self) -> list[tuple[int, int, int]]:
         """(global rank, replica, place in the replica) of each, in the order of `group`."""
+        mine = self.spacing[self._peers.rank] if self._peers is not None else 0
         found = [
-            (rank + offset, replica, place)
-            for replica, offset in enumerate(self.offsets)
+            (rank + away - mine, replica, place)
+            for replica, away in enumerate(self.spacing)
             for place, rank in enumerate(self._shards.members)
         ]
         return sorted(found) if self._shards.axes else found
