@@ -162,16 +162,15 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         names = (
             "memory",
+            "reduced",
+            "operations",
+            "calls",
             "all_reduce",
             "all_to_all",
             "buckets",
             "cholesky",
-            "reduced",
-            "operations",
-            "calls",
         )
-        names = (*names, "owned")
-        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in (*names, "owned")}
         sums |= {name: _added(getattr(self, name), getattr(other, name)) for name in ("flops", "solved")}
         return Work(**sums, transient=max(self.transient, other.transient))
 
@@ -450,8 +449,8 @@ def local_step(model: Model, rule: str, s: Settings) -> list[Work]:
             f"the work of a local step is known for {', '.join(LOCAL)}; got {rule!r}; try 'muon', which "
             "takes more"
         )
-    widths = {muon: (s.owner_dtype or s.how.dtype or torch.float32).itemsize, dion: None}
-    common = plain(model, s, widths.get(LOCAL[rule], 4))
+    width = (s.owner_dtype or s.how.dtype or torch.float32).itemsize if LOCAL[rule] is muon else 4
+    common = plain(model, s, None if rule == "dion" else width)
     return [a + b for a, b in zip(common, LOCAL[rule](model, s), strict=True)]
 
 
