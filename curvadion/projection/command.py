@@ -34,6 +34,7 @@ from curvadion.projection.formulas import (
 )
 from curvadion.projection.points import curves_and_markers, print_points, read_points
 from curvadion.projection.published import PUBLISHED_ASSUMPTIONS, published
+from curvadion.projection.replicas import print_common_factors
 from curvadion.projection.show import BANDWIDTHS, draw, print_table
 from curvadion.projection.work import (
     RATES,
@@ -144,6 +145,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         "of Muon steps: whole matrices have owners (default %(default)s: where the optimizer finds it faster)"
     )
     add("--owners", choices=("auto", "always", "never"), default="auto", help=about)
+    about = "of a GPU to other replicas: print what owners of P among all of them save (replica_gbit)"
+    add("--replica-gbit", type=float, help=about)
     add("--newton-schulz-steps", type=int, default=5, help="rounds of Muon steps (default %(default)s)")
     about = "time of a symmetric product, of which one triangle is enough, to that of a full one (default 1)"
     add("--symmetric-share", type=float, default=1.0, help=about)
@@ -339,6 +342,12 @@ def check(args: argparse.Namespace, sizes: Sequence[int], interval: float) -> No
         (args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1"),
         (args.block >= 1, "--block must be >= 1", args.block, "128"),
         (0 < args.symmetric_share <= 1, "--symmetric-share must be in (0, 1]", args.symmetric_share, "1"),
+        (
+            args.replica_gbit is None or args.replica_gbit > 0,
+            "--replica-gbit must be > 0",
+            args.replica_gbit,
+            "400",
+        ),
         (args.gpus_per_node >= 1, "--gpus-per-node must be >= 1", args.gpus_per_node, "8"),
         (args.newton_schulz_steps >= 1, "--newton-schulz-steps must be >= 1", args.newton_schulz_steps, "5"),
         *(
@@ -419,6 +428,8 @@ def print_work(case: Case) -> None:
     print_table(title, [*header, "of T_compute"], rows)
     owned, count = case.work[LOCAL_STEP].owned, len(case.model.matrices)
     print(f"  {owned} of {count} matrices have an owner in a local step; sent: inside a replica\n")
+    if case.args.replica_gbit is not None:
+        print_common_factors(case.model, case.args)
 
 
 def print_seconds(case: Case, at: Projection) -> None:
