@@ -450,7 +450,7 @@ def local_step(model: Model, rule: str, s: Settings) -> list[Work]:
             "takes more"
         )
     width = (s.owner_dtype or s.how.dtype or torch.float32).itemsize if LOCAL[rule] is muon else 4
-    common = plain(model, s, None if rule == "dion" else width)
+    common = plain(model, s, None if LOCAL[rule] is LOCAL["dion"] else width)
     return [a + b for a, b in zip(common, LOCAL[rule](model, s), strict=True)]
 
 
