@@ -178,7 +178,7 @@ class CurvaDion(Stateful):
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
         check_signal(self._gate.signal, self._consensus, o)
-        self._in_consensus = False
+        self._inside = ""
         super().__init__(params, defaults)
         self._build()
         check_taus(self.param_groups, o)
@@ -215,7 +215,7 @@ class CurvaDion(Stateful):
             with torch.enable_grad():
                 loss = closure()
         self._trouble.refuse_if_broken()
-        self._refuse_inside_consensus("step()")
+        self._refuse_inside("step()")
         self._built.table.refuse_meta()
         with torch.autocast(self._built.table.device.type, enabled=False):
             self._take_step()
@@ -303,7 +303,7 @@ class CurvaDion(Stateful):
                 have frozen different parameters.
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
-        self._refuse_inside_consensus("synchronize()")
+        self._refuse_inside("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
@@ -326,8 +326,8 @@ class CurvaDion(Stateful):
         Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
         between a forward and its backward.
         """
-        self._refuse_inside_consensus("consensus()")
-        self._in_consensus = True
+        self._refuse_inside("consensus()")
+        self._inside = "consensus()"
         try:
             with (
                 averaged(self._built.table, self._built.exchange)
@@ -336,7 +336,7 @@ class CurvaDion(Stateful):
             ):
                 yield
         finally:
-            self._in_consensus = False
+            self._inside = ""
 
     def synchronize_next(self) -> None:
         """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one
@@ -347,7 +347,7 @@ class CurvaDion(Stateful):
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
-        self._refuse_inside_consensus("broadcast_parameters()")
+        self._refuse_inside("broadcast_parameters()")
         self._built.exchange.broadcast_(self._built.X(), self._built.table.copied, "parameters")
         reshard_gathered_modules()
         self._forget_ways()
