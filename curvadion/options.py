@@ -148,10 +148,8 @@ FOREIGN_OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 # Keys that torch, schedulers and host trainers put into groups. `base_momentum` aside, none changes what
 # CurvaDion computes.
-FOREIGN_KEYS = {
-    *("params", "param_names", "name", *FOREIGN_OPTIONS),
-    *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
-}
+SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+FOREIGN_KEYS = {*("params", "param_names", "name"), *FOREIGN_OPTIONS, *SCHEDULED}
 
 
 class Preset(dict[str, Any]):
@@ -403,6 +401,8 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
                 f"a parameter group may hold known options only; got {key!r} in one{where}; {_meant(key)}"
             )
     check_options(group, known, f" in a parameter group{where}")
+    scheduled = dict.fromkeys(SCHEDULED, _not_negative("leave it to the scheduler"))
+    check_options(group, scheduled, f" in a parameter group{where}")
     _check_foreign(group, f" in a parameter group{where}")
 
 

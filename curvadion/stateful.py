@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from curvadion.options import Options, asks_for_local_steps, check_group, check_parameters, check_rule
 from curvadion.rooms import Rooms
 from curvadion.rules import Step
-from curvadion.sharding.agreement import Agreement
+from curvadion.sharding.agreement import Agreement, check_loads
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.state.checkpoint import load
@@ -135,15 +136,16 @@ class Stateful(View):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict into the existing state, whose dtypes and memory are kept.
+        """Load a state dict into the existing state, whose dtypes and memory are kept. Every rank calls it.
 
-        Groups take the saved options, as in torch. Raises ValueError, before any change, if it does not fit.
+        Groups take the saved options, as in torch. Raises ValueError on every rank, before any change, if it
+        does not fit on some rank.
         """
         self._refuse_inside("load_state_dict()")
         store = self._built.store
         store.settle()
-        own = self.__dict__["state"]
-        load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
+        own, agree = self.__dict__["state"], partial(check_loads, self._built.exchange)
+        load(self, store.table, own, super().load_state_dict, state_dict, agree, self._start_afresh)
 
     @property
     def _alone(self) -> bool:

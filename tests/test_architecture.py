@@ -25,6 +25,7 @@ ROWS = [
     {"curvadion.explain"},
     {"curvadion.rooms"},
     {"curvadion.metrics", "curvadion.placement", "curvadion.state.intake", "curvadion.state.checkpoint"},
+    {"curvadion.state.loadable"},
     {"curvadion.options"},
     {"curvadion.gate.ask"},
     {"curvadion.consensus"},

@@ -138,6 +138,29 @@ class Agreement:
         )
 
 
+def check_loads(exchange: Exchange, failure: Exception | None, steps: int) -> None:
+    """Raise on every rank if one of them cannot load its checkpoint, or they are not of one step; a
+    collective.
+
+    Args:
+        failure: what is wrong with that of this rank.
+        steps: steps that it counts.
+    """
+    different = exchange.agree(0 if failure else steps, int(failure is not None), 0)
+    if failure is not None:
+        raise failure
+    if "config" in different:
+        raise ValueError(
+            "a checkpoint must be loaded by all ranks or by none; another rank has refused it, and its own "
+            "error says why; nothing has changed here either"
+        )
+    if "step" in different:
+        raise ValueError(
+            f"all ranks must load the same checkpoint; this one's counts {steps} steps, another's another "
+            "number; nothing has changed; load the files of one save"
+        )
+
+
 def look_at(gradients: Gradients, *, hashed: bool) -> tuple[int, int]:
     """Return whether this rank has no gradient (0), one that is not zero (2) or neither (1), and a hash of
     all of them if wanted; what is no gradient for the optimizer, as is a sparse one, is passed over."""
