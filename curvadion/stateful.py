@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ class Stateful(View):
     _options: Options
     _peers: Group | None
     _agreement: Agreement
+    _agreed = False  # on whether all ranks can load what they are loading
     _inside: str  # the context that parameters are exchanged in for the time being, as it is called
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -144,8 +144,26 @@ class Stateful(View):
         self._refuse_inside("load_state_dict()")
         store = self._built.store
         store.settle()
-        own, agree = self.__dict__["state"], partial(check_loads, self._built.exchange)
-        load(self, store.table, own, super().load_state_dict, state_dict, agree, self._start_afresh)
+        own = self.__dict__["state"]
+        load(self, store.table, own, super().load_state_dict, state_dict, self._agree, self._start_afresh)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Load a checkpoint inside on all ranks, or on none: one that fails before it comes to
+        `load_state_dict()`, at the model for example, lets that of the others raise. Every rank enters it."""
+        self._agreed = False
+        try:
+            yield
+        except BaseException as error:
+            if not self._agreed and not isinstance(error, KeyboardInterrupt | SystemExit):
+                self._agree(error, 0)
+            raise
+        if not self._agreed:  # nothing was loaded here
+            self._agree(None, 0)
+
+    def _agree(self, failure: BaseException | None, steps: int) -> None:
+        self._agreed = True
+        check_loads(self._built.exchange, failure, steps)
 
     @property
     def _alone(self) -> bool:

@@ -13,6 +13,8 @@ from curvadion.sharding.layout import local_tensor
 
 logger = logging.getLogger("curvadion.optimizer")
 
+ANOTHER = "another rank has refused it"
+
 Gradients = Sequence[tuple[str, Tensor | None]]
 
 
@@ -138,7 +140,7 @@ class Agreement:
         )
 
 
-def check_loads(exchange: Exchange, failure: Exception | None, steps: int) -> None:
+def check_loads(exchange: Exchange, failure: BaseException | None, steps: int) -> None:
     """Raise on every rank if one of them cannot load its checkpoint, or they are not of one step; a
     collective.
 
@@ -151,8 +153,8 @@ def check_loads(exchange: Exchange, failure: Exception | None, steps: int) -> No
         raise failure
     if "config" in different:
         raise ValueError(
-            "a checkpoint must be loaded by all ranks or by none; another rank has refused it, and its own "
-            "error says why; nothing has changed here either"
+            f"a checkpoint must be loaded by all ranks or by none; {ANOTHER}, and its own error says why; "
+            "nothing has changed here either"
         )
     if "step" in different:
         raise ValueError(
