@@ -76,6 +76,13 @@ class Stateful(View):
             )
         return super().state_dict()
 
+    @property
+    def keeps_common_state(self) -> bool:
+        """Whether `common_state()` may be entered between any two steps; else only right after a synchronized
+        one, if at all."""
+        never_apart = self._schedule.options.max_local_steps == 0 and not self._consensus.leaves_apart
+        return self.replicas == 1 or self._consensus.keeps_parameters or never_apart
+
     @contextmanager
     def common_state(self) -> Iterator[None]:
         """Hold in the parameters what all replicas were equal in last; the run goes on as if nothing was.

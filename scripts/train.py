@@ -358,6 +358,10 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
     opt = build_optimizer(args, model, mesh)
     schedule = LambdaLR(opt, lambda step: learning_rate(step, args.steps))
     first = load_last(args.checkpoint, model, opt, schedule) if args.resume else 0
+    if args.save_async and not opt.keeps_common_state:
+        raise SystemExit(
+            f"--save-async needs --consensus outer, or --max-local-steps 0; got {args.consensus}"
+        )
     saver = AsyncSaver() if args.checkpoint and args.save_async else None
 
     summary = {

@@ -71,7 +71,7 @@ class Outer(Consensus):
 
     journey: type[RoundedMean] = RoundedMean
 
-    keeps_own_gradients = True
+    keeps_parameters = keeps_own_gradients = True
     own_options = (
         "outer_lr",
         "outer_momentum",

@@ -250,3 +250,8 @@ def told(value: T) -> list[T]:
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, value)
     return said
+
+
+def is_first_rank() -> bool:
+    """Say whether this is rank 0 of the job."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from curvadion.sharding.agreement import ANOTHER
-from curvadion.sharding.group import told
+from curvadion.sharding.group import is_first_rank, told
 
 logger = logging.getLogger("curvadion.checkpoint")
 
@@ -64,7 +63,7 @@ def load_newest(
         where = [(rank, said) for rank, said in enumerate(problems) if said]
         rank, why = next(((r, said) for r, said in where if ANOTHER not in said), where[0])
         passed_over.append(f"step-{step}, which cannot be loaded (rank {rank}: {why})")
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first_rank():
             say(f"passed over {passed_over[-1]}")
         if step == candidates[-1]:
             raise RuntimeError(
