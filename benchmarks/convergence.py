@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
+from curvadion.report.files import replace_file
 from curvadion.sharding.ledger import WIRE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -583,9 +584,7 @@ def main() -> None:
                     )
     lines = read(args.out)
     validate(lines)
-    with tempfile.NamedTemporaryFile("w", dir=args.out.parent, delete=False) as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    Path(file.name).replace(args.out)
+    replace_file(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     invalid = sum(line["valid"] is False for line in lines)
     if invalid:
         raise SystemExit(

@@ -20,6 +20,7 @@ except ImportError as error:
     ) from None
 
 from curvadion.report import drawing, run_figures, study_figures
+from curvadion.report.files import replace_file
 from curvadion.report.runs import Record, Run, Table, provenance, read_runs, run_provenance, run_tables
 from curvadion.report.studies import (
     Cell,
@@ -242,11 +243,10 @@ class Page:
         except (FileExistsError, NotADirectoryError):
             raise SystemExit(f"--out must be a folder, and {folder} is a file; give another one") from None
         for name, picture in self.pictures.items():
-            (folder / name).write_bytes(picture)
+            replace_file(folder / name, picture)
         page = folder / "index.html"
-        page.write_text(
-            PAGE.format(title=escape(title), body="\n".join(self.parts), script=SCRIPT), encoding="utf-8"
-        )
+        content = PAGE.format(title=escape(title), body="\n".join(self.parts), script=SCRIPT)
+        replace_file(page, content)
         return page
 
 
