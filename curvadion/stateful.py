@@ -152,7 +152,15 @@ class Stateful(View):
         store = self._built.store
         store.settle()
         own = self.__dict__["state"]
-        load(self, store.table, own, super().load_state_dict, state_dict, self._agree, self._start_afresh)
+        try:
+            load(self, store.table, own, super().load_state_dict, state_dict, self._agree, self._start_afresh)
+        except Exception:
+            if not store.as_left(self._schedule):
+                self._trouble.broken = (
+                    "a checkpoint that was refused had been read into this optimizer's own state, as "
+                    "torch.distributed.checkpoint reads; load another one before the next step()"
+                )
+            raise
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -484,6 +484,7 @@ def weights_by_step(config: str, options: Sequence[object]) -> dict[int, dict[st
     return found
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_asynchronous_save_is_of_what_replicas_were_equal_in_last(assets: Path, tmp_path: Path) -> None:
     """Saved in step 3, synchronized in steps 1 and 4: it holds the weights of step 1, and step 3's
     counters."""
