@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib: ins
 
 from curvadion.cli import main
 from curvadion.report import drawing, run_figures, study_figures
-from curvadion.report.page import SCRIPT
+from curvadion.report.page import SCRIPT, harmless
 from curvadion.report.runs import Run, provenance, read_lines, run_tables
 from curvadion.report.studies import Spread, aggregate, case_name, read_links, sensitivity, study_table
 
@@ -276,9 +276,16 @@ def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path, page: Path) -> 
     html = (tmp_path / "out" / "index.html").read_text()
     loads, innocent = Loads(html), Loads((page / "index.html").read_text())
     assert loads.tags <= innocent.tags
-    assert all(source.startswith("data:image/png;base64,") for source in loads.sources)
-    assert "<script" not in html
+    assert all(re.match(r"data:(image/png|text/csv);base64,[\w+/=]*$", source) for source in loads.sources)
+    assert html.count("<script") == (page / "index.html").read_text().count("<script"), "the page's own"
     assert loads.text.count("<script>x</script>") > 20, "shown as it is, in every place"
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "-2+3", "\t=1"])
+def test_no_spreadsheet_takes_a_name_for_a_formula(cell: str) -> None:
+    assert harmless(cell) == f"'{cell}"
+    for number in ("-0.012", "+3", "1,000", "-1.5 %", "-0.01 ± 0.02", "layers.0.wq", ""):
+        assert harmless(number) == number
 
 
 def test_captions_say_how_results_came_about(page):

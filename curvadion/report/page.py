@@ -253,10 +253,16 @@ class Page:
 def csv_link(table: Table) -> str:
     """Return a link that holds the table as a file of comma-separated values."""
     text = io.StringIO()
-    csv.writer(text).writerows([table.head, *table.rows])
+    csv.writer(text).writerows([harmless(cell) for cell in row] for row in (table.head, *table.rows))
     name = re.sub(r"\W+", "_", table.title).strip("_").lower()
     encoded = b64encode(text.getvalue().encode()).decode()
     return f'<a download="{name}.csv" href="data:text/csv;base64,{encoded}">CSV</a>'
+
+
+def harmless(cell: str) -> str:
+    """Return a cell such that no spreadsheet takes it for a formula."""
+    number = re.fullmatch(r"[-+]?[\d.,]+( ?%| ± [\d.,]+| [kMG]?B)?", cell)
+    return f"'{cell}" if cell[:1] in tuple("=+-@\t\r") and not number else cell
 
 
 def show(table: Table) -> None:
