@@ -1,7 +1,7 @@
 """Save in every mode, in every way, on every mesh; load on every other: the tables of docs/saving.md.
 
-python tests/resume_matrix.py          # each pair of meshes in three of the modes, some ten minutes
-python tests/resume_matrix.py --all    # in all of them, about an hour on two cores
+python tests/resume_matrix.py          # each pair of meshes in three of the modes, some minutes
+python tests/resume_matrix.py --all    # in all of them, which takes much longer
 """
 
 from __future__ import annotations
