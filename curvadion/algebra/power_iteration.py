@@ -45,7 +45,7 @@ class Factors:
         P: (B, m, r), orthonormal columns or zero ones.
         R: (B, n, r), this replica's R_i.
         Q: (B, n, r), the new right factor.
-        scale: (B, r), where Q is R diag(scale) in all columns that P has; else None.
+        scale: (B, r), where Q is R diag(scale) in all columns that P has, and 0 in others; else None.
     """
 
     P: Tensor
@@ -133,7 +133,12 @@ def power_iteration(
         new = column_normalize(R, sumsq)
         scales = [s if r_i is r else None for s, r_i, r in zip(lengths, own, R, strict=True)]
     return [
-        Factors(p.mul_(alive), r_i, torch.where(alive, q, old), scale)
+        Factors(
+            p.mul_(alive),
+            r_i,
+            torch.where(alive, q, old),
+            None if scale is None else scale * alive.squeeze(-2),
+        )
         for p, r_i, alive, q, old, scale in zip(P, own, live, new, Q, scales, strict=True)
     ]
 

@@ -9,7 +9,6 @@ from curvadion.algebra.power_iteration import orthogonalize, orthonormal_columns
 from curvadion.algebra.side import Tensors
 from curvadion.rules.base import Step
 from curvadion.rules.orthonormal import Cost, Rates, cost_alone
-from curvadion.rules.orthonormal import owner_pays as owner_is_cheaper
 from curvadion.sharding.layout import Region
 from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Spread
@@ -87,7 +86,15 @@ def _has_owner(step: Step, batch: Batch, spread: Spread, P: Tensor, method: str,
 
 
 def owner_pays(spread: Spread, parts: int, itemsize: int, total: int, method: str, rates: Rates) -> bool:
-    """Say whether P had better be with one owner than with all ranks together.
+    """Say whether P had better be with one owner than with all ranks together; arguments as of `seconds`."""
+    alone, together = seconds(spread, parts, itemsize, total, method, rates)
+    return alone <= together
+
+
+def seconds(
+    spread: Spread, parts: int, itemsize: int, total: int, method: str, rates: Rates
+) -> tuple[float, float]:
+    """Return how long each rank takes for one P on average: with one owner, and all together.
 
     Args:
         parts: into how many its rows are split.
@@ -99,6 +106,7 @@ def owner_pays(spread: Spread, parts: int, itemsize: int, total: int, method: st
     whole = method == "qr"
     summed = WIRE["all_reduce"](parts) * (itemsize * m * r if whole else (8 + itemsize) * r * r)
     together = Cost(flops(m if whole else m / parts, r), summed)
-    return owner_is_cheaper(
-        cost_alone(spread, itemsize, parts, total), together, replace(rates, flops=rates.float64)
-    )
+    alone = replace(cost_alone(spread, itemsize, parts, total), flops=0.0)
+    alone += Cost(max(1 / len(spread.regions), 1 / total) * flops(m, r))
+    exact = replace(rates, flops=rates.float64)
+    return alone.seconds(exact), together.seconds(exact)

@@ -25,8 +25,11 @@ from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Work
 from curvadion.sharding.layout import Axes, Region
 
+Tensors = list[Tensor]
 # Elements of whole matrices that a rank takes on at a time, unless one matrix has more.
 BUCKET_ELEMENTS = 1 << 23
+# How many times as many elements a rank may be sent at once of what comes of them.
+ARRIVING = 4
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,31 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Errand:
+    """What owners of equal matrices are sent of each, and what they send back.
+
+    Attributes:
+        takes, gives: tensors, each spread in its own way.
+        flops: of the work on one matrix.
+    """
+
+    takes: tuple[Spread, ...]
+    gives: tuple[Spread, ...]
+    flops: float
+
+    @staticmethod
+    def of(spread: "Spread | Errand") -> "Errand":
+        """Return the errand of a matrix that comes back as large as it went."""
+        return spread if isinstance(spread, Errand) else Errand((spread,), (spread,), spread.flops)
+
+    def elements(self, ranks: int) -> tuple[float, int]:
+        """Return how many elements of one matrix a rank is sent: as one of its owners, on average, and of
+        what comes back, at most."""
+        size = sum(math.prod(s.shape) for s in self.takes) / ranks
+        return size, sum(max(region.numel for region in s.regions) for s in self.gives)
+
+
+@dataclass(frozen=True)
 class Stack:
     """Some of a stack of equal matrices: from `start` to `stop` of the stack with this index."""
 
@@ -60,11 +88,13 @@ class Stack:
 
 
 class _Item(NamedTuple):
-    """A part of a matrix that travels: of which matrix of which stack, to or from which rank."""
+    """A part of a tensor that travels: of which matrix of which stack, to or from which rank, and which
+    tensor of an errand it is."""
 
     stack: int
     place: int
     rank: int
+    tensor: int
 
 
 @dataclass
@@ -102,13 +132,13 @@ class Plan:
     """Who owns which matrix, the same on all ranks.
 
     Attributes:
-        spreads, wire: of each stack, and its dtype on the way.
+        errands, wire: of each stack, and its dtype on the way.
         owners: for each stack, the owners of its matrices, as indices of the replica's ranks.
         load: the work of each rank, in FLOPs.
         buckets: in which they travel.
     """
 
-    spreads: Sequence[Spread]
+    errands: Sequence[Errand]
     wire: Sequence[torch.dtype]
     owners: list[list[int]]
     load: list[float]
@@ -116,7 +146,7 @@ class Plan:
 
 
 def assign(
-    spreads: Sequence[Spread], counts: Sequence[int], ranks: int
+    spreads: Sequence[Spread | Errand], counts: Sequence[int], ranks: int
 ) -> tuple[list[list[int]], list[float]]:
     """Return the owners of all matrices, and the work of each rank: longest processing time first.
 
@@ -138,7 +168,7 @@ def assign(
     return owners, [load for load, _ in sorted(heap, key=lambda pair: pair[1])]
 
 
-def _largest_first(spreads: Sequence[Spread]) -> list[int]:
+def _largest_first(spreads: Sequence[Spread | Errand]) -> list[int]:
     return sorted(range(len(spreads)), key=lambda i: (-spreads[i].flops, i))
 
 
@@ -152,7 +182,7 @@ class Owners:
 
     Attributes:
         ranks: how many there are.
-        spreads: what users have found out about their matrices.
+        spreads, errands: what users have found out about their matrices.
         plans: for what was asked so far.
         owner_of: the owner of each parameter that has one so far, as an index of the replica's ranks.
     """
@@ -161,73 +191,84 @@ class Owners:
         self.exchange, self.when, self.dtype = exchange, when, dtype
         self.ranks = exchange.shards.size
         self.spreads: dict[Hashable, Spread] = {}
+        self.errands: dict[Hashable, Errand] = {}
         self.owner_of: dict[int, int] = {}
         self.plans: dict[tuple, Plan] = {}
 
     def plan(
-        self, spreads: Sequence[Spread], members: Sequence[Sequence[int]], wire: Sequence[torch.dtype]
+        self,
+        spreads: Sequence[Spread | Errand],
+        members: Sequence[Sequence[int]],
+        wire: Sequence[torch.dtype],
     ) -> Plan:
         """Return who owns what; the same object when asked again.
 
         Args:
-            spreads: of each stack of matrices.
+            spreads: of each stack of matrices; or errands, where other tensors come back than went.
             members: which parameters they are.
             wire: their dtype on the way.
         """
         key = (*map(id, spreads), *(tuple(m) for m in members), *wire)
         if key not in self.plans:
-            counts = [len(m) for m in members]
-            owners, load = assign(spreads, counts, self.ranks)
-            buckets = [self._bucket(spreads, b, owners) for b in self._cut(spreads, counts, wire)]
-            self.plans[key] = Plan(spreads, wire, owners, load, buckets)
+            counts, errands = [len(m) for m in members], [Errand.of(s) for s in spreads]
+            owners, load = assign(errands, counts, self.ranks)
+            buckets = [self._bucket(errands, b, owners) for b in self._cut(errands, counts, wire)]
+            self.plans[key] = Plan(errands, wire, owners, load, buckets)
             for some, owned in zip(members, owners, strict=True):
                 self.owner_of |= zip(some, owned, strict=True)
         return self.plans[key]
 
     def _cut(
-        self, spreads: Sequence[Spread], counts: Sequence[int], wire: Sequence[torch.dtype]
+        self, errands: Sequence[Errand], counts: Sequence[int], wire: Sequence[torch.dtype]
     ) -> Iterator[list[Stack]]:
         """Cut the matrices, in the order in which they were assigned, into buckets of one dtype: so many that
-        every rank has one to work on, and more if they are small."""
+        every rank has one to work on, and more if they are small; fewer if a rank is sent too much."""
         for dtype in sorted(set(wire), key=str):
             stacks: list[Stack] = []
-            number = elements = 0
-            for i in _largest_first(spreads):
-                size = math.prod(spreads[i].shape)
+            number = arriving = 0
+            elements = 0.0
+            for i in _largest_first(errands):
+                taken, given = errands[i].elements(self.ranks)
                 for k in range(counts[i]) if wire[i] == dtype else ():
-                    if number >= self.ranks and elements + size > self.ranks * BUCKET_ELEMENTS:
+                    full = number >= self.ranks and elements + taken > BUCKET_ELEMENTS
+                    if full or (stacks and arriving + given > ARRIVING * BUCKET_ELEMENTS):
                         yield stacks
-                        stacks, number, elements = [], 0, 0
+                        stacks, number, arriving, elements = [], 0, 0, 0.0
                     if stacks and stacks[-1].index == i:
                         stacks[-1] = replace(stacks[-1], stop=k + 1)
                     else:
                         stacks.append(Stack(i, k, k + 1))
-                    number, elements = number + 1, elements + size
+                    number, arriving, elements = number + 1, arriving + given, elements + taken
             if stacks:
                 yield stacks
 
-    def _bucket(self, spreads: Sequence[Spread], stacks: list[Stack], owners: list[list[int]]) -> _Bucket:
+    def _bucket(self, errands: Sequence[Errand], stacks: list[Stack], owners: list[list[int]]) -> _Bucket:
         me, coming, going = self.exchange.shards.index, _Leg(), _Leg()
         mine: list[list[int]] = []
         for s, stack in enumerate(stacks):
-            spread = spreads[stack.index]
+            takes, gives = errands[stack.index].takes, errands[stack.index].gives
             owned = owners[stack.index][stack.start : stack.stop]
             mine.append([k for k, owner in enumerate(owned) if owner == me])
             for k, owner in enumerate(owned):
-                if owner != me:
-                    if spread.regions[me].numel:
-                        going.received.append(_Item(s, k, owner))
-                        if self._sends(me, owner, spread.split):
-                            coming.sent.append(_Item(s, k, owner))
-                    continue
-                for rank, region in enumerate(spread.regions):
-                    if rank != me and region.numel:
-                        going.sent.append(_Item(s, k, rank))
-                        if self._sends(rank, me, spread.split):
-                            coming.received.append(_Item(s, k, rank))
+                others = [r for r in range(self.ranks) if r != me] if owner == me else [me]
+                for tensor, spread in enumerate(takes):
+                    for rank in others:
+                        if spread.regions[rank].numel and self._sends(rank, owner, spread.split):
+                            if owner == me:
+                                coming.received.append(_Item(s, k, rank, tensor))
+                            else:
+                                coming.sent.append(_Item(s, k, owner, tensor))
+                for tensor, spread in enumerate(gives):
+                    for rank in others:
+                        if spread.regions[rank].numel:
+                            if owner == me:
+                                going.sent.append(_Item(s, k, rank, tensor))
+                            else:
+                                going.received.append(_Item(s, k, owner, tensor))
         coming.sort()
         going.sort()
-        return _Bucket(stacks, mine, coming, going, any(spreads[stack.index].split for stack in stacks))
+        split = any(spread.split for stack in stacks for spread in errands[stack.index].takes)
+        return _Bucket(stacks, mine, coming, going, split)
 
     def _sends(self, rank: int, owner: int, split: Axes) -> bool:
         """Say whether it is this rank, of all that have the same part of a matrix, that sends it to the
@@ -252,9 +293,20 @@ class Owners:
 
         Yields: pairs (stack, (b, rows, columns)), in the dtype that `work` returns.
         """
+        for arrived in self.carry_out_errands(
+            plan, lambda stack: [shards(stack)], lambda i, whole: [work(i, whole.pop())]
+        ):
+            yield [(stack, part) for stack, [part] in arrived]
+
+    def carry_out_errands(
+        self, plan: Plan, shards: Callable[[Stack], Tensors], work: Callable[[int, Tensors], Tensors]
+    ) -> Iterator[list[tuple[Stack, Tensors]]]:
+        """Do what `carry_out` does with as many tensors for each matrix as its errand takes and gives."""
         if self.ranks == 1:
             for bucket in plan.buckets:
-                yield [(s, work(s.index, shards(s).to(plan.wire[s.index]))) for s in bucket.stacks]
+                yield [
+                    (s, work(s.index, [x.to(plan.wire[s.index]) for x in shards(s)])) for s in bucket.stacks
+                ]
             return
         trips = [_Trip(self.exchange, bucket, plan) for bucket in plan.buckets]
         for number, trip in enumerate(trips):
@@ -274,14 +326,15 @@ class _Trip:
 
     def __init__(self, exchange: Exchange, bucket: _Bucket, plan: Plan):
         self._exchange, self._bucket, self._me = exchange, bucket, exchange.shards.index
-        self._spreads = [plan.spreads[stack.index] for stack in bucket.stacks]
+        self._takes = [plan.errands[stack.index].takes for stack in bucket.stacks]
+        self._gives = [plan.errands[stack.index].gives for stack in bucket.stacks]
         self._wire = plan.wire[bucket.stacks[0].index]
         self._place = [{k: place for place, k in enumerate(places)} for places in bucket.mine]
-        self._own: list[Tensor] = []  # this rank's part of the matrices that it owns
-        self._received: list[Tensor] = []
+        self._own: list[Tensors] = []  # this rank's part of the matrices that it owns
+        self._received: Tensors = []
         self._work: Work | None = None
 
-    def _start(self, leg: _Leg, parts: list[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    def _start(self, leg: _Leg, parts: Tensors, shapes: Sequence[tuple[int, ...]]) -> None:
         """Send parts, and prepare to receive parts of these shapes."""
         device = self._exchange.device
         sent = [p.numel() for p in parts]
@@ -299,61 +352,79 @@ class _Trip:
                 count[item.rank] += size
         self._work = self._exchange.start_all_to_all(out, counts[0], into, counts[1], "matrices")
 
-    def come(self, shards: Callable[[Stack], Tensor]) -> None:
+    def come(self, shards: Callable[[Stack], Tensors]) -> None:
         """Send this rank's shards to the owners."""
         local = [shards(stack) for stack in self._bucket.stacks]
         self._own = [  # not x[places], which uploads the indices and makes the host wait for the device
-            torch.stack([x[k] for k in places]) if places else x[:0]
-            for x, places in zip(local, self._bucket.mine, strict=True)
+            [torch.stack([x[k] for k in places]) if places else x[:0] for x in tensors]
+            for tensors, places in zip(local, self._bucket.mine, strict=True)
         ]
         if self._bucket.split:
             leg = self._bucket.coming
-            shapes = [self._spreads[item.stack].regions[item.rank].shape for item in leg.received]
-            self._start(leg, [local[item.stack][item.place] for item in leg.sent], shapes)
+            shapes = [self._takes[i.stack][i.tensor].regions[i.rank].shape for i in leg.received]
+            self._start(leg, [local[i.stack][i.tensor][i.place] for i in leg.sent], shapes)
 
-    def go(self, work: Callable[[int, Tensor], Tensor]) -> None:
+    def go(self, work: Callable[[int, Tensors], Tensors]) -> None:
         """Wait for the matrices, work on them, and send all their parts."""
         whole = [
-            own.new_empty((len(own), *spread.shape), dtype=self._wire)
-            for own, spread in zip(self._own, self._spreads, strict=True)
+            [self._place_own(own, spread) for own, spread in zip(tensors, spreads, strict=True)]
+            for tensors, spreads in zip(self._own, self._takes, strict=True)
         ]
-        for matrices, own, spread in zip(whole, self._own, self._spreads, strict=True):
-            spread.regions[self._me].of(matrices).copy_(own)
+        self._own = []
         if self._work is not None:
             self._work.wait()
-            targets = [self._part(whole, item) for item in self._bucket.coming.received]
+            targets = [self._part(whole, self._takes, item) for item in self._bucket.coming.received]
             if targets:
                 torch._foreach_copy_(targets, self._received)
-        done = [
-            work(stack.index, matrices) if len(matrices) else matrices
-            for stack, matrices in zip(self._bucket.stacks, whole, strict=True)
-        ]
-        del whole
+            del targets
+            self._received = []
+        done = list[Tensors]()
+        for stack, places, gives in zip(self._bucket.stacks, self._bucket.mine, self._gives, strict=True):
+            tensors = whole.pop(0)
+            done.append(work(stack.index, tensors) if places else self._none(gives))
         self._own = [
-            spread.regions[self._me].of(d).clone() for d, spread in zip(done, self._spreads, strict=True)
+            [spread.regions[self._me].of(d).clone() for d, spread in zip(tensors, spreads, strict=True)]
+            for tensors, spreads in zip(done, self._gives, strict=True)
         ]
         leg = self._bucket.going
-        shapes = [self._spreads[item.stack].regions[self._me].shape for item in leg.received]
-        self._start(leg, [self._part(done, item) for item in leg.sent], shapes)
+        shapes = [self._gives[i.stack][i.tensor].regions[self._me].shape for i in leg.received]
+        self._start(leg, [self._part(done, self._gives, item) for item in leg.sent], shapes)
 
-    def _part(self, whole: Sequence[Tensor], item: _Item) -> Tensor:
-        """Return a rank's part of a matrix that this rank owns."""
-        place = self._place[item.stack][item.place]
-        return self._spreads[item.stack].regions[item.rank].of(whole[item.stack][place])
+    def _place_own(self, own: Tensor, spread: Spread) -> Tensor:
+        """Return whole matrices that have this rank's part of them, and nothing yet of the others'."""
+        if own.shape[1:] == spread.shape:
+            return own.to(self._wire)
+        whole = own.new_empty((len(own), *spread.shape), dtype=self._wire)
+        spread.regions[self._me].of(whole).copy_(own)
+        return whole
 
-    def arrive(self) -> list[tuple[Stack, Tensor]]:
+    def _none(self, gives: Sequence[Spread]) -> Tensors:
+        """Return what comes of no matrices."""
+        device = self._exchange.device
+        return [torch.empty((0, *spread.shape), dtype=self._wire, device=device) for spread in gives]
+
+    def _part(self, whole: Sequence[Tensors], spreads: Sequence[Sequence[Spread]], item: _Item) -> Tensor:
+        """Return a rank's part of a tensor of a matrix that this rank owns."""
+        place, spread = self._place[item.stack][item.place], spreads[item.stack][item.tensor]
+        return spread.regions[item.rank].of(whole[item.stack][item.tensor][place])
+
+    def arrive(self) -> list[tuple[Stack, Tensors]]:
         """Wait for this rank's parts of all matrices, and return them."""
         assert self._work is not None, "it has gone"
         self._work.wait()
         result = []
-        for stack, spread, own, places in zip(
-            self._bucket.stacks, self._spreads, self._own, self._bucket.mine, strict=True
+        for stack, spreads, tensors, places in zip(
+            self._bucket.stacks, self._gives, self._own, self._bucket.mine, strict=True
         ):
-            local = own.new_empty((stack.stop - stack.start, *spread.regions[self._me].shape))
-            if places:
-                torch._foreach_copy_([local[k] for k in places], list(own))
+            count = stack.stop - stack.start
+            local = [
+                own.new_empty((count, *spread.regions[self._me].shape))
+                for own, spread in zip(tensors, spreads, strict=True)
+            ]
+            for mine, own in zip(local, tensors, strict=True) if places else ():
+                torch._foreach_copy_([mine[k] for k in places], list(own))
             result.append((stack, local))
-        targets = [result[item.stack][1][item.place] for item in self._bucket.going.received]
+        targets = [result[item.stack][1][item.tensor][item.place] for item in self._bucket.going.received]
         if targets:
             torch._foreach_copy_(targets, self._received)
         self._own, self._received, self._work = [], [], None
