@@ -160,7 +160,7 @@ class CurvaDion(Stateful):
         eps: float = 1e-8,
         momentum_dtype: torch.dtype | None = None,
         payload_dtype: torch.dtype | None = None,
-        orthogonalization: str = "cholesky_qr",
+        orthogonalization: str = "auto",
         owners: str = "auto",
         owner_dtype: torch.dtype | None = None,
         on_nonfinite: str = "raise",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from curvadion.algebra.power_iteration import Factors, pieces, power_iteration
+from curvadion.algebra.power_iteration import Factors, piece_elements, pieces, power_iteration
 from curvadion.algebra.side import Tensors
 from curvadion.rules import left_factor
 from curvadion.rules.base import Step
@@ -24,6 +24,9 @@ from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Errand, Spread, Stack
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
+
+# Elements that a rank takes on at a time, in those of a piece: on CPUs 4 MiB in float32, on GPUs 128.
+PIECES = 8
 
 
 def factors_by_owners(step: Step, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Factors]]:
@@ -35,28 +38,29 @@ def factors_by_owners(step: Step, batches: Sequence[Batch]) -> Iterator[tuple[Ba
         [_errand(step, b) for b in batches],
         [b.params for b in batches],
         [compute_dtype(b.momentum.dtype) for b in batches],
+        PIECES * piece_elements(step.exchange.device),
     )
     live = [step.store.live_in(b) for b in batches]
 
     def shards(stack: Stack) -> Tensors:
         return [stack.of(batches[stack.index].momentum), stack.of(batches[stack.index].right_factor)]
 
-    for arrived in step.owners.carry_out_errands(
-        plan, shards, lambda i, whole: _of_whole(step, batches[i], whole)
-    ):
-        while arrived:
-            stack, (P, R, right) = arrived.pop(0)
-            b, one = batches[stack.index].part(stack), live[stack.index]
-            old = b.right_factor.to(R.dtype)
-            there = None if one is None else stack.of(one).to(P.dtype).view(-1, 1, 1)
-            if there is not None:
-                P.mul_(there)
-            if orthonormal_R(step, b):
-                yield b, Factors(P, R, right if there is None else torch.where(there > 0, right, old), None)
-                continue
-            if there is not None:
-                right.mul_(there)
-            yield b, Factors(P, R, torch.where(right > 0, R * right, old), right.squeeze(1))
+    def work(i: int, whole: Tensors) -> Tensors:
+        return _of_whole(step, batches[i], whole)
+
+    at_once = PIECES * piece_elements(step.exchange.device) // 4
+    for stack, (P, R, right) in step.owners.carry_out_errands(plan, shards, work, at_once):
+        b, one = batches[stack.index].part(stack), live[stack.index]
+        old = b.right_factor.to(R.dtype)
+        there = None if one is None else stack.of(one).to(P.dtype).view(-1, 1, 1)
+        if there is not None:
+            P.mul_(there)
+        if orthonormal_R(step, b):
+            yield b, Factors(P, R, right if there is None else torch.where(there > 0, right, old), None)
+            continue
+        if there is not None:
+            right.mul_(there)
+        yield b, Factors(P, R, torch.where(right > 0, R * right, old), right.squeeze(1))
 
 
 def _of_whole(step: Step, batch: Batch, whole: Tensors) -> Tensors:

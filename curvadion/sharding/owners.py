@@ -14,7 +14,7 @@ that about two of them are in memory.
 
 import heapq
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -28,8 +28,6 @@ from curvadion.sharding.layout import Axes, Region
 Tensors = list[Tensor]
 # Elements of whole matrices that a rank takes on at a time, unless one matrix has more.
 BUCKET_ELEMENTS = 1 << 23
-# How many times as many elements a rank may be sent at once of what comes of them.
-ARRIVING = 4
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,12 @@ class Errand:
         """Return the errand of a matrix that comes back as large as it went."""
         return spread if isinstance(spread, Errand) else Errand((spread,), (spread,), spread.flops)
 
-    def elements(self, ranks: int) -> tuple[float, int]:
-        """Return how many elements of one matrix a rank is sent: as one of its owners, on average, and of
-        what comes back, at most."""
-        size = sum(math.prod(s.shape) for s in self.takes) / ranks
-        return size, sum(max(region.numel for region in s.regions) for s in self.gives)
+    @property
+    def elements(self) -> float:
+        """How many elements of one matrix a rank has at once: of what goes to its owner, on average over all
+        ranks, or of what comes back, at most."""
+        taken = sum(math.prod(s.shape) / len(s.regions) for s in self.takes)
+        return max(taken, sum(max(region.numel for region in s.regions) for s in self.gives))
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,7 @@ class Owners:
         spreads: Sequence[Spread | Errand],
         members: Sequence[Sequence[int]],
         wire: Sequence[torch.dtype],
+        bucket_elements: int | None = None,
     ) -> Plan:
         """Return who owns what; the same object when asked again.
 
@@ -207,38 +207,40 @@ class Owners:
             spreads: of each stack of matrices; or errands, where other tensors come back than went.
             members: which parameters they are.
             wire: their dtype on the way.
+            bucket_elements: how many a rank takes on at a time, None for BUCKET_ELEMENTS.
         """
         key = (*map(id, spreads), *(tuple(m) for m in members), *wire)
         if key not in self.plans:
             counts, errands = [len(m) for m in members], [Errand.of(s) for s in spreads]
             owners, load = assign(errands, counts, self.ranks)
-            buckets = [self._bucket(errands, b, owners) for b in self._cut(errands, counts, wire)]
+            buckets = [
+                self._bucket(errands, stacks, owners)
+                for stacks in self._cut(errands, counts, wire, bucket_elements or BUCKET_ELEMENTS)
+            ]
             self.plans[key] = Plan(errands, wire, owners, load, buckets)
             for some, owned in zip(members, owners, strict=True):
                 self.owner_of |= zip(some, owned, strict=True)
         return self.plans[key]
 
     def _cut(
-        self, errands: Sequence[Errand], counts: Sequence[int], wire: Sequence[torch.dtype]
+        self, errands: Sequence[Errand], counts: Sequence[int], wire: Sequence[torch.dtype], most: int
     ) -> Iterator[list[Stack]]:
         """Cut the matrices, in the order in which they were assigned, into buckets of one dtype: so many that
-        every rank has one to work on, and more if they are small; fewer if a rank is sent too much."""
+        every rank has one to work on, and more if they are small."""
         for dtype in sorted(set(wire), key=str):
             stacks: list[Stack] = []
-            number = arriving = 0
-            elements = 0.0
+            number, elements = 0, 0.0
             for i in _largest_first(errands):
-                taken, given = errands[i].elements(self.ranks)
+                size = errands[i].elements
                 for k in range(counts[i]) if wire[i] == dtype else ():
-                    full = number >= self.ranks and elements + taken > BUCKET_ELEMENTS
-                    if full or (stacks and arriving + given > ARRIVING * BUCKET_ELEMENTS):
+                    if number >= self.ranks and elements + size > most:
                         yield stacks
-                        stacks, number, arriving, elements = [], 0, 0, 0.0
+                        stacks, number, elements = [], 0, 0.0
                     if stacks and stacks[-1].index == i:
                         stacks[-1] = replace(stacks[-1], stop=k + 1)
                     else:
                         stacks.append(Stack(i, k, k + 1))
-                    number, arriving, elements = number + 1, arriving + given, elements + taken
+                    number, elements = number + 1, elements + size
             if stacks:
                 yield stacks
 
@@ -293,15 +295,32 @@ class Owners:
 
         Yields: pairs (stack, (b, rows, columns)), in the dtype that `work` returns.
         """
-        for arrived in self.carry_out_errands(
-            plan, lambda stack: [shards(stack)], lambda i, whole: [work(i, whole.pop())]
-        ):
+        for arrived in self._trips(plan, lambda stack: [shards(stack)], lambda i, x: [work(i, x.pop())]):
             yield [(stack, part) for stack, [part] in arrived]
 
     def carry_out_errands(
-        self, plan: Plan, shards: Callable[[Stack], Tensors], work: Callable[[int, Tensors], Tensors]
-    ) -> Iterator[list[tuple[Stack, Tensors]]]:
-        """Do what `carry_out` does with as many tensors for each matrix as its errand takes and gives."""
+        self,
+        plan: Plan,
+        shards: Callable[[Stack], Tensors],
+        work: Callable[[int, Tensors], Tensors],
+        at_once: int,
+    ) -> Iterator[tuple[Stack, Tensors]]:
+        """Do what `carry_out` does with as many tensors for each matrix as its errand takes and gives.
+
+        Args:
+            at_once: how many elements of what comes back to yield at a time, unless one matrix has more.
+        """
+        for arrived in self._trips(plan, shards, work, at_once):
+            yield from arrived
+
+    def _trips(
+        self,
+        plan: Plan,
+        shards: Callable[[Stack], Tensors],
+        work: Callable[[int, Tensors], Tensors],
+        at_once: int | None = None,
+    ) -> Iterator[Iterable[tuple[Stack, Tensors]]]:
+        """Let each bucket make its trip, and yield what arrives from it."""
         if self.ranks == 1:
             for bucket in plan.buckets:
                 yield [
@@ -316,9 +335,9 @@ class Owners:
                 trips[number + 1].come(shards)
             trip.go(work)
             if number:
-                yield trips[number - 1].arrive()
+                yield trips[number - 1].arrive(at_once)
         if trips:
-            yield trips[-1].arrive()
+            yield trips[-1].arrive(at_once)
 
 
 class _Trip:
@@ -335,7 +354,7 @@ class _Trip:
         self._work: Work | None = None
 
     def _start(self, leg: _Leg, parts: Tensors, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Send parts, and prepare to receive parts of these shapes."""
+        """Send parts, which are kept no longer, and prepare to receive parts of these shapes."""
         device = self._exchange.device
         sent = [p.numel() for p in parts]
         out = torch.empty(sum(sent), dtype=self._wire, device=device)
@@ -343,6 +362,7 @@ class _Trip:
             torch._foreach_copy_(
                 [v.view(p.shape) for v, p in zip(out.split(sent), parts, strict=True)], parts
             )
+        parts.clear()
         received = [math.prod(shape) for shape in shapes]
         into = torch.empty(sum(received), dtype=self._wire, device=device)
         self._received = [v.view(s) for v, s in zip(into.split(received), shapes, strict=True)]
@@ -388,7 +408,9 @@ class _Trip:
         ]
         leg = self._bucket.going
         shapes = [self._gives[i.stack][i.tensor].regions[self._me].shape for i in leg.received]
-        self._start(leg, [self._part(done, self._gives, item) for item in leg.sent], shapes)
+        parts = [self._part(done, self._gives, item) for item in leg.sent]
+        del done
+        self._start(leg, parts, shapes)
 
     def _place_own(self, own: Tensor, spread: Spread) -> Tensor:
         """Return whole matrices that have this rank's part of them, and nothing yet of the others'."""
@@ -408,24 +430,25 @@ class _Trip:
         place, spread = self._place[item.stack][item.place], spreads[item.stack][item.tensor]
         return spread.regions[item.rank].of(whole[item.stack][item.tensor][place])
 
-    def arrive(self) -> list[tuple[Stack, Tensors]]:
-        """Wait for this rank's parts of all matrices, and return them."""
+    def arrive(self, at_once: int | None) -> Iterator[tuple[Stack, Tensors]]:
+        """Wait for this rank's parts of all matrices, and yield them, at most so many elements at a time."""
         assert self._work is not None, "it has gone"
         self._work.wait()
-        result = []
-        for stack, spreads, tensors, places in zip(
-            self._bucket.stacks, self._gives, self._own, self._bucket.mine, strict=True
-        ):
-            count = stack.stop - stack.start
-            local = [
-                own.new_empty((count, *spread.regions[self._me].shape))
-                for own, spread in zip(tensors, spreads, strict=True)
-            ]
-            for mine, own in zip(local, tensors, strict=True) if places else ():
-                torch._foreach_copy_([mine[k] for k in places], list(own))
-            result.append((stack, local))
-        targets = [result[item.stack][1][item.tensor][item.place] for item in self._bucket.going.received]
-        if targets:
-            torch._foreach_copy_(targets, self._received)
-        self._own, self._received, self._work = [], [], None
-        return result
+        self._work = None
+        received: list[list[tuple[int, int, Tensor]]] = [[] for _ in self._bucket.stacks]
+        for item, part in zip(self._bucket.going.received, self._received, strict=True):
+            received[item.stack].append((item.place, item.tensor, part))
+        own, self._own, self._received = self._own, [], []
+        for s, (stack, spreads) in enumerate(zip(self._bucket.stacks, self._gives, strict=True)):
+            shapes, count = [spread.regions[self._me].shape for spread in spreads], stack.stop - stack.start
+            mine = zip(self._bucket.mine[s], *own[s], strict=True)
+            arrived = received[s] + [(k, tensor, x) for k, *xs in mine for tensor, x in enumerate(xs)]
+            step = max(1, at_once // max(1, sum(map(math.prod, shapes)))) if at_once else count
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                local = [x.new_empty((stop - start, *shape)) for x, shape in zip(own[s], shapes, strict=True)]
+                some = [item for item in arrived if start <= item[0] < stop]
+                if some:
+                    targets = [local[tensor][k - start] for k, tensor, _ in some]
+                    torch._foreach_copy_(targets, [x for _, _, x in some])
+                yield Stack(stack.index, stack.start + start, stack.start + stop), local
