@@ -101,7 +101,9 @@ class CurvaDion(Stateful):
         eps [g]: added to the denominator of AdamW.
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
-        orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
+        orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, by the same without float64
+            in three passes ("cholesky_qr3"), or by Householder QR; "auto": on CPUs Householder where one rank
+            has all of P, else Cholesky QR.
         owners: whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank
             of its replica, which is sent the shards: "auto" where that takes less time than all ranks working
             on it together.

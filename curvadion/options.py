@@ -83,7 +83,7 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     ),
     "error_feedback": _flag("try True"),
     "right_factor": _one_of(("column_norm", "qr")),
-    "orthogonalization": _one_of(("auto", "cholesky_qr", "qr")),
+    "orthogonalization": _one_of(("auto", "cholesky_qr", "cholesky_qr3", "qr")),
     "betas": Allowed(
         lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(0 <= b < 1 for b in v),
         "a pair of numbers in [0, 1)",

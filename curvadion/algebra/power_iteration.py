@@ -26,7 +26,8 @@ from curvadion_kernels import reference
 # so that columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow
 # it.
 GRAM_SHIFT = 1e-15
-# Shift of a Gram matrix that is computed in the columns' dtype, in units of its rounding, for each root of r.
+# Shift of a Gram matrix that is computed in the columns' dtype, in units of its rounding and
+# of its norm where columns have length one.
 ROUNDING_ULPS = 4
 # A column counts as independent in the second pass if this much of its squared norm, 1 by then, is left after
 # those before it.
@@ -239,17 +240,19 @@ def _in_three_passes(P: Sequence[Tensor], side: Side, floors: Sequence[float]) -
     bases, left = [], []
     for p, gram in zip(P, _handed_over(side.sum([_gram(p, p.dtype) for p in P], "gram")), strict=True):
         squares = gram.diagonal(dim1=-2, dim2=-1).clone()
-        L, pivots, positive = _cholesky(gram, _shifted_by_rounding(squares))
+        L, pivots, positive = _cholesky(gram, _shifted_by_rounding(gram))
         left.append((squares, pivots, positive))
         bases.append(_solve(p, L, p.dtype))
     live = []
     grams = side.sum([_gram(w, w.dtype) for w in bases], "gram")
     for k, gram in enumerate(_handed_over(grams)):
         squares, first, positive = left[k]
-        shifted = _shifted_by_rounding(gram.diagonal(dim1=-2, dim2=-1))
+        norms = gram.diagonal(dim1=-2, dim2=-1).clone()
+        shifted = _shifted_by_rounding(gram)
         _, pivots, again = _cholesky(gram.clone(), shifted)
         # As roots: products of squares may underflow.
-        rest = (first.sqrt() * pivots.sqrt()) / squares.amax(-1, keepdim=True).sqrt()
+        rest = (pivots - (shifted - norms)).clamp_(min=0.0).sqrt() * first.sqrt()
+        rest /= squares.amax(-1, keepdim=True).sqrt()
         alive = positive & again & (rest > max(floors[k], NOISE_ULPS * torch.finfo(gram.dtype).eps))
         L, _, positive = _cholesky(_restrict(gram, alive), torch.where(alive, shifted, 1.0))
         live.append((alive & positive).unsqueeze(-2))
@@ -358,8 +361,9 @@ def _second_factor(gram: Tensor, live: Tensor, *, every: bool = False) -> tuple[
     live = live.squeeze(-2)
     squares = torch.where(live, gram.diagonal(dim1=-2, dim2=-1), 1.0)
     if every or gram.dtype == torch.float64:
-        shifted = _shifted_by_rounding if every else _shifted
-        _, pivots, positive = _cholesky(_restrict(gram, live), shifted(squares))
+        gram = _restrict(gram, live)
+        shifted = torch.where(live, _shifted_by_rounding(gram), 1.0) if every else _shifted(squares)
+        _, pivots, positive = _cholesky(gram, shifted)
         live = live & positive & (pivots > INDEPENDENT)
         squares = torch.where(live, squares, 1.0)
     L, _, positive = _cholesky(_restrict(gram, live), squares)
@@ -384,10 +388,18 @@ def _shifted(squares: Tensor) -> Tensor:
     return squares + (GRAM_SHIFT * squares.sum(-1, keepdim=True) + torch.finfo(squares.dtype).tiny)
 
 
-def _shifted_by_rounding(squares: Tensor) -> Tensor:
-    """Return the diagonal of a Gram matrix and what its rounding may take of it, column by column."""
-    ulps = ROUNDING_ULPS * math.sqrt(squares.shape[-1])
-    return squares * (1 + ulps * torch.finfo(squares.dtype).eps) + torch.finfo(squares.dtype).tiny
+def _shifted_by_rounding(gram: Tensor) -> Tensor:
+    """Return the diagonal of a Gram matrix and what its rounding may take of it, column by column: as many
+    ulps as the matrix is large where columns have length one.
+
+    Args:
+        gram: reads its lower triangle.
+    """
+    squares, info = gram.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
+    roots = squares.clamp(min=info.tiny).sqrt()
+    scaled = (gram / roots.unsqueeze(-1)).div_(roots.unsqueeze(-2)).tril_(-1)
+    size = (squares.shape[-1] + 2 * scaled.square_().sum((-2, -1))).sqrt_().unsqueeze(-1)
+    return squares * (1 + ROUNDING_ULPS * info.eps * size) + info.tiny
 
 
 def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -133,8 +133,10 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Dtype of momentum and moments; None takes the parameter's."""
         payload_dtype: Literal["float32", "bfloat16"] | None = None
         """Dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's."""
-        orthogonalization: Literal["cholesky_qr", "qr"] = "cholesky_qr"
-        """How P is made orthonormal: by shifted Cholesky QR, or by Householder QR."""
+        orthogonalization: Literal["auto", "cholesky_qr", "cholesky_qr3", "qr"] = "auto"
+        """How P is made orthonormal: by shifted Cholesky QR, by the same without float64 in three passes
+        ("cholesky_qr3"), or by Householder QR; "auto": on CPUs Householder where one rank has all of P, else
+        Cholesky QR."""
         owners: Literal["auto", "always", "never"] = "auto"
         """Whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank of
         its replica, which is sent the shards: "auto" where that takes less time than all ranks working on it
