@@ -83,7 +83,7 @@ CHOICES = {
     "local_update": ("gradient", "dion"),
     "consensus": ("average", "none"),
     "right_factor": ("column_norm", "qr"),
-    "orthogonalization": ("cholesky_qr", "qr"),
+    "orthogonalization": ("auto", "cholesky_qr", "cholesky_qr3", "qr"),
     "on_nonfinite": ("raise", "skip"),
 }
 
