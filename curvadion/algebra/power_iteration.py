@@ -32,6 +32,8 @@ ROUNDING_ULPS = 4
 # A column counts as independent in the second pass if this much of its squared norm, 1 by then, is left after
 # those before it.
 INDEPENDENT = 1e-2
+# The same in float32, whose last pass has to make the rest orthonormal at once.
+NEARLY_ORTHONORMAL = 0.5
 # What is left of a column, relative to the largest one, below which it is rounding noise: in units of the
 # product's rounding ...
 NOISE_ULPS = 64
@@ -364,7 +366,7 @@ def _second_factor(gram: Tensor, live: Tensor, *, every: bool = False) -> tuple[
         gram = _restrict(gram, live)
         shifted = torch.where(live, _shifted_by_rounding(gram), 1.0) if every else _shifted(squares)
         _, pivots, positive = _cholesky(gram, shifted)
-        live = live & positive & (pivots > INDEPENDENT)
+        live = live & positive & (pivots > (NEARLY_ORTHONORMAL if every else INDEPENDENT))
         squares = torch.where(live, squares, 1.0)
     L, _, positive = _cholesky(_restrict(gram, live), squares)
     return L, (live & positive).unsqueeze(-2)
