@@ -167,7 +167,8 @@ class Outer(Consensus):
                 part.put(step.X[part.index], x)
 
     def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float:
-        numel, dtype = math.prod(step.table.layouts[index].shape), step.table.params[index].dtype
+        layout = step.table.layouts[index] if batch is None else batch.layout
+        numel, dtype = math.prod(layout.shape), step.table.params[index].dtype
         share = numel / self._o.fragments
         if self._codec is None:
             return share * compute_dtype(dtype).itemsize

@@ -68,7 +68,7 @@ class Intake:
         usual = None if self._partial else usual_gradients(table.params, grads, table.placements)
         G: Fixed[Tensor | None] = Fixed(usual or ())
         try:
-            parts = (G.take(table.matrices), G.take(table.scalars)) if usual is not None else ()
+            parts = (G.take(table.weights), G.take(table.scalars)) if usual is not None else ()
             fine = tuple(part.numels for part in parts) == table.numels and all(
                 part.contiguous for part in parts
             )
