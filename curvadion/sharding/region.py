@@ -26,8 +26,6 @@ class Region(NamedTuple):
     def within(self, start: tuple[int, ...], shape: tuple[int, ...]) -> "Region":
         """Return the part that it has of a block, which begins at `start` of the last dimensions."""
         pairs = list(zip(self.offset[-len(shape) :], self.shape[-len(shape) :], start, shape, strict=True))
-        if 0 in self.shape:
-            pairs = [(first, 0, first, size) for first, _, _, size in pairs]
         low = [min(max(o - first, 0), size) for o, _, first, size in pairs]
         high = [min(max(o + length - first, 0), size) for o, length, first, size in pairs]
         return Region(tuple(low), tuple(max(h - k, 0) for k, h in zip(low, high, strict=True)))

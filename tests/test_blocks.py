@@ -1,0 +1,266 @@
+"""Parameters that are several matrices: fused projections, heads, weights of experts.
+
+The reference has each block as a parameter of its own, cut out of the whole values by hand and transposed where
+it is stored as in x out; it knows nothing of blocks. On every layout, X, M and the norms of the whole parameters
+must be what it has of the pieces.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from support.cases import RTOL, RTOL_NORM, differences
+from support.layouts import local, part_of
+from support.models import outcome
+from support.ranks import run_ranks
+from support.reference import ReferenceReplicas, Replica, rank_of
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from curvadion import CurvaDion
+from curvadion.algebra.power_iteration import initial_right_factor
+
+IN_OUT = {"weight_layout": "in_out"}
+# Name: shape, options of its group. Blocks tall, wide and square, of one size and of several; boundaries that
+# fall into shards; more ranks than experts.
+PARAMETERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "qkv": ((14, 5), {"splits": (8, 3, 3)}),
+    "kv": ((14, 5), {"splits": (8, 3, 3)}),  # as qkv: stacked with it
+    "gate_up": ((12, 7), {"splits": 2}),
+    "heads": ((4, 12), {"splits": 3, "split_along": "inputs"}),
+    "conv1d": ((5, 12), {"splits": 4, **IN_OUT}),
+    "conv1d_inputs": ((9, 4), {"splits": (3, 6), "split_along": "inputs", **IN_OUT}),
+    "experts": ((3, 4, 6), {"batch_dims": 1}),
+    "fused_experts": ((4, 6, 5), {"batch_dims": 1, "splits": 2}),
+    "in_out_experts": ((2, 4, 10), {"batch_dims": 1, "splits": (7, 3), **IN_OUT}),
+    "layers_of_experts": ((2, 2, 4, 3), {"batch_dims": 2}),
+    "whole": ((7, 6), {}),
+}
+SCALES = [1.0, 0.2, 0.2, 2.0, 0.2, 0.3, 3.0]
+BASE = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "weight_decay": 0.1, "rank_fraction": 0.5}
+CASES: dict[str, dict[str, Any]] = {
+    "gradient": {},
+    "dion": {"local_update": "dion", "right_factor": "qr", "owners": "always"},
+    "dion_together": {"local_update": "dion", "owners": "never", "error_feedback": False},
+    "muon": {"local_update": "muon", "owners": "always", "nesterov": True},
+    "muon_together": {"local_update": "muon", "owners": "never", "update_scale": "match_rms_adamw"},
+    "normuon": {"local_update": "normuon", "eps": 1e-6},
+    "dion2": {"local_update": "dion2"},
+    "outer": {"local_update": "muon", "consensus": "outer", "outer_lr": 0.7, "outer_momentum": 0.6},
+}
+
+
+def pieces(name: str, value: Any) -> dict[str, Any]:
+    """The matrices of a whole value by name, as outputs x inputs."""
+    _, options = PARAMETERS[name]
+    if value is None:
+        return dict.fromkeys(pieces(name, torch.zeros(PARAMETERS[name][0])))
+    found = {}
+    for index in itertools.product(*(range(n) for n in value.shape[:-2])):
+        matrix = value[index].T if "weight_layout" in options else value[index]
+        splits = options.get("splits")
+        dim = 1 if options.get("split_along") == "inputs" else 0
+        if splits is None:
+            blocks = [((), matrix)]
+        else:
+            sizes = [matrix.shape[dim] // splits] * splits if isinstance(splits, int) else list(splits)
+            blocks = [((k,), block) for k, block in enumerate(matrix.split(sizes, dim))]
+        for place, block in blocks:
+            label = ", ".join(map(str, (*index, *place)))
+            found[f"{name}[{label}]" if label else name] = block.clone()
+    return found
+
+
+def put_together(name: str, parts: Mapping[str, Tensor]) -> Tensor:
+    """The whole value of which these are the matrices."""
+    shape, options = PARAMETERS[name]
+    numbers = torch.arange(math.prod(shape)).view(shape)  # where each element went
+    whole = torch.zeros(math.prod(shape), dtype=torch.float64)
+    for label, places in pieces(name, numbers).items():
+        whole[places.flatten()] = parts[label].flatten()
+    return whole.view(shape)
+
+
+@functools.cache
+def initial_values() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, (s, _) in PARAMETERS.items()}
+
+
+@functools.cache
+def gradients(replicas: int) -> list[list[dict[str, Tensor | None]]]:
+    """gradients(K)[step][replica][name]."""
+    generator = torch.Generator().manual_seed(6)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    steps = []
+    for step, scale in enumerate(SCALES):
+        common = {name: draw(shape) for name, (shape, _) in PARAMETERS.items()}
+        by_replica: list[dict[str, Tensor | None]] = []
+        for replica in range(replicas):
+            G: dict[str, Tensor | None] = {n: scale * (g + 0.5 * draw(g.shape)) for n, g in common.items()}
+            experts, qkv = G["experts"], G["qkv"]
+            assert experts is not None and qkv is not None
+            if step in (2, 4):
+                experts[1] = 0  # no token came to this one
+                qkv[11:] = 0
+            if step == 5 and replica == replicas - 1:
+                G["fused_experts"] = None
+            by_replica.append(G)
+        steps.append(by_replica)
+    return steps
+
+
+@functools.cache
+def trajectory(case: str, replicas: int) -> list[tuple[bool, list[Replica]]]:
+    options = {k: v for k, v in {**BASE, **CASES[case]}.items() if k != "owners"}
+    values = {label: x for n, v in initial_values().items() for label, x in pieces(n, v).items()}
+    Q0 = {}
+    if options.get("local_update") == "dion" or "consensus" not in options:
+        for label, x in values.items():
+            r = rank_of(*x.shape, options["rank_fraction"])
+            Q0[label] = initial_right_factor(label, min(x.shape), r).double()
+    reference = ReferenceReplicas(values, replicas=replicas, Q0=Q0, **options)
+    moments = []
+    for step in gradients(replicas):
+        outcome = reference.step([{k: x for n, g in G.items() for k, x in pieces(n, g).items()} for G in step])
+        assert outcome.margin > 1e-4, "an RMMC is so near to tau that rounding might decide"
+        moments.append((outcome.synchronized, copy.deepcopy(reference.replicas)))
+    return moments
+
+
+class Model(nn.Module):
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value.clone()))
+
+    def place(self, mesh: DeviceMesh, placements: Callable[[Tensor], list[Placement]]) -> None:
+        for name, p in list(self.named_parameters()):
+            placed = distribute_tensor(p.detach(), mesh, placements(p), src_data_rank=None)
+            self.register_parameter(name, nn.Parameter(placed))
+
+
+def columns(model: Model, mesh: DeviceMesh) -> None:
+    model.place(mesh, lambda p: [Shard(p.ndim - 1)])
+
+
+def rows_of_experts(model: Model, mesh: DeviceMesh) -> None:
+    """As torchtitan shards experts that are fewer than the ranks."""
+    model.place(mesh, lambda p: [Shard(p.ndim - 2) if p.ndim > 2 else Replicate()])
+
+
+def fsdp(model: Model, mesh: DeviceMesh) -> None:
+    fully_shard(model, mesh=mesh)
+
+
+def fsdp_and_tp(model: Model, mesh: DeviceMesh) -> None:
+    """Rows over "tp", columns of some; then FSDP over the first dimension: rows twice, or whole experts."""
+    model.place(mesh["tp"], lambda p: [Shard(p.ndim - 1 if p.shape[-1] == 12 else p.ndim - 2)])
+    fully_shard(model, mesh=mesh["fsdp"])
+
+
+# Name: sizes of the shard mesh, how it is laid out, replicas.
+LAYOUTS: dict[str, tuple[dict[str, int], Callable[[Model, DeviceMesh], None] | None, int]] = {
+    "plain": ({}, None, 2),
+    "fsdp2": ({"shard": 2}, fsdp, 2),
+    "fsdp3_empty_shards": ({"shard": 3}, fsdp, 1),
+    "columns": ({"tp": 2}, columns, 2),
+    "rows_of_experts": ({"shard": 2}, rows_of_experts, 1),
+    "fsdp2_tp2": ({"fsdp": 2, "tp": 2}, fsdp_and_tp, 1),
+}
+
+
+def build(layout: str) -> tuple[Model, int, DeviceMesh | None]:
+    sizes, place, replicas = LAYOUTS[layout]
+    names = (*(("replicate",) if replicas > 1 else ()), *sizes)
+    shape = (*((replicas,) if replicas > 1 else ()), *sizes.values())
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if names else None
+    model = Model(initial_values())
+    if place is not None:
+        assert mesh is not None
+        place(model, mesh[tuple(sizes)])
+    if mesh is None or replicas == 1:
+        return model, 0, None
+    return model, mesh.get_local_rank("replicate"), mesh["replicate"]
+
+
+def groups_of(model: Model) -> list[dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        options = PARAMETERS[name][1]
+        groups.setdefault(repr(options), {"params": [], **options})["params"].append((name, p))
+    return list(groups.values())
+
+
+def like(p: Tensor, value: Tensor | None) -> Tensor | None:
+    if value is None or not isinstance(p, DTensor):
+        return None if value is None else value.clone()
+    part = part_of(value, p).clone()
+    shape, stride = value.shape, p.stride()
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+
+
+def optimizer_of(model: Model, peers: DeviceMesh | None, case: str) -> CurvaDion:
+    return CurvaDion(groups_of(model), replicate_mesh=peers, **{**BASE, **CASES[case]})
+
+
+def run_case(model: Model, replica: int, peers: DeviceMesh | None, replicas: int, case: str) -> list[str]:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            local(p).copy_(part_of(initial_values()[name], p))
+    opt, problems = optimizer_of(model, peers, case), list[str]()
+    for step, (synchronized, expected) in enumerate(trajectory(case, replicas)):
+        for name, p in model.named_parameters():
+            p.grad = like(p, gradients(replicas)[step][replica][name])
+        opt.step()
+        if bool(opt.metrics()["curvadion/synchronized"]) != synchronized:
+            problems.append(f"{case}, step {step}: synchronized is not {synchronized}")
+        compared = []
+        for name, p in model.named_parameters():
+            norms = opt.state[p]["last_norm"].reshape(-1).tolist()
+            labels = list(pieces(name, initial_values()[name]))
+            for label, norm in zip(labels, norms, strict=True):
+                want = expected[replica].last_norm[label]
+                if not math.isclose(norm, want, rel_tol=RTOL_NORM):
+                    problems.append(f"{case}, step {step}: the norm of {label} is {norm}, not {want}")
+            compared += [
+                (f"X of {name}", p, put_together(name, expected[replica].X)),
+                (f"M of {name}", opt.state[p]["momentum"], put_together(name, expected[replica].M)),
+            ]
+        errors = differences([(actual, whole) for _, actual, whole in compared])
+        for (what, *_), error in zip(compared, errors, strict=True):
+            if not error <= RTOL:
+                problems.append(f"{case}, step {step}: {what} is off by {error:.1e}")
+    return problems
+
+
+def run_cases(layout: str) -> list[str]:
+    model, replica, peers = build(layout)
+    replicas = LAYOUTS[layout][2]
+    return [problem for case in CASES for problem in run_case(model, replica, peers, replicas, case)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_are_matrices_of_their_own_on_every_layout(layout: str) -> None:
+    sizes, _, replicas = LAYOUTS[layout]
+    for case in CASES:
+        trajectory(case, replicas)  # here, not in every forked rank
+    problems = run_ranks(math.prod(sizes.values()) * replicas, run_cases, layout)
+    lines = [f"rank {rank}: {problem}" for rank, of_rank in enumerate(problems) for problem in of_rank]
+    assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
