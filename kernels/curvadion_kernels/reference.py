@@ -113,7 +113,7 @@ def momentum_norm_(
         m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
 
     Args:
-        momenta: L local shards, any shapes and floating-point dtypes, contiguous, changed in place.
+        momenta: L local shards, any shapes, strides and floating-point dtypes, changed in place.
         grads: L gradients of the same shapes; None counts as zero.
         decay: c, the factor of the old momentum: one number, a 0-d tensor, or a tensor of L; c m is rounded
             to m's dtype.
