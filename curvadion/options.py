@@ -40,6 +40,10 @@ def _is_integer(value: Any, lowest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
+def _all_integers(values: Iterable[Any]) -> bool:
+    return all(_is_integer(n, 1) for n in values)
+
+
 def _integer(lowest: int, hint: str) -> Allowed:
     return Allowed(lambda v: _is_integer(v, lowest), f"an integer >= {lowest}", hint)
 
@@ -76,7 +80,7 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     "weight_layout": _one_of(WEIGHT_LAYOUTS),
     "batch_dims": _integer(0, "try 0, or 1 for weights of experts, (experts, out, in)"),
     "splits": Allowed(
-        lambda v: v is None or _is_integer(v, 1) or (len(v) > 0 and all(_is_integer(n, 1) for n in v)),
+        lambda v: v is None or (_is_integer(v, 1) if isinstance(v, int) else v and _all_integers(v)),
         "None, a number of equal blocks, or their sizes",
         "try 3 for a fused qkv with as many keys as queries, or (4096, 1024, 1024)",
     ),

@@ -1,8 +1,8 @@
 """Parameters that are several matrices: fused projections, heads, weights of experts.
 
-The reference has each block as a parameter of its own, cut out of the whole values by hand and transposed where
-it is stored as in x out; it knows nothing of blocks. On every layout, X, M and the norms of the whole parameters
-must be what it has of the pieces.
+The reference has each block as a parameter of its own, cut out of the whole values by hand and transposed
+where it is stored as in x out; it knows nothing of blocks. On every layout, X, M and the norms of the whole
+parameters must be what it has of the pieces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.cases import RTOL, RTOL_NORM, differences
 from support.layouts import local, part_of
-from support.models import outcome
 from support.ranks import run_ranks
 from support.reference import ReferenceReplicas, Replica, rank_of
 from torch import Tensor, nn
@@ -86,7 +85,7 @@ def pieces(name: str, value: Any) -> dict[str, Any]:
 
 def put_together(name: str, parts: Mapping[str, Tensor]) -> Tensor:
     """The whole value of which these are the matrices."""
-    shape, options = PARAMETERS[name]
+    shape, _ = PARAMETERS[name]
     numbers = torch.arange(math.prod(shape)).view(shape)  # where each element went
     whole = torch.zeros(math.prod(shape), dtype=torch.float64)
     for label, places in pieces(name, numbers).items():
@@ -138,7 +137,9 @@ def trajectory(case: str, replicas: int) -> list[tuple[bool, list[Replica]]]:
     reference = ReferenceReplicas(values, replicas=replicas, Q0=Q0, **options)
     moments = []
     for step in gradients(replicas):
-        outcome = reference.step([{k: x for n, g in G.items() for k, x in pieces(n, g).items()} for G in step])
+        outcome = reference.step(
+            [{k: x for n, g in G.items() for k, x in pieces(n, g).items()} for G in step]
+        )
         assert outcome.margin > 1e-4, "an RMMC is so near to tau that rounding might decide"
         moments.append((outcome.synchronized, copy.deepcopy(reference.replicas)))
     return moments
@@ -264,3 +265,227 @@ def test_blocks_are_matrices_of_their_own_on_every_layout(layout: str) -> None:
     problems = run_ranks(math.prod(sizes.values()) * replicas, run_cases, layout)
     lines = [f"rank {rank}: {problem}" for rank, of_rank in enumerate(problems) for problem in of_rank]
     assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
+
+
+# ---- state
+
+
+def trained(layout: str, case: str, steps: int = 3) -> tuple[Model, CurvaDion, int]:
+    model, replica, peers = build(layout)
+    opt = optimizer_of(model, peers, case)
+    for step in range(steps):
+        take_step(model, opt, step, replica)
+    opt.synchronize()
+    return model, opt, replica
+
+
+def take_step(model: Model, opt: CurvaDion, step: int, replica: int) -> None:
+    for name, p in model.named_parameters():
+        p.grad = like(p, gradients(2)[step][replica][name])
+    opt.step()
+
+
+def save(folder: str, layout: str, case: str) -> dict[str, Tensor]:
+    """Save after three steps; return the parameters after a fourth, whole."""
+    model, opt, replica = trained(layout, case)
+    values = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    dcp.save({"model": dict(model.named_parameters()), "opt": state_of(model, opt)}, checkpoint_id=folder)
+    take_step(model, opt, 3, replica)
+    values = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return {n: value.detach().clone() for n, value in values.items()}
+
+
+def state_of(model: Model, opt: CurvaDion) -> dict[str, Any]:
+    return get_optimizer_state_dict(model, opt)
+
+
+def resume(folder: str, layout: str, case: str) -> dict[str, Tensor]:
+    model, replica, peers = build(layout)
+    opt = optimizer_of(model, peers, case)
+    state = {"model": dict(model.named_parameters()), "opt": state_of(model, opt)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, opt, state["opt"])
+    take_step(model, opt, 3, replica)
+    values = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return {n: value.detach().clone() for n, value in values.items()}
+
+
+def resume_all(folder: str, saved: dict[str, dict[str, Tensor]], layout: str) -> list[str]:
+    problems = []
+    for case, expected in saved.items():
+        for name, value in resume(f"{folder}/{case}", layout, case).items():
+            error = float((value - expected[name]).abs().max() / expected[name].abs().max())
+            if not error <= RTOL:
+                problems.append(f"{layout}, {case}: {name} goes on {error:.1e} away from where it went")
+    return problems
+
+
+# Q of blocks of several sizes; a number for each output; an outer momentum.
+SAVED = ("dion", "normuon", "outer")
+
+
+def test_a_checkpoint_of_blocks_goes_from_any_mesh_to_any_other(tmp_path: Any) -> None:
+    def save_all() -> dict[str, dict[str, Tensor]]:
+        return {case: save(f"{tmp_path}/{case}", "fsdp2_tp2", case) for case in SAVED}
+
+    [saved, *_] = run_ranks(4, save_all)
+    for layout in ("rows_of_experts", "fsdp3_empty_shards"):
+        sizes, _, replicas = LAYOUTS[layout]
+        problems = run_ranks(math.prod(sizes.values()) * replicas, resume_all, str(tmp_path), saved, layout)
+        assert not any(problems), problems
+    for case in SAVED:  # and into one process
+        model = Model(initial_values())
+        opt = optimizer_of(model, None, case)
+        state = {"model": dict(model.named_parameters()), "opt": state_of(model, opt)}
+        dcp.load(state, checkpoint_id=f"{tmp_path}/{case}", no_dist=True)
+        set_optimizer_state_dict(model, opt, state["opt"])
+        take_step(model, opt, 3, 0)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), saved[case][name], rtol=RTOL, atol=RTOL)
+
+
+def alone(options: dict[str, Any], shape: tuple[int, ...], **common: Any) -> tuple[nn.Parameter, CurvaDion]:
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+    return p, CurvaDion([{"params": [("w", p)], **options}], **common)
+
+
+def test_state_has_the_same_shapes_on_every_layout() -> None:
+    model = Model(initial_values())
+    opt = optimizer_of(model, None, "dion")
+    shapes = {n: {k: tuple(t.shape) for k, t in opt.state[p].items()} for n, p in model.named_parameters()}
+    assert shapes["whole"]["Q"] == (6, 3) and shapes["whole"]["last_norm"] == ()
+    assert shapes["qkv"]["momentum"] == (14, 5) and shapes["qkv"]["last_norm"] == (3,)
+    assert shapes["qkv"]["Q"] == (1, 5, 3), "of 8 x 5, along the inputs"
+    assert shapes["qkv"]["Q_split"] == (14, 2), "of 3 x 5, along the outputs, which are cut"
+    assert shapes["gate_up"]["Q"] == (12, 3) and shapes["experts"]["Q"] == (3, 4, 2)
+    assert shapes["heads"]["Q"] == (12, 2), "of 4 x 4, along the inputs, which are cut"
+
+    def here() -> dict[str, dict[str, tuple[int, ...]]]:
+        model, _, peers = build("fsdp2_tp2")
+        opt = optimizer_of(model, peers, "dion")
+        return {n: {k: tuple(t.shape) for k, t in opt.state[p].items()} for n, p in model.named_parameters()}
+
+    assert all(found == shapes for found in run_ranks(4, here))
+
+
+def test_a_plain_state_dict_of_blocks_is_loaded_again() -> None:
+    p, opt = alone({"splits": (5, 2)}, (7, 4), local_update="dion", tau=0.5)
+    q, twin = alone({"splits": [5, 2]}, (7, 4), local_update="dion", tau=0.5)
+    generator = torch.Generator().manual_seed(1)
+    G = [torch.randn(7, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
+    for g in G[:3]:
+        p.grad = g
+        opt.step()
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file))
+    q.data.copy_(p.data)
+    for x, optimizer in ((p, opt), (q, twin)):
+        x.grad = G[3]
+        optimizer.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "says"),
+    [
+        ({"splits": 2}, {"splits": (5, 3)}, "splits"),
+        ({}, {"splits": 2}, "splits"),
+        ({"splits": 2}, {"splits": 2, "split_along": "inputs"}, "split_along"),
+    ],
+)
+def test_a_checkpoint_of_other_blocks_is_refused(
+    saved: dict[str, Any], own: dict[str, Any], says: str
+) -> None:
+    _, before = alone(saved, (8, 4), local_update="muon", max_local_steps=3)
+    _, after = alone(own, (8, 4), local_update="muon", max_local_steps=3)
+    with pytest.raises(ValueError, match=f"saved with the {says} of each group"):
+        after.load_state_dict(before.state_dict())
+
+
+def test_a_checkpoint_from_before_there_were_blocks_is_loaded() -> None:
+    _, before = alone({}, (8, 4), local_update="dion")
+    state = before.state_dict()
+    for group in state["param_groups"]:
+        for key in ("splits", "split_along", "batch_dims"):
+            del group[key]
+    _, after = alone({}, (8, 4), local_update="dion")
+    after.load_state_dict(state)
+    assert after.param_groups[0]["splits"] is None
+    _, cut = alone({"splits": 2}, (8, 4), local_update="dion")
+    with pytest.raises(ValueError, match="state of the same shape"):
+        cut.load_state_dict(state)
+
+
+# ---- what is seen and what is refused
+
+
+def test_explain_has_a_row_for_each_block() -> None:
+    _, opt = alone(
+        {"splits": (6, 2), "name": "fused"}, (8, 4), local_update="muon", max_local_steps=3, lr=0.1
+    )
+    rows = opt.explain()
+    assert [(row.name, row.block, row.shape) for row in rows] == [("w", "[0]", (6, 4)), ("w", "[1]", (2, 4))]
+    assert [row.lr for row in rows] == pytest.approx([0.1 * math.sqrt(6 / 4), 0.1 * math.sqrt(2 / 4)])
+    assert opt.matrix_names == ["w[0]", "w[1]"] and list(opt.named_rmmc()) == opt.matrix_names
+    _, experts = alone({"batch_dims": 1}, (16, 4, 4), local_update="muon", max_local_steps=3)
+    assert [line.split()[0] for line in str(experts.explain()).splitlines()] == ["name", "w[*]"]
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "says"),
+    [
+        ({}, (3, 4, 4), "must have two dimensions.*batch_dims and splits"),
+        ({"batch_dims": 1}, (4, 4), "batch_dims=1 that count matrices"),
+        ({"splits": 3}, (8, 4), "outputs that splits=3 divides, not 8"),
+        ({"splits": (6, 3)}, (8, 4), "as the sizes of splits=.6, 3. make together, 9, not 8"),
+        ({"splits": 2, "split_along": "inputs"}, (8, 3), "inputs that splits=2 divides, not 3"),
+        ({"splits": (0, 8)}, (8, 4), "splits must be None, a number of equal blocks, or their sizes"),
+        ({"splits": ()}, (8, 4), "splits must be"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(
+    options: dict[str, Any], shape: tuple[int, ...], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        alone(options, shape)
+
+
+def experts_alone() -> tuple[dict[str, int], list[str]]:
+    """Collectives of local steps of experts that lie on one rank each."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    w = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = nn.Parameter(distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None))
+    options = {"local_update": "normuon", "max_local_steps": 9, "owners": "always"}
+    opt = CurvaDion([{"params": [("w", p)], "batch_dims": 1}], **options)
+    for _ in range(3):
+        p.grad = like(p, w)
+        opt.step()
+    calls = {purpose: n for (_, purpose), n in opt.ledger.calls.items() if n and purpose != "check"}
+    return calls, sorted(opt.owners)
+
+
+def test_whole_experts_on_each_rank_need_no_communication() -> None:
+    for calls, owners in run_ranks(2, experts_alone):
+        assert calls == {"norms": 3}, "the gate's sums of squares, once a step"
+        assert not owners, "they are worked on where they are"
+
+
+def heads_with_owners() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    w = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = nn.Parameter(distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None))
+    opt = CurvaDion([{"params": [("w", p)], "splits": 4}], local_update="muon", owners="always", tau=9.0)
+    for _ in range(2):
+        p.grad = like(p, w)
+        opt.step()
+    assert dist.get_world_size() == 2
+    return [f"{name} {owner}" for name, owner in opt.owners.items()]
+
+
+def test_each_block_has_an_owner_of_its_own() -> None:
+    for owned in run_ranks(2, heads_with_owners):
+        assert [line.split()[0] for line in owned] == ["w[0]", "w[1]", "w[2]", "w[3]"]
+        assert sorted(line.split()[1] for line in owned) == ["0", "0", "1", "1"]
