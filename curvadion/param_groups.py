@@ -234,6 +234,7 @@ def _pattern(p: Placed) -> str:
 def _suggested(p: Placed) -> str:
     """Return an override in writing: positions, class tokens, decay rates and the like are no weights, and
     have no weight decay; those of experts are."""
-    if "expert" in p.names[0].lower() and p.tensor.ndim > 2:
+    named = f"{p.names[0]} {type(p.owners[0]).__name__}"
+    if "expert" in named.lower() and p.tensor.ndim > 2:
         return '"adamw"'
     return '{"algorithm": "adamw", "weight_decay": 0.0}'

@@ -453,6 +453,29 @@ def test_blocks_that_do_not_fit_are_refused(
         alone(options, shape)
 
 
+@pytest.mark.parametrize("changed", [{"splits": 4}, {"split_along": "inputs"}, {"weight_layout": "in_out"}])
+def test_blocks_cannot_change_during_training(changed: dict[str, Any]) -> None:
+    p, opt = alone({"splits": 2}, (8, 4))
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.param_groups[0] |= changed
+    with pytest.raises(RuntimeError) as refused:
+        opt.step()
+    assert "must stay as they were at construction" in str(refused.value.__cause__)
+
+
+def test_experts_that_are_no_run_of_memory_move() -> None:
+    turned, opt = alone({"batch_dims": 1}, (2, 3, 4), local_update="muon", max_local_steps=3)
+    turned.data = turned.data.transpose(0, 2).contiguous().transpose(0, 2)
+    whole, twin = alone({"batch_dims": 1}, (2, 3, 4), local_update="muon", max_local_steps=3)
+    for p, optimizer in ((turned, opt), (whole, twin)):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        before = p.detach().clone()
+        optimizer.step()
+        assert not torch.equal(p, before)
+    torch.testing.assert_close(turned.detach(), whole.detach())
+
+
 def experts_alone() -> tuple[dict[str, int], list[str]]:
     """Collectives of local steps of experts that lie on one rank each."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))

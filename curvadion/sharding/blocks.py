@@ -37,6 +37,14 @@ def split_dim(group: Mapping[str, Any]) -> int:
     return outputs if group["split_along"] == "outputs" else 1 - outputs
 
 
+def cut_by(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a group's options say of the matrices that its parameters are."""
+    splits = group["splits"]
+    if splits is None or isinstance(splits, int):
+        return splits, splits and split_dim(group), group["batch_dims"]
+    return tuple(splits), split_dim(group), group["batch_dims"]
+
+
 def block_sizes(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the lengths of the blocks into which the group's options cut a parameter of this shape.
 
@@ -174,7 +182,9 @@ class Blocks:
     def cut(self, x: Tensor) -> list[Tensor]:
         """Return what this rank has of each matrix, as views of what it has of the parameter; nothing of
         those that are all on other ranks."""
-        matrices = x.reshape(len(self.here), *x.shape[-2:]).unbind() if self.leading else (x,)
+        matrices = [x]
+        for _ in range(self.leading):  # not a reshape, which may copy
+            matrices = [m for y in matrices for m in y.unbind()]
         parts = [self.part(k) for k in range(len(self.sizes))]
         if len(parts) == 1:
             blocks = list(matrices)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from curvadion.sharding.blocks import Blocks, block_sizes
+from curvadion.sharding.blocks import Blocks, block_sizes, cut_by
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import (
     Axes,
@@ -52,6 +52,7 @@ class Table:
         weights, scalars: positions of what a local rule updates ("dion" groups), and of the rest (AdamW,
             Lion).
         blocks: which matrices each of `weights` is, by position.
+        cut_by: for each group, the options that say so.
         matrices: all of them, those of one parameter after the other; the same on all ranks.
         device: of all of them.
         shards, layouts: the mesh of one replica, and which part of each parameter is here.
@@ -65,6 +66,7 @@ class Table:
     weights: tuple[int, ...]
     scalars: tuple[int, ...]
     blocks: dict[int, Blocks]
+    cut_by: list[tuple[Any, ...]]
     matrices: tuple[Matrix, ...]
     device: torch.device
     shards: ShardMesh
@@ -110,6 +112,7 @@ class Table:
             weights=weights,
             scalars=tuple(i for i, matrix in enumerate(is_matrix) if not matrix),
             blocks=blocks,
+            cut_by=[cut_by(group) for group in groups],
             matrices=tuple(
                 Matrix(i, k % len(of.sizes), names[i] + label, of.layouts[k % len(of.sizes)])
                 for i, of in blocks.items()
