@@ -48,7 +48,7 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "layers_of_experts": ((2, 2, 4, 3), {"batch_dims": 2}),
     "whole": ((7, 6), {}),
 }
-SCALES = [1.0, 0.2, 0.2, 2.0, 0.2, 0.3, 3.0]
+SCALES = [1.0, 0.2, 0.2, 2.0, 0.2]
 BASE = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "weight_decay": 0.1, "rank_fraction": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "gradient": {},
@@ -118,7 +118,7 @@ def gradients(replicas: int) -> list[list[dict[str, Tensor | None]]]:
             if step in (2, 4):
                 experts[1] = 0  # no token came to this one
                 qkv[11:] = 0
-            if step == 5 and replica == replicas - 1:
+            if step == 4 and replica == replicas - 1:
                 G["fused_experts"] = None
             by_replica.append(G)
         steps.append(by_replica)
@@ -251,16 +251,23 @@ def run_case(model: Model, replica: int, peers: DeviceMesh | None, replicas: int
     return problems
 
 
+def cases_of(layout: str) -> list[str]:
+    """All of them with FSDP2; elsewhere those whose ways through the code differ by layout."""
+    if layout == "fsdp2":
+        return list(CASES)
+    return ["gradient", "dion2", "outer"] if layout == "plain" else ["dion", "muon", "normuon", "dion2"]
+
+
 def run_cases(layout: str) -> list[str]:
     model, replica, peers = build(layout)
-    replicas = LAYOUTS[layout][2]
-    return [problem for case in CASES for problem in run_case(model, replica, peers, replicas, case)]
+    replicas, cases = LAYOUTS[layout][2], cases_of(layout)
+    return [problem for case in cases for problem in run_case(model, replica, peers, replicas, case)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_blocks_are_matrices_of_their_own_on_every_layout(layout: str) -> None:
     sizes, _, replicas = LAYOUTS[layout]
-    for case in CASES:
+    for case in cases_of(layout):
         trajectory(case, replicas)  # here, not in every forked rank
     problems = run_ranks(math.prod(sizes.values()) * replicas, run_cases, layout)
     lines = [f"rank {rank}: {problem}" for rank, of_rank in enumerate(problems) for problem in of_rank]
@@ -320,8 +327,8 @@ def resume_all(folder: str, saved: dict[str, dict[str, Tensor]], layout: str) ->
     return problems
 
 
-# Q of blocks of several sizes; a number for each output; an outer momentum.
-SAVED = ("dion", "normuon", "outer")
+# Q of blocks of several sizes; a number for each output.
+SAVED = ("dion", "normuon")
 
 
 def test_a_checkpoint_of_blocks_goes_from_any_mesh_to_any_other(tmp_path: Any) -> None:
@@ -459,9 +466,8 @@ def test_blocks_cannot_change_during_training(changed: dict[str, Any]) -> None:
     p.grad = torch.ones_like(p)
     opt.step()
     opt.param_groups[0] |= changed
-    with pytest.raises(RuntimeError) as refused:
+    with pytest.raises(ValueError, match="must stay as they were at construction"):
         opt.step()
-    assert "must stay as they were at construction" in str(refused.value.__cause__)
 
 
 def test_experts_that_are_no_run_of_memory_move() -> None:
