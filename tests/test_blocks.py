@@ -176,8 +176,8 @@ def fsdp_and_tp(model: Model, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh["fsdp"])
 
 
-# Name: sizes of the shard mesh, how it is laid out, replicas, and the cases that run there: each rule on some,
-# with owners and without.
+# Name: sizes of the shard mesh, how it is laid out, replicas, and the cases that run there: each rule on
+# some layouts, with owners and without.
 LAYOUTS: dict[str, tuple[dict[str, int], Callable[[Model, DeviceMesh], None] | None, int, list[str]]] = {
     "plain": ({}, None, 2, ["gradient", "dion2", "outer"]),
     "fsdp2": ({"shard": 2}, fsdp, 2, ["gradient", "dion_together", "muon", "normuon"]),
