@@ -17,6 +17,7 @@ from curvadion.state.batch import Batch, StateSpec, make_batches
 from curvadion.state.numbers import Numbers
 from curvadion.state.table import Table
 from curvadion_kernels import Ops
+from curvadion_kernels.fixed import Views
 from curvadion_kernels.reference import NO_NORM, Fixed, compute_dtype, scale_
 
 States = dict[Tensor, dict[str, Tensor]]
@@ -63,12 +64,11 @@ class Store:
         self.last_norm = torch.full((len(table.matrices),), NO_NORM, dtype=torch.float32, device=table.device)
         self.counters = torch.zeros(3, len(table.params), dtype=torch.float32, device="cpu")
         self.batches = make_batches(table, groups, specs, uses_Q, momentum_dtype)
-        views = {i: m for b in self.batches for i, m in zip(b.params, b.momentum, strict=True)}
-        self.momenta = Fixed(views[i] for i in table.matrices)
+        self._place_of = {position: index for index, position in enumerate(table.matrices)}
+        self.momenta = Views.of([([self._place_of[i] for i in b.params], b.momentum) for b in self.batches])
         batch_of = {i: k for k, b in enumerate(self.batches) for i in b.params}
         self.batch_of = [batch_of[i] for i in table.matrices]
         self.live = torch.ones(len(table.matrices), dtype=torch.bool, device=table.device)
-        self._place_of = {position: index for index, position in enumerate(table.matrices)}
         self._places: dict[tuple[int, ...], Tensor] = {}  # in `live`, of a batch's matrices
         self.moments: dict[int, dict[str, Tensor]] = {}
         self._members: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
@@ -84,7 +84,13 @@ class Store:
                 own = {spec.name: spec.wrap(b.kept[spec.name][k], b.layout) for spec in b.specs}
                 if b.Q is not None:
                     own["Q"] = b.layout.wrap_along(b.Q[k], b.layout.short)
-                self._set(i, before, momentum=b.layout.wrap(views[i]), last_norm=norm_of[i], **own)
+                self._set(
+                    i,
+                    before,
+                    momentum=b.layout.wrap(self.momenta[self._place_of[i]]),
+                    last_norm=norm_of[i],
+                    **own,
+                )
         for i in table.scalars:
             layout, dtype = table.layouts[i], momentum_dtype or table.params[i].dtype
             self.moments[i] = {
@@ -195,7 +201,7 @@ class Store:
         With store=False only the message, for a step that may be skipped. `also` is looked at as gradients
         are.
         """
-        if store and ops.kernels == "reference":
+        if ops.kernels == "reference":
             self.settle()  # the same bits, stack by stack, where the kernels below go over single matrices
         # What was postponed so far.
         decay = numbers.each("decay", [b.decay for b in self.batches], self.batch_of)
