@@ -72,10 +72,10 @@ class Store:
         self._places: dict[tuple[int, ...], Tensor] = {}  # in `live`, of a batch's matrices
         self.moments: dict[int, dict[str, Tensor]] = {}
         self._members: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
-        self.outer_momenta: list[Tensor] = []
+        self.outer_momenta: Fixed[Tensor] = Fixed()
         if outer_momentum:
             locals_ = [local_tensor(p) for p in table.params]
-            self.outer_momenta = [torch.zeros_like(x, dtype=compute_dtype(x.dtype)) for x in locals_]
+            self.outer_momenta = Fixed(torch.zeros_like(x, dtype=compute_dtype(x.dtype)) for x in locals_)
 
         norm_of = {position: self.last_norm[index] for index, position in enumerate(table.matrices)}
         for b in self.batches:
