@@ -151,7 +151,7 @@ def work(rank: int, ranks: int, store: str, count: int, seconds: float, found: A
 
 
 def main(arguments: Any, store: Path) -> None:
-    """Measure, print and append to arguments.out."""
+    """Measure, and report."""
     context = mp.get_context("spawn")
     found, ranks = context.SimpleQueue(), arguments.ranks
     os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
@@ -171,6 +171,11 @@ def main(arguments: Any, store: Path) -> None:
         process.join()
     if not rows:
         raise SystemExit("a rank failed; see above")
+    report(rows, arguments)
+
+
+def report(rows: list[dict[str, Any]], arguments: Any) -> None:
+    """Print rows, and append them to arguments.out."""
     run = describe_run(arguments, torch.device("cpu"))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as file:
