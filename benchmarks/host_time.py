@@ -156,7 +156,7 @@ def main(arguments: Any, store: Path) -> None:
     found, ranks = context.SimpleQueue(), arguments.ranks
     os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
     settings = (ranks, str(store / "store"), arguments.matrices, arguments.seconds, found)
-    processes = [context.Process(target=work, args=(rank, *settings)) for rank in range(ranks)]
+    processes = [context.Process(target=work, args=(rank, *settings), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
     rows: list[dict[str, Any]] = []

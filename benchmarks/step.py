@@ -506,6 +506,8 @@ def main() -> None:
     if arguments.host_time:
         if arguments.out == parser.get_default("out"):
             arguments.out = arguments.out.with_name("host_time.jsonl")
+        arguments.device = "cpu"
+        start(arguments)
         with tempfile.TemporaryDirectory() as folder:
             host_time.main(arguments, Path(folder))
         return
