@@ -152,7 +152,8 @@ def work(rank: int, ranks: int, store: str, count: int, seconds: float, found: A
 
 def main(arguments: Any, store: Path) -> None:
     """Measure, and report."""
-    context = mp.get_context("spawn")
+    torch.set_num_threads(1)
+    run, context = describe_run(arguments, torch.device("cpu")), mp.get_context("spawn")
     found, ranks = context.SimpleQueue(), arguments.ranks
     os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
     settings = (ranks, str(store / "store"), arguments.matrices, arguments.seconds, found)
@@ -171,12 +172,11 @@ def main(arguments: Any, store: Path) -> None:
         process.join()
     if not rows:
         raise SystemExit("a rank failed; see above")
-    report(rows, arguments)
+    report(rows, arguments, run)
 
 
-def report(rows: list[dict[str, Any]], arguments: Any) -> None:
-    """Print rows, and append them to arguments.out."""
-    run = describe_run(arguments, torch.device("cpu"))
+def report(rows: list[dict[str, Any]], arguments: Any, run: dict[str, Any]) -> None:
+    """Print rows, and append them to arguments.out with what they were measured with."""
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as file:
         for row in rows:

@@ -55,8 +55,8 @@ def test_a_matrix_more_costs_other_steps_few_operations(options: dict[str, Any],
 
 def momenta(dtype: torch.dtype) -> Views:
     """Return views of three stacks, out of order: many in a lot, several lots, and one by one."""
-    small, large = STACK_ELEMENTS // 3, SMALL_ELEMENTS + 1
-    shapes = [(5, 3, 7), (4, small // 128, 128), (2, large, 1), (1, 0, 4)]
+    small, large = STACK_ELEMENTS // 5, SMALL_ELEMENTS + 1
+    shapes = [(5, 3, 7), (7, small // 128, 128), (2, large, 1), (1, 0, 4)]
     places = torch.randperm(sum(shape[0] for shape in shapes)).split([shape[0] for shape in shapes])
     return Views.of(
         [(some.tolist(), torch.randn(shape).to(dtype)) for some, shape in zip(places, shapes, strict=True)]
@@ -100,7 +100,7 @@ def test_host_time_is_measured_against_fused_adamw(tmp_path: Any, capsys: Any) -
     names = [row["variant"] for row in rows]
     assert names == [host_time.BASE, *host_time.LOCAL, *host_time.SYNCHRONIZED]
     assert {*shipped(RULES)} <= {*names} and rows[0]["ratio"] == 1.0
-    settings = SimpleNamespace(out=tmp_path / "out.jsonl", commit="none", seed=0, interpret=False)
-    host_time.report(rows, settings)
-    written = [json.loads(line) for line in settings.out.read_text().splitlines()]
+    arguments = SimpleNamespace(out=tmp_path / "out.jsonl")
+    host_time.report(rows, arguments, {})
+    written = [json.loads(line) for line in arguments.out.read_text().splitlines()]
     assert [row["variant"] for row in written] == names and "3 of 2 x 2, 1 rank:" in capsys.readouterr().out

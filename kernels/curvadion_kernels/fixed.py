@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 # On a CPU: elements of a tensor up to which a copy costs less than a dispatch, and of a stack of such.
-SMALL_ELEMENTS = 1 << 14
-STACK_ELEMENTS = 1 << 17
+SMALL_ELEMENTS = 1 << 13
+STACK_ELEMENTS = 1 << 15
 
 T = TypeVar("T", bound=Tensor | None, covariant=True)
 _DTYPE = operator.attrgetter("dtype")

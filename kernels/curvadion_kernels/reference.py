@@ -137,6 +137,7 @@ def _accumulated_lots(
         most, least = extremes(g)
         high.append(most)
         low.append(least)
+        del m, g, wide  # before the next ones are made
     live = (torch.cat(high) != 0) | (torch.cat(low) != 0)
     return torch.cat(norms).index_select(0, momenta.order), live.index_select(0, momenta.order)
 
