@@ -20,7 +20,8 @@ class Region(NamedTuple):
     def of(self, whole: Tensor) -> Tensor:
         """Return this part of a whole matrix, or of a stack of them."""
         for dim, (start, length) in enumerate(zip(self.offset, self.shape, strict=True), -len(self.shape)):
-            whole = whole.narrow(dim, start if length else 0, length)
+            if length != whole.shape[dim]:
+                whole = whole.narrow(dim, start if length else 0, length)
         return whole
 
     def within(self, start: tuple[int, ...], shape: tuple[int, ...]) -> "Region":

@@ -17,6 +17,7 @@ from curvadion.state.batch import Alike, Batch, StateSpec, stack, start_right_fa
 from curvadion.state.numbers import Numbers
 from curvadion.state.table import Table
 from curvadion_kernels import Ops
+from curvadion_kernels.fixed import Views
 from curvadion_kernels.reference import NO_NORM, Fixed, compute_dtype, scale_
 
 States = dict[Tensor, dict[str, Tensor]]
@@ -68,7 +69,11 @@ class Store:
         self.kinds: list[Batch] = [b for alike in self.alike for b in alike.batches]
         self.batches = [b for b in self.kinds if b.members]
         stored = {i: m for a in self.alike for i, m in zip(a.params, a.stored["momentum"][0], strict=True)}
-        self.momenta = table.cut(Fixed(stored.get(i) for i in range(len(table.params))))
+        whole = table.cut(Fixed(stored.get(i) for i in range(len(table.params))))
+        stacks = [(b.members, b.momentum) for b in self.batches]
+        here = {k for members, _ in stacks for k in members}
+        stacks += [([k], m.unsqueeze(0)) for k, m in enumerate(whole) if k not in here]
+        self.momenta = Views.of(stacks)
         first, kinds = dict[int, int](), 0
         for alike in self.alike:
             first |= dict.fromkeys(alike.params, kinds)
@@ -78,10 +83,10 @@ class Store:
         self._places: dict[tuple[int, ...], Tensor] = {}  # in `live`, of a batch's matrices
         self.moments: dict[int, dict[str, Tensor]] = {}
         self._members: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
-        self.outer_momenta: list[Tensor] = []
+        self.outer_momenta: Fixed[Tensor] = Fixed()
         if outer_momentum:
             locals_ = [local_tensor(p) for p in table.params]
-            self.outer_momenta = [torch.zeros_like(x, dtype=compute_dtype(x.dtype)) for x in locals_]
+            self.outer_momenta = Fixed(torch.zeros_like(x, dtype=compute_dtype(x.dtype)) for x in locals_)
 
         for alike in self.alike:
             for b in alike.batches:
@@ -205,7 +210,7 @@ class Store:
         With store=False only the message, for a step that may be skipped. `also` is looked at as gradients
         are.
         """
-        if store and ops.kernels == "reference":
+        if ops.kernels == "reference":
             self.settle()  # the same bits, stack by stack, where the kernels below go over single matrices
         # What was postponed so far.
         decay = numbers.each("decay", [b.decay for b in self.kinds], self.batch_of)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ class Matrix(NamedTuple):
     block: int
     name: str
     layout: Layout
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ class Table:
     @property
     def outdated(self) -> bool:
         """Whether a parameter has been frozen, or one that was is so no longer."""
-        return any(p.requires_grad for p in self.frozen) or not all(p.requires_grad for p in self.params)
+        return any(map(_REQUIRES_GRAD, self.frozen)) or not all(map(_REQUIRES_GRAD, self.params))
 
     def describe(self) -> list[tuple[Any, ...]]:
         """Return what must be equal on all ranks: names, shapes, dtypes, groups, placements, and what is
