@@ -109,7 +109,7 @@ class Rooms:
             before=before,
             own_Q=earlier.store.own_Q if earlier is not None else (),
         )
-        intake = Intake(table, store.batches, exchange)
+        intake = Intake(table, store.kinds, exchange)
         when = options.owners
         if when != "never" and not table.shards.can_meet:
             when = "never"
@@ -142,7 +142,7 @@ class Rooms:
         own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
-        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]
+        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.kinds if iterates[b.group]]
         return repr((options, plain, found, self.table.describe(), self.exchange.replicas))
 
     @property

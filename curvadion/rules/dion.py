@@ -30,7 +30,7 @@ class Dion(Rule):
 def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> None:
     """Do what `Dion` says on this replica alone; synchronized, with E_i[P], E_i[R] and lr in place of
     lr_local."""
-    means, total = synchronized and step.exchange.replicas > 1, sum(len(b.params) for b in batches)
+    means, total = synchronized and step.exchange.replicas > 1, sum(len(b.members) for b in batches)
     owned = [b for b in batches if not means and has_owner(step, b, total)]
     for b, f in factors_by_owners(step, owned) if owned else ():
         _move(step, b, f, synchronized=synchronized)
@@ -68,7 +68,7 @@ def _move(step: Step, batch: Batch, f: Factors, *, synchronized: bool) -> None:
     group = step.groups[batch.group]
     feedback = group["error_feedback"]
     step.ops.low_rank_apply_(
-        [step.X[i] for i in batch.params],
+        step.matrices(batch),
         batch.momentum if feedback else None,
         f.P,
         f.Q if f.scale is None else None,
@@ -98,7 +98,7 @@ def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iter
         piece, size = list[Batch](), 0
         for k, b in enumerate(chosen[key]):
             elements = b.layout.shape[b.layout.long] * b.rank
-            for start, stop in pieces(len(b.params), elements, b.momentum.device):
+            for start, stop in pieces(len(b.members), elements, b.momentum.device):
                 added = (stop - start) * elements
                 if piece and size + added > piece_elements(b.momentum.device):
                     yield piece

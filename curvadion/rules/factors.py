@@ -19,9 +19,10 @@ from curvadion.algebra.side import Tensors
 from curvadion.rules import left_factor
 from curvadion.rules.base import Step
 from curvadion.rules.orthonormal import Rates
-from curvadion.sharding.layout import Axes, Region
+from curvadion.sharding.layout import Axes
 from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Errand, Spread, Stack
+from curvadion.sharding.region import Region
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
 
@@ -36,7 +37,7 @@ def factors_by_owners(step: Step, batches: Sequence[Batch]) -> Iterator[tuple[Ba
     """
     plan = step.owners.plan(
         [_errand(step, b) for b in batches],
-        [b.params for b in batches],
+        [b.members for b in batches],
         [compute_dtype(b.momentum.dtype) for b in batches],
         bucket_elements(step.exchange.device.type),
     )
@@ -137,11 +138,14 @@ def products(m: float, n: float, r: float) -> float:
 
 
 def has_owner(step: Step, batch: Batch, total: int) -> bool:
-    """Say whether the matrices of a batch had better go to an owner: what takes less time.
+    """Say whether the matrices of a batch had better go to an owner: what takes less time. Matrices of which
+    some ranks have nothing, as of experts, have none.
 
     Args:
         total: how many matrices there are; with fewer than ranks, some ranks have nothing to do.
     """
+    if batch.layout.apart:
+        return False
     if step.owners.ranks == 1 or step.owners.when != "auto":
         return step.owners.ranks > 1 and step.owners.when == "always"
     return owner_pays(
