@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
+from curvadion.report.files import replace_file
 from curvadion.sharding.ledger import WIRE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +132,20 @@ TABLES: dict[str, list[Setting]] = {
         variant("Muon every step, Polar Express in 6 rounds", MUON, newton_schulz_steps=6, **POLAR),
         variant("1 bit, Polar Express", **POLAR),
         variant("1 bit, Polar Express in 6 rounds", newton_schulz_steps=6, **POLAR),
+    ],
+    "rounding": [
+        variant(
+            f"{of.name}, bfloat16, {method}",
+            of,
+            newton_schulz_dtype="bfloat16",
+            newton_schulz_method=method,
+        )
+        for of in (
+            BEST,
+            OURS,
+            variant("Nesterov, Polar Express in 6 rounds", BEST, newton_schulz_steps=6, **POLAR),
+        )
+        for method in ("gram", "standard")
     ],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),
@@ -583,9 +598,7 @@ def main() -> None:
                     )
     lines = read(args.out)
     validate(lines)
-    with tempfile.NamedTemporaryFile("w", dir=args.out.parent, delete=False) as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    Path(file.name).replace(args.out)
+    replace_file(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     invalid = sum(line["valid"] is False for line in lines)
     if invalid:
         raise SystemExit(

@@ -39,6 +39,8 @@ import torch
 from gpu_checks import Check, LeftOut, Where, kernels, modes
 from gpu_ranks import ranks, streams
 
+from curvadion.report.files import replace_file
+
 SECONDS = 525.0
 # What a part may take, in parts of SECONDS; a part that needs less leaves it to those after it.
 SHARES = {"kernels": 75, "ranks": 90, "modes": 130, "streams": 70, "tests": 50, "benchmarks": 110}
@@ -321,8 +323,8 @@ def main() -> int:
             report["checks"] += [{"part": part, **row} for row in rows]
             report["seconds"][part] = time.time() - since
             report["holds"] = all(row["holds"] is not False for row in report["checks"])
-            (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-            (arguments.out / "report.md").write_text(page(report))
+            replace_file(arguments.out / "report.json", json.dumps(report, indent=1) + "\n")
+            replace_file(arguments.out / "report.md", page(report))
             counts = {v: sum(row["holds"] is v for row in rows) for v in (True, False, None)}
             print(
                 f"{part}: {counts[True]} held, {counts[False]} did not, {counts[None]} left out, "

@@ -12,9 +12,9 @@ Parameters are DTensors, Shard(0) over all ranks, as FSDP2 leaves them. Families
     dion        local_update="dion", tau=inf, of rank 1/4 and 1; microsoft/dion's Dion
     gradient    local_update="gradient", tau=inf; fused AdamW
     ceilings    the rates that `curvadion project --hardware` assumes: products of matrices as large as the
-                model's, triangular solves and Cholesky factors, a copy, norms, collectives of 8 MB a rank, a
-                small one, small operations; per second of CPU time. With them, what `curvadion project` makes
-                of each step is set beside its CPU time
+                model's, triangular solves, Householder's QR and Cholesky factors, a copy, norms, collectives
+                of 8 MB a rank, a small one, small operations; per second of CPU time. With them, what
+                `curvadion project` makes of each step is set beside its CPU time
     outer       LOW_COMMUNICATION on two replicas of half of the ranks: its local step, and its synchronized
                 step in 1 and in 32 bits
     torch       torch.optim.Muon on DTensors, which takes seconds a step; only where asked for
@@ -63,7 +63,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion.algebra.newton_schulz import Iteration
-from curvadion.projection.work import LOCAL, Rates, local_step
+from curvadion.projection.rates import Rates
+from curvadion.projection.work import LOCAL, local_step
 from curvadion.projection.work import Settings as WorkSettings
 from curvadion.sharding.ledger import WIRE
 
@@ -78,7 +79,7 @@ IN_PLACE = {
 }
 CEILINGS = (
     *("product float32", "product bfloat16", "product float64", "solve float32", "solve float64"),
-    *("cholesky", "copy", "norm", "all_to_all", "all_reduce", "call", "operation"),
+    *("householder", "cholesky", "copy", "norm", "all_to_all", "all_reduce", "call", "operation"),
 )
 SMALL = 200  # small operations
 Optimizers = list[Any]
@@ -175,6 +176,9 @@ class Ceiling:
                 return Ceiling(lambda: torch.bmm(a, b), 2 * 8 * n**3)
             upper = a.triu() + n * torch.eye(n, device=device, dtype=dtype)
             return Ceiling(lambda: torch.linalg.solve_triangular(upper, b, upper=True, left=False), 8 * n**3)
+        if kind == "householder":
+            some = torch.randn(8, n, n, device=device)
+            return Ceiling(lambda: torch.linalg.qr(some), 8 * 8 * n**3 / 3)
         if kind == "cholesky":
             gram = torch.eye(n, device=device, dtype=torch.float64).repeat(8, 1, 1)
             return Ceiling(lambda: torch.linalg.cholesky_ex(gram), 8 * n**3 / 3)
@@ -229,6 +233,7 @@ def rates_of(found: list[Entry], cpu_ms: list[float], device: str) -> Rates | No
         reduced=a_second["norm"],
         operation=1 / a_second["operation"],
         call=1 / a_second["call"],
+        householder=a_second["householder"],
         device=device,
     )
 

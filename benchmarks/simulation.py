@@ -35,6 +35,7 @@ class Setting:
         rule: of matrices: "muon", "dion", "gradient" or "adamw".
         momentum, nesterov: mu, and whether Muon takes G + mu m for m.
         newton_schulz, newton_schulz_steps: Muon's polynomials and the number of their rounds.
+        newton_schulz_dtype, newton_schulz_method: the name of a dtype, and "gram" or "standard".
         consensus: "outer"; or "average", as in the paper.
         interval: steps from one synchronization to the next; math.inf for none after the first.
         gate: what opens it: "interval"; "rmmc", "directional" or "drift" (`variants.Directional`, `Distance`;
@@ -63,6 +64,8 @@ class Setting:
     nesterov: bool = False
     newton_schulz: str = "jordan"
     newton_schulz_steps: int = 5
+    newton_schulz_dtype: str | None = None
+    newton_schulz_method: str = "gram"
     weight_decay: float = 0.01
     consensus: str = "outer"
     interval: float = 8
@@ -94,6 +97,8 @@ def options_of(setting: Setting) -> dict[str, Any]:
         "nesterov": s.nesterov,
         "newton_schulz": s.newton_schulz,
         "newton_schulz_steps": s.newton_schulz_steps,
+        "newton_schulz_dtype": getattr(torch, s.newton_schulz_dtype) if s.newton_schulz_dtype else None,
+        "newton_schulz_method": s.newton_schulz_method,
         "tau": math.inf,
         "check_every": 0,
     }

@@ -27,6 +27,11 @@ class Allowed:
         return isinstance(self.choices, Mapping)
 
     @property
+    def flag(self) -> bool:
+        """Whether it is on or off, and nothing between; True is no number."""
+        return all(map(self.test, (True, False))) and not self.test(0.5)
+
+    @property
     def words(self) -> str:
         """The rule in words, as things are now: tables may have grown."""
         return self.rule if isinstance(self.rule, str) else self.rule()
@@ -55,7 +60,7 @@ def check_options(options: Mapping[str, Any], allowed: Mapping[str, Allowed], wh
             continue
         value = options[name]
         try:
-            fine = bool(may_be.test(value))
+            fine = bool(may_be.test(value)) and (not isinstance(value, bool) or may_be.flag)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(_breaks(name, may_be, value, where)) from error
         if not fine:

@@ -53,7 +53,7 @@ class CurvaDion(Stateful):
 
     Args:
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
-            marked [g], and ``algorithm``: "dion" (default; 2-D parameters only), "adamw" or "lion".
+            marked [g], and ``algorithm``: "dion" (default; matrices only), "adamw" or "lion".
         lr [g]: learning rate, a number or a 0-d tensor.
         replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None.
         momentum [g]: factor by which the momentum decays in each step, mu.
@@ -75,6 +75,11 @@ class CurvaDion(Stateful):
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
         weight_layout [g]: how matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or
             "in_out", the transpose of that, as in the Conv1D of transformers.
+        batch_dims [g]: number of leading dimensions that count matrices, as 1 in weights of experts,
+            (experts, out, in).
+        splits [g]: blocks that are matrices of their own, as in a fused qkv: how many equal ones, or their
+            sizes.
+        split_along [g]: dimension that splits cuts: "outputs" or "inputs".
         nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
         newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
             "polar_express" makes singular values equal within 1 % in six rounds.
@@ -103,7 +108,9 @@ class CurvaDion(Stateful):
         eps [g]: added to the denominator of AdamW.
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
-        orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR.
+        orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, by the same without float64
+            in three passes ("cholesky_qr3"), or by Householder QR; "auto": on CPUs Householder where one rank
+            has all of P, else Cholesky QR.
         owners: whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank
             of its replica, which is sent the shards: "auto" where that takes less time than all ranks working
             on it together.
@@ -145,6 +152,9 @@ class CurvaDion(Stateful):
         local_lr_scale: float = 1.0,
         update_scale: str = "spectral",
         weight_layout: str = "out_in",
+        batch_dims: int = 0,
+        splits: int | tuple[int, ...] | None = None,
+        split_along: str = "outputs",
         nesterov: bool = False,
         newton_schulz: str = "jordan",
         newton_schulz_steps: int = 5,
@@ -166,7 +176,7 @@ class CurvaDion(Stateful):
         eps: float = 1e-8,
         momentum_dtype: torch.dtype | None = None,
         payload_dtype: torch.dtype | None = None,
-        orthogonalization: str = "cholesky_qr",
+        orthogonalization: str = "auto",
         owners: str = "auto",
         replica_gbit: float | None = None,
         owner_dtype: torch.dtype | None = None,
@@ -185,7 +195,7 @@ class CurvaDion(Stateful):
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
         check_signal(self._gate.signal, self._consensus, o)
-        self._in_consensus = False
+        self._inside = ""
         super().__init__(params, defaults)
         self._build()
         check_taus(self.param_groups, o)
@@ -222,7 +232,7 @@ class CurvaDion(Stateful):
             with torch.enable_grad():
                 loss = closure()
         self._trouble.refuse_if_broken()
-        self._refuse_inside_consensus("step()")
+        self._refuse_inside("step()")
         self._built.table.refuse_meta()
         with torch.autocast(self._built.table.device.type, enabled=False):
             self._take_step()
@@ -310,7 +320,7 @@ class CurvaDion(Stateful):
                 have frozen different parameters.
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
-        self._refuse_inside_consensus("synchronize()")
+        self._refuse_inside("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
@@ -333,8 +343,8 @@ class CurvaDion(Stateful):
         Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
         between a forward and its backward.
         """
-        self._refuse_inside_consensus("consensus()")
-        self._in_consensus = True
+        self._refuse_inside("consensus()")
+        self._inside = "consensus()"
         try:
             with (
                 averaged(self._built.table, self._built.exchange)
@@ -343,7 +353,7 @@ class CurvaDion(Stateful):
             ):
                 yield
         finally:
-            self._in_consensus = False
+            self._inside = ""
 
     def synchronize_next(self) -> None:
         """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one
@@ -354,7 +364,7 @@ class CurvaDion(Stateful):
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
-        self._refuse_inside_consensus("broadcast_parameters()")
+        self._refuse_inside("broadcast_parameters()")
         self._built.exchange.broadcast_(self._built.X(), self._built.table.copied, "parameters")
         reshard_gathered_modules()
         self._forget_ways()

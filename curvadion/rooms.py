@@ -111,7 +111,7 @@ class Rooms:
             before=before,
             own_Q=earlier.store.own_Q if earlier is not None else (),
         )
-        intake = Intake(table, store.batches, exchange)
+        intake = Intake(table, store.kinds, exchange)
         owners, common_owners = Owners(exchange, options.owners, options.owner_dtype), None
         if options.replica_gbit is not None and exchange.replicas > 1 and options.owners != "never":
             crew, bandwidth = Crew(table.shards, peers), options.replica_gbit * 1e9 / 8
@@ -139,7 +139,7 @@ class Rooms:
         own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
-        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]
+        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.kinds if iterates[b.group]]
         spacing = self.common_owners.crew.spacing if self.common_owners is not None else []
         return repr((options, plain, found, self.table.describe(), self.exchange.replicas, spacing))
 

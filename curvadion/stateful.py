@@ -1,28 +1,35 @@
 """What an optimizer is made of, anew when a group is added; and its state, saved, loaded and copied."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from curvadion.options import Options, asks_for_local_steps, check_group, check_parameters, check_rule
+from curvadion.options import Options, asks_for_local_steps, check_group, check_rule
 from curvadion.rooms import Rooms
 from curvadion.rules import Step
-from curvadion.sharding.agreement import Agreement
+from curvadion.sharding.agreement import Agreement, check_loads
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.state.checkpoint import load
+from curvadion.state.common import CommonState, common_state, holding, without_own
+from curvadion.state.table import check_parameters
 from curvadion.view import View
+
+COMMON = "common_state()"
 
 
 class Stateful(View):
     """An optimizer of rooms whose state can be saved, loaded and copied. Communicates in `_settle` alone."""
 
     # What a copy carries over; the rooms are built anew.
-    _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_in_consensus")
+    _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_inside")
     _options: Options
     _peers: Group | None
     _agreement: Agreement
-    _in_consensus: bool
+    _agreed = False  # on whether all ranks can load what they are loading
+    _inside: str  # the context that parameters are exchanged in for the time being, as it is called
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
@@ -52,9 +59,12 @@ class Stateful(View):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; never communicates.
 
-        One replica settles first what its outer steps have under way. Raises RuntimeError if there are
-        several replicas and they may differ.
+        One replica settles first what its outer steps have under way. Inside `common_state()` it is what all
+        replicas can go on from. Raises RuntimeError elsewhere if there are several replicas and they may
+        differ.
         """
+        if self._inside == COMMON:
+            return self._common_state_dict()
         if self.diverged and self.replicas == 1:  # with nobody to wait for
             self._built.store.settle()
             self._settle(self._built.step(self.param_groups, self._schedule))
@@ -62,21 +72,115 @@ class Stateful(View):
             raise RuntimeError(
                 f"the state of {self.replicas} replicas must be equal to be saved (a checkpoint would be a "
                 "patchwork, and lack what is under way with consensus='outer'); a step was taken since; call "
-                "opt.synchronize() on every rank before saving, or opt.discard_divergence() before loading"
+                "opt.synchronize() on every rank before saving, or save inside opt.common_state(); or call "
+                "opt.discard_divergence() before loading"
             )
         return super().state_dict()
 
+    @property
+    def keeps_common_state(self) -> bool:
+        """Whether `common_state()` may be entered between any two steps; else only right after a synchronized
+        one, if at all."""
+        never_apart = self._schedule.options.max_local_steps == 0 and not self._consensus.leaves_apart
+        return self.replicas == 1 or self._consensus.keeps_parameters or never_apart
+
+    @contextmanager
+    def common_state(self) -> Iterator[None]:
+        """Hold in the parameters what all replicas were equal in last; the run goes on as if nothing was.
+
+            with opt.common_state():
+                model_state, opt_state = get_state_dict(model, opt)
+                state = {"model": model_state, "optimizer": opt_state}
+                future = dcp.async_save(state, checkpoint_id=folder, process_group=gloo)
+
+        For checkpoints without `synchronize()`: bitwise the same whatever replica loads them. Inside,
+        `state_dict()` is the outer momenta, the counters and, on the first replica alone, its own momenta and
+        moments, with which all go on; so save with torch.distributed.checkpoint, which puts together what
+        ranks have, or the files of the first replica. Lost after a load are this context's local steps since
+        X_0, at most max_local_steps + outer_delay, and what rounding has kept back; with fragments the steps
+        since each one's turn. Leave it when the values have been copied, as they have when async_save returns
+        without a stager of your own. No communication; costs the memory of the largest parameter.
+
+        Raises:
+            RuntimeError: on every rank, where replicas have left what was common and nobody has kept it, as
+                on local steps of consensus="average"; or after a step that raised.
+        """
+        self._refuse_inside(COMMON)
+        self._trouble.refuse_if_broken()
+        with torch.no_grad():
+            X, common = self._built.X(), self._common()
+        self._inside = COMMON
+        try:
+            with holding(X, common.X):
+                if self._built.table.device.type not in (
+                    "cpu",
+                    "meta",
+                ):  # others read on streams of their own
+                    torch.accelerator.current_stream(self._built.table.device).synchronize()
+                yield
+        finally:
+            self._inside = ""
+
+    def _common(self) -> CommonState:
+        """Return what all replicas hold alike. Raises RuntimeError where they do not know the parameters."""
+        built = self._built
+        X_0 = self._consensus.common(built.store).get("X_0")
+        if X_0 is None and self._parameters_differ:
+            raise RuntimeError(
+                f"consensus={self._options.consensus!r} keeps no parameters that all replicas share while "
+                f"they take local steps; {self._schedule.local_steps} were taken since a synchronized one; "
+                "save right after a synchronized step (curvadion/synchronized in opt.metrics()), call "
+                "opt.synchronize() first, or use consensus='outer'"
+            )
+        return common_state(built.X() if X_0 is None else X_0, built.store, self._schedule)
+
+    def _common_state_dict(self) -> dict[str, Any]:
+        state, table = super().state_dict(), self._built.table
+        first = self._peers is None or self._peers.rank == 0
+        chosen = without_own(self.state, self._built.store, first=first)
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        number_of = dict(zip(table.listed, numbers, strict=True))
+        return {**state, "state": {number_of[p]: chosen[p] for p in table.params}}
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict into the existing state, whose dtypes and memory are kept.
+        """Load a state dict into the existing state, whose dtypes and memory are kept. Every rank calls it.
 
-        Groups take the saved options, as in torch. Raises ValueError, before any change, if it does not fit.
+        Groups take the saved options, as in torch. Raises ValueError on every rank, before any change, if it
+        does not fit on some rank.
         """
-        self._refuse_inside_consensus("load_state_dict()")
+        self._refuse_inside("load_state_dict()")
         store = self._built.store
         store.settle()
         own = self.__dict__["state"]
-        load(self, store.table, own, super().load_state_dict, state_dict, self._start_afresh)
+        try:
+            calls = self._agree, store.start_right_factors, self._start_afresh
+            load(self, store.table, own, super().load_state_dict, state_dict, *calls)
+        except Exception:
+            if not store.as_left(self._schedule):
+                self._trouble.broken = (
+                    "a checkpoint that was refused had been read into this optimizer's own state, as "
+                    "torch.distributed.checkpoint reads; load another one before the next step()"
+                )
+            raise
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Load a checkpoint inside on all ranks, or on none: one that fails before it comes to
+        `load_state_dict()`, at the model for example, lets that of the others raise. Every rank enters it."""
+        self._agreed = False
+        try:
+            yield
+        except BaseException as error:
+            if not self._agreed and not isinstance(error, KeyboardInterrupt | SystemExit):
+                self._agree(error, 0)
+            raise
+        if not self._agreed:  # nothing was loaded here
+            self._agree(None, 0)
+
+    def _agree(self, failure: BaseException | None, steps: int) -> None:
+        self._agreed = True
+        check_loads(self._built.exchange, failure, steps)
 
     @property
     def _alone(self) -> bool:
@@ -159,8 +263,8 @@ class Stateful(View):
         self._consensus.forget()
         self._gate.signal.forget()
 
-    def _refuse_inside_consensus(self, call: str) -> None:
-        if self._in_consensus:
+    def _refuse_inside(self, call: str) -> None:
+        if self._inside:
             raise RuntimeError(
-                f"{call} must not be called inside consensus(), which puts parameters back; leave it first"
+                f"{call} must not be called inside {self._inside}, which puts parameters back; leave it first"
             )

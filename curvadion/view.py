@@ -71,13 +71,13 @@ class View(torch.optim.Optimizer):
 
     @property
     def owners(self) -> dict[str, int]:
-        """The global rank that orthonormalizes each matrix of Muon steps for its replica, or each P of Dion
-        steps, if one does it for all replicas that one; as far as steps have been taken, and without those on
-        which all ranks work together."""
+        """The global rank that orthonormalizes each matrix of Muon steps, or makes factors of each of Dion
+        steps, for its replica or for all of them; as far as steps have been taken, and without those on which
+        all ranks work together."""
         built = self._built
         crews = [built.owners] if built.common_owners is None else [built.owners, built.common_owners]
-        found = {i: crew.crew.members[k] for crew in crews for i, k in crew.owner_of.items()}
-        return {built.table.names[i]: rank for i, rank in sorted(found.items())}
+        found = {k: crew.crew.members[owner] for crew in crews for k, owner in crew.owner_of.items()}
+        return {built.table.matrices[k].name: rank for k, rank in sorted(found.items())}
 
     def explain(self) -> Explanation:
         """Return what becomes of each parameter, a list of `Row`; str() of it is a table.

@@ -20,8 +20,9 @@ Writes to --out: steps.jsonl (a line per step), summary.json, report/index.html.
 
 import argparse
 import os
-import re
 import time
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ import torch.nn.functional as F
 from gpt import GPT
 from text import ByteText
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -45,6 +45,7 @@ from curvadion.options import OPTIMIZER_OPTIONS
 from curvadion.report.display import Display, hardware
 from curvadion.report.page import write_report
 from curvadion.rules import RULES
+from curvadion.state.newest import load_newest, saved_steps
 
 
 def codec_name(text: str) -> int | str:
@@ -137,6 +138,11 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
     add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
     add("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
+    async_help = (
+        "save every --checkpoint-every steps while training goes on, and without a synchronization: what all "
+        "replicas were equal in last; --consensus outer, or average with --max-local-steps 0"
+    )
+    add("--save-async", action="store_true", help=async_help)
     add("--resume", action="store_true", help="go on from the newest checkpoint that can be loaded, or start")
     add("--compile", action="store_true", help="torch.compile each block")
     args = parser.parse_args()
@@ -279,31 +285,50 @@ def save(folder: Path, step: int, model: nn.Module, opt: CurvaDion, schedule: La
     opt.synchronize()  # replicas become one again; a checkpoint of several would be a patchwork
     model_state, opt_state = get_state_dict(model, opt)
     state = {"model": model_state, "optimizer": opt_state, "step": step, "schedule": schedule.state_dict()}
-    dcp.save(state, checkpoint_id=folder / f"step-{step}")
+    dcp.save(state, checkpoint_id=place_for(folder, step))
 
 
-def load_newest(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> int:
+class AsyncSaver:
+    """Saves what all replicas hold alike while training goes on; one save at a time."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo")  # the save's own: training sends meanwhile
+        self.under_way: Future[Any] | None = None
+
+    def save(self, folder: Path, step: int, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> None:
+        self.wait()
+        with opt.common_state():  # parameters are X_0 inside; the run does not notice
+            model_state, opt_state = get_state_dict(model, opt)
+            state = {"model": model_state, "optimizer": opt_state}
+            state |= {"step": step, "schedule": schedule.state_dict()}
+            path = place_for(folder, step)
+            self.under_way = dcp.async_save(state, checkpoint_id=path, process_group=self.group)
+
+    def wait(self) -> None:
+        """Wait for the save under way; raises what it met."""
+        if self.under_way is not None:
+            self.under_way.result()
+            self.under_way = None
+
+
+def place_for(folder: Path, step: int) -> Path:
+    """Return the folder of a checkpoint; one there that was passed over no longer counts as complete."""
+    path = folder / f"step-{step}"
+    if dist.get_rank() == 0:  # which lets the others write, and writes .metadata last
+        (path / ".metadata").unlink(missing_ok=True)
+    return path
+
+
+def load_last(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> int:
     """Load the newest checkpoint that can be read, and return its step; 0 if there is none yet."""
-    # .metadata is written last: without it a save did not come to its end.
-    folders = [path.parent.name for path in folder.glob("step-*/.metadata")]
-    steps = sorted((int(name[5:]) for name in folders if re.fullmatch(r"step-\d+", name)), reverse=True)
-    for step in steps:
-        try:
-            problem = None
-            load(folder / f"step-{step}", model, opt, schedule)
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            problem = error
-        failed = torch.tensor(float(problem is not None), device=next(model.parameters()).device)
-        dist.all_reduce(failed)
-        if not failed:
-            return step
-        if problem is not None:
-            print(f"passed over {folder}/step-{step}, which cannot be loaded: {problem}", flush=True)
-    if steps:
-        raise SystemExit(f"--resume could load none of the {len(steps)} checkpoints in {folder}; see above")
-    if dist.get_rank() == 0:
+
+    def load_one(step: int) -> None:
+        load(folder / f"step-{step}", model, opt, schedule)
+
+    step = load_newest(saved_steps(folder), load_one, opt.loading, partial(print, flush=True))
+    if step is None and dist.get_rank() == 0:
         print(f"--resume found no checkpoint in {folder}; starts from the beginning", flush=True)
-    return 0
+    return step or 0
 
 
 def load(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> None:
@@ -332,7 +357,12 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
     model = build_model(args, device, mesh)
     opt = build_optimizer(args, model, mesh)
     schedule = LambdaLR(opt, lambda step: learning_rate(step, args.steps))
-    first = load_newest(args.checkpoint, model, opt, schedule) if args.resume else 0
+    first = load_last(args.checkpoint, model, opt, schedule) if args.resume else 0
+    if args.save_async and not opt.keeps_common_state:
+        raise SystemExit(
+            f"--save-async needs --consensus outer, or --max-local-steps 0; got {args.consensus}"
+        )
+    saver = AsyncSaver() if args.checkpoint and args.save_async else None
 
     summary = {
         "arguments": {
@@ -386,10 +416,13 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
             display.step(step, loss=replica_loss, metrics=metrics, **seen)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             held_out_loss(step)
-        if args.checkpoint and (
-            step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)
-        ):
+        due = args.checkpoint_every and step % args.checkpoint_every == 0
+        if args.checkpoint and step == args.steps:
+            if saver is not None:
+                saver.wait()
             save(args.checkpoint, step, model, opt, schedule)
+        elif args.checkpoint and due:
+            (saver.save if saver is not None else save)(args.checkpoint, step, model, opt, schedule)
 
     if display is not None:
         display.close()

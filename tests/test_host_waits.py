@@ -27,8 +27,8 @@ WAITING |= {"index", "index_put_"}
 # The one wait of a step. On a CPU, which has nothing to wait for, the reference kernel reads the key, and
 # orthogonalization whether all columns are independent; on a GPU the device decides.
 ALLOWED = {"ask.py:<lambda>", "reference.py:local_step_", "power_iteration.py:_first_factor"}
-# Likewise on the CPU only: whether all matrices have gradients.
-ALLOWED |= {"store.py:_all_live"}
+# Likewise on the CPU only: whether all matrices have gradients; and Householder's QR, "auto" on CPUs alone.
+ALLOWED |= {"store.py:_all_live", "power_iteration.py:_householder"}
 # On the CPU wherever the parameters are: counters of AdamW, and where shards lie, once.
 ALLOWED |= {"scalar.py:scalar_step", "layout.py:_region"}
 

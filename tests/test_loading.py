@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.models import state_digest
+import torch.distributed as dist
+from support.models import Toy, grid, local, outcome, state_digest
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -85,6 +88,15 @@ def drop(*path: Any) -> Callable[[dict[str, Any]], None]:
     return spoil
 
 
+def twist(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
+    """Spoil by a function whose value nobody looks at."""
+
+    def spoil(state: dict[str, Any]) -> None:
+        change(state)
+
+    return spoil
+
+
 SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "NaN in a momentum": (fill(0, "momentum", math.nan), "momentum of 'a'"),
     "infinity in a momentum": (fill(1, "momentum", math.inf), "momentum of 'b'"),
@@ -98,10 +110,10 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "half a step": (fill(2, "step", 1.5), "whole numbers"),
     "more steps than there are": (fill(0, "step", 1e30), "whole numbers"),
     "local steps": (fill(0, "local_steps", math.inf), "local_steps of 'a'"),
-    "steps in words": (put(0, "step", "three"), "real numbers"),
-    "steps of nothing": (put(0, "step", None), "real numbers"),
-    "a complex momentum": (put(0, "momentum", torch.zeros(8, 8, dtype=torch.complex64)), "real numbers"),
-    "an integer momentum": (put(0, "momentum", torch.zeros(8, 8, dtype=torch.int64)), "real numbers"),
+    "steps in words": (put(0, "step", "three"), "dense tensors"),
+    "steps of nothing": (put(0, "step", None), "dense tensors"),
+    "a complex momentum": (put(0, "momentum", torch.zeros(8, 8, dtype=torch.complex64)), "dense tensors"),
+    "an integer momentum": (put(0, "momentum", torch.zeros(8, 8, dtype=torch.int64)), "dense tensors"),
     "a momentum of another shape": (put(0, "momentum", torch.zeros(8, 4)), "same shape"),
     "no momentum": (drop("state", 0, "momentum"), "missing"),
     "something else beside": (put(0, "variance", torch.zeros(8, 8)), "unknown"),
@@ -120,6 +132,33 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a gate that never opens": (option("tau", math.inf), "tau"),
     "another name": (option("param_names", ["a", "c"]), r"lacks \['b'\] and has \['c'\]"),
     "one name twice": (option("param_names", ["a", "a"]), r"lacks \['b'\]"),
+    "a name too few": (option("param_names", ["a"]), "'state' and 'param_groups'"),
+    "numbers for names": (option("param_names", [1, 2]), "'state' and 'param_groups'"),
+    "one parameter twice": (option("params", [0, 0]), "once, in one group"),
+    "parameters that are no numbers": (option("params", [0, [1]]), "'state' and 'param_groups'"),
+    "no parameters": (option("params", None), "'state' and 'param_groups'"),
+    "state of a stranger": (twist(lambda s: s["state"].update({9: {}})), r"got \['9'\]"),
+    "a parameter of the other group": (
+        twist(lambda s: s["param_groups"][0]["params"].append(s["param_groups"][1]["params"].pop())),
+        "'state' and 'param_groups'",
+    ),
+    "a momentum that overflows here": (put(0, "momentum", torch.ones(8, 8).double() * 1e300), "float32 too"),
+    "a momentum in numpy": (put(0, "momentum", torch.ones(8, 8).numpy()), "dense tensors"),
+    "a momentum in lists": (put(0, "momentum", [[0.0] * 8] * 8), "dense tensors"),
+    "a sparse momentum": (put(0, "momentum", torch.ones(8, 8).to_sparse()), "dense tensors"),
+    "a momentum without values": (put(0, "momentum", torch.empty(8, 8, device="meta")), "dense tensors"),
+    "a step that is true": (put(0, "step", True), "dense tensors"),
+    "a negative norm": (fill(0, "last_norm", -7.0), "none negative"),
+    "more local steps than steps": (fill(2, "local_steps", 5.0), "no more local"),
+    "more synchronized steps than steps": (fill(0, "synchronized_steps", 5.0), "no more local"),
+    "a learning rate that is true": (option("lr", True), "lr must be"),
+    "a learning rate of two": (option("lr", torch.ones(2)), "lr must be"),
+    "a NaN where a schedule began": (option("initial_lr", math.nan), "initial_lr must be"),
+    "a tau that is true": (option("tau", True), "tau must be"),
+    "a tau that is a NaN": (option("tau", torch.tensor(math.nan)), "tau must be"),
+    "betas in a tensor": (option("betas", torch.tensor([0.9, 0.95])), "betas must be"),
+    "a flag that is a number": (option("nesterov", 1), "nesterov must be"),
+    "a dtype in words": (option("newton_schulz_dtype", "float32"), "newton_schulz_dtype must be"),
 }
 
 
@@ -136,6 +175,94 @@ def test_a_spoiled_checkpoint_is_refused_and_nothing_changes(what: str) -> None:
     assert state_digest(opt) == before
     assert [{**g, "params": 0} for g in opt.param_groups] == options
     train(opt, range(2, 4))
+
+
+@pytest.mark.parametrize("state", [None, [], 3, "checkpoint.pt", {}], ids=str)
+def test_what_is_no_checkpoint_at_all_is_refused(state: Any) -> None:
+    opt = build()
+    before = state_digest(opt)
+    with pytest.raises(ValueError, match="'state' and 'param_groups'"):
+        opt.load_state_dict(state)
+    assert state_digest(opt) == before
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "RMSprop", "Muon"])
+@pytest.mark.parametrize("stepped", [True, False])
+def test_state_of_torchs_optimizers_is_refused_with_what_to_do(kind: str, stepped: bool) -> None:
+    opt = build()
+    like = build()
+    matrices = like.param_groups[0]["params"]
+    groups = [{"params": matrices}]
+    if kind != "Muon":  # which takes matrices only
+        groups += [{"params": like.param_groups[1]["params"]}]
+    other: torch.optim.Optimizer = getattr(torch.optim, kind)(groups, lr=0.1)
+    if stepped:
+        for group in other.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        other.step()
+    before = state_digest(opt)
+    with pytest.raises(ValueError, match=r"must be one of CurvaDion.* load the model alone"):
+        opt.load_state_dict(other.state_dict())
+    assert state_digest(opt) == before
+
+
+def test_one_rank_that_refuses_a_checkpoint_keeps_all_from_loading(tmp_path: Path) -> None:
+    """Damage in one rank's shard, in its options, or another file; and shards of another layout."""
+
+    def damage(what: str, state: dict[str, Any], rank: int) -> Any:
+        values = [v for v in state["state"].values() if "exp_avg_sq" in v]
+        if what == "infinity" and rank == 1:
+            local(values[0]["exp_avg_sq"]).view(-1)[0] = math.inf
+        if what == "option" and rank == 2:
+            state["param_groups"][0]["lr"] = math.nan
+        if what == "steps" and rank == 3:
+            for value in state["state"].values():
+                value["step"] += 1
+        return None if what == "nothing" and rank == 0 else state
+
+    def worker() -> list[tuple[str, bool, str, str]]:
+        replicate, mesh = grid(2, 2)
+        rank, toy, told = dist.get_rank(), Toy(mesh), []
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate)
+        toy.set_gradients(0, replicate.get_local_rank())
+        opt.step()
+        opt.synchronize()
+        torch.save(opt.state_dict(), tmp_path / f"{rank}.pt")
+        toy.set_gradients(1, replicate.get_local_rank())
+        opt.step()
+        opt.synchronize()
+
+        def attempt(what: str, opt: CurvaDion) -> None:
+            state = damage(what, torch.load(tmp_path / f"{rank}.pt", weights_only=True), rank)
+            before = state_digest(opt)
+            found = outcome(lambda: opt.load_state_dict(state))
+            told.append((what, state_digest(opt) == before, *found))
+
+        for what in ("infinity", "option", "steps", "nothing"):
+            attempt(what, opt)
+        attempt("unsharded", CurvaDion(Toy().groups()))
+        attempt("other shards", CurvaDion(Toy(grid(1, 4)[1]).groups()))
+        attempt("intact", opt)
+        return told
+
+    for told in run_ranks(4, worker):
+        *refused, intact = told
+        assert intact == ("intact", False, "ok", "")
+        for what, unchanged, kind, message in refused:
+            assert (unchanged, kind) == (True, "ValueError"), f"{what}: {message}"
+            assert "checkpoint" in message or "file" in message, message
+
+
+def test_options_in_tensors_are_loaded_as_numbers() -> None:
+    state = saved()
+    state["param_groups"][0] |= {"momentum": torch.tensor(0.5), "lr": torch.tensor(0.25)}
+    opt = build()
+    opt.load_state_dict(state)
+    group = opt.param_groups[0]
+    assert type(group["momentum"]) is float and group["momentum"] == 0.5
+    assert isinstance(group["lr"], Tensor), "a learning rate may be a tensor"
+    train(opt, range(4, 6))
 
 
 def test_an_optimizer_of_another_kind_is_refused() -> None:
@@ -162,6 +289,28 @@ def test_parameters_are_found_by_their_names() -> None:
         for key, value in opt.state[mine].items():
             assert torch.equal(value, other.state[theirs][key]), key
     assert other.param_groups[0]["param_names"] == ["b", "a"]
+
+
+def test_groups_are_found_by_the_names_in_them() -> None:
+    state = saved()
+    state["param_groups"].reverse()
+    opt, plain = build(), build()
+    opt.load_state_dict(state)
+    plain.load_state_dict(saved())
+    assert state_digest(opt) == state_digest(plain)
+    assert [group["algorithm"] for group in opt.param_groups] == ["dion", "adamw"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_state_of_another_dtype_is_rounded_to_that_of_the_optimizer(dtype: torch.dtype) -> None:
+    state = saved()
+    for values in state["state"].values():
+        values |= {key: values[key].to(dtype) for key in values.keys() & {"momentum", "exp_avg", "Q"}}
+    opt = build()
+    opt.load_state_dict(state)
+    p = opt.param_groups[0]["params"][0]
+    assert opt.state[p]["momentum"].dtype == torch.float32
+    assert torch.equal(opt.state[p]["momentum"], state_of(state, 0, "momentum").float())
 
 
 def test_names_with_the_prefixes_of_wrappers_are_the_same_names() -> None:

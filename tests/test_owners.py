@@ -21,11 +21,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion, param_groups_for
+from curvadion.algebra import power_iteration
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.sharding import crew
 from curvadion.sharding.group import Pairwise
-from curvadion.sharding.layout import Region
 from curvadion.sharding.owners import Spread, assign
+from curvadion.sharding.region import Region
 
 INF = float("inf")
 
@@ -197,36 +198,82 @@ def test_matrices_travel_in_buckets(layout: Layout) -> None:
 
 
 TALL_AND_WIDE = [(24, 16), (8, 40), (17, 17), (40, 12)]
+Moved = tuple[dict[str, torch.Tensor], dict[str, float], dict[str, int], int]
 
 
-def dion_steps(
-    layout: Layout, method: str
-) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, int]]:
-    options = {"rank_fraction": 1.0, "orthogonalization": method, "owners": "always"}
-    placed, opt, take_step = laid_out(layout, TALL_AND_WIDE, local_update="dion", **options)
+def dion_steps(layout: Layout, replicas: int, options: dict[str, Any]) -> Moved:
+    """Parameters after three steps on shards; what a step sent over them, in how many calls; owners."""
+    from curvadion.rules import factors
+
+    factors.PIECES = 1  # with pieces of 400 elements, so that there are several buckets
+    power_iteration.PIECE_ELEMENTS["cpu"] = 400
+    torch.manual_seed(0)
+    values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate(TALL_AND_WIDE * 2)}
+    placed = layout.build(values, replicas)
+    groups = [{"params": list(placed.bag.named_parameters())}]
+    opt = CurvaDion(
+        groups, replicate_mesh=placed.replicate_mesh, rank_fraction=1.0, owners="always", **options
+    )
     for _ in range(3):
-        take_step()
+        placed.set_gradients(placed.parts_of({name: torch.randn(v.shape) for name, v in values.items()}))
+        before = opt.ledger.calls["shard", "matrices"]
+        opt.step()
     wire = {purpose: sent for (axis, purpose), sent in opt.ledger.last_step_wire.items() if axis == "shard"}
-    return {name: whole(p) for name, p in placed.bag.named_parameters()}, wire, opt.owners
+    calls = opt.ledger.calls["shard", "matrices"] - before
+    return {name: whole(p) for name, p in placed.bag.named_parameters()}, wire, opt.owners, calls
+
+
+def rows_of(shape: tuple[int, int], ranks: int, rank: int) -> tuple[int, int, int, int]:
+    """The longer and the shorter side, and how much of each a rank has."""
+    rows = len((*torch.arange(shape[0]).chunk(ranks), *[()] * ranks)[rank])
+    m, n = max(shape), min(shape)
+    return (m, n, rows, n) if shape[0] >= shape[1] else (m, n, m, rows)
+
+
+@pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
+@pytest.mark.parametrize("method", ["cholesky_qr", "cholesky_qr3", "qr"])
+def test_whole_matrices_go_to_their_owners_and_rows_of_the_factors_come_back(
+    method: str, right_factor: str
+) -> None:
+    """And nothing is summed over the shards: no P, no R, no Gram matrix, no norm."""
+    options = {"local_update": "dion", "tau": INF, "orthogonalization": method, "right_factor": right_factor}
+    [(alone, *_)] = run_ranks(1, dion_steps, LAYOUTS[0], 1, options)
+    layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
+    ranks = layout.world_size(1)
+    for rank, (values, wire, owners, calls) in enumerate(run_ranks(ranks, dion_steps, layout, 1, options)):
+        torch.testing.assert_close(values, alone, rtol=1e-4, atol=1e-4)
+        numbers = 0
+        for i, shape in enumerate(TALL_AND_WIDE * 2):
+            _, n, long, short = rows_of(shape, ranks, rank)
+            if owners[f"layer{i}.weight"] != rank:
+                numbers += long * short + (short * n if short < n else 0)  # M, and Q if it is split
+                continue
+            for other in set(range(ranks)) - {rank}:
+                _, _, long, short = rows_of(shape, ranks, other)
+                numbers += long * n + short * n  # P, R
+                numbers += short * n if right_factor == "qr" else n  # Q, or the factors of its columns
+        assert wire["matrices"] == 4 * numbers and calls > 2
+        assert not any(sent for purpose, sent in wire.items() if purpose not in ("matrices", "norms"))
 
 
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
-def test_the_rows_of_P_go_to_its_owner_and_no_gram_matrices_to_anybody(method: str) -> None:
-    """Of a wide matrix that is split by rows, P is on all ranks already, and goes back to all of them."""
-    [(alone, _, _)] = run_ranks(1, dion_steps, LAYOUTS[0], method)
+def test_with_a_mean_over_replicas_the_rows_of_P_go_to_its_owner(method: str) -> None:
+    """And no Gram matrix to anybody. Of a wide matrix that is split by rows, P is on all ranks already, and
+    goes back to all of them."""
+    options = {"tau": 0.0, "orthogonalization": method}
+    alone, *_ = run_ranks(2, dion_steps, LAYOUTS[0], 2, options)
     layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
     ranks = layout.world_size(1)
-    for rank, (values, wire, owners) in enumerate(run_ranks(ranks, dion_steps, layout, method)):
-        torch.testing.assert_close(values, alone, rtol=1e-4, atol=1e-4)
-        numbers = 0
-        for i, shape in enumerate(TALL_AND_WIDE):
-            m, r = max(shape), min(shape)
-            rows = [len(part) for part in torch.arange(m).chunk(ranks)]
+    for place, (values, wire, owners, _) in enumerate(run_ranks(2 * ranks, dion_steps, layout, 2, options)):
+        torch.testing.assert_close(values, alone[0], rtol=1e-4, atol=1e-4)
+        numbers, rank = 0, place % ranks
+        for i, shape in enumerate(TALL_AND_WIDE * 2):
+            m, r, long, _ = rows_of(shape, ranks, rank)
+            mine = owners[f"layer{i}.weight"] % ranks == rank
             if shape[0] < shape[1]:
-                numbers += m * r * (ranks - 1) if owners[f"layer{i}.weight"] == rank else 0
+                numbers += m * r * (ranks - 1) if mine else 0
             else:
-                mine = r * rows[rank]
-                numbers += m * r - mine if owners[f"layer{i}.weight"] == rank else mine
+                numbers += m * r - long * r if mine else long * r
         assert wire["gram"] == 0 and wire["matrices"] == 4 * numbers
 
 
@@ -239,6 +286,7 @@ def synchronized_steps(layout: Layout, replicas: int, gbit: float | None, when: 
         replicate_mesh=placed.replicate_mesh,
         max_local_steps=0,
         rank_fraction=1.0,
+        orthogonalization="cholesky_qr",  # whose FLOPs are counted
         owners=when,
         replica_gbit=gbit,
     )

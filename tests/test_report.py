@@ -9,6 +9,7 @@ import re
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib: ins
 
 from curvadion.cli import main
 from curvadion.report import drawing, run_figures, study_figures
-from curvadion.report.page import SCRIPT
+from curvadion.report.page import SCRIPT, harmless
 from curvadion.report.runs import Run, provenance, read_lines, run_tables
 from curvadion.report.studies import Spread, aggregate, case_name, read_links, sensitivity, study_table
 
@@ -245,6 +246,46 @@ def test_every_figure_is_beside_the_page(page):
 def test_names_are_text(page):
     html = (page / "index.html").read_text()
     assert "<b>bold" not in html and "&lt;b&gt;bold&lt;/b&gt; &amp; $x_1$" in html
+
+
+HOSTILE = """</td><script>x</script>"'{0}$x_{[/]"""
+KEPT = {"label", "date", "identity"}  # words of our own, and what is parsed
+
+
+def spoiled(value: Any, key: str = "") -> Any:
+    """A record with hostile words behind every string, and behind every name of a matrix or purpose."""
+    if isinstance(value, dict):
+        names = key in ("rmmc", "bytes", "options")
+        return {k + HOSTILE if names else k: spoiled(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [spoiled(v, key) for v in value]
+    return value + HOSTILE if isinstance(value, str) and key not in KEPT else value
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # names are long
+def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path, page: Path) -> None:
+    """Names of matrices, settings, texts, devices, options, commands, purposes, folders and files."""
+    run = make_run(tmp_path / HOSTILE.replace("/", "|"), new=True, steps=20)
+    for file in (run / "steps.jsonl", run / "summary.json"):
+        lines = [json.dumps(spoiled(json.loads(line))) for line in file.read_text().splitlines()]
+        file.write_text("\n".join(lines))
+    name = HOSTILE.replace("/", "|")
+    study = write_lines(tmp_path / f"{name}.jsonl", [spoiled(record) for record in make_study()[:6]])
+    links = write_lines(tmp_path / f"{name}2.jsonl", [spoiled(record) for record in make_links()[:6]])
+    main(["report", str(run), str(study), str(links), "--out", str(tmp_path / "out")])
+    html = (tmp_path / "out" / "index.html").read_text()
+    loads, innocent = Loads(html), Loads((page / "index.html").read_text())
+    assert loads.tags <= innocent.tags
+    assert all(re.match(r"data:(image/png|text/csv);base64,[\w+/=]*$", source) for source in loads.sources)
+    assert html.count("<script") == (page / "index.html").read_text().count("<script"), "the page's own"
+    assert loads.text.count("<script>x</script>") > 20, "shown as it is, in every place"
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "-2+3", "\t=1"])
+def test_no_spreadsheet_takes_a_name_for_a_formula(cell: str) -> None:
+    assert harmless(cell) == f"'{cell}"
+    for number in ("-0.012", "+3", "1,000", "-1.5 %", "-0.01 ± 0.02", "layers.0.wq", ""):
+        assert harmless(number) == number
 
 
 def test_captions_say_how_results_came_about(page):

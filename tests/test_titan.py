@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from support.ranks import RankFailed, run_ranks
 from support.wire import Wire
 
@@ -449,11 +451,54 @@ def test_validation_and_being_killed_do_not_change_the_run(
     killed = train(4, run, "debug", options, 5)
     assert not killed[0]["validation"]
     assert killed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(1, 6)}
+    saved = tmp_path / "checkpoint"
+    for step, spoil in ((4, "cut"), (5, "no metadata"), (9, "empty metadata")):  # newer, passed over
+        shutil.copytree(saved / "step-3", saved / f"step-{step}")
+        data, metadata = next((saved / f"step-{step}").glob("*.distcp")), saved / f"step-{step}" / ".metadata"
+        if spoil == "cut":
+            data.write_bytes(data.read_bytes()[:1000])
+        elif spoil == "no metadata":
+            metadata.unlink()
+        else:
+            metadata.write_bytes(b"")
+    shutil.copytree(saved / "step-3", saved / "step-40.old")
     resumed = train(4, run, "debug", options)
     assert resumed[0]["losses"] == {step: whole[0]["losses"][step] for step in range(4, 9)}
     for left, right in zip(whole, resumed, strict=True):
         assert_same(left["weights"], right["weights"])
         assert left["metrics"]["curvadion/step"] == right["metrics"]["curvadion/step"] == 8
+
+
+def weights_by_step(config: str, options: Sequence[object]) -> dict[int, dict[str, torch.Tensor]]:
+    """Train, and return the whole weights of this replica after each step."""
+    trainer, found = trainer_for(config, *options), {}
+    step = trainer.optimizers.step
+
+    def remember() -> None:
+        step()
+        found[trainer.step] = weights(trainer)
+
+    trainer.optimizers.step = remember
+    trainer.train()
+    trainer.close()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_asynchronous_save_is_of_what_replicas_were_equal_in_last(assets: Path, tmp_path: Path) -> None:
+    """Saved in step 3, synchronized in steps 1 and 4: it holds the weights of step 1, and step 3's
+    counters."""
+    options = [*flags(assets, tmp_path), *layout(2, 1), "--training.steps", 5, "--checkpoint.enable"]
+    options += ["--checkpoint.interval", 3, "--checkpoint.async_mode", "async"]
+    options += ["--optimizer.max_local_steps", 2, "--optimizer.consensus", "outer", "--optimizer.tau", "inf"]
+    one, other = train(2, weights_by_step, "debug", options)
+    assert_same(one[1], other[1])
+    assert not all(torch.equal(one[3][name], other[3][name]) for name in one[3])
+    state = {name: torch.zeros_like(value) for name, value in one[1].items()}
+    counters = {f"optimizer.state.{name}.step": torch.zeros(()) for name in state}
+    dcp.load(wanted := state | counters, checkpoint_id=tmp_path / "checkpoint" / "step-3", no_dist=True)
+    assert_same({name: wanted[name] for name in state}, one[1])
+    assert {float(wanted[name]) for name in counters} == {3.0}
 
 
 @pytest.mark.parametrize(("replicas", "shards"), [(4, 1), (1, 4)])

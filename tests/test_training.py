@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import run_program
+import torch.distributed.checkpoint as dcp
+from support.ranks import RankFailed, run_program
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,12 +127,24 @@ def test_bytes_are_those_of_a_whole_replica(finished):
             assert record["curvadion/bytes/replicate"] == 2 * 8, "8 bytes from each of the 2 shards"
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_resume_starts_where_there_is_no_checkpoint_yet(tmp_path):
-    """One command line for the first launch and for all later ones."""
-    options = ["--steps", 2, "--eval-every", 0, "--checkpoint", tmp_path / "none", "--resume"]
+    """One command line for the first launch and for all later ones; saving while training goes on."""
+    options = ["--steps", 4, "--eval-every", 0, "--checkpoint", tmp_path / "none", "--resume"]
+    options += ["--save-async", "--checkpoint-every", 2, "--tau", "inf", "--warmup-steps", 0]
     train_forked(tmp_path, *options, processes=2)
-    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
-    assert (tmp_path / "none" / "step-2" / ".metadata").exists()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [record["curvadion/synchronized"] for record in lines(tmp_path)] == [1, 0, 0, 0]
+    assert (tmp_path / "none" / "step-4" / ".metadata").exists()
+    saved = {"step": 0, "optimizer": {"state": {"norm.weight": {"step": torch.zeros(())}}}}
+    dcp.load(saved, checkpoint_id=tmp_path / "none" / "step-2")
+    assert saved["step"] == saved["optimizer"]["state"]["norm.weight"]["step"] == 2
+
+
+def test_what_cannot_be_saved_while_training_goes_on_is_refused_at_the_start(tmp_path):
+    options = ["--checkpoint", tmp_path, "--save-async", "--consensus", "average"]
+    with pytest.raises(RankFailed, match="--save-async needs --consensus outer"):
+        train_forked(tmp_path, *options, processes=2)
 
 
 def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
@@ -142,12 +155,15 @@ def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
     checkpoint.mkdir()
     good = folder / "checkpoints" / f"step-{CHECKPOINT_EVERY}"
     (checkpoint / f"step-{CHECKPOINT_EVERY}").symlink_to(good)
-    for step, spoil in ((12, "cut"), (13, "missing"), (14, "not finished")):  # newer, passed over
+    spoils = ["cut", "missing", "not finished", "empty", "no bytes"]
+    for step, spoil in enumerate(spoils, CHECKPOINT_EVERY + 2):  # newer, passed over
         newer = checkpoint / f"step-{step}"
         shutil.copytree(good, newer)
         data = next(newer.glob("*.distcp"))
-        if spoil == "cut":
-            data.write_bytes(data.read_bytes()[:1000])
+        if spoil in ("cut", "empty"):
+            data.write_bytes(data.read_bytes()[: 1000 if spoil == "cut" else 0])
+        elif spoil == "no bytes":
+            (newer / ".metadata").write_bytes(b"")
         else:
             (data if spoil == "missing" else newer / ".metadata").unlink()
     (checkpoint / "step-15.old").symlink_to(good)

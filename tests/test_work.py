@@ -18,9 +18,8 @@ from curvadion import CurvaDion
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.algebra.power_iteration import orthogonalize
 from curvadion.projection.formulas import SIZES, Model
+from curvadion.projection.rates import RATES, Rates
 from curvadion.projection.work import (
-    RATES,
-    Rates,
     Settings,
     Work,
     busiest,

@@ -25,6 +25,7 @@ class Consensus:
         leaves_apart: replicas differ even right after a synchronized step.
         uses_Q: its synchronized steps are Dion's, of every matrix, whatever the local rule.
         averages: a mean of the parameters over the replicas is what they have in common.
+        keeps_parameters: those that replicas were equal in last are kept, `common(...)["X_0"]`.
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
         keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so that
             moments differ.
@@ -37,6 +38,7 @@ class Consensus:
     leaves_apart = False
     uses_Q = False
     averages = True
+    keeps_parameters = False
     keeps_momentum = False
     keeps_own_gradients = False
     under_way = False
@@ -77,11 +79,12 @@ class Consensus:
         return {}
 
     def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float | None:
-        """Return the bytes that a replica hands to collectives between replicas for one parameter in a
-        synchronization, without padding; None if it does not say.
+        """Return the bytes that a replica hands to collectives between replicas for one parameter, or for one
+        matrix of it, in a synchronization, without padding; None if it does not say.
 
         Args:
-            batch: of a matrix.
+            index: of the parameter.
+            batch: of the matrix.
             apart: there were local steps before.
         """
         return None

@@ -34,11 +34,10 @@ from curvadion.projection.formulas import (
 )
 from curvadion.projection.points import curves_and_markers, print_points, read_points
 from curvadion.projection.published import PUBLISHED_ASSUMPTIONS, published
+from curvadion.projection.rates import RATES, Rates
 from curvadion.projection.replicas import print_common_factors
 from curvadion.projection.show import BANDWIDTHS, draw, print_table
 from curvadion.projection.work import (
-    RATES,
-    Rates,
     Settings,
     Work,
     busiest,

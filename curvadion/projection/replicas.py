@@ -9,8 +9,8 @@ from curvadion.projection.formulas import Model
 from curvadion.projection.work import counts_of, spread_of
 from curvadion.rules import left_factor
 from curvadion.rules.orthonormal import RATES
-from curvadion.sharding.layout import Region
 from curvadion.sharding.owners import Spread
+from curvadion.sharding.region import Region
 
 
 @dataclass(frozen=True)

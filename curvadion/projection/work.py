@@ -8,7 +8,7 @@ are the shorter side)::
                       sent   w times its part of others' matrices, and the others' part of its own
     Muon, together    FLOPs  rounds (4 m_s n^2 + 2 n^3); wide: rounds (4 m n^2 + 2 n^3)
                       sent   2 (S-1)/S (rounds 4 n^2 + 8); wide: 2 (S-1)/S 4 m n
-    Dion of rank r    FLOPs  8 m n r / S; in float32 and in float64 p r^2 to 2 p r^2 (a triangle of the Gram
+    Dion of rank r    FLOPs  8 m n r / S; P in float32 and in float64 p r^2 to 2 p r^2 (a triangle of the Gram
                              matrix) and p r^2 (triangular solve), and r^3 (Cholesky) for p rows of P: with
                              owners m of those it owns, together m_s; wide: m
                       sent   2 (S-1)/S 4 n r; wide: 2 (S-1)/S 4 (m + 1) r; to owners and back as Muon's, of P,
@@ -23,13 +23,13 @@ are the shorter side)::
 
 One after the other, but for what owners send: of that only the first bucket's waits for nobody, the others
 travel behind products. FLOPs and bytes are those that FLOP counter and ledger count (a test compares them),
-but for Cholesky and triangular solves, which are not counted there; bytes of memory are within a fifth of
-those of the operations that run on a CPU (a test, too). Rates of GPUs are assumptions; `benchmarks/sharded.py
---only ceilings,...` measures a machine's, and sets what comes of them beside what it measures.
+but for Cholesky, triangular solves and Householder's QR, which are not counted there; bytes of memory and
+numbers of operations are estimates. Rates of GPUs are assumptions; `benchmarks/sharded.py --only
+ceilings,...` measures a machine's, and sets what comes of them beside what it measures.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,91 +37,25 @@ import torch
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.algebra.power_iteration import rank_of
 from curvadion.projection.formulas import Model
-from curvadion.rules import left_factor
+from curvadion.projection.rates import KERNELS, Rates
+from curvadion.rules import factors, left_factor
 from curvadion.rules.orthonormal import RATES as CHOICE
 from curvadion.rules.orthonormal import cost_alone, cost_together, owner_pays
-from curvadion.sharding.layout import Region
 from curvadion.sharding.ledger import WIRE
-from curvadion.sharding.owners import BUCKET_ELEMENTS, Spread, assign
+from curvadion.sharding.owners import BUCKET_ELEMENTS, Errand, Spread, assign
+from curvadion.sharding.region import Region
 
 # Copies of what a GPU orthonormalizes at once, at the peak: what came, the iterate, the next one, what goes.
 # Measured, 5.3 to 5.5, by benchmarks/sharded.py in both dtypes, by owners and together.
 COPIES = 5.5
+# Copies of what is under way to and from owners of Dion's factors, in two buckets, at the peak: measured, 3.5
+# to 5, in the same way.
+COPIES_OF_FACTORS = 5
 # Bytes read and written for an element of pseudo-gradient, beside the local step: X_0, X, the mean and new
 # values; and by the codec, in plain torch.
 OUTER_BYTES, CODEC_BYTES = 40.0, 93.0
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a GPU does in a second.
-
-    Attributes:
-        bfloat16, float32, float64: FLOPs of products.
-        solve32, solve64: FLOPs of triangular solves.
-        cholesky: FLOPs of Cholesky factors.
-        memory: bytes read and written.
-        reduced: bytes read for norms by themselves.
-        inside: bytes that leave it for others in its machine, and in an all-reduce, which crosses machines
-            over all their network cards at once.
-        across: bytes that leave it in an all-to-all of more GPUs than a machine has.
-        operation, call: seconds that an operation and a collective take of the host, where the device waits
-            for it.
-        device: whose kernels, and whose choice between owners and all together, are meant.
-    """
-
-    bfloat16: float
-    float32: float
-    float64: float
-    memory: float
-    inside: float
-    across: float
-    cholesky: float
-    solve32: float
-    solve64: float
-    reduced: float
-    operation: float = 0.0
-    call: float = 0.0
-    device: str = "cuda"
-
-
-# H100 SXM: half of its dense peak in bfloat16, three quarters of its memory's, NVLink, 400 Gbit/s of network
-# for each GPU. A core of a Xeon with AMX, gloo on one machine: by `benchmarks/sharded.py --only ceilings`.
-RATES = {
-    "h100": Rates(
-        5e14, 5e13, 4e13, 2.5e12, 3.7e11, 5e10, cholesky=5e12, solve32=5e13, solve64=4e13, reduced=2.5e12
-    ),
-    "cpu": Rates(
-        3.3e11,
-        1.15e11,
-        6e10,
-        1e10,
-        1.6e9,
-        1.6e9,
-        cholesky=1e10,
-        solve32=3e10,
-        solve64=1.5e10,
-        reduced=2.3e9,
-        operation=3e-6,
-        call=1e-3,
-        device="cpu",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Bytes that a local step reads and writes for an element of a matrix, its norms and its step along a
-    direction of `width` bytes an element; those that it reads for norms alone."""
-
-    matrix: Callable[[float], float]
-    norms: float
-
-
-KERNELS = {
-    "cuda": Kernels(lambda width: 20 + width, 0.0),  # m, with norms: 12; X: 8 and the direction
-    "cpu": Kernels(lambda width: 20 + 20, 8.0),  # decay and sum of m: 20; decay and step of X, in float32: 20
-}
 ADAMW = 28.0  # of an element that AdamW updates
 LOW_RANK = 28.0  # of an element of a matrix: m with its gradient 12, X and M with what is applied 16
 FACTOR = 65.0  # of an element of P and R, by count
@@ -138,7 +72,7 @@ class Work:
         memory: bytes read and written.
         all_reduce, all_to_all: bytes that leave it inside the replica.
         buckets: in which matrices travel to owners.
-        solved: FLOPs of triangular solves, which FLOP counters leave out, by dtype.
+        solved: FLOPs of triangular solves, by dtype, and of Householder's QR: FLOP counters leave them out.
         cholesky: FLOPs of Cholesky factors, which they leave out too.
         reduced: bytes read for norms by themselves.
         operations, calls: on the host, and collectives.
@@ -188,6 +122,7 @@ class Work:
         """Return how long its parts take."""
         products = sum(self.flops.get(d, 0.0) / getattr(rates, d) for d in ("bfloat16", "float32"))
         products += self.solved.get("float32", 0.0) / rates.solve32
+        products += self.solved.get("householder", 0.0) / rates.householder
         exact = (
             self.flops.get("float64", 0.0) / rates.float64 + self.solved.get("float64", 0.0) / rates.solve64
         )
@@ -360,51 +295,91 @@ def dion(model: Model, s: Settings) -> list[Work]:
     """Return what "dion" takes of each rank, norms, momenta and AdamW left out; a synchronized step with
     consensus="average" too, beside what it sends to other replicas."""
     counts, (once, each) = counts_of(model), DION_OPERATIONS
-    host = Work(operations=once + each * len(model.matrices), calls=5 if s.shards > 1 else 0)
-    work = [host for _ in range(s.shards)]
-    summed = WIRE["all_reduce"](s.shards)
-    owned = dict[tuple[int, int], Spread]()
+    work = [Work(operations=once + each * len(model.matrices)) for _ in range(s.shards)]
+    summed, total = WIRE["all_reduce"](s.shards), len(model.matrices)
+    whole, left = dict[tuple[int, int], Errand](), dict[tuple[int, int], Spread]()
     for shape, count in counts.items():
         m, n = max(shape), min(shape)
         r, wide = rank_of(n, s.rank_fraction, s.rank_multiple_of), shape[0] < shape[1]
-        P = replace(spread_of(shape, left_factor.flops(m, r), s.shards), shape=(m, r))
-        P = replace(P, regions=tuple(Region((0, 0), (m if wide else x.shape[0], r)) for x in P.regions))
+        split = (0,) if s.shards > 1 else ()
+        errand = factors.errand(shape, spread_of(shape, 0.0, s.shards).regions, (split, ()), r)
+        pays = factors.owner_pays(
+            errand, lambda axes: s.shards if axes else 1, 4, total, "cholesky_qr", CHOICE[s.device]
+        )
+        if s.shards > 1 and (s.owners == "always" or (s.owners == "auto" and pays)):
+            whole[shape] = errand
+        P = replace(errand.gives[0], flops=left_factor.flops(m, r))
         parts = 1 if wide else s.shards
-        pays = left_factor.owner_pays(P, parts, 4, len(model.matrices), "cholesky_qr", CHOICE[s.device])
-        has_owner = s.shards > 1 and (s.owners == "always" or (s.owners == "auto" and pays))
-        if has_owner:
-            owned[shape] = P
-        sent = 4 * (m + 1) * r if wide else 4 * n * r + (0 if has_owner else (8 + 4) * r * r)
+        pays = left_factor.owner_pays(P, parts, 4, total, "cholesky_qr", CHOICE[s.device])
+        if shape not in whole and s.shards > 1 and s.owners == "auto" and pays:
+            left[shape] = P
+        sent = 4 * (m + 1) * r if wide else 4 * n * r + (0 if shape in left else (8 + 4) * r * r)
         for rank, rows in enumerate(rows_of(shape[0], s.shards)):
             part = rows * shape[1]
+            if shape in whole:  # the owner's: of a rank, X and M with what is applied
+                work[rank] += Work({"float32": count * 4 * part * r})
+                continue
             work[rank] += Work(
                 {"float32": count * 8 * part * r},
                 count * FACTOR * (P.regions[rank].numel + (rows if wide else n) * r),
                 summed * count * sent,
             )
-            if not has_owner:
-                work[rank] = at_once(work[rank], orthogonalized(P.regions[rank].shape[0], r), count)
-    if not owned:
-        return work
-    shapes = list(owned)
-    owners, _ = assign(list(owned.values()), [counts[x] for x in shapes], s.shards)
-    for rank in range(s.shards):
-        for shape, P, whose in zip(shapes, owned.values(), owners, strict=True):
-            own, size, part = whose.count(rank), math.prod(P.shape), P.regions[rank].numel
-            whole = shape[0] < shape[1]  # each rank has all of P: an owner is sent nothing
-            sent = own * sum(x.numel for k, x in enumerate(P.regions) if k != rank)
-            sent += 0 if whole else (len(whose) - own) * part
-            work[rank] = at_once(work[rank], orthogonalized(*P.shape), own)
-            kept = work[rank].transient + 8 * len(whose) * part  # what came and what goes
-            work[rank] = replace(work[rank], transient=kept)
-            work[rank] += Work(all_to_all=4 * sent, memory=16 * own * size, owned=len(whose))
-        mine = sum(w.count(rank) * math.prod(P.shape) for P, w in zip(owned.values(), owners, strict=True))
-        work[rank] += Work(buckets=max(1, math.ceil(mine / BUCKET_ELEMENTS)))
+            if shape not in left:
+                method = "qr" if s.shards == 1 and s.device == "cpu" else "cholesky_qr"
+                work[rank] = at_once(work[rank], orthogonalized(P.regions[rank].shape[0], r, method), count)
+    if s.shards > 1 and len(whole) < len(counts):
+        work = [w + Work(calls=5) for w in work]
+    for owned in (whole, left):
+        if owned:
+            errands = [Errand.of(x) for x in owned.values()]
+            by_owners(work, errands, [counts[x] for x in owned], s, at_once=owned is left)
     return work
 
 
-def orthogonalized(rows: int, r: int) -> Work:
-    """Return what Cholesky QR of so many rows of P takes: two passes, the first in float64."""
+def by_owners(
+    work: list[Work], errands: Sequence[Errand], counts: Sequence[int], s: Settings, *, at_once: bool
+) -> None:
+    """Add what owners of Dion's factors take of each rank, and what travels.
+
+    Args:
+        at_once: of all matrices, rather than bucket by bucket.
+    """
+    owners, _ = assign(errands, counts, s.shards)
+    method = "qr" if s.device == "cpu" else "cholesky_qr"
+    for rank in range(s.shards):
+        mine = 0.0
+        for errand, whose in zip(errands, owners, strict=True):
+            P, own, sent = errand.gives[0], whose.count(rank), 0.0
+            for x in errand.takes:
+                sent += (len(whose) - own) * x.regions[rank].numel if x.split else 0
+            for x in errand.gives:
+                sent += own * sum(part.numel for k, part in enumerate(x.regions) if k != rank)
+            one = orthogonalized(*P.shape, method)
+            if not at_once:  # the products are the owner's too
+                (m, r), n = P.shape, errand.gives[1].shape[0]
+                one = replace(one, transient=0.0)
+                one += Work({"float32": factors.products(m, n, r)}, FACTOR * (m + n) * r)
+            back = len(whose) * sum(x.regions[rank].numel for x in errand.gives)
+            taken = sum(math.prod(x.shape) for x in errand.takes)
+            kept = work[rank].transient + own * one.transient + (8 * back if at_once else 0)
+            work[rank] += sum([one] * own, start=Work(all_to_all=4 * sent, owned=len(whose)))
+            work[rank] += Work(memory=16 * (own * taken + back))
+            work[rank] = replace(work[rank], transient=kept)
+            mine += max(own * taken, back)
+        most = BUCKET_ELEMENTS if at_once else factors.bucket_elements(s.device)
+        buckets = max(1, math.ceil(mine / most))
+        work[rank] += Work(buckets=buckets, calls=0 if at_once else 2 * buckets)
+        if not at_once:
+            kept = work[rank].transient + COPIES_OF_FACTORS * 4 * min(mine, most)
+            work[rank] = replace(work[rank], transient=kept)
+
+
+def orthogonalized(rows: int, r: int, method: str = "cholesky_qr") -> Work:
+    """Return what orthogonalizing so many rows of P takes: Cholesky QR in two passes, the first in float64;
+    or "qr", Householder's."""
+    if method == "qr":
+        flops = 4 * rows * r**2 - 4 * r**3 / 3
+        return Work(solved={"householder": flops}, transient=12 * rows * r)
     width = max(128, r // 8)  # of block columns of the lower triangle
     gram = sum(2 * rows * (r - j) * min(width, r - j) for j in range(0, r, width))
     return Work(

@@ -24,6 +24,7 @@ except ImportError as error:  # now, not after the last step
         f"results are shown with {error.name}, which is missing: pip install 'curvadion[report]'"
     ) from None
 
+from curvadion.report.files import replace_file
 from curvadion.report.runs import saved
 
 PLAIN_LINES = 20  # printed in a run whose output is no terminal
@@ -49,20 +50,21 @@ def hardware(device: torch.device, tree: Path) -> dict[str, str]:
     }
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file such that there is the old one or the new one, also if this process is killed
-    meanwhile."""
-    new = file.with_name(file.name + ".new")
-    new.write_text(text)
-    new.replace(file)
-
-
 def _step_of(line: str) -> float:
     """Return the step that a line of steps.jsonl is of; infinity for a line that is none."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _held_out(file: Path) -> list[list[float]]:
+    """Return the held-out losses in a summary; none of one that is damaged."""
+    try:
+        points = json.loads(file.read_text())["held_out"]
+        return [[step, loss] for step, loss in points]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 class Display:
@@ -73,17 +75,16 @@ class Display:
         self.sent = self.dense = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if start and (folder / "summary.json").exists():
-            earlier = json.loads((folder / "summary.json").read_text())["held_out"]
-            summary["held_out"] = [point for point in earlier if point[0] < start]
+            summary["held_out"] = [p for p in _held_out(folder / "summary.json") if p[0] < start]
         steps_file = folder / "steps.jsonl"
         if start and steps_file.exists():  # without the steps that are taken again, and a line cut short
             kept = [line for line in steps_file.read_text().splitlines() if _step_of(line) <= start]
-            _replace(steps_file, "".join(line + "\n" for line in kept))
+            replace_file(steps_file, "".join(line + "\n" for line in kept))
         self.file = steps_file.open("a" if start else "w")
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, highlight=False, markup=False)  # names may have brackets
         bar = (BarColumn(bar_width=12),) if self.console.width >= 120 else ()
         line = TextColumn(
-            "{task.fields[line]}", table_column=Column(no_wrap=False)
+            "{task.fields[line]}", markup=False, table_column=Column(no_wrap=False)
         )  # two lines where one is too narrow
         columns = (MofNCompleteColumn(), *bar, line, TimeRemainingColumn(compact=True))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -136,7 +137,7 @@ class Display:
     def held_out(self, step: int, loss: float) -> None:
         """Note and show a held-out loss, and write the summary so far."""
         self.summary["held_out"].append([step, loss])
-        _replace(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+        replace_file(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
         self.console.print(f"step {step:>{len(str(self.steps))}}/{self.steps}  held-out loss {loss:.4f}")
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ except ImportError as error:
     ) from None
 
 from curvadion.report import drawing, run_figures, study_figures
+from curvadion.report.files import replace_file
 from curvadion.report.runs import Record, Run, Table, provenance, read_runs, run_provenance, run_tables
 from curvadion.report.studies import (
     Cell,
@@ -242,21 +243,26 @@ class Page:
         except (FileExistsError, NotADirectoryError):
             raise SystemExit(f"--out must be a folder, and {folder} is a file; give another one") from None
         for name, picture in self.pictures.items():
-            (folder / name).write_bytes(picture)
+            replace_file(folder / name, picture)
         page = folder / "index.html"
-        page.write_text(
-            PAGE.format(title=escape(title), body="\n".join(self.parts), script=SCRIPT), encoding="utf-8"
-        )
+        content = PAGE.format(title=escape(title), body="\n".join(self.parts), script=SCRIPT)
+        replace_file(page, content)
         return page
 
 
 def csv_link(table: Table) -> str:
     """Return a link that holds the table as a file of comma-separated values."""
     text = io.StringIO()
-    csv.writer(text).writerows([table.head, *table.rows])
+    csv.writer(text).writerows([harmless(cell) for cell in row] for row in (table.head, *table.rows))
     name = re.sub(r"\W+", "_", table.title).strip("_").lower()
     encoded = b64encode(text.getvalue().encode()).decode()
     return f'<a download="{name}.csv" href="data:text/csv;base64,{encoded}">CSV</a>'
+
+
+def harmless(cell: str) -> str:
+    """Return a cell such that no spreadsheet takes it for a formula."""
+    number = re.fullmatch(r"[-+]?[\d.,]+( ?%| ± [\d.,]+| [kMG]?B)?", cell)
+    return f"'{cell}" if cell[:1] in tuple("=+-@\t\r") and not number else cell
 
 
 def show(table: Table) -> None:

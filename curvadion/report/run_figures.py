@@ -153,7 +153,7 @@ def rmmc_timeline(runs: Sequence[Run]) -> Figure | None:
 def _handles(runs: Sequence[Run]) -> list[Line2D]:
     """Return the legend's lines: a tau, and what it decides, only where there is one."""
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5}
-    hollow = {"markeredgecolor": ORANGE, "markerfacecolor": "none"}
+    hollow: dict[str, Any] = {"markeredgecolor": ORANGE, "markerfacecolor": "none"}
     local = Line2D([], [], color=BLUE, label="local step", **{**dot, "marker": "."})
     if not any(math.isfinite(run.tau) for run in runs):
         return [local, Line2D([], [], label="synchronized step", **hollow, **dot)]

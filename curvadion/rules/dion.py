@@ -4,8 +4,9 @@ means."""
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from curvadion.algebra.power_iteration import piece_elements, pieces, power_iteration
+from curvadion.algebra.power_iteration import Factors, piece_elements, pieces, power_iteration
 from curvadion.rules.base import Rule, Step, local_lr, scale, shrinkage
+from curvadion.rules.factors import factors_by_owners, has_owner
 from curvadion.rules.left_factor import orthonormalize
 from curvadion.sharding.owners import Stack
 from curvadion.state.batch import Batch
@@ -29,7 +30,12 @@ class Dion(Rule):
 def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> None:
     """Do what `Dion` says on this replica alone; synchronized, with E_i[P], E_i[R] and lr in place of
     lr_local."""
-    for chosen in _pieces(step, batches, synchronized=synchronized):
+    means, total = synchronized and step.exchange.replicas > 1, sum(len(b.members) for b in batches)
+    owned = [b for b in batches if not means and has_owner(step, b, total)]
+    for b, f in factors_by_owners(step, owned) if owned else ():
+        _move(step, b, f, synchronized=synchronized)
+    others = [b for b in batches if all(b is not o for o in owned)]
+    for chosen in _pieces(step, others, synchronized=synchronized):
         method = step.groups[chosen[0].group]
         left = partial(
             orthonormalize, step, chosen, method=method["orthogonalization"], synchronized=synchronized
@@ -51,25 +57,30 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
             column_sumsq=step.ops.column_sumsq,
         )
         for b, f in zip(chosen, factors, strict=True):
-            group = step.groups[b.group]
-            feedback = group["error_feedback"]
-            step.ops.low_rank_apply_(
-                [step.X[i] for i in b.params],
-                b.momentum if feedback else None,
-                f.P,
-                f.Q if f.scale is None else None,
-                f.R,
-                scale=f.scale,
-                transposed=b.layout.transposed,
-                decay=shrinkage(group),
-                step_size=(float(group["lr"]) if synchronized else local_lr(group))
-                * scale(group, b.layout.shape),
-                feedback=1 - group["momentum"],
-            )
-            b.right_factor.copy_(f.Q)
+            _move(step, b, f, synchronized=synchronized)
     step.postpone_decay([b for b in batches if not step.groups[b.group]["error_feedback"]])
     for b in batches:
         b.common_Q = synchronized
+
+
+def _move(step: Step, batch: Batch, f: Factors, *, synchronized: bool) -> None:
+    """Take X, M and Q of a batch where its factors say."""
+    group = step.groups[batch.group]
+    feedback = group["error_feedback"]
+    step.ops.low_rank_apply_(
+        step.matrices(batch),
+        batch.momentum if feedback else None,
+        f.P,
+        f.Q if f.scale is None else None,
+        f.R,
+        scale=f.scale,
+        transposed=batch.layout.transposed,
+        decay=shrinkage(group),
+        step_size=(float(group["lr"]) if synchronized else local_lr(group))
+        * scale(group, batch.layout.shape),
+        feedback=1 - group["momentum"],
+    )
+    batch.right_factor.copy_(f.Q)
 
 
 def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iterator[list[Batch]]:
@@ -87,7 +98,7 @@ def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iter
         piece, size = list[Batch](), 0
         for k, b in enumerate(chosen[key]):
             elements = b.layout.shape[b.layout.long] * b.rank
-            for start, stop in pieces(len(b.params), elements, b.momentum.device):
+            for start, stop in pieces(len(b.members), elements, b.momentum.device):
                 added = (stop - start) * elements
                 if piece and size + added > piece_elements(b.momentum.device):
                     yield piece

@@ -9,9 +9,9 @@ from curvadion.algebra.power_iteration import orthogonalize, orthonormal_columns
 from curvadion.algebra.side import Tensors
 from curvadion.rules.base import Step
 from curvadion.rules.orthonormal import Cost, Rates, cost_alone
-from curvadion.sharding.layout import Region
 from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Owners, Spread, Stack
+from curvadion.sharding.region import Region
 from curvadion.state.batch import Batch
 
 
@@ -39,7 +39,7 @@ def orthonormalize(
         alike = [i for i in alike if i not in owned]
         plan = owners.plan(
             [_spread(owners, batches[i]) for i in owned],
-            [batches[i].params for i in owned],
+            [batches[i].members for i in owned],
             [P[i].dtype for i in owned],
         )
 
@@ -82,15 +82,17 @@ def _has_owner(
     step: Step, owners: Owners, batches: Sequence[Batch], index: int, P: Tensor, method: str
 ) -> bool:
     """Say whether each P of a batch goes to one rank of a crew, or all ranks of each replica work on it
-    together: what takes less time.
+    together: what takes less time. Matrices of which some ranks have nothing, as of experts, have no owner.
 
     Args:
         batches: all; with fewer matrices than ranks, some ranks have nothing to do.
         index: of the batch.
     """
+    if batches[index].layout.apart:
+        return False
     if owners.when != "auto":
         return owners.when == "always"
-    batch, total = batches[index], sum(len(b.params) for b in batches)
+    batch, total = batches[index], sum(len(b.members) for b in batches if not b.layout.apart)
 
     def cost(crew: Owners) -> tuple[float, float]:
         rates = replace(Rates.of(step.exchange.device), replicas=crew.bandwidth)

@@ -13,6 +13,8 @@ from curvadion.sharding.layout import local_tensor
 
 logger = logging.getLogger("curvadion.optimizer")
 
+ANOTHER = "another rank has refused it"
+
 Gradients = Sequence[tuple[str, Tensor | None]]
 
 
@@ -135,6 +137,29 @@ class Agreement:
         raise ReplicaMismatchError(
             "all ranks must call step() and synchronize() equally often; this one takes a step after "
             f"{step}, another is at synchronize(); give every replica as many batches"
+        )
+
+
+def check_loads(exchange: Exchange, failure: BaseException | None, steps: int) -> None:
+    """Raise on every rank if one of them cannot load its checkpoint, or they are not of one step; a
+    collective.
+
+    Args:
+        failure: what is wrong with that of this rank.
+        steps: steps that it counts.
+    """
+    different = exchange.agree(0 if failure else steps, int(failure is not None), 0)
+    if failure is not None:
+        raise failure
+    if "config" in different:
+        raise ValueError(
+            f"a checkpoint must be loaded by all ranks or by none; {ANOTHER}, and its own error says why; "
+            "nothing has changed here either"
+        )
+    if "step" in different:
+        raise ValueError(
+            f"all ranks must load the same checkpoint; this one's counts {steps} steps, another's another "
+            "number; nothing has changed; load the files of one save"
         )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch.distributed as dist
 
 from curvadion.sharding.group import AllToAll, Group, Pairwise, TorchGroup
-from curvadion.sharding.layout import Axes, Layout, Region, ShardMesh, group_of
+from curvadion.sharding.layout import Axes, Layout, ShardMesh, group_of
+from curvadion.sharding.region import Region
 
 
 class Crew:

@@ -295,3 +295,17 @@ def results_of(replicas: Sequence[Future[T]]) -> list[T]:
     if errors:
         raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
     return [replica.result() for replica in replicas]
+
+
+def told(value: T) -> list[T]:
+    """Return what every rank of the job says, by rank: a collective of all of them, outside of steps."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [value]
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, value)
+    return said
+
+
+def is_first_rank() -> bool:
+    """Say whether this is rank 0 of the job."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0

@@ -10,8 +10,12 @@ import torchtitan.components.checkpointer as checkpointer
 import torchtitan.components.metrics as metrics
 import torchtitan.components.validate as validate
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 
+from curvadion.optimizer import CurvaDion
+from curvadion.sharding.group import is_first_rank, told
+from curvadion.state.newest import load_newest, steps_of
 from curvadion.titan.optimizer import CurvaDionOptimizer
 
 TOKEN_COUNT = 8  # bytes: an int64, summed over all data-parallel ranks before each step
@@ -36,9 +40,10 @@ LOGGED = (
 
 class CheckpointManager(checkpointer.CheckpointManager):
     """torchtitan's checkpoints, of replicas that are made one before each save; the final one is the
-    consensus model.
+    consensus model. The newest that all ranks can load is loaded.
 
-    Saving is therefore part of the run: another `interval` is another run.
+    Saving is therefore part of the run: another `interval` is another run. Not so with an `async_mode`, which
+    saves `CurvaDion.common_state`, but for the final one.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -48,17 +53,64 @@ class CheckpointManager(checkpointer.CheckpointManager):
     def __init__(self, config: Config, *, optimizers: OptimizersContainer, **kwargs: Any):
         self._optimizers = optimizers
         super().__init__(config, optimizers=optimizers, **kwargs)
+        asynchronous = self.enable and self.async_mode != checkpointer.AsyncMode.DISABLED
+        if asynchronous and self._curvadion is not None and not self._curvadion.keeps_common_state:
+            raise ValueError(
+                "a save while replicas differ needs parameters that they share, which "
+                "--optimizer.consensus outer keeps; got --checkpoint.async_mode "
+                f"{config.async_mode} with --optimizer.consensus {self._optimizers.config.consensus}; try "
+                "outer, or --checkpoint.async_mode disabled, which synchronizes them"
+            )
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        if isinstance(self._optimizers, CurvaDionOptimizer) and self._should_save(curr_step, last_step):
-            self._optimizers.curvadion.synchronize()
-        return super()._save(curr_step, last_step)
+        opt = self._curvadion
+        if opt is None or not self._should_save(curr_step, last_step):
+            return super()._save(curr_step, last_step)
+        self._clear(self._create_checkpoint_id(curr_step))
+        if last_step or self.async_mode == checkpointer.AsyncMode.DISABLED:
+            opt.synchronize()
+            return super()._save(curr_step, last_step)
+        self.maybe_wait_for_saving()  # not inside, where nobody trains
+        with opt.common_state():
+            saved = super()._save(curr_step, last_step)
+            self.maybe_wait_for_staging()  # parameters are the run's own again after this
+        return saved
 
     def _load(self, step: int = -1) -> bool:
-        if isinstance(self._optimizers, CurvaDionOptimizer) and self._optimizers.curvadion.diverged:
-            # DCP asks for the state dict that it is about to fill.
-            self._optimizers.curvadion.discard_divergence()
-        return super()._load(step)
+        opt = self._curvadion
+        if opt is None:
+            return super()._load(step)
+        if opt.diverged:  # DCP asks for the state dict that it is about to fill
+            opt.discard_divergence()
+        if step != -1:
+            return super()._load(step)
+        loaded = load_newest(self._saved_steps(), super()._load, opt.loading, logger.warning)
+        return True if loaded is not None else super()._load(-1)
+
+    @property
+    def _curvadion(self) -> CurvaDion | None:
+        return self._optimizers.curvadion if isinstance(self._optimizers, CurvaDionOptimizer) else None
+
+    def _find_load_step(self, folder: str = "") -> int:
+        return max(told(self._saved_steps(folder))[0], default=-1)
+
+    @staticmethod
+    def _clear(place: str) -> None:
+        """Remove a checkpoint that is in the way, so that none that is half written passes for complete."""
+        if is_first_rank() and filesystem.isfile(filesystem.join(place, ".metadata")):
+            filesystem.rmtree(place)  # it lets the others write, later
+
+    def _saved_steps(self, folder: str = "") -> list[int]:
+        """Return the steps of checkpoints whose save came to its end; folders of other names are none."""
+        folder = folder or self.folder
+        names = filesystem.listdir(folder) if filesystem.isdir(folder) else []
+        last = (".metadata", "model.safetensors.index.json")
+
+        def ended(step: int) -> bool:
+            place = filesystem.join(folder, f"step-{step}")
+            return any(filesystem.isfile(filesystem.join(place, name)) for name in last)
+
+        return [step for step in steps_of(names) if ended(step)]
 
 
 class MetricsProcessor(metrics.MetricsProcessor):

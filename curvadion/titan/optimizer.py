@@ -87,6 +87,13 @@ class CurvaDionOptimizer(OptimizersContainer):
         weight_layout: Literal["out_in", "in_out"] | str = "out_in"
         """How matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or "in_out", the
         transpose of that, as in the Conv1D of transformers."""
+        batch_dims: int = 0
+        """Number of leading dimensions that count matrices, as 1 in weights of experts, (experts, out,
+        in)."""
+        splits: int | tuple[int, ...] | None = None
+        """Blocks that are matrices of their own, as in a fused qkv: how many equal ones, or their sizes."""
+        split_along: Literal["outputs", "inputs"] = "outputs"
+        """Dimension that splits cuts: "outputs" or "inputs"."""
         nesterov: bool = False
         """"muon" and "normuon" take G_i + mu m_i for m_i."""
         newton_schulz: Literal["jordan", "polar_express"] | str = "jordan"
@@ -136,8 +143,10 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Dtype of momentum and moments; None takes the parameter's."""
         payload_dtype: Literal["float32", "bfloat16"] | None = None
         """Dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's."""
-        orthogonalization: Literal["cholesky_qr", "qr"] = "cholesky_qr"
-        """How P is made orthonormal: by shifted Cholesky QR, or by Householder QR."""
+        orthogonalization: Literal["auto", "cholesky_qr", "cholesky_qr3", "qr"] = "auto"
+        """How P is made orthonormal: by shifted Cholesky QR, by the same without float64 in three passes
+        ("cholesky_qr3"), or by Householder QR; "auto": on CPUs Householder where one rank has all of P, else
+        Cholesky QR."""
         owners: Literal["auto", "always", "never"] = "auto"
         """Whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank of
         its replica, which is sent the shards: "auto" where that takes less time than all ranks working on it

@@ -79,13 +79,27 @@ class Case:
 BASE = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "weight_decay": 0.1, "rank_fraction": 0.5}
 CASES = [
     Case("gradient", everywhere=True),
-    Case("dion_right_qr", {"local_update": "dion", "right_factor": "qr"}, everywhere=True),
+    Case(
+        "dion_right_qr",
+        {"local_update": "dion", "right_factor": "qr", "orthogonalization": "cholesky_qr"},
+        everywhere=True,
+    ),
     Case(
         "householder_right_qr",
         {"orthogonalization": "qr", "right_factor": "qr", "error_feedback": False, "local_update": "dion"},
     ),
-    Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0}),
+    Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0, "orthogonalization": "cholesky_qr3"}),
     Case("dion_owners", {"local_update": "dion", "rank_fraction": 1.0, "owners": "always"}, everywhere=True),
+    Case(
+        "right_qr_owners",
+        {
+            "local_update": "dion",
+            "right_factor": "qr",
+            "orthogonalization": "cholesky_qr",
+            "owners": "always",
+            "error_feedback": False,
+        },
+    ),
     Case("dion_together", {"local_update": "dion", "owners": "never", "error_feedback": False}),
     Case("householder_owners", {"local_update": "dion", "orthogonalization": "qr", "owners": "always"}),
     Case("no_error_feedback", {"error_feedback": False}),
