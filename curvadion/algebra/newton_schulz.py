@@ -50,6 +50,8 @@ METHODS = ("gram", "standard")
 # to the largest singular value, where they are the first ones and where they are not. Measured, see
 # `Iteration`.
 GRAM_ROUNDS, FIRST_NOISE, LATER_NOISE = 3, 1.2, 0.6
+# The slope at 1 of a polynomial that is flat there, at most.
+FLAT = 0.1
 
 
 @dataclass(frozen=True)
@@ -115,19 +117,24 @@ class Iteration:
         k rounds in one take 4 m n^2 + (8 k - 6) n^3 FLOPs, in k segments k (4 m n^2 + 2 n^3): so one is the
         better where 2 m > 3 n. On the Gram matrix G each round multiplies rounding errors by a^2 or so, and a
         negative eigenvalue grows without bound, which Y^T Y never has: hence a segment ends before they are
-        too large. In bfloat16 "jordan" has segments of 3 and 2 rounds, "polar_express" of 2.
+        too large. In 16 bits "jordan" has segments of 3 and 2 rounds, "polar_express" of 2, and from 6 rounds
+        on the last one by itself: its polynomial is flat at 1, so that on Y itself it mends singular values.
         """
         rounds = self.rounds
         if self.method == "standard" or 2 * max(m, n) <= 3 * min(m, n):
             return [[triple] for triple in rounds]
+        short, eps = torch.finfo(dtype).bits == 16, torch.finfo(dtype).eps
+        eps = torch.finfo(torch.bfloat16).eps if short else eps  # float16's own leaves 9 times the error
+        a, b, c = rounds[-1]
+        last = [[rounds.pop()]] if short and abs(a + 3 * b + 5 * c) < FLAT else []
         found: list[list[tuple[float, ...]]] = []
         while rounds:
-            noise, number = torch.finfo(dtype).eps * rounds[0][0] ** 2, 1
+            noise, number = eps * rounds[0][0] ** 2, 1
             while number < min(GRAM_ROUNDS, len(rounds)) and noise <= (LATER_NOISE if found else FIRST_NOISE):
                 noise, number = noise * rounds[number][0] ** 2, number + 1
             found.append(rounds[:number])
             rounds = rounds[number:]
-        return found
+        return [*found, *last]
 
     def products(self, m: float, n: float, dtype: torch.dtype) -> tuple[float, float]:
         """Return the FLOPs of all rounds on (m, n), m >= n or the other way round: of products A^T A, where
