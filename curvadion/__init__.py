@@ -6,10 +6,14 @@ from curvadion.optimizer import CurvaDion
 from curvadion.options import LOW_COMMUNICATION
 from curvadion.param_groups import param_groups_for
 from curvadion.sharding.agreement import ReplicaMismatchError
+from curvadion.sharding.elastic import ElasticGroup
+from curvadion.sharding.membership import LeftBehindError
 
 __all__ = [
     "LOW_COMMUNICATION",
     "CurvaDion",
+    "ElasticGroup",
+    "LeftBehindError",
     "NonFiniteError",
     "ReplicaMismatchError",
     "assert_routing",

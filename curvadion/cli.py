@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "curvadion.doctor",
     "report": "curvadion.report",
     "project": "curvadion.projection.command",
+    "rendezvous": "curvadion.rendezvous",
 }
 
 

@@ -15,12 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
 from curvadion.consensus import CONSENSUS
+from curvadion.elastic import Elastic
 from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import Plan, Schedule
 from curvadion.gate.trouble import Trouble
 from curvadion.options import (
     Options,
+    check_elastic,
     check_group,
     check_signal,
     check_taus,
@@ -32,13 +34,12 @@ from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
 from curvadion.signals import SIGNALS
 from curvadion.state.store import averaged
-from curvadion.stateful import Stateful
 from curvadion_kernels.reference import Fixed
 
 logger = logging.getLogger("curvadion.optimizer")
 
 
-class CurvaDion(Stateful):
+class CurvaDion(Elastic):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
 
     Of a matrix, m_i = M_i + G_i is the momentum of replica i together with its gradient::
@@ -55,7 +56,8 @@ class CurvaDion(Stateful):
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
             marked [g], and ``algorithm``: "dion" (default; matrices only), "adamw" or "lion".
         lr [g]: learning rate, a number or a 0-d tensor.
-        replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None.
+        replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None;
+            or an `ElasticGroup`, whose replicas may leave and come back.
         momentum [g]: factor by which the momentum decays in each step, mu.
         weight_decay [g]: decoupled weight decay; uses lr on local and synchronized steps.
         rank_fraction [g]: rank: r = round_up(rank_fraction * min(m, n), rank_multiple_of), at most min(m, n).
@@ -186,6 +188,8 @@ class CurvaDion(Stateful):
         self._agreement = Agreement(o.check_every)
         self._consensus = CONSENSUS[o.consensus](common)
         check_signal(self._gate.signal, self._consensus, o)
+        if self._elastic is not None:
+            check_elastic(self._gate.signal, self._consensus, o)
         self._inside = ""
         super().__init__(params, defaults)
         self._build()
@@ -215,6 +219,7 @@ class CurvaDion(Stateful):
         Raises:
             NonFiniteError: on every rank, see `on_nonfinite`.
             ReplicaMismatchError: on every rank, see `check_every`.
+            LeftBehindError: the other replicas of an `ElasticGroup` have gone on without this one.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
         """
@@ -265,6 +270,8 @@ class CurvaDion(Stateful):
             self._consensus.step(step, synchronize=decision.synchronize)
             self._gate.signal.took(step, decision.synchronize)
         self._finish(decision, plan, counts=counts)
+        if decision.synchronize and counts:
+            self._welcome()
 
     def _take_in(self) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
@@ -312,6 +319,7 @@ class CurvaDion(Stateful):
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside("synchronize()")
+        self._refuse_if_elastic("synchronize()", "replicas are equal after a synchronized step")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
@@ -356,6 +364,7 @@ class CurvaDion(Stateful):
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         self._refuse_inside("broadcast_parameters()")
+        self._refuse_if_elastic("broadcast_parameters()", "join() gives all the state of one")
         self._built.exchange.broadcast_(self._built.X(), self._built.table.copied, "parameters")
         reshard_gathered_modules()
         self._forget_ways()

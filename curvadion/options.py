@@ -363,6 +363,18 @@ def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None
         )
 
 
+def check_elastic(signal: Signal, consensus: Consensus, options: Options) -> None:
+    """Raise ValueError if a synchronization of these options cannot be done again by those that are left."""
+    lag = options.schedule.gate_lag
+    if not consensus.can_lose_replicas or signal.waits_for_replicas or lag:
+        raise ValueError(
+            "an ElasticGroup needs consensus='outer' with outer_delay=0, gate_lag=0, and a gate that sends "
+            f"nothing but its key; got consensus={options.consensus!r}, "
+            f"outer_delay={options.given['outer_delay']}, gate_lag={lag}, gate={options.gate!r}; try "
+            "**LOW_COMMUNICATION"
+        )
+
+
 # Options that say when a step is local or what it does then; of groups, and common to all of them.
 _LOCAL_OF_GROUPS = ("tau", "local_update", "local_lr_scale")
 _LOCAL = (

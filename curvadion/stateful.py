@@ -65,7 +65,8 @@ class Stateful(View):
         """
         if self._inside == COMMON:
             return self._common_state_dict()
-        if self.diverged and self.replicas == 1:  # with nobody to wait for
+        elastic = self._peers is not None and self._peers.elastic
+        if self.diverged and self.replicas == 1 and not elastic:  # with nobody to wait for
             self._built.store.settle()
             self._settle(self._built.step(self.param_groups, self._schedule))
         if self.diverged:

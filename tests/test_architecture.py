@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     {"curvadion.__main__", "curvadion.titan.__main__"},
     {"curvadion.cli"},
-    {"curvadion.report", "curvadion.titan", "curvadion.doctor"},
+    {"curvadion.report", "curvadion.titan", "curvadion.doctor", "curvadion.rendezvous"},
     {"curvadion.projection"},
     {"curvadion"},
     {"curvadion.optimizer", "curvadion.param_groups"},
+    {"curvadion.elastic"},
     {"curvadion.stateful"},
     {"curvadion.view"},
     {"curvadion.explain"},

@@ -85,6 +85,7 @@ class Outer(Consensus):
         self._o = OuterOptions(**{name.removeprefix("outer_"): options[name] for name in self.own_options})
         self.keeps_momentum = self._o.momentum > 0
         self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
+        self.can_lose_replicas = not self._o.delay
         self._codec = codec_of(self._o.bits, options)
         self._X0: Fixed[Tensor] = Fixed()
         self._stale = True  # X_0 is still to be taken from the parameters

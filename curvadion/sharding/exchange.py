@@ -56,7 +56,7 @@ from torch.distributed import ReduceOp
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import Group, Work
-from curvadion.sharding.journey import AtHome, Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
+from curvadion.sharding.journey import AtHome, Codec, Journey, Mean, Nothing, Residuals, RoundedMean, UnderWay
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
 
@@ -96,7 +96,11 @@ class Exchange:
         self.ledger = ledger
         self._peers = peers
         self._aside: torch.cuda.Stream | None = None
-        self.replicas = peers.size if peers is not None else 1
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas there are: always, or for the time being."""
+        return self._peers.size if self._peers is not None else 1
 
     # ---- inside one replica
 
@@ -219,39 +223,72 @@ class Exchange:
                 arrived is asked for, unless `keep_own`.
             keep_own: whether the caller wants to see again what this replica put in.
         """
-        under_way = UnderWay(partial(self.join, purpose=purpose))
         make = make or partial(flatten, tensors)
-        if self.replicas == 1:
+        while True:
+            before = kept.copy() if self._elastic else kept
+            under_way = UnderWay(partial(self.join, purpose=purpose))
+            for trip in self._departures(tensors, copied, purpose, codec, kept, journey, make, keep_own):
+                under_way.add(*trip)
+            if not self._elastic:
+                return under_way
+            under_way.come_home()
+            if self.settled():
+                return under_way
+            kept.become(before)  # and once more, between those that are left
+
+    def _departures(
+        self,
+        tensors: Sequence[Tensor],
+        copied: Sequence[Axes],
+        purpose: str,
+        codec: Codec | None,
+        kept: Residuals,
+        journey: type[RoundedMean],
+        make: Callable[[list[int]], Tensor],
+        keep_own: bool,
+    ) -> Iterator[tuple[Cut, Journey, Tensor | None]]:
+        """Start the first legs; yield how each buffer was cut, its journey, and what this replica put in."""
+        if self._peers is None or self.replicas == 1:
             for (_, _), indices in buckets(tensors, [((), ())] * len(tensors)):
                 own = make(indices) if keep_own else None
-                under_way.add(Cut(indices, (), (), []), AtHome(partial(make, indices), own), own)
-            return under_way
-        kept.in_use = codec is not None
-        number = 0
+                yield Cut(indices, (), (), []), AtHome(partial(make, indices), own), own
+            return
+        if codec is not None:
+            kept.belong(self._peers.rank, self.replicas)
+        number, share = 0, self._peers.share
         for cut, flat, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
             own = flat if keep_own else None
+            if share != 1.0:
+                piece = piece * share
             if not piece.numel():
-                under_way.add(cut, Nothing(piece, legs=1 if codec is None else journey.legs), own)
+                yield cut, Nothing(piece, legs=1 if codec is None else journey.legs), own
             elif codec is None:
-                under_way.add(cut, Mean(self, piece, purpose, None, copy=keep_own), own)
+                yield cut, Mean(self, piece, purpose, None, copy=keep_own), own
             else:
-                under_way.add(cut, journey(self, piece, purpose, codec, number, kept), own)
+                yield cut, journey(self, piece, purpose, codec, number, kept), own
                 number += 1
-        return under_way
+
+    @property
+    def _elastic(self) -> bool:
+        return self._peers is not None and self._peers.elastic
+
+    def settled(self) -> bool:
+        """Return whether all that has crossed replicas since this was called last has come to its end on all
+        ranks; if not, there are other replicas by now, and it has to be done again."""
+        return self._peers is None or self._peers.settled()
 
     def settle_residuals_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], kept: Residuals) -> None:
         """x_i <- x_i - e_i - K f, so that the mean of the x_i lacks nothing any more; residuals become zero.
 
         No communication between replicas.
         """
-        if not kept.in_use or self._peers is None:
+        if not kept.in_use:
             return
-        pairs, rank = iter(kept.pairs), self._peers.rank
+        kept.fold(self.replicas)
+        pairs = iter(kept.pairs)
 
         def settle(piece: Tensor) -> Tensor:
-            mine, ours = next(pairs)
-            start = rank * len(ours)
-            mine[start : start + len(ours)].add_(ours, alpha=self.replicas)
+            mine, _ = next(pairs)
             return piece - mine[: piece.numel()]
 
         self._replace(tensors, copied, "pseudo_gradients", settle)
