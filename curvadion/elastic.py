@@ -56,9 +56,15 @@ class Elastic(Stateful):
         return self._schedule.steps
 
     def _welcome(self) -> None:
-        """Let newcomers in, right after a synchronized step."""
+        """Let in those that waited in the step before, if it was synchronized; what the user does after a
+        step, as to a schedule, has been done by now."""
         if self._elastic is not None and self._elastic.welcome(_HandOver(self)):
             self._agreement.pending = True
+
+    def _count_anew(self) -> None:
+        """Count tokens from here on for the next synchronization."""
+        if self._elastic is not None:
+            self._elastic.tokens = 0
 
     def _refuse_if_elastic(self, call: str, instead: str) -> None:
         if self._elastic is not None:

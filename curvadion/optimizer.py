@@ -237,6 +237,7 @@ class CurvaDion(Elastic):
     def _take_step(self) -> None:
         if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
             self.synchronize()  # with nobody to agree with
+        self._welcome()
         self.ledger.begin_step()
         self._schedule.alone = self._alone
         config = partial(self._built.describe, self.param_groups)
@@ -271,7 +272,7 @@ class CurvaDion(Elastic):
             self._gate.signal.took(step, decision.synchronize)
         self._finish(decision, plan, counts=counts)
         if decision.synchronize and counts:
-            self._welcome()
+            self._count_anew()
 
     def _take_in(self) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""

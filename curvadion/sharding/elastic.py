@@ -15,7 +15,7 @@ Who calls what, in which order, and what a replica that leaves there means:
     pseudo-gradients      first leg, second leg, and a ballot, `settled()`. Closed: X_0, X_i and residuals are
                           what they were; a view without it, and again
     X, X_0, U are moved   nothing; whoever leaves here leaves after the step
-    newcomers let in      if that ballot found some: a view with them; X_0, U and the rest from its first
+    next step begins      if that ballot found newcomers: a view with them; X_0, U and the rest from its first
                           member to them; a ballot. Closed: a view without those that are gone, and again
 """
 
@@ -180,9 +180,9 @@ class ElasticGroup:
         self._members.entered()
 
     def welcome(self, hand_over: HandOver) -> bool:
-        """Let in those that the last ballot has found waiting; return whether there were any. The others of
-        this group call it too, right after a synchronized step."""
-        self.tokens, waiting, self._knocking = 0, self._knocking, []
+        """Let in those that the last ballot has found waiting; return whether there were any. All others of
+        this group do so too, before their next step."""
+        waiting, self._knocking = self._knocking, []
         if waiting:
             self._change(waiting, hand_over)
         return bool(waiting)

@@ -16,11 +16,12 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,22 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed import TCPStore
 
+from curvadion.sharding.group import TorchGroup
+from curvadion.sharding.membership import Board
+
 DEADLINE = 90.0  # seconds for all of it
 
 
 class Jobs:
     """Jobs by name; all are ended at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float = DEADLINE) -> None:
         self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.address = f"localhost:{self.store.port}"
         self._jobs: dict[str, list[tuple[ForkProcess, Connection]]] = {}
         self._ended: list[ForkProcess] = []
         self._folder = tempfile.TemporaryDirectory()
-        self._until = time.monotonic() + DEADLINE
+        self._until = time.monotonic() + deadline
         self._started = 0
 
     def __enter__(self) -> Jobs:
@@ -75,16 +79,27 @@ class Jobs:
     def kill(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
         """Send all ranks of a job a signal; after SIGKILL another one may have its name."""
         for process, _ in self._jobs[name]:
-            os.kill(process.pid or 0, how)
+            if process.exitcode is None:
+                os.kill(process.pid or 0, how)
         if how == signal.SIGKILL:
             self._ended += [process for process, _ in self._jobs.pop(name)]
 
-    def died(self, name: str) -> None:
-        """Wait until a job has been killed, as by itself."""
-        for process, _ in self._jobs[name]:
-            process.join(self._left())
-            assert process.exitcode == -signal.SIGKILL, f"{name}: {process.exitcode}"
-        del self._jobs[name]
+    def died(self, name: str) -> bool:
+        """Wait until a rank of a job has died or returned; end its others, as torchrun does, if it died."""
+        processes = [process for process, _ in self._jobs[name]]
+        ready = wait([process.sentinel for process in processes], timeout=max(0.0, self._left()))
+        assert ready, f"{name} neither died nor returned"
+        dead = [process for process in processes if process.sentinel in ready]
+        for process in dead:
+            process.join()
+        if all(process.exitcode == 0 for process in dead):
+            return False
+        for process, receiver in self._jobs[name]:
+            if process.exitcode == 1 and receiver.poll():  # raised; its peers in the job may have died first
+                print(pickle.loads(receiver.recv_bytes())[1])
+        time.sleep(0.1)
+        self.kill(name)
+        return True
 
     def wait_for(self, key: str, least: int) -> None:
         """Wait until jobs have counted so far in the store."""
@@ -132,8 +147,47 @@ def _main(
                 timeout=timedelta(seconds=60),
             )
         message = True, fn(*args)
+        if ranks > 1:
+            dist.barrier()
     except BaseException:
         message = False, traceback.format_exc()
     sender.send_bytes(pickle.dumps(message))
     sender.close()
-    os._exit(0 if message[0] else 1)  # threads and sockets of others' need no farewell
+    os._exit(0 if message[0] else 1)  # threads and sockets need no farewell
+
+
+# What a rank does where others notice: registers of the store, and collectives between replicas.
+OPERATIONS = [
+    *((Board, name) for name in ("read", "write", "swap", "add", "append", "wipe")),
+    *((TorchGroup, name) for name in ("all_reduce", "all_to_all", "all_gather", "broadcast", "meet")),
+]
+
+
+def on_operations(happened: Callable[[str, int, bool], None]) -> None:
+    """Call happened(name, how many so far, False) before each operation of this process's main thread, and
+    with True after it."""
+    count = 0
+
+    def watch(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            if threading.current_thread() is not threading.main_thread():
+                return original(*args, **options)
+            count += 1
+            mine = count
+            happened(name, mine, False)
+            result = original(*args, **options)
+            happened(name, mine, True)
+            return result
+
+        setattr(owner, name, staticmethod(watched) if name == "meet" else watched)
+
+    for owner, name in OPERATIONS:
+        watch(owner, name)
+
+
+def end() -> None:
+    """End this process as an outage of its machine does."""
+    os.kill(os.getpid(), signal.SIGKILL)

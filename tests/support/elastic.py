@@ -1,0 +1,101 @@
+"""A small run for replicas that come and go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from support.layouts import local
+from support.replicas import end, on_operations
+from torch import Tensor, nn
+from torch.distributed import TCPStore
+from torch.distributed.fsdp import fully_shard
+
+from curvadion import LOW_COMMUNICATION, CurvaDion, ElasticGroup, param_groups_for
+
+LEASE = 2.0
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(16, 12), nn.RMSNorm(12)
+        self.up, self.down = nn.Linear(12, 20, bias=False), nn.Linear(20, 12, bias=False)
+        self.head = nn.Linear(12, 16, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(self.norm(x + self.down(torch.tanh(self.up(x)))))
+
+
+def loss_of(model: nn.Module, seed: int) -> Tensor:
+    """Return the loss on a permutation, a fifth of which is noise."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(16, (32,), generator=generator)
+    noisy = torch.rand(32, generator=generator) < 0.2
+    noise = torch.randint(16, (32,), generator=generator)
+    return nn.functional.cross_entropy(model(tokens), torch.where(noisy, noise, (5 * tokens + 3) % 16))
+
+
+def train(
+    address: str,
+    name: str,
+    steps: int,
+    options: dict[str, Any],
+    dies: Callable[[int, str, int, bool], bool] | None = None,
+    lease: float = LEASE,
+    wait: bool = False,
+) -> dict[str, Any]:
+    """Train a replica until so many steps have been taken, and return what became of it.
+
+    Args:
+        dies: told the rank, and what `on_operations` says; before each step "step" and its number.
+        wait: take no step beyond the first before all three replicas are there.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def happened(what: str, count: int, after: bool) -> None:
+        if dies is not None and dies(rank, what, count, after):
+            end()
+
+    on_operations(happened)
+    torch.manual_seed(0)
+    model = Tiny()
+    if ranks > 1:
+        mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    group = ElasticGroup(address, name, expected=3, lease=lease, timeout=30)
+    opt = CurvaDion(
+        param_groups_for(model, adamw_lr=3e-3), lr=0.02, replicate_mesh=group, **LOW_COMMUNICATION(**options)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 - step / (2 * steps))
+    host, port = address.split(":")
+    watched = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+    taken, longest = [], 0.0
+    for step in range(opt.join(schedule=schedule), steps):
+        opt.zero_grad()
+        loss_of(model, 1000 * step + 10 * ord(name) + rank).backward()
+        happened("step", step, False)
+        before = time.monotonic()
+        opt.step()
+        longest = max(longest, time.monotonic() - before)
+        schedule.step()
+        taken.append(step)
+        if rank == 0:
+            watched.add(f"steps of {name}", 1)
+        time.sleep(0.002)
+    with torch.no_grad():
+        loss = sum(float(loss_of(model, 10**6 + k)) for k in range(20)) / 20
+    group.leave()
+    return {
+        "X": [local(p).tolist() for p in model.parameters()],
+        "lr": [group["lr"] for group in opt.param_groups],
+        "taken": taken,
+        "loss": loss,
+        "history": group.history,
+        "longest": longest,
+    }
