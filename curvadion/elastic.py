@@ -100,6 +100,7 @@ class _HandOver:
                 for group in optimizer.param_groups
             ],
             "apart": optimizer._consensus.under_way,
+            "diverged": optimizer.diverged,
             "also": {name: thing.state_dict() for name, thing in optimizer._also.items()},
         }
 
@@ -125,4 +126,4 @@ class _HandOver:
         optimizer._start_afresh()
         if note["apart"]:
             optimizer._consensus.remember(X)
-        optimizer._schedule.diverged = optimizer.replicas > 1
+        optimizer._schedule.diverged = note["diverged"]

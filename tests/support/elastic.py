@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
     return nn.functional.cross_entropy(model(tokens), torch.where(noisy, noise, (5 * tokens + 3) % 16))
 
 
+def batches(model: nn.Module, replica: int, rank: int, begin: int, end: int) -> Iterator[Tensor]:
+    """Yield the loss of each step."""
+    for step in range(begin, end):
+        yield loss_of(model, 1000 * step + 10 * replica + rank)
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    return param_groups_for(model, adamw_lr=3e-3)
+
+
 def train(
     address: str,
     name: str,
@@ -47,13 +57,11 @@ def train(
     options: dict[str, Any],
     dies: Callable[[int, str, int, bool], bool] | None = None,
     lease: float = LEASE,
-    wait: bool = False,
 ) -> dict[str, Any]:
     """Train a replica until so many steps have been taken, and return what became of it.
 
     Args:
         dies: told the rank, and what `on_operations` says; before each step "step" and its number.
-        wait: take no step beyond the first before all three replicas are there.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -70,15 +78,16 @@ def train(
         fully_shard(model, mesh=mesh)
     group = ElasticGroup(address, name, expected=3, lease=lease, timeout=30)
     opt = CurvaDion(
-        param_groups_for(model, adamw_lr=3e-3), lr=0.02, replicate_mesh=group, **LOW_COMMUNICATION(**options)
+        groups_of(model), lr=0.02, replicate_mesh=group, **LOW_COMMUNICATION(**options)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 - step / (2 * steps))
     host, port = address.split(":")
     watched = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
     taken, longest = [], 0.0
-    for step in range(opt.join(schedule=schedule), steps):
+    begin = opt.join(schedule=schedule)
+    for step, loss in enumerate(batches(model, ord(name), rank, begin, steps), begin):
         opt.zero_grad()
-        loss_of(model, 1000 * step + 10 * ord(name) + rank).backward()
+        loss.backward()
         happened("step", step, False)
         before = time.monotonic()
         opt.step()
@@ -89,13 +98,14 @@ def train(
             watched.add(f"steps of {name}", 1)
         time.sleep(0.002)
     with torch.no_grad():
-        loss = sum(float(loss_of(model, 10**6 + k)) for k in range(20)) / 20
+        held_out = sum(float(loss_of(model, 10**6 + k)) for k in range(20)) / 20
     group.leave()
     return {
         "X": [local(p).tolist() for p in model.parameters()],
+        "X_0": [x.tolist() for x in opt._consensus.common(opt._built.store)["X_0"]],
         "lr": [group["lr"] for group in opt.param_groups],
         "taken": taken,
-        "loss": loss,
+        "loss": held_out,
         "history": group.history,
         "longest": longest,
     }

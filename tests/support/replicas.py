@@ -94,10 +94,9 @@ class Jobs:
             process.join()
         if all(process.exitcode == 0 for process in dead):
             return False
-        for process, receiver in self._jobs[name]:
-            if process.exitcode == 1 and receiver.poll():  # raised; its peers in the job may have died first
-                print(pickle.loads(receiver.recv_bytes())[1])
         time.sleep(0.1)
+        if not any(process.exitcode == -signal.SIGKILL for process, _ in self._jobs[name]):
+            self.results(name)  # which raises what they raised
         self.kill(name)
         return True
 
