@@ -21,8 +21,10 @@ Who calls what, in which order, and what a replica that leaves there means:
 
 import io
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +71,7 @@ class _Noted:
     def wait(self) -> None:
         """Wait until the result may be used, or there will be none."""
         with self._group.noting():
-            self._work.wait()
+            self._group.await_(self._work)
             if self._host is not self._target:
                 self._target.copy_(self._host)
 
@@ -142,7 +144,7 @@ class ElasticGroup:
         )
         self._view: View | None = None
         self._group: TorchGroup | None = None
-        self._counted: list[float] = []
+        self._counted: dict[str, float] = {}  # tokens, by life, as of the last question
         self._knocking: list[str] = []
 
     @property
@@ -158,8 +160,8 @@ class ElasticGroup:
     @property
     def share(self) -> float:
         """What this replica counts for in a mean: its tokens over their mean, 1 where nobody counts any."""
-        total = sum(self._counted)
-        return self.size * self._counted[self.rank] / total if total > 0 and self.size > 1 else 1.0
+        counted = [self._counted.get(life, 0) for life in self._here.members]
+        return self.size * counted[self.rank] / sum(counted) if any(counted) and self.size > 1 else 1.0
 
     # ---- who takes part
 
@@ -224,20 +226,25 @@ class ElasticGroup:
     def _form(self, view: View, hand_over: HandOver | None) -> bool:
         """Build the groups of a view, hand over what the fresh ones lack, and return whether all of its
         members have all of it."""
-        self.failure, group, arrived = None, None, None
+        self.failure, arrived, made = None, None, list[TorchGroup]()
         members, shard = list(view.members), self._members.shard
         rank = members.index(self._members.life)
         with self.noting():
-            group = self._meet(f"{view.number}/{shard}", rank, len(members))
+            made.append(self._meet(f"{view.number}/{shard}", rank, len(members)))
             if hand_over is not None and (rank == 0 or self._members.life in view.fresh) and view.fresh:
                 place = view.fresh.index(self._members.life) + 1 if rank else 0
-                with_fresh = self._meet(f"{view.number}/{shard}/fresh", place, len(view.fresh) + 1)
-                arrived = _hand_over(with_fresh, hand_over)
+                made.append(self._meet(f"{view.number}/{shard}/fresh", place, len(view.fresh) + 1))
+                arrived = self._hand_over(view, made[1], hand_over)
         failure = self.failure
-        if self._members.ballot(view, well=failure is None) is None:
+        agreed = self._members.ballot(view, well=failure is None) is not None
+        if agreed:  # the group so far goes instead
+            group, self._group = self._group, made.pop(0)
+            made += [group] if group is not None else []
+            del group
+        Thread(target=made.clear, daemon=True).start()  # which waits for what is under way in them
+        if not agreed:
             return False
-        self._view, self._group, self.size, self.rank = view, group, len(members), rank
-        self._counted = [0.0] * self.size
+        self._view, self.size, self.rank = view, len(members), rank
         self.history.append((view.number, tuple(self.names)))
         if arrived is not None and hand_over is not None:
             hand_over.take(*arrived)
@@ -291,14 +298,14 @@ class ElasticGroup:
         while self._members.ballot(self._here, row) is None:
             self._change()
         rows = [json.loads(text) for text in self._members.rows(self._here)]
-        self._counted = [tokens for tokens, _ in rows]
+        self._counted = {life: row[0] for life, row in zip(self._here.members, rows, strict=True)}
         return [max(column) for column in zip(*(theirs for _, theirs in rows), strict=True)]
 
     def _start(self, collective: str, tensors: list[Tensor], *args: Any, wait: bool) -> Work:
         """Start a collective of gloo; the first tensor receives, the last one is sent."""
         if self.failure is not None:
             return DONE
-        host = [tensor.cpu() for tensor in tensors]
+        host = [tensor.cpu() for tensor in tensors]  # the same where they are there already
         with self.noting():
             assert self._group is not None, "a replica must join the others first"
             work = _Noted(self, getattr(self._group, collective)(*host, *args), tensors[0], host[0])
@@ -307,29 +314,41 @@ class ElasticGroup:
             return work
         return DONE
 
+    def await_(self, work: Any, view: View | None = None) -> None:
+        """Wait for a collective of gloo, which itself would wait for the timeout where a peer waits for
+        another that has gone. Raises RuntimeError as soon as it has failed, or nobody waits for it any more."""
+        view, pause = view or self._here, 0.0002
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(1.2 * pause, 0.005)
+            if self._members.is_over(view):
+                raise RuntimeError("a replica has left in the middle of a collective")
+        work.wait()
 
-def _hand_over(group: TorchGroup, hand_over: HandOver) -> tuple[list[Tensor], dict[str, Any]] | None:
-    """Send rank 0's state to all others; return it there, in the memory of the host."""
-    gives = group.rank == 0
-    mine = hand_over.fingerprint()
-    seen = torch.tensor([mine, -mine])
-    group.all_reduce(seen, ReduceOp.MAX, wait=True)
-    if seen[0] != -seen[1]:
-        if not gives:
-            hand_over.refuse()
-        return None  # the newcomer leaves, which the ballot finds
-    file = io.BytesIO()
-    if gives:
-        torch.save(hand_over.note(), file)
-    note = torch.tensor(list(file.getvalue()), dtype=torch.uint8)
-    length = torch.tensor([note.numel()])
-    group.broadcast(length, wait=True)
-    note = note if gives else torch.empty(int(length), dtype=torch.uint8)
-    group.broadcast(note, wait=True)
-    tensors = [t.detach().cpu().contiguous() if gives else _like(t) for t in hand_over.tensors()]
-    for tensor in tensors:
-        group.broadcast(tensor, wait=True)
-    return None if gives else (tensors, torch.load(io.BytesIO(bytes(note.tolist())), weights_only=True))
+    def _hand_over(
+        self, view: View, group: TorchGroup, hand_over: HandOver
+    ) -> tuple[list[Tensor], dict[str, Any]] | None:
+        """Send rank 0's state to all others; return it there, in the memory of the host."""
+        gives = group.rank == 0
+        mine = hand_over.fingerprint()
+        seen = torch.tensor([mine, -mine])
+        self.await_(group.all_reduce(seen, ReduceOp.MAX), view)
+        if seen[0] != -seen[1]:
+            if not gives:
+                hand_over.refuse()
+            return None  # the newcomer leaves, which the ballot finds
+        file = io.BytesIO()
+        if gives:
+            torch.save(hand_over.note(), file)
+        note = torch.tensor(list(file.getvalue()), dtype=torch.uint8)
+        length = torch.tensor([note.numel()])
+        self.await_(group.broadcast(length), view)
+        note = note if gives else torch.empty(int(length), dtype=torch.uint8)
+        self.await_(group.broadcast(note), view)
+        tensors = [t.detach().cpu().contiguous() if gives else _like(t) for t in hand_over.tensors()]
+        for tensor in tensors:
+            self.await_(group.broadcast(tensor), view)
+        return None if gives else (tensors, torch.load(io.BytesIO(bytes(note.tolist())), weights_only=True))
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -198,6 +198,7 @@ class Membership:
         self._board, self._pulse = board, pulse
         self._expected, self._lease, self._timeout = expected, lease, timeout
         self._number = 0  # of the last view that was tried
+        self._looked = 0.0  # when `is_over` did
         self._ballot, self._state = 0, ""  # of that view
 
     # ---- ballots
@@ -228,6 +229,14 @@ class Membership:
         self._sweep(view)
         self._ballot, self._state = self._ballot + 1, state
         return None if is_closed(state) else state.partition("|")[2]
+
+    def is_over(self, view: View) -> bool:
+        """Return whether somebody has closed a view, or a member is gone; looks now and then only."""
+        now = time.monotonic()
+        if now < self._looked + min(0.2, self._lease / 5):
+            return False
+        self._looked = now
+        return is_closed(self._board.read(f"state/{view.number}")) or bool(self._pulse.silent(view.members))
 
     def rows(self, view: View) -> list[str]:
         """Return what the peers of this rank said in the ballot before, in the order of the members."""

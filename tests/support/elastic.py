@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from support.layouts import local
-from support.replicas import end, on_operations
+from support.replicas import on_operations
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.fsdp import fully_shard
@@ -57,17 +59,18 @@ def train(
     options: dict[str, Any],
     dies: Callable[[int, str, int, bool], bool] | None = None,
     lease: float = LEASE,
+    how: signal.Signals = signal.SIGKILL,
 ) -> dict[str, Any]:
     """Train a replica until so many steps have been taken, and return what became of it.
 
     Args:
-        dies: told the rank, and what `on_operations` says; before each step "step" and its number.
+        dies, how: by which signal, and when: told the rank, and what `on_operations` says; before each step "step" and its number.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def happened(what: str, count: int, after: bool) -> None:
         if dies is not None and dies(rank, what, count, after):
-            end()
+            os.kill(os.getpid(), how)
 
     on_operations(happened)
     torch.manual_seed(0)

@@ -36,6 +36,7 @@ from curvadion.sharding.group import TorchGroup
 from curvadion.sharding.membership import Board
 
 DEADLINE = 90.0  # seconds for all of it
+_STORES: list[TCPStore] = []  # a child that destroyed one would wait for a thread that only the parent has
 
 
 class Jobs:
@@ -43,6 +44,7 @@ class Jobs:
 
     def __init__(self, deadline: float = DEADLINE) -> None:
         self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        _STORES.append(self.store)
         self.address = f"localhost:{self.store.port}"
         self._jobs: dict[str, list[tuple[ForkProcess, Connection]]] = {}
         self._ended: list[ForkProcess] = []
