@@ -35,12 +35,14 @@ def test_whoever_is_left_takes_every_step_and_all_are_equal(number: int) -> None
     draw = random.Random(1000 * int(os.environ.get("SEED", "0")) + number)
     options, ranks = draw.choice(OPTIONS), draw.choice([1, 1, 2])
     victims = draw.sample("abc", draw.choice([1, 1, 2]))
-    where = {v: (draw.randrange(ranks), draw.randrange(1, 700), draw.random() < 0.5) for v in victims}
+    where = {v: (draw.randrange(ranks), draw.randrange(1, 400), draw.random() < 0.5) for v in victims}
     told = f"round {number}: {options}, {ranks} ranks, {where}"
     began = time.monotonic()
     with Jobs(deadline=180) as jobs:
         for name in "abc":
-            dies = at_operation(where[name][0], where[name][1], after=where[name][2]) if name in where else None
+            dies = (
+                at_operation(where[name][0], where[name][1], after=where[name][2]) if name in where else None
+            )
             jobs.start(name, train, STEPS, options, dies, ranks=ranks)
         deaths = 0
         for name in victims:
@@ -53,9 +55,13 @@ def test_whoever_is_left_takes_every_step_and_all_are_equal(number: int) -> None
     for name in set("abc") - set(victims):
         for shard in shards[name]:
             assert shard["taken"] == list(range(STEPS)), told
+    late = {name for name in victims if "too late" in shards[name][0]}
     for k in range(ranks):
-        assert shards["a"][k]["history"][-1] == shards["b"][k]["history"][-1] == shards["c"][k]["history"][-1], told
-        assert shards["a"][k]["X_0"] == shards["b"][k]["X_0"] == shards["c"][k]["X_0"], told
-    longest = max(shard["longest"] for name in set("abc") - set(victims) for shard in shards[name])
-    views = shards[next(iter(set("abc") - set(victims)))][0]["history"]
-    print(f"{told}: {deaths} deaths, {len(views)} views, longest step {longest:.1f} s, {time.monotonic() - began:.0f} s")
+        ends = [shards[name][k] for name in "abc" if name not in late]
+        assert all(
+            (end["history"][-1], end["X_0"]) == (ends[0]["history"][-1], ends[0]["X_0"]) for end in ends
+        ), told
+    stayed = [shard for name in "abc" if name not in victims for shard in shards[name]]
+    longest, views = max(shard["longest"] for shard in stayed), len(stayed[0]["history"])
+    seconds = time.monotonic() - began
+    print(f"{told}: {deaths} deaths, {views} views, {len(late)} too late, {longest=:.1f} s, {seconds:.0f} s")

@@ -23,7 +23,7 @@ import io
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any, Protocol
 
@@ -174,6 +174,7 @@ class ElasticGroup:
         if self._view is not None:
             raise RuntimeError("a replica joins once; this one has; start a new process to join anew")
         try:
+            _unpacked(_packed(hand_over.note()))  # now, rather than when somebody needs it
             while not self._form(self._members.invitation(steps), hand_over):
                 pass
         except BaseException:
@@ -198,8 +199,15 @@ class ElasticGroup:
         self._knocking = [life for life in knocking.split(",") if life]
         return True
 
-    def leave(self) -> None:
-        """Tell the others that this replica is gone, so that they need not wait for the lease to be over."""
+    def leave(self, *, finished: bool = False) -> None:
+        """Tell the others that this replica is gone, so that they need not wait for the lease to be over.
+
+        Args:
+            finished: the run has come to its end, so that nobody is to join it any more.
+        """
+        with suppress(RuntimeError):  # the store may have been ended by now
+            if finished:
+                self._board.write("finished", self._members.life)
         self._pulse.stop()
 
     @property
@@ -316,7 +324,7 @@ class ElasticGroup:
 
     def await_(self, work: Any, view: View | None = None) -> None:
         """Wait for a collective of gloo, which itself would wait for the timeout where a peer waits for
-        another that has gone. Raises RuntimeError as soon as it has failed, or nobody waits for it any more."""
+        another that has gone. Raises RuntimeError as soon as it has failed, or the view is over."""
         view, pause = view or self._here, 0.0002
         while not work.is_completed():
             time.sleep(pause)
@@ -337,10 +345,7 @@ class ElasticGroup:
             if not gives:
                 hand_over.refuse()
             return None  # the newcomer leaves, which the ballot finds
-        file = io.BytesIO()
-        if gives:
-            torch.save(hand_over.note(), file)
-        note = torch.tensor(list(file.getvalue()), dtype=torch.uint8)
+        note = torch.tensor(list(_packed(hand_over.note())) if gives else [], dtype=torch.uint8)
         length = torch.tensor([note.numel()])
         self.await_(group.broadcast(length), view)
         note = note if gives else torch.empty(int(length), dtype=torch.uint8)
@@ -348,7 +353,18 @@ class ElasticGroup:
         tensors = [t.detach().cpu().contiguous() if gives else _like(t) for t in hand_over.tensors()]
         for tensor in tensors:
             self.await_(group.broadcast(tensor), view)
-        return None if gives else (tensors, torch.load(io.BytesIO(bytes(note.tolist())), weights_only=True))
+        return None if gives else (tensors, _unpacked(bytes(note.tolist())))
+
+
+def _packed(note: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(note, file)
+    return file.getvalue()
+
+
+def _unpacked(note: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(io.BytesIO(note), weights_only=True)
+    return found
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ by compare-and-set alone, so that of two who disagree the first one wins and the
 
     roll              every life of every replica, NAME.NUMBER, appended when it starts
     beat/LIFE         a counter that goes on as long as the life does; "left" after it
-    knock/LIFE        the number of steps of a life that waits to be let in
+    knock/LIFE        the number of steps of a life that waits to be let in; nothing after that
     view/N            who is in view N, written once
     state/N           the last ballot of view N that all ranks of all its members took part in; or that it is
                       closed
     count/N/B, row/N/B/SHARD/RANK     how many took part in ballot B so far, and what they said
+    here/N/LIFE       a member of the view before has nothing to wait for but view N
+    finished          a life that has seen the end of the run
 
 A ballot ends in one of two ways, the same for every rank: all were there and well, or the view is closed.
 Whoever finds that its part has failed, or that a member has stopped beating, closes it. A view that is closed
@@ -109,7 +111,7 @@ class Board:
         self.store.append(key, value)  # type: ignore[attr-defined]
 
     def wipe(self, keys: Iterable[str]) -> None:
-        """Remove registers."""
+        """Remove registers that nobody reads any more: who read one that is not there would wait for it."""
         for key in keys:
             self.store.delete_key(key)
 
@@ -284,7 +286,8 @@ class Membership:
             silent = self._pulse.silent([*view.members, *newcomers])
             if time.monotonic() > until or set(view.members) <= {*present, *silent}:
                 new = [life for life in newcomers if life not in silent]
-                self._board.wipe(f"knock/{life}" for life in newcomers if life in silent)
+                for life in silent.intersection(newcomers):
+                    self._board.write(f"knock/{life}", "")
                 present = [life for life in present if life not in silent]
                 text = self._propose(View(number, (*present, *new), tuple(new)))
                 break
@@ -299,9 +302,16 @@ class Membership:
 
         Args:
             steps: taken so far; of those who wait, one with most hands over its state.
+
+        Raises LeftBehindError if the run has come to its end.
         """
         began, number = time.monotonic(), self._number
         while True:
+            if finished := self._board.read("finished"):
+                raise LeftBehindError(
+                    f"the run of the replicas that meet at this store is over: {finished} has finished it; "
+                    "start a store for each run"
+                )
             if not self._board.read(f"knock/{self.life}"):
                 self._board.write(f"knock/{self.life}", str(steps))
             while text := self._board.read(f"view/{number + 1}"):
@@ -320,7 +330,8 @@ class Membership:
 
     def entered(self) -> None:
         """Stop knocking: this life is in a view that all its members have agreed to."""
-        self._board.wipe([f"knock/{self.life}"] if self.shard == 0 else [])
+        if self.shard == 0:
+            self._board.write(f"knock/{self.life}", "")
 
     def knocking(self, but: Iterable[str] = ()) -> dict[str, int]:
         """Return those that wait to be let in, and how many steps they have taken."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.layouts import local
-from support.replicas import on_operations
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.fsdp import fully_shard
 
-from curvadion import LOW_COMMUNICATION, CurvaDion, ElasticGroup, param_groups_for
+from curvadion import LOW_COMMUNICATION, CurvaDion, ElasticGroup, LeftBehindError, param_groups_for
+from support.layouts import local
+from support.replicas import on_operations
 
 LEASE = 2.0
 
@@ -64,7 +64,9 @@ def train(
     """Train a replica until so many steps have been taken, and return what became of it.
 
     Args:
-        dies, how: by which signal, and when: told the rank, and what `on_operations` says; before each step "step" and its number.
+        dies: whether to end now; told the rank, and what `on_operations` says, or "step" and its number.
+        lease: of the group.
+        how: by which signal.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -80,14 +82,15 @@ def train(
         fully_shard(model.up, mesh=mesh)
         fully_shard(model, mesh=mesh)
     group = ElasticGroup(address, name, expected=3, lease=lease, timeout=30)
-    opt = CurvaDion(
-        groups_of(model), lr=0.02, replicate_mesh=group, **LOW_COMMUNICATION(**options)
-    )
+    opt = CurvaDion(groups_of(model), lr=0.02, replicate_mesh=group, **LOW_COMMUNICATION(**options))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 - step / (2 * steps))
     host, port = address.split(":")
     watched = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
     taken, longest = [], 0.0
-    begin = opt.join(schedule=schedule)
+    try:
+        begin = opt.join(schedule=schedule)
+    except LeftBehindError as error:
+        return {"too late": str(error)}
     for step, loss in enumerate(batches(model, ord(name), rank, begin, steps), begin):
         opt.zero_grad()
         loss.backward()
@@ -102,7 +105,7 @@ def train(
         time.sleep(0.002)
     with torch.no_grad():
         held_out = sum(float(loss_of(model, 10**6 + k)) for k in range(20)) / 20
-    group.leave()
+    group.leave(finished=True)
     return {
         "X": [local(p).tolist() for p in model.parameters()],
         "X_0": [x.tolist() for x in opt._consensus.common(opt._built.store)["X_0"]],
