@@ -9,11 +9,17 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from support.elastic import train
-from support.replicas import Jobs
+from support.replicas import Jobs, end
+from torch.distributed import PrefixStore, TCPStore
+
+from curvadion import LOW_COMMUNICATION, CurvaDion, ElasticGroup, param_groups_for
+from curvadion.sharding.group import TorchGroup
 
 STEPS = 97
 OPTIONS: list[dict[str, Any]] = [
@@ -65,3 +71,72 @@ def test_whoever_is_left_takes_every_step_and_all_are_equal(number: int) -> None
     longest, views = max(shard["longest"] for shard in stayed), len(stayed[0]["history"])
     seconds = time.monotonic() - began
     print(f"{told}: {deaths} deaths, {views} views, {len(late)} too late, {longest=:.1f} s, {seconds:.0f} s")
+
+
+def one_collective(address: str, name: str, delay: float) -> bool:
+    """Return whether an all-to-all, in the middle of which c dies, ends well here."""
+    host, port = address.split(":")
+    store = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+    group = TorchGroup.meet(PrefixStore("group", store), "abc".index(name), 3, connect=20, timeout=10)
+    sent = torch.ones(3 << 18)
+    work = group.all_to_all(torch.empty_like(sent), sent)
+    if name == "c":
+        time.sleep(delay)
+        end()
+    try:
+        work.wait()
+    except RuntimeError:
+        return False
+    return True
+
+
+def test_a_collective_may_end_well_on_one_rank_and_fail_on_another() -> None:
+    """Why there is a vote after it."""
+    draw, found = random.Random(0), Counter[tuple[bool, bool]]()
+    for _ in range(30):
+        with Jobs() as jobs:
+            delay = draw.random() * 0.006
+            for name in "abc":
+                jobs.start(name, one_collective, delay)
+            a, b = jobs.results("a", "b")
+            found[a, b] += 1
+    print({f"a {'well' if a else 'failed'}, b {'well' if b else 'failed'}": n for (a, b), n in found.items()})
+
+
+def timed(address: str, name: str, millions: int) -> dict[str, float]:
+    """Return seconds of joining, and the least of some synchronized steps and ballots of three replicas."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(millions)))
+    group = ElasticGroup(address, name, expected=2, lease=2.0, timeout=60)
+    options = LOW_COMMUNICATION(max_local_steps=0)
+    opt = CurvaDion(
+        param_groups_for(model, overrides={"": "adamw"}), replicate_mesh=group, check_every=0, **options
+    )
+    began = time.monotonic()
+    opt.join()
+    joined, steps, ballots = time.monotonic() - began, list[float](), list[float]()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    while len(steps) < 10:
+        times = [time.monotonic()]
+        opt.step()
+        times.append(time.monotonic())
+        opt._built.exchange.max_over_replicas(torch.zeros((), dtype=torch.int64))
+        times.append(time.monotonic())
+        if opt.replicas == 3:
+            steps.append(times[1] - times[0])
+            ballots.append(times[2] - times[1])
+    return {"join": joined, "step": min(steps), "ballot": min(ballots)}
+
+
+@pytest.mark.parametrize("millions", [1, 4])
+def test_times(millions: int) -> None:
+    with Jobs(deadline=240) as jobs:
+        for name in "ab":
+            jobs.start(name, timed, millions)
+        time.sleep(1)
+        jobs.start("c", timed, millions)
+        *_, third = jobs.results(*"abc")
+    print(
+        f"{millions}M parameters of a replica: { ({what: round(took, 4) for what, took in third.items()}) } s"
+    )
