@@ -1,7 +1,7 @@
 """Replicas that die at random operations of the store and of gloo, and come back: not part of the test
 command.
 
-    ROUNDS=50 SEED=0 python -m pytest -q -s tests/nightly_elastic.py
+    ROUNDS=50 SEED=0 DEADLINE=180 python -m pytest -q -s tests/nightly_elastic.py
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_whoever_is_left_takes_every_step_and_all_are_equal(number: int) -> None
     where = {v: (draw.randrange(ranks), draw.randrange(1, 400), draw.random() < 0.5) for v in victims}
     told = f"round {number}: {options}, {ranks} ranks, {where}"
     began = time.monotonic()
-    with Jobs(deadline=180) as jobs:
+    with Jobs(deadline=float(os.environ.get("DEADLINE", "180"))) as jobs:
         for name in "abc":
             dies = (
                 at_operation(where[name][0], where[name][1], after=where[name][2]) if name in where else None

@@ -18,6 +18,7 @@ from support.elastic import LEASE, Tiny, batches, groups_of, train
 from support.replicas import Jobs, end, on_operations
 
 from curvadion import LOW_COMMUNICATION, CurvaDion, ElasticGroup
+from curvadion.consensus import CODECS
 from curvadion.sharding.group import ThreadGroup
 from curvadion.sharding.journey import Residuals
 
@@ -176,6 +177,62 @@ def test_what_rounding_has_kept_back_outlives_a_replica_but_for_its_own(left: li
         ours = kept[old].pairs[0][1]
         now[rank * len(ours) : (rank + 1) * len(ours)] += ours
     torch.testing.assert_close(now[:numel], owed[:numel])
+
+
+def two_means(address: str, name: str) -> tuple[list[float], ...]:
+    """Return what came of two vectors, the second of which the other replica does not live to see."""
+    group = ElasticGroup(address, name, expected=2, lease=2.0, timeout=30)
+    model = torch.nn.Linear(4, 4, bias=False)
+    opt = CurvaDion(list(model.named_parameters()), replicate_mesh=group, **LOW_COMMUNICATION)
+    opt.join()
+    X = torch.randn(2, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept, means = Residuals(), []
+    for x in X:
+        if name == "b" and means:
+            end()
+        under_way = opt._built.exchange.start_mean_over_replicas(
+            [x], [()], "pseudo_gradients", CODECS[2], kept
+        )
+        [arrival] = under_way.arrivals()
+        means.append(arrival.mean.tolist())
+    return X.sum(0).tolist(), *means
+
+
+def test_one_that_is_left_alone_owes_nothing_any_more() -> None:
+    """In the half of the elements that it rounded for both."""
+    with Jobs() as jobs:
+        for name in "ab":
+            jobs.start(name, two_means)
+        [[total, first, second]] = jobs.results("a")
+    came = torch.tensor(first) + torch.tensor(second)
+    torch.testing.assert_close(came[:128], torch.tensor(total)[:128])
+    assert (came[128:] - torch.tensor(total)[128:]).abs().max() > 0.01, "what the other had kept back is lost"
+
+
+def after_a_load(address: str, name: str) -> tuple[int, Any, Any]:
+    torch.manual_seed(ord(name))
+    model = Tiny().bfloat16()
+    earlier = CurvaDion(groups_of(model), **LOW_COMMUNICATION)
+    for loss in batches(model, ord(name), 0, 0, {"a": 3, "b": 12, "c": 0}[name]):
+        loss.backward()
+        earlier.step()
+    group = ElasticGroup(address, name, expected=3, lease=2.0, timeout=30)
+    opt = CurvaDion(groups_of(model), replicate_mesh=group, **LOW_COMMUNICATION)
+    opt.load_state_dict(earlier.state_dict())
+    begin = opt.join()
+    momenta = [opt.state[p]["momentum"].tolist() for p in model.parameters() if "momentum" in opt.state[p]]
+    model(torch.arange(16)).float().logsumexp(-1).sum().backward()
+    opt.step()  # which compares all replicas
+    return begin, momenta, group.names
+
+
+def test_those_that_start_together_go_on_from_the_one_that_has_taken_most_steps() -> None:
+    with Jobs() as jobs:
+        for name in "abc":
+            jobs.start(name, after_a_load)
+        a, b, c = jobs.results(*"abc")
+    assert a == b == c
+    assert a[0] == 12 and a[2] == ["b", "a", "c"]
 
 
 def test_a_replica_that_was_taken_for_dead_is_told_so() -> None:

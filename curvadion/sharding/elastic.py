@@ -351,8 +351,8 @@ class ElasticGroup:
         note = note if gives else torch.empty(int(length), dtype=torch.uint8)
         self.await_(group.broadcast(note), view)
         tensors = [t.detach().cpu().contiguous() if gives else _like(t) for t in hand_over.tensors()]
-        for tensor in tensors:
-            self.await_(group.broadcast(tensor), view)
+        for tensor in tensors:  # as bytes, which gloo sends whatever the dtype
+            self.await_(group.broadcast(tensor.view(-1).view(torch.uint8)), view)
         return None if gives else (tensors, _unpacked(bytes(note.tolist())))
 
 

@@ -248,6 +248,14 @@ class Exchange:
         keep_own: bool,
     ) -> Iterator[tuple[Cut, Journey, Tensor | None]]:
         """Start the first legs; yield how each buffer was cut, its journey, and what this replica put in."""
+        if self.replicas == 1 and kept.in_use:  # alone by now: all that others were owed
+            kept.fold(1)
+            pairs = iter(kept.pairs)
+            for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
+                owed = piece + next(pairs)[0][: piece.numel()] if piece.numel() else piece
+                yield cut, Nothing(owed, legs=1), None
+            kept.clear()
+            return
         if self._peers is None or self.replicas == 1:
             for (_, _), indices in buckets(tensors, [((), ())] * len(tensors)):
                 own = make(indices) if keep_own else None

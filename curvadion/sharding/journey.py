@@ -191,8 +191,8 @@ class Journey(Protocol):
 
 
 class Nothing:
-    """An empty buffer: as many legs as the others, because what follows involves ranks that have
-    something."""
+    """A buffer that is its own mean, as an empty one is: as many legs as the others, because what follows
+    involves ranks that have something."""
 
     def __init__(self, piece: Tensor, legs: int):
         self._piece, self._left, self.legs = piece, legs, legs
