@@ -209,7 +209,7 @@ def test_one_that_is_left_alone_owes_nothing_any_more() -> None:
     assert (came[128:] - torch.tensor(total)[128:]).abs().max() > 0.01, "what the other had kept back is lost"
 
 
-def after_a_load(address: str, name: str) -> tuple[int, Any, Any]:
+def after_a_load(address: str, name: str) -> tuple[Any, ...]:
     torch.manual_seed(ord(name))
     model = Tiny().bfloat16()
     earlier = CurvaDion(groups_of(model), **LOW_COMMUNICATION)
@@ -223,7 +223,15 @@ def after_a_load(address: str, name: str) -> tuple[int, Any, Any]:
     momenta = [opt.state[p]["momentum"].tolist() for p in model.parameters() if "momentum" in opt.state[p]]
     model(torch.arange(16)).float().logsumexp(-1).sum().backward()
     opt.step()  # which compares all replicas
-    return begin, momenta, group.names
+    while not opt.metrics()["curvadion/synchronized"]:
+        opt.step()
+    with pytest.raises(RuntimeError, match="must be equal to be saved"):
+        opt.state_dict()
+    opt.discard_divergence()  # as the first replica does to save, right after a synchronized step
+    resumed = CurvaDion(groups_of(copy.deepcopy(model)), **LOW_COMMUNICATION)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    same = resumed.metrics()["curvadion/step"] == opt.metrics()["curvadion/step"]
+    return begin, momenta, group.names, [p.tolist() for p in model.parameters()], same
 
 
 def test_those_that_start_together_go_on_from_the_one_that_has_taken_most_steps() -> None:
@@ -232,7 +240,7 @@ def test_those_that_start_together_go_on_from_the_one_that_has_taken_most_steps(
             jobs.start(name, after_a_load)
         a, b, c = jobs.results(*"abc")
     assert a == b == c
-    assert a[0] == 12 and a[2] == ["b", "a", "c"]
+    assert a[0] == 12 and a[2] == ["b", "a", "c"] and a[-1]
 
 
 def test_a_replica_that_was_taken_for_dead_is_told_so() -> None:
