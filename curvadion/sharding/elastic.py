@@ -117,7 +117,7 @@ class ElasticGroup:
             )
         self.size, self.rank, self.ranks = 1, 0, list[int]()
         self.tokens: float = 0
-        self.failure: BaseException | None = None
+        self.failure: str | None = None
         self.history: list[tuple[int, tuple[str, ...]]] = []
         self._lease, self._timeout = lease, timeout
         shard, shards = within_replica()
@@ -270,7 +270,8 @@ class ElasticGroup:
         except RuntimeError as error:
             if type(error) is not RuntimeError and not isinstance(error, DistError):
                 raise
-            self.failure = self.failure or error
+            # Not the error itself, whose traceback would keep groups that are to end in another thread.
+            self.failure = self.failure or f"{type(error).__name__}: {error}"
 
     # ---- collectives
 
