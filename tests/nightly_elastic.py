@@ -70,7 +70,7 @@ def test_whoever_is_left_takes_every_step_and_all_are_equal(number: int) -> None
     stayed = [shard for name in "abc" if name not in victims for shard in shards[name]]
     longest, views = max(shard["longest"] for shard in stayed), len(stayed[0]["history"])
     seconds = time.monotonic() - began
-    assert longest < 25, f"{told}: somebody waited for the timeout of 30 s"
+    assert longest < 50, f"{told}: somebody waited for the timeout of 60 s"
     print(f"{told}: {deaths} deaths, {views} views, {len(late)} too late, {longest=:.1f} s, {seconds:.0f} s")
 
 

@@ -238,10 +238,10 @@ class ElasticGroup:
         members, shard = list(view.members), self._members.shard
         rank = members.index(self._members.life)
         with self.noting():
-            made.append(self._meet(f"{view.number}/{shard}", rank, len(members)))
+            made.append(self._meet(view, f"{view.number}/{shard}", rank, len(members)))
             if hand_over is not None and (rank == 0 or self._members.life in view.fresh) and view.fresh:
                 place = view.fresh.index(self._members.life) + 1 if rank else 0
-                made.append(self._meet(f"{view.number}/{shard}/fresh", place, len(view.fresh) + 1))
+                made.append(self._meet(view, f"{view.number}/{shard}/fresh", place, len(view.fresh) + 1))
                 arrived = self._hand_over(view, made[1], hand_over)
         failure = self.failure
         agreed = self._members.ballot(view, well=failure is None) is not None
@@ -258,7 +258,8 @@ class ElasticGroup:
             hand_over.take(*arrived)
         return True
 
-    def _meet(self, where: str, rank: int, size: int) -> TorchGroup:
+    def _meet(self, view: View, where: str, rank: int, size: int) -> TorchGroup:
+        self._members.come_together(view, where, size, 3 * self._lease)
         store = PrefixStore(f"group/{where}", self._board.store)
         return TorchGroup.meet(store, rank, size, connect=3 * self._lease, timeout=self._timeout)
 

@@ -10,6 +10,7 @@ by compare-and-set alone, so that of two who disagree the first one wins and the
     state/N           the last ballot of view N that all ranks of all its members took part in; or that it is
                       closed
     count/N/B, row/N/B/SHARD/RANK     how many took part in ballot B so far, and what they said
+    come/N/...        ranks that are about to build a group of view N
     here/N/LIFE       a member of the view before has nothing to wait for but view N
     finished          a life that has seen the end of the run
 
@@ -231,6 +232,16 @@ class Membership:
         self._sweep(view)
         self._ballot, self._state = self._ballot + 1, state
         return None if is_closed(state) else state.partition("|")[2]
+
+    def come_together(self, view: View, where: str, size: int, timeout: float) -> None:
+        """Wait until so many ranks have come here. Raises RuntimeError as soon as somebody has closed the
+        view, or after the timeout."""
+        self._board.add(f"come/{where}")
+        until = time.monotonic() + timeout
+        while self._board.add(f"come/{where}", 0) < size:
+            if is_closed(self._board.read(f"state/{view.number}")) or time.monotonic() > until:
+                raise RuntimeError("a replica has left, or does not come, while its group is made")
+            time.sleep(0.01)
 
     def is_over(self, view: View) -> bool:
         """Return whether somebody has closed a view, or a member is gone; looks now and then only."""

@@ -18,7 +18,7 @@ from curvadion import LOW_COMMUNICATION, CurvaDion, ElasticGroup, LeftBehindErro
 from support.layouts import local
 from support.replicas import on_operations
 
-LEASE = 2.0
+LEASE = 5.0  # longer than any rank may have to wait for a core
 
 
 class Tiny(nn.Module):
@@ -81,7 +81,7 @@ def train(
         mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
         fully_shard(model.up, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    group = ElasticGroup(address, name, expected=3, lease=lease, timeout=30)
+    group = ElasticGroup(address, name, expected=3, lease=lease, timeout=60)
     opt = CurvaDion(groups_of(model), lr=0.02, replicate_mesh=group, **LOW_COMMUNICATION(**options))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 - step / (2 * steps))
     host, port = address.split(":")
