@@ -137,7 +137,7 @@ def mean_of_those_left(address: str, name: str, tokens: dict[str, float], dies: 
         ({"a": 300, "b": 100, "c": 600}, at("all_reduce", 2, after=False), 3.25),
         ({"a": 0, "b": 0, "c": 600}, at("all_reduce", 2, after=True), 5.5),
     ],
-    ids=str,
+    ids=["equally", "by tokens", "one dies before", "one dies after"],
 )
 def test_the_mean_is_of_those_that_are_there_weighted_by_their_tokens(
     tokens: dict[str, float], dies: Dies | None, expected: float
