@@ -227,10 +227,12 @@ def after_a_load(address: str, name: str) -> tuple[Any, ...]:
         opt.step()
     with pytest.raises(RuntimeError, match="must be equal to be saved"):
         opt.state_dict()
-    opt.discard_divergence()  # as the first replica does to save, right after a synchronized step
-    resumed = CurvaDion(groups_of(copy.deepcopy(model)), **LOW_COMMUNICATION)
-    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
-    same = resumed.metrics()["curvadion/step"] == opt.metrics()["curvadion/step"]
+    same = True
+    if group.rank == 0:  # saves for all
+        resumed = CurvaDion(groups_of(copy.deepcopy(model)), **LOW_COMMUNICATION)
+        with opt.common_state():
+            resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+        same = resumed.metrics()["curvadion/step"] == opt.metrics()["curvadion/step"]
     return begin, momenta, group.names, [p.tolist() for p in model.parameters()], same
 
 
