@@ -1,5 +1,7 @@
 """What an optimizer is made of, anew when a group is added; and its state, saved, loaded and copied."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,8 @@ from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.state.checkpoint import load
 from curvadion.state.common import CommonState, common_state, holding, without_own
 from curvadion.view import View
+
+logger = logging.getLogger("curvadion.optimizer")
 
 COMMON = "common_state()"
 
@@ -181,6 +185,32 @@ class Stateful(View):
         check_loads(self._built.exchange, failure, steps)
 
     @property
+    def _built(self) -> Rooms:
+        if self._agreement.pending and not self._schedule.diverged:  # all ranks compare what they find
+            self._follow_replacements()
+        return super()._built
+
+    def _follow_replacements(self) -> None:
+        """Take the tensors that a host has put in place of the parameters, as Accelerate does, which shards a
+        model when its optimizer is there already. No step has been taken with those before."""
+        rooms, states = super()._built, self.__dict__["state"]
+        instead = rooms.table.replacements(self.param_groups)
+        if not instead:
+            return
+        self.__dict__["state"] = defaultdict(dict, {instead[p]: state for p, state in states.items()})
+        try:
+            self._build()
+        except Exception:
+            self._rooms, self.__dict__["state"] = rooms, states
+            raise
+        self._forget_ways()
+        logger.info(
+            "somebody has put other tensors of the same shapes in place of %d parameters, before a step was "
+            "taken with those: they are laid out anew, by the same names",
+            len(instead),
+        )
+
+    @property
     def _alone(self) -> bool:
         return self.replicas == 1 and not asks_for_local_steps(self.param_groups, self._options)
 
@@ -222,13 +252,15 @@ class Stateful(View):
     @torch.no_grad()
     def _build(self) -> None:
         """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
+        if self._rooms is not None:
+            self._rooms.store.settle()
         self._rooms = rooms = Rooms.of(
             self.param_groups,
             self._options,
             self._peers,
             uses_Q=self._consensus.uses_Q,
             outer_momentum=self._consensus.keeps_momentum,
-            before=self.state,
+            before=self.__dict__["state"],
             earlier=self._rooms,
         )
         self._consensus.allocate(rooms.X())

@@ -49,7 +49,7 @@ class View(torch.optim.Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """State by parameter, as in every torch optimizer; M with all decay, also what a kernel postponed."""
         if self._rooms is not None:
-            self._rooms.store.settle()
+            self._built.store.settle()
         return self.__dict__["state"]
 
     @state.setter

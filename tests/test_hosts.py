@@ -128,6 +128,76 @@ def test_no_gradient_because_of_an_overflow_is_no_mistake() -> None:
     assert (w != 1).any()
 
 
+def replaced_by_a_host(options: str, when: str) -> list[list[bytes]]:
+    """Parameters after three steps of an optimizer built on shards, and of one that a host has handed them
+    over, as Accelerate's FSDP2 does: built on plain parameters, then with the shards in its groups."""
+    replicate, mesh = grid(2, 2)
+    results = []
+    for handed_over in (False, True):
+        toy, plain = Toy(mesh), Toy()
+        built_on = plain if handed_over else toy
+        opt = CurvaDion(built_on.groups(), replicate_mesh=replicate, **OPTIONS[options])
+        if when == "loaded":
+            steps(plain, other := CurvaDion(plain.groups(), replicate_mesh=replicate, **OPTIONS[options]), 2)
+            other.synchronize()
+            opt.load_state_dict(other.state_dict())
+        if handed_over:
+            assert [list(group["params"]) for group in opt.param_groups] == [
+                [built_on.params[n] for n in names] for names in (toy.matrices, toy.dense)
+            ]
+            for group, names in zip(opt.param_groups, (toy.matrices, toy.dense), strict=True):
+                group["params"] = [toy.params[name] for name in names]
+            if when == "saved":
+                opt.load_state_dict(opt.state_dict())
+        steps(toy, opt, 3)
+        opt.synchronize()
+        assert set(opt.state) == set(toy.params.values())
+        assert opt.explain()[0].name == "layers.0.weight"
+        results.append([p.full_tensor().detach().numpy().tobytes() for p in toy.params.values()])  # type: ignore[attr-defined]
+    return results
+
+
+def steps(toy: Toy, opt: CurvaDion, count: int) -> None:
+    for step in range(count):
+        toy.set_gradients(step, dist.get_rank() // 2)
+        opt.step()
+
+
+@pytest.mark.parametrize("when", ["new", "saved", "loaded"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_parameters_that_a_host_replaces_before_the_first_step_are_taken(options: str, when: str) -> None:
+    """As if the optimizer had been built on them, bit for bit, with the state it had."""
+    for built, handed_over in run_ranks(4, replaced_by_a_host, options, when):
+        assert handed_over == built
+
+
+def test_parameters_that_a_host_replaces_are_logged_and_not_taken_later_or_in_other_shapes() -> None:
+    toy, other = Toy(), Toy(seed=1)
+    opt = CurvaDion(toy.groups())
+    names = [toy.matrices, toy.dense]
+
+    def hand_over(toy: Toy) -> None:
+        for group, these in zip(opt.param_groups, names, strict=True):
+            group["params"] = [toy.params[name] for name in these]
+
+    with Heard(logging.INFO) as heard:
+        hand_over(other)
+        steps_of_one(other, opt)
+    assert len(heard.of("in place of 5 parameters")) == 1
+    hand_over(toy)
+    with pytest.raises(RuntimeError, match="they were replaced"):
+        steps_of_one(toy, opt)
+    opt = CurvaDion(toy.groups())
+    opt.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(RuntimeError, match="they were replaced"):
+        steps_of_one(toy, opt)
+
+
+def steps_of_one(toy: Toy, opt: CurvaDion) -> None:
+    toy.set_gradients(0, 0)
+    opt.step()
+
+
 def test_parameters_that_only_part_of_the_sharding_has_replaced_are_named() -> None:
     """Built when the blocks are sharded and the rest is not: the rest would never be trained."""
 
