@@ -32,7 +32,6 @@ class Stateful(View):
     _peers: Group | None
     _agreement: Agreement
     _agreed = False  # on whether all ranks can load what they are loading
-    _inside: str  # the context that parameters are exchanged in for the time being, as it is called
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""

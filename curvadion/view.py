@@ -24,6 +24,7 @@ class View(torch.optim.Optimizer):
     _gate: Gate
     _trouble: Trouble
     _consensus: Consensus
+    _inside: str  # the context that parameters are exchanged in for the time being, as it is called
 
     @property
     def _built(self) -> Rooms:
@@ -39,6 +40,12 @@ class View(torch.optim.Optimizer):
     def diverged(self) -> bool:
         """Whether replicas may differ: any step since `synchronize()`, a load or `discard_divergence()`."""
         return self._schedule.diverged
+
+    @property
+    def in_consensus(self) -> bool:
+        """Whether somebody is inside `consensus()` or `common_state()`, where the parameters are those that
+        the replicas have in common."""
+        return bool(self._inside)
 
     @property
     def ledger(self) -> Ledger:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     {"curvadion.__main__", "curvadion.titan.__main__"},
     {"curvadion.cli"},
-    {"curvadion.report", "curvadion.titan", "curvadion.doctor"},
+    {"curvadion.report", "curvadion.titan", "curvadion.doctor", "curvadion.hosts"},
     {"curvadion.projection"},
     {"curvadion"},
     {"curvadion.optimizer", "curvadion.param_groups"},
