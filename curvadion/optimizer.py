@@ -109,6 +109,9 @@ class CurvaDion(Stateful):
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
+        on_equal_gradients: what all ranks do if all replicas have the same gradients in the first step, bit
+            for bit, because DistributedDataParallel or HSDP averages them or all read the same data: warn, or
+            raise `ReplicaMismatchError`.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
         **own: options that something registered has declared, see docs/extending.md; and `foreach` and
@@ -164,6 +167,7 @@ class CurvaDion(Stateful):
         owners: str = "auto",
         owner_dtype: torch.dtype | None = None,
         on_nonfinite: str = "raise",
+        on_equal_gradients: str = "warn",
         check_every: int = 1000,
         kernels: str = "auto",
         **own: Any,
@@ -175,7 +179,7 @@ class CurvaDion(Stateful):
         self._schedule = Schedule(o.schedule)
         self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
-        self._agreement = Agreement(o.check_every)
+        self._agreement = Agreement(o.check_every, refuse_equal_gradients=o.on_equal_gradients == "raise")
         self._consensus = CONSENSUS[o.consensus](common)
         check_signal(self._gate.signal, self._consensus, o)
         self._inside = ""
@@ -206,7 +210,7 @@ class CurvaDion(Stateful):
 
         Raises:
             NonFiniteError: on every rank, see `on_nonfinite`.
-            ReplicaMismatchError: on every rank, see `check_every`.
+            ReplicaMismatchError: on every rank, see `check_every` and `on_equal_gradients`.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
         """

@@ -106,10 +106,11 @@ def main() -> None:
         logger=CSVLogger(options.output),
         enable_progress_bar=False,
     )
-    trainer.fit(GPT(), train, held_out, ckpt_path="last" if options.resume else None)
+    model = GPT()
+    trainer.fit(model, train, held_out, ckpt_path="last" if options.resume else None)
+    [found] = trainer.validate(model, held_out, verbose=False)
     if trainer.is_global_zero:
-        loss = float(trainer.callback_metrics["val_loss"])
-        print(f"loss on held-out text after {trainer.global_step} steps: {loss:.4f}")
+        print(f"loss on held-out text after {trainer.global_step} steps: {found['val_loss']:.4f}")
 
 
 if __name__ == "__main__":

@@ -217,14 +217,14 @@ def test_parameters_that_only_part_of_the_sharding_has_replaced_are_named() -> N
         assert all(name in message for name in ("embedding.weight", "norm.weight", "head.weight")), message
 
 
-def gradients_of(averaged_by: str, sharded: bool) -> list[str]:
+def gradients_of(averaged_by: str, sharded: bool, **options: Any) -> list[str]:
     """What is logged in three steps of two replicas."""
     replicate, mesh = grid(2, 2 if sharded else 1)
     replica = replicate.get_local_rank()
     model: nn.Module = gpt()
     if sharded:
         shard(model, mesh)  # type: ignore[arg-type]
-    opt = CurvaDion(param_groups_for(model), replicate_mesh=replicate)
+    opt = CurvaDion(param_groups_for(model), replicate_mesh=replicate, **options)
     wrapped = DistributedDataParallel(model) if averaged_by == "ddp" else model
     with Heard() as heard:
         for step in range(3):
@@ -259,6 +259,22 @@ def test_gradients_that_are_averaged_already_are_noticed(averaged_by: str, shard
     for messages in run_ranks(4 if sharded else 2, gradients_of, averaged_by, sharded):
         assert len(messages) == told, messages
         assert all("DistributedDataParallel" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("averaged_by", "sharded", "raises"), [("ddp", False, True), ("nobody", True, False)]
+)
+def test_gradients_that_are_averaged_already_may_be_an_error(
+    averaged_by: str, sharded: bool, raises: bool
+) -> None:
+    """On all ranks, where the option says so."""
+
+    def worker() -> tuple[str, str]:
+        return outcome(lambda: gradients_of(averaged_by, sharded, on_equal_gradients="raise"))
+
+    for error, message in run_ranks(4 if sharded else 2, worker):
+        assert error == ("ReplicaMismatchError" if raises else "ok")
+        assert not raises or "the same gradients, bit for bit" in message
 
 
 # ---- parameters that FSDP2 has gathered

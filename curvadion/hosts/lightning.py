@@ -53,6 +53,7 @@ class CurvaDionCallback(Callback):
 
     def __init__(self) -> None:
         self._replicas = Replicas(list)
+        self._logged = -1  # a step of several batches is logged once
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put itself around `trainer.save_checkpoint`, before which nothing is called."""
@@ -74,11 +75,14 @@ class CurvaDionCallback(Callback):
         self._replicas.begin(trainer.strategy.model)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Log."""
-        if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
-            metrics = self._replicas.metrics()
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+        """Log, in the line that Lightning has for this step."""
+        step, every = trainer.global_step - 1, trainer.log_every_n_steps
+        if step == self._logged or not every or (step + 1) % every:
+            return
+        self._logged = step
+        metrics = self._replicas.metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave one model."""

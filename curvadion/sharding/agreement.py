@@ -28,10 +28,12 @@ class Agreement:
 
     Args:
         every: steps between checks; 0 for none but the first.
+        refuse_equal_gradients: raise, not warn, if all replicas have the same gradients.
     """
 
-    def __init__(self, every: int):
+    def __init__(self, every: int, *, refuse_equal_gradients: bool = False):
         self._every = every
+        self._refuse_equal_gradients = refuse_equal_gradients
         self.pending = True
         self._weights_due = False
 
@@ -71,7 +73,7 @@ class Agreement:
             gradients: of all parameters, with their names; nothing where there need be none.
 
         Raises:
-            ReplicaMismatchError: ranks disagree.
+            ReplicaMismatchError: ranks disagree, or gradients agree that must not.
             RuntimeError: no rank has a gradient.
         """
         hashes = [hash_tensors([t]) for t in weights.values()]
@@ -113,13 +115,16 @@ class Agreement:
                 "sharded, wrapped and moved, and call step() after backward()"
             )
         if "equal gradients" in different:
-            logger.warning(
-                "all %d replicas have the same gradients, bit for bit, in the first step. Either somebody "
-                "averages them across replicate_mesh already, and nothing is saved: wrap the model neither "
-                "in DistributedDataParallel nor over a mesh that has this axis (HSDP), but shard it over the "
-                "ranks of one replica. Or all replicas read the same data: give each its own.",
-                exchange.replicas,
+            message = (
+                f"all {exchange.replicas} replicas have the same gradients, bit for bit, in the first step. "
+                "Either somebody averages them across replicate_mesh already, and nothing is saved: wrap the "
+                "model neither in DistributedDataParallel nor over a mesh that has this axis (HSDP), but "
+                "shard it over the ranks of one replica. Or all replicas read the same data: give each its "
+                "own."
             )
+            if self._refuse_equal_gradients:
+                raise ReplicaMismatchError(message)
+            logger.warning(message)
         if lacking := [name for name, g in gradients if g is None]:
             logger.warning(
                 "%d of %d parameters have no gradient here in the first step, which counts as zero: %s%s. If "
