@@ -34,7 +34,7 @@ class Net(nn.Module):
         if self.training:
             self.seen.append(input_ids.clone())
         else:
-            self.judged.append(weights(self))
+            self.judged.append(digest([p.detach().clone() for p in self.parameters()]))  # FSDP2 frees its own
         hidden = self.embedding(input_ids)
         for layer in self.layers:
             hidden = hidden + torch.relu(layer(hidden))
@@ -58,6 +58,9 @@ class Tokens(torch.utils.data.Dataset):
 
 def weights(model: nn.Module) -> str:
     """A hash of this rank's parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return digest(model.parameters())
 
 
@@ -71,18 +74,25 @@ def plain(
     batches: Sequence[Sequence[Tensor]],
     *,
     clip: float = 0.0,
+    lightning: bool = False,
     after: Callable[[int], None] = lambda step: None,
 ) -> None:
     """The loop of README.md on the same batches: so many of them in each step. `after` is called with the
-    number of each step taken."""
+    number of each step taken.
+
+    Bit for bit it matters that Lightning takes norms of gradients in the order of the groups, and that FSDP2
+    sums them over the shards for each batch there, once in a step elsewhere.
+    """
+    by_group = [p for group in opt.param_groups for p in group["params"]]
+    clipped = by_group if lightning else list(model.parameters())
     model.train()
     for step, pieces in enumerate(batches, 1):
         for number, tokens in enumerate(pieces, 1):
-            if isinstance(model, FSDPModule):  # one reduction in a step, as hosts do it
+            if isinstance(model, FSDPModule) and not lightning:
                 model.set_requires_gradient_sync(number == len(pieces))
             (model(tokens)[0] / len(pieces)).backward()
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grad_norm_(clipped, clip)
         opt.step()
         opt.zero_grad()
         after(step)
@@ -92,7 +102,10 @@ def in_steps(seen: Sequence[Tensor], pieces: int = 1) -> list[list[Tensor]]:
     return [list(seen[i : i + pieces]) for i in range(0, len(seen), pieces)]
 
 
-def mean_of(opt: CurvaDion, model: nn.Module) -> str:
-    """A hash of the mean of the replicas."""
-    with opt.consensus():
-        return weights(model)
+def mean_of(opt: CurvaDion, model: Net) -> str:
+    """A hash of the mean of the replicas, as an evaluation sees it."""
+    with opt.consensus(), torch.no_grad():
+        model.eval()
+        model(torch.zeros(1, LENGTH, dtype=torch.long))
+        model.train()
+    return model.judged[-1]
