@@ -30,6 +30,7 @@ from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
+from curvadion.sharding.lost import leave_word
 from curvadion.signals import SIGNALS
 from curvadion.state.store import averaged
 from curvadion.stateful import Stateful
@@ -207,21 +208,40 @@ class CurvaDion(Stateful):
         Raises:
             NonFiniteError: on every rank, see `on_nonfinite`.
             ReplicaMismatchError: on every rank, see `check_every`.
+            LostRankError: on the other ranks, when one has ended, was stopped, or called something else.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        self._now_in("step()")
+        loss, failure = self._loss(closure)
         self._trouble.refuse_if_broken()
         self._refuse_inside("step()")
         self._built.table.refuse_meta()
-        with torch.autocast(self._built.table.device.type, enabled=False):
-            self._take_step()
+        try:
+            with torch.autocast(self._built.table.device.type, enabled=False):
+                self._take_step(failure)
+            if failure is not None:  # which the others hear of when the gate asks next
+                raise failure
+        except Exception as error:
+            leave_word(self._built.exchange.place, error)
+            raise
         return loss
 
-    def _take_step(self) -> None:
+    def _loss(self, closure: Callable[[], Any] | None) -> tuple[Any, Exception | None]:
+        """Call the closure; return what it returned, and what it raised, if the other ranks can be told.
+
+        Not those of the same replica: they may be waiting in a collective of the model's.
+        """
+        try:
+            with torch.enable_grad():
+                return closure() if closure is not None else None, None
+        except Exception as error:
+            leave_word(self._built.exchange.place, error)
+            if self.replicas == 1 or self._built.exchange.shards.axes:
+                raise
+            return None, error
+
+    def _take_step(self, failure: Exception | None) -> None:
         if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
             self.synchronize()  # with nobody to agree with
         self.ledger.begin_step()
@@ -232,7 +252,7 @@ class CurvaDion(Stateful):
         )
 
         with record_function("curvadion::gate"):
-            step, failure = self._take_in()
+            step, failure = self._take_in(failure)
             sends = self.replicas > 1 and self._schedule.may_ask
             # m_i = M_i + G_i,  ||m_i||^2
             message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
@@ -258,12 +278,14 @@ class CurvaDion(Stateful):
             self._gate.signal.took(step, decision.synchronize)
         self._finish(decision, plan, counts=counts)
 
-    def _take_in(self) -> tuple[Step, Exception | None]:
+    def _take_in(self, failure: Exception | None) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
         self._trouble.overflow = getattr(self, "found_inf", None)  # torch.amp.GradScaler sets both for step()
         X = self._built.intake.parameters()
-        G, failure = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
-        return self._built.step(self.param_groups, self._schedule, X, G), failure
+        G, found = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
+        if failure is not None:  # gradients are those of half a batch, or of none
+            G = Fixed([None] * len(G))
+        return self._built.step(self.param_groups, self._schedule, X, G), failure or found
 
     def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
         if store:
@@ -304,15 +326,15 @@ class CurvaDion(Stateful):
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside("synchronize()")
+        self._now_in("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
+        exchange.meet("synchronize()", replicas=False)
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
             self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
-        if self.replicas > 1 or exchange.shards.axes:
-            config = partial(self._built.describe, self.param_groups)
-            self._agreement.check(exchange, self._schedule.steps, config, {}, ())
+        self._compare_steps()
         self._settle(step)
         self._follow_requires_grad()
 
@@ -325,9 +347,14 @@ class CurvaDion(Stateful):
 
         Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
         between a forward and its backward.
+
+        Raises:
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
         """
         self._refuse_inside("consensus()")
-        self._inside = "consensus()"
+        self._now_in("consensus()")
+        self._compare_steps()
+        self._in_consensus = True
         try:
             with (
                 averaged(self._built.table, self._built.exchange)
@@ -348,6 +375,8 @@ class CurvaDion(Stateful):
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         self._refuse_inside("broadcast_parameters()")
+        self._now_in("broadcast_parameters()")
+        self._built.exchange.meet("broadcast_parameters()")
         self._built.exchange.broadcast_(self._built.X(), self._built.table.copied, "parameters")
         reshard_gathered_modules()
         self._forget_ways()
@@ -359,6 +388,16 @@ class CurvaDion(Stateful):
         Loaders such as torch.distributed.checkpoint ask for `state_dict()`, refused while replicas differ.
         """
         self._schedule.diverged = False
+
+    def _compare_steps(self) -> None:
+        exchange = self._built.exchange
+        if self.replicas > 1 or exchange.shards.axes:
+            config = partial(self._built.describe, self.param_groups)
+            self._agreement.check(exchange, self._schedule.steps, config, {}, ())
+
+    def _now_in(self, call: str) -> None:
+        place = self._built.exchange.place
+        place.call, place.steps = call, self._schedule.steps
 
     def _gradients(self) -> list[tuple[str, Tensor | None]]:
         table = self._built.table

@@ -33,7 +33,7 @@ ROWS = [
     {"curvadion.rules"},
     {"curvadion.state"},
     {"curvadion.sharding", "curvadion.algebra", "curvadion.gate"},
-    {"curvadion.allowed", "curvadion_kernels"},
+    {"curvadion.allowed", "curvadion.version", "curvadion_kernels"},
 ]
 PACKAGE_ROOTS = {"curvadion"}  # one module each, whatever else begins with their names
 DEPTH = {name: depth for depth, row in enumerate(ROWS) for name in row}

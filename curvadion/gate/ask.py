@@ -10,7 +10,7 @@ from torch import Tensor
 from curvadion.consensus import Consensus
 from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import ASKED, Plan
-from curvadion.gate.trouble import Trouble
+from curvadion.gate.trouble import SPOILED, Trouble
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Answer
 from curvadion.signals.base import Signal
@@ -170,7 +170,7 @@ class Gate:
             found = []
             for name, x, g in zip(step.table.names, step.X, step.G, strict=True):
                 if not bool(x.isfinite().all()):
-                    found.append(f"the parameter {name}")
+                    found.append(f"{SPOILED}{name}")
                 if g is not None and not bool(g.isfinite().all()):
                     found.append(f"the gradient of {name}")
             return found

@@ -82,8 +82,8 @@ class Agreement:
             raise ReplicaMismatchError(
                 "all ranks must construct CurvaDion with the same options and the same list of parameters, "
                 "and freeze the same ones; they differ on some rank; compare the arguments, the parameter "
-                "groups, the model, requires_grad, opt.kernels and torch's precision of float32 products on "
-                "each of them"
+                "groups, the model, requires_grad, opt.kernels, torch's precision of float32 products and the "
+                "versions of curvadion and torch on each of them"
             )
         if "step" in different:
             raise ReplicaMismatchError(

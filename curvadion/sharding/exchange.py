@@ -48,10 +48,11 @@ suffice and none has to be made.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import DistError, ReduceOp
 
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
@@ -59,6 +60,7 @@ from curvadion.sharding.group import Group, Work
 from curvadion.sharding.journey import AtHome, Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
+from curvadion.sharding.lost import Place, explained, meet
 
 
 @dataclass
@@ -80,6 +82,21 @@ class Answer:
         return 0 if has_no_values(self.key) else int(self.key)
 
 
+@dataclass
+class Told:
+    """A collective under way whose errors say what it was."""
+
+    work: Work
+    explain: Callable[[Exception], Exception]
+
+    def wait(self) -> object:
+        """Wait until its result may be used."""
+        try:
+            return self.work.wait()
+        except (RuntimeError, DistError) as error:
+            raise self.explain(error)
+
+
 class Exchange:
     """Sums over the shards of one replica, means over the replicas.
 
@@ -88,6 +105,10 @@ class Exchange:
         peers: this rank and its peers in the other replicas; None for one replica.
         device: where small messages live.
         ledger: where to count.
+
+    Attributes:
+        replicas: how many there are.
+        place: where this rank is, for messages.
     """
 
     def __init__(self, shards: ShardMesh, peers: Group | None, device: torch.device, ledger: Ledger):
@@ -96,6 +117,7 @@ class Exchange:
         self.ledger = ledger
         self._peers = peers
         self._aside: torch.cuda.Stream | None = None
+        self.place = Place()
         self.replicas = peers.size if peers is not None else 1
 
     # ---- inside one replica
@@ -146,7 +168,8 @@ class Exchange:
         self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
         # As bytes, which every backend sends, whatever the dtype.
         sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
-        return group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
+        flat = received.view(torch.uint8), sent.view(torch.uint8)
+        return self._start(group, "all_to_all", "shards", purpose, *flat, *sizes)
 
     # ---- between replicas
 
@@ -302,6 +325,7 @@ class Exchange:
             weights, gradients: hashes; 31 bits of each are compared.
             seen: by this rank: 0, no gradient; 2, one that is not zero; else 1.
         """
+        self.meet("a check that all ranks agree")
         count, both = step << 2 | seen, weights >> 31 << 31 | gradients >> 31
         message = torch.tensor([count, -count, config, -config, both, -both], dtype=torch.int64)
         message = message.to(self.device)
@@ -343,14 +367,32 @@ class Exchange:
         """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
         assert self._peers is not None, "nothing crosses replicas where there is one"
         self._count(collective, self._peers, ("replicate", purpose), *args)
-        work: Work = getattr(self._peers, collective)(*args, wait=wait)
-        return work
+        return self._start(self._peers, collective, "replicas", purpose, *args, wait=wait)
 
     def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
         """Do and count a collective inside the replica, along one axis."""
         group = self.shards.group(axis)
         self._count(collective, group, ("shard", purpose), *args)
-        getattr(group, collective)(*args, wait=True)
+        self._start(group, collective, "shards", purpose, *args, wait=True)
+
+    def _start(
+        self, group: Group, collective: str, over: str, purpose: str, *args: Any, wait: bool = False
+    ) -> Work:
+        def explain(error: Exception) -> Exception:
+            what = f'the {collective} of "{purpose}" over the {over}'
+            return explained(error, self.place, what, group.ranks)
+
+        try:
+            return Told(getattr(group, collective)(*args, wait=wait), explain)
+        except (RuntimeError, DistError) as error:
+            raise explain(error)
+
+    def meet(self, what: str, *, replicas: bool = True) -> None:
+        """Wait until all ranks of this replica have come here, and this rank's peers in the others; no
+        collective, see `lost.meet`."""
+        meet(self.place, self.shards.ranks if self.shards.axes else (), f"{what} within a replica")
+        if replicas and self._peers is not None:
+            meet(self.place, self._peers.ranks, f"{what} between replicas")
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives
