@@ -258,6 +258,7 @@ class CurvaDion(Stateful):
             message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
             # rho; the answer of the step before may be waited for, so after the kernels are enqueued
             told = self._gate.last_answer()
+            self._refuse_if_elsewhere(told)
             plan = self._schedule.plan(told)
             key, commit = self._gate.ask(step, message, plan, self._trouble, failed=failure is not None)
             arrived = self._gate.fetch(key)
@@ -265,8 +266,7 @@ class CurvaDion(Stateful):
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
-        if decision.outside or told.outside:
-            self._agreement.refuse_to_step_alone(self._built.exchange, self._schedule.steps, config)
+        self._refuse_if_elsewhere(decision)
         counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
             counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
@@ -331,9 +331,11 @@ class CurvaDion(Stateful):
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
-        exchange.meet("synchronize()", replicas=False)
+        if self._agreement.first:
+            self._compare_steps(at=-2)  # as every rank begins; which is no number of steps
+        exchange.meet("synchronize()")
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
-            self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
+            self._gate.tell(self._trouble, step, self._consensus)
         self._compare_steps()
         self._settle(step)
         self._follow_requires_grad()
@@ -376,7 +378,7 @@ class CurvaDion(Stateful):
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         self._refuse_inside("broadcast_parameters()")
         self._now_in("broadcast_parameters()")
-        self._built.exchange.meet("broadcast_parameters()")
+        self._compare_steps()
         self._built.exchange.broadcast_(self._built.X(), self._built.table.copied, "parameters")
         reshard_gathered_modules()
         self._forget_ways()
@@ -389,11 +391,15 @@ class CurvaDion(Stateful):
         """
         self._schedule.diverged = False
 
-    def _compare_steps(self) -> None:
-        exchange = self._built.exchange
+    def _refuse_if_elsewhere(self, said: Decision) -> None:
+        if said.elsewhere is not None:
+            self._agreement.refuse_to_go_alone(self._built.exchange, said.elsewhere)
+
+    def _compare_steps(self, at: int | None = None) -> None:
+        exchange, steps = self._built.exchange, self._schedule.steps
         if self.replicas > 1 or exchange.shards.axes:
             config = partial(self._built.describe, self.param_groups)
-            self._agreement.check(exchange, self._schedule.steps, config, {}, ())
+            self._agreement.check(exchange, steps if at is None else at, config, {}, ())
 
     def _now_in(self, call: str) -> None:
         place = self._built.exchange.place

@@ -1,6 +1,6 @@
 """Faults, tried with real processes: what the surviving ranks see, and how long it takes.
 
-    python tests/faults.py --times 3 --only skips
+python tests/faults.py --times 3 --only skips
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Fault:
     """
 
     name: str
-    before: Callable[["Run", int], bool | None] | None = None
-    prepare: Callable[["Run"], None] | None = None
-    change: Callable[["Run"], None] | None = None
+    before: Callable[[Run, int], bool | None] | None = None
+    prepare: Callable[[Run], None] | None = None
+    change: Callable[[Run], None] | None = None
     guilty: str = "rank"
     sign: int = 0
     purpose: str = ""
@@ -60,7 +60,7 @@ class Fault:
     lives_on: bool = False
     modes: tuple[str, ...] = ("default", "low", "delay", "lag")
     grids: tuple[tuple[int, int], ...] = ((2, 1), (2, 2), (1, 2))
-    after: Callable[["Run"], None] | None = None
+    after: Callable[[Run], None] | None = None
     expect: str = "error"
 
 
@@ -74,7 +74,11 @@ class Run:
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.guilty = self.replica == 1 if fault.guilty == "replica" else self.rank == world - 1
         self.options = dict(MODES[mode], lr=0.01)
-        self.matrices: dict[str, tuple[int, ...]] = {"a.weight": (8, 6), "b.weight": (8, 6), "c.weight": (6, 12)}
+        self.matrices: dict[str, tuple[int, ...]] = {
+            "a.weight": (8, 6),
+            "b.weight": (8, 6),
+            "c.weight": (6, 12),
+        }
         self.dtype, self.reverse = torch.float32, False
         if self.guilty and fault.prepare:
             self.reporter.fault()
@@ -89,7 +93,9 @@ class Run:
         if fault.sign and self.guilty:
             record = Ledger.record
 
-            def watched(ledger: Ledger, collective: str, size: int, axis: str, purpose: str, sent: Any) -> None:
+            def watched(
+                ledger: Ledger, collective: str, size: int, axis: str, purpose: str, sent: Any
+            ) -> None:
                 if self.step >= fault.at and purpose == fault.purpose:
                     self.reporter.fault()
                     os.kill(os.getpid(), fault.sign)
@@ -207,7 +213,10 @@ FAULTS = [
     Fault("a closure raises on one rank, which lives on", closure_raises, lives_on=True),
     Fault("a rank leaves", leave),
     *[Fault(f"{name} in a local phase", sign=sign, at=6) for name, sign in KILLS],
-    *[Fault(f"{name} in the gate", sign=sign, purpose="gate", grids=((2, 1), (2, 2))) for name, sign in KILLS],
+    *[
+        Fault(f"{name} in the gate", sign=sign, purpose="gate", grids=((2, 1), (2, 2)))
+        for name, sign in KILLS
+    ],
     *[
         Fault(
             f"{name} in a synchronized step",
@@ -220,7 +229,13 @@ FAULTS = [
         for purpose, modes in (("parameters", ("default", "lag")), ("pseudo_gradients", ("low", "fragments")))
     ],
     *[
-        Fault(f"{name} while outer_delay is under way", sign=sign, at=10, modes=("delay",), grids=((2, 1), (2, 2)))
+        Fault(
+            f"{name} while outer_delay is under way",
+            sign=sign,
+            at=10,
+            modes=("delay",),
+            grids=((2, 1), (2, 2)),
+        )
         for name, sign in KILLS
     ],
     Fault("lr changed on one rank", change=other_lr, expect="seldom"),
@@ -234,7 +249,14 @@ FAULTS = [
         for what in ("option", "order", "shape", "missing", "dtype", "version", "check_every", "consensus")
     ],
     *[
-        Fault(f"a replica skips a step(), then {name}", skip, guilty="replica", after=after, at=6, grids=((2, 1), (2, 2)))
+        Fault(
+            f"a replica skips a step(), then {name}",
+            skip,
+            guilty="replica",
+            after=after,
+            at=6,
+            grids=((2, 1), (2, 2)),
+        )
         for name, after in (("consensus()", consensus), ("state_dict()", lambda run: run.opt.state_dict()))
     ],
 ]
@@ -270,8 +292,14 @@ def main() -> None:
     for fault, mode, shape in cases(options.only):
         for _ in range(options.times):
             told = run_faulty(
-                math.prod(shape), work, fault, mode, *shape, timeout=options.timeout,
-                deadline=4 * options.timeout, lives_on=fault.lives_on,
+                math.prod(shape),
+                work,
+                fault,
+                mode,
+                *shape,
+                timeout=options.timeout,
+                deadline=4 * options.timeout,
+                lives_on=fault.lives_on,
             )
             mine = [f"{t.kind} {t.seconds:.1f}" for t in told]
             print(f"{fault.name} | {mode} {shape[0]}x{shape[1]} | {', '.join(mine)}", flush=True)

@@ -100,9 +100,9 @@ class Trouble:
         if self._spoiled >= MOST_SPOILED:
             self._held = "failed"
             self._failure = NonFiniteError(
-                f"skipping steps mends no parameter; got a NaN or an infinity in {', '.join(parameters[:5])} in "
-                f"{self._spoiled} skipped steps, after {steps} steps; load the last checkpoint, or set "
-                "it to finite values before the next step"
+                f"skipping steps mends no parameter; got a NaN or an infinity in "
+                f"{', '.join(parameters[:5])}, met in {self._spoiled} skipped steps, after {steps} steps; load "
+                "the last checkpoint, or set it to finite values after the first skipped step"
             )
 
     def raise_or_skip(
@@ -129,7 +129,7 @@ class Trouble:
             if failure is not None:
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
-        if self.skips and not decision.outside:
+        if self.skips and decision.elsewhere is None:
             if self.overflow is None:
                 self._notice([name for name in here or names() if name.startswith(SPOILED)], spoiled, steps)
             return

@@ -3,7 +3,8 @@
 Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they
 branch only on the reduced gate key, and a missing gradient contributes zeros.
 
-    1. if due: agreement      MAX of six int64 over the replicas, then over the shards
+    1. if due: agreement      MAX of six int64 over the replicas, then over the shards; but for the first
+                              time, after a MAX of one, with which a gate's key may be paired
     2. if partial: gradients  SUM over the axes they are partial on
     3. norms and flags        one SUM over all shards
     4. gate="drift"           if asked: SUM of two numbers over the shards, mean over the replicas
@@ -61,6 +62,7 @@ from curvadion.sharding.journey import AtHome, Codec, Mean, Nothing, Residuals, 
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
 from curvadion.sharding.lost import Place, explained, meet
+from curvadion_kernels.reference import CHECK_KEY
 
 
 @dataclass
@@ -87,14 +89,16 @@ class Told:
     """A collective under way whose errors say what it was."""
 
     work: Work
-    explain: Callable[[Exception], Exception]
+    explain: Callable[[Exception], Exception | None]
 
     def wait(self) -> object:
         """Wait until its result may be used."""
         try:
             return self.work.wait()
         except (RuntimeError, DistError) as error:
-            raise self.explain(error)
+            if (lost := self.explain(error)) is None:
+                raise
+            raise lost from error
 
 
 class Exchange:
@@ -290,11 +294,18 @@ class Exchange:
         if self.replicas > 1:
             self._replace(tensors, copied, purpose, broadcast)
 
-    def max_over_replicas(self, key: Tensor) -> Tensor:
+    def max_over_replicas(self, key: Tensor, purpose: str = "gate") -> Tensor:
         """Return the MAX of the gate key over the replicas."""
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX, wait=True)
+            self.over_replicas("all_reduce", purpose, key, ReduceOp.MAX, wait=True)
         return key
+
+    def announce_check(self) -> int:
+        """Tell the replicas that `agree` is next, in the form of a gate key, with which it may be paired;
+        return the MAX of what they had to say."""
+        key = torch.tensor(CHECK_KEY, dtype=torch.int64, device=self.device)
+        told = self.max_over_replicas(key, "check")
+        return CHECK_KEY if has_no_values(told) else int(told)
 
     def start_max_over_replicas(self, key: Tensor) -> Answer:
         """Start the MAX of the gate key over the replicas."""
@@ -325,7 +336,6 @@ class Exchange:
             weights, gradients: hashes; 31 bits of each are compared.
             seen: by this rank: 0, no gradient; 2, one that is not zero; else 1.
         """
-        self.meet("a check that all ranks agree")
         count, both = step << 2 | seen, weights >> 31 << 31 | gradients >> 31
         message = torch.tensor([count, -count, config, -config, both, -both], dtype=torch.int64)
         message = message.to(self.device)
@@ -378,21 +388,20 @@ class Exchange:
     def _start(
         self, group: Group, collective: str, over: str, purpose: str, *args: Any, wait: bool = False
     ) -> Work:
-        def explain(error: Exception) -> Exception:
+        def explain(error: Exception) -> Exception | None:
             what = f'the {collective} of "{purpose}" over the {over}'
             return explained(error, self.place, what, group.ranks)
 
         try:
             return Told(getattr(group, collective)(*args, wait=wait), explain)
         except (RuntimeError, DistError) as error:
-            raise explain(error)
+            if (lost := explain(error)) is None:
+                raise
+            raise lost from error
 
-    def meet(self, what: str, *, replicas: bool = True) -> None:
-        """Wait until all ranks of this replica have come here, and this rank's peers in the others; no
-        collective, see `lost.meet`."""
-        meet(self.place, self.shards.ranks if self.shards.axes else (), f"{what} within a replica")
-        if replicas and self._peers is not None:
-            meet(self.place, self._peers.ranks, f"{what} between replicas")
+    def meet(self, what: str) -> None:
+        """Wait until all ranks of this replica have come here; no collective, see `lost.meet`."""
+        meet(self.place, self.shards.ranks if self.shards.axes else (), what)
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives

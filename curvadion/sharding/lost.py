@@ -49,7 +49,11 @@ def follow_job(group: ProcessGroup) -> None:
     """
     job = dist.group.WORLD
     wanted = timeout_of(job) if job is not None else None
-    if group is job or wanted is None or timeout_of(group) not in (default_pg_timeout, default_pg_nccl_timeout):
+    if (
+        group is job
+        or wanted is None
+        or timeout_of(group) not in (default_pg_timeout, default_pg_nccl_timeout)
+    ):
         return
     for backend in _backends(group):
         with suppress(AttributeError, RuntimeError):  # a backend that waits for nobody
@@ -72,18 +76,16 @@ class Place:
         return f"{self.call} after {self.steps} steps"
 
 
-def explained(error: Exception, place: Place, what: str, ranks: Sequence[int]) -> Exception:
-    """Return LostRankError for what a backend raises when ranks are missing; any other error as it is.
+def explained(error: Exception, place: Place, what: str, ranks: Sequence[int]) -> "LostRankError | None":
+    """Return the error to raise instead of one that a backend raises when ranks are missing, None for others.
 
     Args:
         what: the collective, and its purpose.
         ranks: global ones, of its group; empty where these are no processes.
     """
     if not ranks or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
-        return error
-    lost = LostRankError(_message(place, what, ranks, error))
-    lost.__cause__ = error
-    return lost
+        return None
+    return LostRankError(_message(place, what, ranks, error))
 
 
 def _message(place: Place, what: str, ranks: Sequence[int], error: Exception) -> str:
@@ -142,7 +144,9 @@ def leave_word(place: Place, error: Exception) -> None:
     """Say in the store what befell this rank, for the errors of those that will miss it."""
     if dist.is_initialized() and not isinstance(error, LostRankError):
         with suppress(Exception):
-            _store().set(_key(dist.get_rank()), f"{place}, and raised {type(error).__name__}: {str(error)[:200]}")
+            _store().set(
+                _key(dist.get_rank()), f"{place}, and raised {type(error).__name__}: {str(error)[:200]}"
+            )
 
 
 def _quietly(call: Callable[[], None]) -> None:
@@ -180,7 +184,7 @@ def meet(place: Place, ranks: Sequence[int], what: str) -> None:
         raise LostRankError(
             f"all ranks must come to {what} together; this one is in {place}, and of the global ranks "
             f"{_some(ranks)} these did not come: {_some(missing)}. They have ended, were stopped, or called "
-            "something else: call step(), synchronize(), consensus(), add_param_group() and load_state_dict() "
-            "equally often and in the same order on every rank, and change requires_grad on all of them. End "
-            "this process, start all ranks again and load the last checkpoint"
+            "something else: call step(), synchronize(), consensus(), add_param_group() and "
+            "load_state_dict() equally often and in the same order on every rank, and change requires_grad "
+            "on all of them. End this process, start all ranks again and load the last checkpoint"
         ) from error

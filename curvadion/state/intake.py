@@ -171,8 +171,8 @@ class Intake:
             )
         if group["weight_layout"] != self._layouts[b.group]:
             raise ValueError(
-                f"weight_layout must stay as it was at construction, {self._layouts[b.group]!r}: state lies along "
-                f"the outputs; got {group['weight_layout']!r}; construct a new optimizer to change it"
+                f"weight_layout must stay as it was at construction, {self._layouts[b.group]!r}, for state "
+                f"lies along the outputs; got {group['weight_layout']!r}; construct a new optimizer to change it"
             )
         rule = RULES[group["local_update"]]
         if not {spec.name for spec in rule.state} <= b.kept.keys() or (rule.uses_Q and b.Q is None):
