@@ -10,8 +10,10 @@ import math
 import os
 import signal
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,12 @@ class Fault:
         guilty: global ranks, or "replica" for all of replica 1.
         purpose: with `sign`, in which collective of which step the process gets it.
         at: step of the fault.
+        prepare: called instead of that before construction.
+        change: called before that step.
+        steps: of the run, which ends with `after` or synchronize().
+        lives_on: whether a process that raised stays.
+        modes, grids: what it is tried with; replicas x shards.
+        all_synchronize: before the fault.
     """
 
     name: str
@@ -61,7 +69,7 @@ class Fault:
     modes: tuple[str, ...] = ("default", "low", "delay", "lag")
     grids: tuple[tuple[int, int], ...] = ((2, 1), (2, 2), (1, 2))
     after: Callable[[Run], None] | None = None
-    expect: str = "error"
+    all_synchronize: bool = False
 
 
 class Run:
@@ -108,6 +116,8 @@ class Run:
         for self.step in range(fault.steps):
             self.toy.set_gradients(self.step, self.replica)
             self.closure = None
+            if self.step == fault.at and fault.all_synchronize:
+                self.opt.synchronize()
             if self.step == fault.at and self.guilty:
                 if fault.before or fault.change:
                     self.reporter.fault()
@@ -151,8 +161,6 @@ def other_lr(run: Run) -> None:
 
 
 def add_group(run: Run) -> None:
-    if run.opt._consensus.under_way:
-        return
     p = nn.Parameter(torch.ones(4, 4))
     p.grad = torch.ones(4, 4)
     run.opt.add_param_group({"params": [("extra", p)], "algorithm": "dion"})
@@ -219,7 +227,7 @@ FAULTS = [
     ],
     *[
         Fault(
-            f"{name} in a synchronized step",
+            f"{name} in a synchronized step, at {purpose}",
             sign=sign,
             purpose=purpose,
             modes=modes,
@@ -238,8 +246,8 @@ FAULTS = [
         )
         for name, sign in KILLS
     ],
-    Fault("lr changed on one rank", change=other_lr, expect="seldom"),
-    Fault("a group added on one rank", change=add_group),
+    Fault("lr changed on one rank", change=other_lr),
+    Fault("a group added on one rank", change=add_group, all_synchronize=True),
     Fault("a parameter frozen on one rank", change=freeze),
     Fault("a parameter frozen and synchronize() on one rank", change=freeze_and_synchronize),
     Fault("a state loaded on one rank", change=load),
@@ -264,13 +272,33 @@ FAULTS = [
 
 @dataclass
 class Row:
-    fault: str
+    """A line of the table.
+
+    Attributes:
+        tried: runs.
+        outcomes: of surviving ranks, by what they raised.
+        worst: seconds from the fault to the last of their errors.
+    """
+
     tried: int = 0
-    outcomes: dict[str, int] = field(default_factory=dict)
+    outcomes: Counter[str] = field(default_factory=Counter)
     worst: float = 0.0
+
+    def add(self, told: list[Told]) -> None:
+        """Add a run."""
+        self.tried += 1
+        for t in survivors(told):
+            self.outcomes[t.kind] += 1
+            if t.kind not in ("ok", "hung", "aborted"):
+                self.worst = max(self.worst, t.seconds)
+
+    def __str__(self) -> str:
+        outcomes = ", ".join(f"{kind} on {count}" for kind, count in self.outcomes.most_common())
+        return f"{self.tried} | {outcomes} ranks | {self.worst:.1f} s"
 
 
 def cases(only: str) -> Iterator[tuple[Fault, str, tuple[int, int]]]:
+    """The faults whose names have all these words, joined by +, with the mode and the mesh."""
     for fault in FAULTS:
         for mode in fault.modes:
             for shape in fault.grids:
@@ -278,34 +306,38 @@ def cases(only: str) -> Iterator[tuple[Fault, str, tuple[int, int]]]:
                     yield fault, mode, shape
 
 
-def survivors(fault: Fault, told: list[Told]) -> list[Told]:
+def survivors(told: list[Told]) -> list[Told]:
+    """Those that could tell."""
     return [t for t in told if t.kind not in ("killed", "stopped") and not t.message.endswith("exit code 0")]
 
 
+def attempt(fault: Fault, mode: str, shape: tuple[int, int], timeout: float) -> list[Told]:
+    """Try a fault once."""
+    deadline = 3 * timeout + 20
+    run = partial(run_faulty, math.prod(shape), work, fault, mode, *shape)
+    return run(timeout=timeout, deadline=deadline, lives_on=fault.lives_on)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print what every rank of every case told, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--only", default="", help="words, joined by +, that the case's name has")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT)
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds, of init_process_group")
+    parser.add_argument("--verbose", action="store_true", help="print messages too")
     options = parser.parse_args()
+    rows: dict[str, Row] = defaultdict(Row)
     for fault, mode, shape in cases(options.only):
         for _ in range(options.times):
-            told = run_faulty(
-                math.prod(shape),
-                work,
-                fault,
-                mode,
-                *shape,
-                timeout=options.timeout,
-                deadline=4 * options.timeout,
-                lives_on=fault.lives_on,
-            )
+            told = attempt(fault, mode, shape, options.timeout)
+            rows[fault.name].add(told)
             mine = [f"{t.kind} {t.seconds:.1f}" for t in told]
             print(f"{fault.name} | {mode} {shape[0]}x{shape[1]} | {', '.join(mine)}", flush=True)
-            if options.verbose:
-                for rank, t in enumerate(told):
-                    print(f"    {rank}: {t.message[:600]} {t.value or ''}", flush=True)
+            for rank, t in enumerate(told if options.verbose else ()):
+                print(f"    {rank}: {t.message[:900]} {t.value or ''}", flush=True)
+    print("\n| fault | times | surviving ranks | worst time to error |\n|---|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row} |")
 
 
 if __name__ == "__main__":

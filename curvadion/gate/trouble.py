@@ -100,9 +100,9 @@ class Trouble:
         if self._spoiled >= MOST_SPOILED:
             self._held = "failed"
             self._failure = NonFiniteError(
-                f"skipping steps mends no parameter; got a NaN or an infinity in "
-                f"{', '.join(parameters[:5])}, met in {self._spoiled} skipped steps, after {steps} steps; load "
-                "the last checkpoint, or set it to finite values after the first skipped step"
+                "skipping steps mends no parameter; got a NaN or an infinity in "
+                f"{', '.join(parameters[:5])}, met in {self._spoiled} skipped steps, after {steps} steps; "
+                "load the last checkpoint, or set it to finite values after the first skipped step"
             )
 
     def raise_or_skip(

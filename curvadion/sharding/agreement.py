@@ -166,7 +166,7 @@ class Agreement:
         at = "synchronize()" if told >= OUTSIDE_KEY else "a check, after a load, a new group or synchronize()"
         raise ReplicaMismatchError(
             "all ranks must call step() and synchronize() equally often, and whatever else is of all ranks; "
-            f"this one is {exchange.place}, another is at {at}; give every replica as many batches"
+            f"this one is in {exchange.place}, another is at {at}; give every replica as many batches"
         )
 
 

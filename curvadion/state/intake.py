@@ -171,8 +171,9 @@ class Intake:
             )
         if group["weight_layout"] != self._layouts[b.group]:
             raise ValueError(
-                f"weight_layout must stay as it was at construction, {self._layouts[b.group]!r}, for state "
-                f"lies along the outputs; got {group['weight_layout']!r}; construct a new optimizer to change it"
+                "weight_layout must stay as it was at construction, for state lies along the outputs: "
+                f"{self._layouts[b.group]!r}; got {group['weight_layout']!r}; construct a new optimizer to "
+                "change it"
             )
         rule = RULES[group["local_update"]]
         if not {spec.name for spec in rule.state} <= b.kept.keys() or (rule.uses_Q and b.Q is None):

@@ -299,19 +299,26 @@ class Run:
             self.compare_replicas("parameters and state after synchronize()", tensors)
         return True
 
+    def kind(self) -> tuple[bool, ...]:
+        """What a checkpoint must have in common with the optimizer that loads it."""
+        return bool(self.extra), *(p.requires_grad for p in self.params.values())
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """A copy of what was saved last, if it fits."""
+        return copy.deepcopy(self.saved[1]) if self.saved and self.saved[0] == self.kind() else None
+
     def recover(self) -> None:
         """As a user does after an error: load, on every rank."""
         with torch.no_grad():
             for p in self.params.values():
-                p.requires_grad_(True)
                 if not bool(local(p).isfinite().all()):
                     local(p).nan_to_num_(0.0, 0.0, 0.0)
         for group in self.opt.param_groups:
             group["lr"] = BASE["lr"]
         self.opt.discard_divergence()
-        state = copy.deepcopy(self.saved) if self.saved is not None else None
+        state = self.checkpoint()
         self.may_raise = True
-        if state is None or len(state["param_groups"]) != len(self.opt.param_groups):
+        if state is None:
             groups = groups_of(self.placed.bag.named_parameters(), Case("", {}))
             self.extra = []
             self.opt = CurvaDion(
@@ -414,18 +421,14 @@ def look_at_consensus(run: Run, event: Event) -> None:
 @_event
 def save(run: Run, event: Event) -> None:
     if run.synchronize():
-        run.saved = copy.deepcopy(run.opt.state_dict())
+        run.saved = run.kind(), copy.deepcopy(run.opt.state_dict())
 
 
 @_event
 def load(run: Run, event: Event) -> None:
-    if run.saved is None or len(run.saved["param_groups"]) != len(run.opt.param_groups):
-        return
-    if run.synchronize():
-        run.may_raise = True
-        if not run.call("load_state_dict()", lambda: run.opt.load_state_dict(copy.deepcopy(run.saved))):
-            return
-        run.may_raise = False
+    state = run.checkpoint()
+    if state is not None and run.synchronize():
+        run.call("load_state_dict()", lambda: run.opt.load_state_dict(state))
 
 
 @_event
