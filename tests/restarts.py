@@ -33,9 +33,13 @@ def start(out: Path, restarts: int) -> subprocess.Popen[bytes]:
     torchrun += ["--max-restarts", str(restarts), str(ROOT / "scripts" / "train.py"), *SMALL]
     where = ["--text", str(ROOT / "scripts"), "--out", str(out), "--checkpoint", str(out / "checkpoints")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # torch gives restarted workers the store of the first attempt, with addresses of processes that are gone.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     log = (out / "log.txt").open("wb")
-    return subprocess.Popen([*torchrun, *where, "--resume"], env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(
+        [*torchrun, *where, "--resume"], env=environment, stdout=log, stderr=log, start_new_session=True
+    )
 
 
 def worker(agent: int, rank: int) -> int:
@@ -62,11 +66,12 @@ def run(out: Path, kill: int | None, restarts: int) -> str:
             os.kill(worker(process.pid, kill or 0), signal.SIGKILL)
             killed = True
         time.sleep(0.05)
-    if process.poll() is None:
-        process.kill()
+    if late := process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its workers
+        process.wait(60)
     log = (out / "log.txt").read_text()
-    if process.returncode or not killed:
-        raise AssertionError(f"exit code {process.returncode}, killed: {killed}\n{log[-6000:]}")
+    if late or process.returncode or not killed:
+        raise AssertionError(f"late: {late}, exit code {process.returncode}, killed: {killed}\n{log[-6000:]}")
     return log
 
 

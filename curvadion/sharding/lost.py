@@ -2,6 +2,7 @@
 that begin together or not at all."""
 
 import hashlib
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -110,11 +111,12 @@ def _some(ranks: Iterable[int]) -> str:
 
 
 def _store() -> Any:
-    return _get_default_store()
+    # torchrun may give workers that it starts again the store of those before them.
+    return PrefixStore(f"curvadion/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _get_default_store())
 
 
 def _key(rank: int) -> str:
-    return f"curvadion/lost/{rank}"
+    return f"lost/{rank}"
 
 
 def _roll_call(place: Place, what: str, ranks: Sequence[int]) -> tuple[list[int], str]:
@@ -171,7 +173,7 @@ def meet(place: Place, ranks: Sequence[int], what: str) -> None:
         return
     name = hashlib.sha256(repr((sorted(ranks), what)).encode()).hexdigest()[:16]
     _MEETINGS[name] += 1
-    key, store, me = f"curvadion/meet/{name}/{_MEETINGS[name]}", _store(), dist.get_rank()
+    key, store, me = f"meet/{name}/{_MEETINGS[name]}", _store(), dist.get_rank()
     store.set(f"{key}/{me}", str(place))
     if store.add(key, 1) == len(ranks):
         return store.set(f"{key}/all", "")
