@@ -325,6 +325,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="words, joined by +, that the case's name has")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds, of init_process_group")
     parser.add_argument("--verbose", action="store_true", help="print messages too")
+    parser.add_argument("--strict", action="store_true", help="fail if a survivor was not told by an error")
     options = parser.parse_args()
     rows: dict[str, Row] = defaultdict(Row)
     for fault, mode, shape in cases(options.only):
@@ -338,6 +339,9 @@ def main() -> None:
     print("\n| fault | times | surviving ranks | worst time to error |\n|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row} |")
+    silent = [name for name, row in rows.items() if {"ok", "hung", "aborted"} & row.outcomes.keys()]
+    if options.strict and silent:
+        sys.exit(f"survivors were not told: {', '.join(silent)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python tests/long_bf16.py --steps 3000
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Iterator
@@ -53,9 +54,10 @@ class Net(nn.Module):
 def train(mode: str, dtype: torch.dtype, steps: int) -> dict[str, float]:
     """Losses at the end, how far replicas are apart then, and the largest | ||q_j|| - 1 | on the way."""
     inputs, targets = problem()
+    start = Net(dtype)
 
     def replica(group: ThreadGroup) -> dict[str, float]:
-        net = Net(dtype)
+        net = copy.deepcopy(start)
         matrices = [net.first.weight, net.second.weight]
         groups = [
             {"params": matrices},
@@ -101,8 +103,8 @@ def main() -> None:
     bad = []
     for mode, half, full in rows(options.steps, options.mode):
         print(
-            f"| {mode} | {half['loss']:.2e} | {full['loss']:.2e} | {half['drift']:.1e} | {full['drift']:.1e} | "
-            f"{half['columns']:.0e} |",
+            f"| {mode} | {half['loss']:.2e} | {full['loss']:.2e} | {half['drift']:.1e} | "
+            f"{full['drift']:.1e} | {half['columns']:.0e} |",
             flush=True,
         )
         # bfloat16 has eight bits: weights end within 2^-8 of where they should be, and so do outputs.
