@@ -331,8 +331,6 @@ class CurvaDion(Stateful):
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
-        if self._agreement.first:
-            self._compare_steps(at=-2)  # as every rank begins; which is no number of steps
         exchange.meet("synchronize()")
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
             self._gate.tell(self._trouble, step, self._consensus)
@@ -395,11 +393,11 @@ class CurvaDion(Stateful):
         if said.elsewhere is not None:
             self._agreement.refuse_to_go_alone(self._built.exchange, said.elsewhere)
 
-    def _compare_steps(self, at: int | None = None) -> None:
+    def _compare_steps(self) -> None:
         exchange, steps = self._built.exchange, self._schedule.steps
         if self.replicas > 1 or exchange.shards.axes:
             config = partial(self._built.describe, self.param_groups)
-            self._agreement.check(exchange, steps if at is None else at, config, {}, ())
+            self._agreement.check(exchange, steps, config, {}, ())
 
     def _now_in(self, call: str) -> None:
         place = self._built.exchange.place

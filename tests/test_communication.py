@@ -382,7 +382,7 @@ def test_the_check_has_a_row_of_its_own_and_comes_first(name: str) -> None:
         assert [bool(rows) for rows in checked] == [True, False, False, False, True, False, False, False], (
             "the check runs on the first step and every check_every steps"
         )
-        for step, sent in ((0, [48]), (4, [8, 48])):
+        for step, sent in ((0, [8, 48]), (4, [8, 48])):
             expected = {("replicate", "check"): sum(sent), ("shard", "check"): 48 * len(layout.shards)}
             assert checked[step] == {key: size for key, size in expected.items() if size}, (
                 "six int64 along each axis, and one that a gate's key may be paired with"

@@ -146,12 +146,11 @@ class Agreement:
     def _announce(self, exchange: Exchange) -> None:
         """Begin together: ranks of a replica in the store, replicas by a key, which may meet one of a step.
 
-        Not the first time, when every rank begins with a check.
+        In the store not the first time, when every rank of a replica begins with a check.
         """
-        if self.first:
-            self.first = False
-            return
-        exchange.meet("a check that all ranks agree")
+        if not self.first:
+            exchange.meet("a check that all ranks agree")
+        self.first = False
         if exchange.replicas > 1 and (told := exchange.announce_check()) != CHECK_KEY:
             self.refuse_to_go_alone(exchange, told)
 

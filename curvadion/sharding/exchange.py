@@ -3,8 +3,8 @@
 Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they
 branch only on the reduced gate key, and a missing gradient contributes zeros.
 
-    1. if due: agreement      MAX of six int64 over the replicas, then over the shards; but for the first
-                              time, after a MAX of one, with which a gate's key may be paired
+    1. if due: agreement      MAX of six int64 over the replicas, then over the shards; after a MAX
+                              of one over the replicas, with which a gate's key may be paired
     2. if partial: gradients  SUM over the axes they are partial on
     3. norms and flags        one SUM over all shards
     4. gate="drift"           if asked: SUM of two numbers over the shards, mean over the replicas
