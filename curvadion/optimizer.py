@@ -354,7 +354,7 @@ class CurvaDion(Stateful):
         self._refuse_inside("consensus()")
         self._now_in("consensus()")
         self._compare_steps()
-        self._in_consensus = True
+        self._inside = "consensus()"
         try:
             with (
                 averaged(self._built.table, self._built.exchange)
