@@ -54,7 +54,7 @@ class CurvaDion(Stateful):
 
     Args:
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
-            marked [g], and ``algorithm``: "dion" (default; 2-D parameters only), "adamw" or "lion".
+            marked [g], and ``algorithm``: "dion" (default; matrices only), "adamw" or "lion".
         lr [g]: learning rate, a number or a 0-d tensor.
         replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None.
         momentum [g]: factor by which the momentum decays in each step, mu.
@@ -76,6 +76,11 @@ class CurvaDion(Stateful):
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
         weight_layout [g]: how matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or
             "in_out", the transpose of that, as in the Conv1D of transformers.
+        batch_dims [g]: number of leading dimensions that count matrices, as 1 in weights of experts,
+            (experts, out, in).
+        splits [g]: blocks that are matrices of their own, as in a fused qkv: how many equal ones, or their
+            sizes.
+        split_along [g]: dimension that splits cuts: "outputs" or "inputs".
         nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
         newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
             "polar_express" makes singular values equal within 1 % in six rounds.
@@ -141,6 +146,9 @@ class CurvaDion(Stateful):
         local_lr_scale: float = 1.0,
         update_scale: str = "spectral",
         weight_layout: str = "out_in",
+        batch_dims: int = 0,
+        splits: int | tuple[int, ...] | None = None,
+        split_along: str = "outputs",
         nesterov: bool = False,
         newton_schulz: str = "jordan",
         newton_schulz_steps: int = 5,

@@ -110,7 +110,7 @@ class Rooms:
             before=before,
             own_Q=earlier.store.own_Q if earlier is not None else (),
         )
-        intake = Intake(table, store.batches, exchange, groups)
+        intake = Intake(table, store.kinds, exchange, groups)
         when = options.owners
         if when != "never" and not table.shards.can_meet:
             when = "never"
@@ -144,7 +144,7 @@ class Rooms:
         own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
-        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.batches if iterates[b.group]]
+        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.kinds if iterates[b.group]]
         return repr((options, plain, found, self.table.describe(), self.exchange.replicas))
 
     @property

@@ -26,7 +26,7 @@ ROWS = [
     {"curvadion.rooms"},
     {"curvadion.metrics", "curvadion.placement", "curvadion.state.intake", "curvadion.state.checkpoint"},
     {"curvadion.state.loadable"},
-    {"curvadion.options"},
+    {"curvadion.options", "curvadion.fused"},
     {"curvadion.gate.ask"},
     {"curvadion.consensus"},
     {"curvadion.signals"},

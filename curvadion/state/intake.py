@@ -12,6 +12,7 @@ from curvadion.algebra.power_iteration import rank_of
 from curvadion.allowed import check_options
 from curvadion.options import GROUP_OPTIONS, follow_schedulers
 from curvadion.rules import RULES
+from curvadion.sharding.blocks import cut_by
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
 from curvadion.state.batch import Batch
@@ -76,7 +77,7 @@ class Intake:
         usual = None if self._partial else usual_gradients(table.params, grads, table.placements)
         G: Fixed[Tensor | None] = Fixed(usual or ())
         try:
-            parts = (G.take(table.matrices), G.take(table.scalars)) if usual is not None else ()
+            parts = (G.take(table.weights), G.take(table.scalars)) if usual is not None else ()
             fine = tuple(part.numels for part in parts) == table.numels and all(
                 part.contiguous for part in parts
             )
@@ -151,9 +152,14 @@ class Intake:
             )
         if any(p.requires_grad for p in self._table.frozen):
             raise RuntimeError(_changed("on for some parameter"))
-        for group in groups:
+        for group, cut in zip(groups, self._table.cut_by, strict=True):
             _check_there(group, GROUP_OPTIONS)
             check_options(group, GROUP_OPTIONS, " in a parameter group")
+            if cut_by(group) != cut:
+                raise ValueError(
+                    "splits, the dimension that they cut, and batch_dims must stay as they were at "
+                    f"construction; got {cut_by(group)} for {cut}; construct a new optimizer for them"
+                )
             if own := RULES[group["local_update"]].options:
                 _check_there(group, own)
                 check_options(
