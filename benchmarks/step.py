@@ -5,6 +5,8 @@ microsoft/dion.
     python benchmarks/step.py --models 160m --seconds 120
     python benchmarks/step.py --device cpu               # a small model, without the Triton kernels
     python benchmarks/step.py --device cpu --interpret   # with them, interpreted: a test, not a measurement
+    python benchmarks/step.py --host-time            # steps of 300 small matrices: host_time.py
+    python benchmarks/step.py --host-time --ranks 2  # the same on shards
 
 One shard, float32 parameters and gradients of a Llama-style model, embedding, head and norms included.
 Nothing leaves the process: what is measured is the arithmetic and the host; benchmarks/sharded.py measures
@@ -32,6 +34,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +44,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import host_time
 import torch
 from timing import (
     MODELS,
@@ -495,7 +499,18 @@ def main() -> None:
     add_common_arguments(parser, models=tuple(MODELS), seconds=400, out="step.jsonl")
     parser.add_argument("--only", help=f"comma-separated operations of {', '.join(OPERATIONS)}; none: all")
     parser.add_argument("--rank-fractions", help=f"comma-separated, of {', '.join(FRACTIONS)}; none: all")
+    parser.add_argument("--host-time", action="store_true", help="see benchmarks/host_time.py; on the CPU")
+    parser.add_argument("--ranks", type=int, default=1, help="with --host-time: processes, 1 or more")
+    parser.add_argument("--matrices", type=int, default=300, help="with --host-time: how many there are")
     arguments = parser.parse_args()
+    if arguments.host_time:
+        if arguments.out == parser.get_default("out"):
+            arguments.out = arguments.out.with_name("host_time.jsonl")
+        arguments.device = "cpu"
+        start(arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            host_time.main(arguments, Path(folder))
+        return
     begin = time.perf_counter()
     device = start(arguments)
     default = ("160m", "1b3") if device.type == "cuda" else ("small",)

@@ -47,8 +47,8 @@ class Directional(Valued):
 
     def value(self, step: Step) -> Tensor:
         table = step.table
-        new = torch.stack(torch._foreach_norm([or_zeros(step.G[i], step.X[i]) for i in table.matrices]))
-        mu = new.new_tensor([step.groups[table.group_of[i]]["momentum"] for i in table.matrices])
+        new = torch.stack(torch._foreach_norm([or_zeros(step.G[i], step.X[i]) for i in table.weights]))
+        mu = new.new_tensor([step.groups[table.group_of[i]]["momentum"] for i in table.weights])
         last = step.store.last_norm
         return torch.where(last > 0, new / (mu * last), 0.0).max()
 

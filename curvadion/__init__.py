@@ -6,13 +6,16 @@ from curvadion.optimizer import CurvaDion
 from curvadion.options import LOW_COMMUNICATION
 from curvadion.param_groups import param_groups_for
 from curvadion.sharding.agreement import ReplicaMismatchError
+from curvadion.sharding.lost import LostRankError
+from curvadion.version import __version__
 
 __all__ = [
     "LOW_COMMUNICATION",
     "CurvaDion",
+    "LostRankError",
     "NonFiniteError",
     "ReplicaMismatchError",
+    "__version__",
     "assert_routing",
     "param_groups_for",
 ]
-__version__ = "0.1.0"

@@ -10,16 +10,19 @@ from curvadion.consensus import Consensus
 from curvadion.rooms import Rooms
 from curvadion.rules import RULES
 from curvadion.rules.base import local_lr, scale
+from curvadion.state.batch import Batch
 
 NOT_SO = "-"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What becomes of one parameter.
+    """What becomes of one parameter, or of one of the matrices that it is.
 
     Attributes:
-        name, shape: of the whole parameter; its name without wrapper prefixes.
+        name: of the parameter, without wrapper prefixes.
+        block: where in the parameter the matrix stands, as "[2]"; empty where the parameter is one.
+        shape: of the whole parameter or matrix.
         placement: the `name` of its group, as `param_groups_for` gives it; "group 0" where there is none.
         algorithm: its group's, "dion" for all matrices.
         rule: what it does on a local step, `local_update`; of AdamW and Lion the algorithm.
@@ -33,6 +36,7 @@ class Row:
     """
 
     name: str
+    block: str
     shape: tuple[int, ...]
     placement: str
     algorithm: str
@@ -45,15 +49,15 @@ class Row:
 
 
 class Explanation(list[Row]):
-    """The rows of all parameters that are trained. As a string a table, in which those that differ by their
-    block's number only share a line, with the sum of their bytes."""
+    """The rows of all parameters that are trained. As a string a table, in which those that differ by numbers
+    in their names only share a line, with the sum of their bytes."""
 
     def __str__(self) -> str:
         alike: dict[Row, list[Row]] = {}
         for row in self:
-            name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-            alike.setdefault(replace(row, name=name, owner=None, bytes=None), []).append(row)
-        heads = [*(field.name for field in fields(Row)), "number"]
+            name, block = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name), re.sub(r"\d+", "*", row.block)
+            alike.setdefault(replace(row, name=name, block=block, owner=None, bytes=None), []).append(row)
+        heads = [*(field.name for field in fields(Row) if field.name != "block"), "number"]
         lines = [heads, *(_cells(shared, rows) for shared, rows in alike.items())]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -67,6 +71,7 @@ def _cells(shared: Row, rows: Sequence[Row]) -> list[str]:
     owners = sorted({row.owner for row in rows if row.owner is not None})
     cells = dict(zip((field.name for field in fields(Row)), astuple(shared), strict=True))
     cells |= {
+        "name": shared.name + cells.pop("block"),
         "shape": " x ".join(map(str, shared.shape)) or "scalar",
         "lr": f"{shared.lr:.4g}",
         "synchronized_lr": f"{shared.synchronized_lr:.4g}",
@@ -90,24 +95,32 @@ def explain(
         owners: by name.
         apart: replicas may take steps of their own, so that there is more to make equal.
     """
-    table, store = rooms.table, rooms.store
-    batch_of = {i: b for b in store.batches for i in b.params}
-    rows = Explanation()
+    table, store, rows = rooms.table, rooms.store, Explanation()
+    step = rooms.step(groups, None)
     for i, (name, layout, index) in enumerate(zip(table.names, table.layouts, table.group_of, strict=True)):
-        group, batch = groups[index], batch_of.get(i)
-        sent: float | None = 0.0
-        rule, rank, lr = group["algorithm"], None, float(group["lr"])
-        synchronized_lr = lr
-        if batch is not None:
-            rule, factor = group["local_update"], scale(group, layout.shape)
+        group = groups[index]
+        place = group.get("name") or f"group {index}"
+
+        def sent(i: int, batch: Batch | None) -> float | None:
+            several = rooms.exchange.replicas > 1
+            return consensus.bytes_sent(step, i, batch, apart=apart) if several else 0.0
+
+        if i not in table.blocks:
+            algorithm, lr = group["algorithm"], float(group["lr"])
+            nothing = None, None, sent(i, None)
+            rows.append(Row(name, "", layout.shape, place, algorithm, algorithm, lr, lr, *nothing))
+            continue
+        first = table.first_matrix[i]
+        for k, label in enumerate(table.blocks[i].labels, first):
+            batch, rule = store.kinds[store.batch_of[k]], group["local_update"]
+            shape = batch.layout.shape
+            factor = scale(group, shape)
             lr = local_lr(group) * (factor if "update_scale" in RULES[rule].own_options else 1.0)
             synchronized_lr = float(group["lr"]) * factor if consensus.uses_Q else lr
             rank = batch.rank if batch.Q is not None or RULES[rule].uses_rank else None
-        if rooms.exchange.replicas > 1:
-            sent = consensus.bytes_sent(rooms.step(groups, None), i, batch, apart=apart)
-        placement = group.get("name") or f"group {index}"
-        rest = lr, synchronized_lr, rank, owners.get(name), sent
-        rows.append(Row(name, layout.shape, placement, group["algorithm"], rule, *rest))
+            owner = owners.get(table.matrices[k].name)
+            rest = group["algorithm"], rule, lr, synchronized_lr, rank, owner, sent(i, batch)
+            rows.append(Row(name, label, shape, place, *rest))
     return rows
 
 
@@ -138,7 +151,9 @@ def assert_routing(optimizer: Explained, routing: Mapping[str, str]) -> None:
         used.add(pattern)
         if routing[pattern] not in (row.rule, row.algorithm, row.placement):
             got = f"rule {row.rule!r} of algorithm {row.algorithm!r} in {row.placement!r}"
-            faults.append(f"{row.name} {row.shape}: {pattern!r} wants {routing[pattern]!r}; got {got}")
+            faults.append(
+                f"{row.name}{row.block} {row.shape}: {pattern!r} wants {routing[pattern]!r}; got {got}"
+            )
     faults += [
         f"{p!r} finds no parameter that no earlier pattern has found" for p in routing if p not in used
     ]

@@ -30,6 +30,7 @@ from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
+from curvadion.sharding.lost import leave_word
 from curvadion.signals import SIGNALS
 from curvadion.state.store import averaged
 from curvadion.stateful import Stateful
@@ -53,7 +54,7 @@ class CurvaDion(Stateful):
 
     Args:
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
-            marked [g], and ``algorithm``: "dion" (default; 2-D parameters only), "adamw" or "lion".
+            marked [g], and ``algorithm``: "dion" (default; matrices only), "adamw" or "lion".
         lr [g]: learning rate, a number or a 0-d tensor.
         replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None.
         momentum [g]: factor by which the momentum decays in each step, mu.
@@ -75,6 +76,11 @@ class CurvaDion(Stateful):
             "match_rms_adamw", 0.2 sqrt(max(m, n)); "original", sqrt(max(1, m/n)).
         weight_layout [g]: how matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or
             "in_out", the transpose of that, as in the Conv1D of transformers.
+        batch_dims [g]: number of leading dimensions that count matrices, as 1 in weights of experts,
+            (experts, out, in).
+        splits [g]: blocks that are matrices of their own, as in a fused qkv: how many equal ones, or their
+            sizes.
+        split_along [g]: dimension that splits cuts: "outputs" or "inputs".
         nesterov [g]: "muon" and "normuon" take G_i + mu m_i for m_i.
         newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
             "polar_express" makes singular values equal within 1 % in six rounds.
@@ -143,6 +149,9 @@ class CurvaDion(Stateful):
         local_lr_scale: float = 1.0,
         update_scale: str = "spectral",
         weight_layout: str = "out_in",
+        batch_dims: int = 0,
+        splits: int | tuple[int, ...] | None = None,
+        split_along: str = "outputs",
         nesterov: bool = False,
         newton_schulz: str = "jordan",
         newton_schulz_steps: int = 5,
@@ -211,21 +220,40 @@ class CurvaDion(Stateful):
         Raises:
             NonFiniteError: on every rank, see `on_nonfinite`.
             ReplicaMismatchError: on every rank, see `check_every` and `on_equal_gradients`.
+            LostRankError: on the other ranks, when one has ended, was stopped, or called something else.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        self._now_in("step()")
+        loss, failure = self._loss(closure)
         self._trouble.refuse_if_broken()
         self._refuse_inside("step()")
         self._built.table.refuse_meta()
-        with torch.autocast(self._built.table.device.type, enabled=False):
-            self._take_step()
+        try:
+            with torch.autocast(self._built.table.device.type, enabled=False):
+                self._take_step(failure)
+            if failure is not None:  # which the others hear of when the gate asks next
+                raise failure
+        except Exception as error:
+            leave_word(self._built.exchange.place, error)
+            raise
         return loss
 
-    def _take_step(self) -> None:
+    def _loss(self, closure: Callable[[], Any] | None) -> tuple[Any, Exception | None]:
+        """Call the closure; return what it returned, and what it raised, if the other ranks can be told.
+
+        Not those of the same replica: they may be waiting in a collective of the model's.
+        """
+        try:
+            with torch.enable_grad():
+                return closure() if closure is not None else None, None
+        except Exception as error:
+            leave_word(self._built.exchange.place, error)
+            if self.replicas == 1 or self._built.exchange.shards.axes:
+                raise
+            return None, error
+
+    def _take_step(self, failure: Exception | None) -> None:
         if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
             self.synchronize()  # with nobody to agree with
         self.ledger.begin_step()
@@ -236,12 +264,13 @@ class CurvaDion(Stateful):
         )
 
         with record_function("curvadion::gate"):
-            step, failure = self._take_in()
+            step, failure = self._take_in(failure)
             sends = self.replicas > 1 and self._schedule.may_ask
             # m_i = M_i + G_i,  ||m_i||^2
             message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
             # rho; the answer of the step before may be waited for, so after the kernels are enqueued
             told = self._gate.last_answer()
+            self._refuse_if_elsewhere(told)
             plan = self._schedule.plan(told)
             key, commit = self._gate.ask(step, message, plan, self._trouble, failed=failure is not None)
             arrived = self._gate.fetch(key)
@@ -249,8 +278,7 @@ class CurvaDion(Stateful):
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
-        if decision.outside or told.outside:
-            self._agreement.refuse_to_step_alone(self._built.exchange, self._schedule.steps, config)
+        self._refuse_if_elsewhere(decision)
         counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
             counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
@@ -262,12 +290,14 @@ class CurvaDion(Stateful):
             self._gate.signal.took(step, decision.synchronize)
         self._finish(decision, plan, counts=counts)
 
-    def _take_in(self) -> tuple[Step, Exception | None]:
+    def _take_in(self, failure: Exception | None) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
         self._trouble.overflow = getattr(self, "found_inf", None)  # torch.amp.GradScaler sets both for step()
         X = self._built.intake.parameters()
-        G, failure = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
-        return self._built.step(self.param_groups, self._schedule, X, G), failure
+        G, found = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
+        if failure is not None:  # gradients are those of half a batch, or of none
+            G = Fixed([None] * len(G))
+        return self._built.step(self.param_groups, self._schedule, X, G), failure or found
 
     def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
         if store:
@@ -308,15 +338,15 @@ class CurvaDion(Stateful):
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside("synchronize()")
+        self._now_in("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
+        exchange.meet("synchronize()")
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
-            self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
-        if self.replicas > 1 or exchange.shards.axes:
-            config = partial(self._built.describe, self.param_groups)
-            self._agreement.check(exchange, self._schedule.steps, config, {}, ())
+            self._gate.tell(self._trouble, step, self._consensus)
+        self._compare_steps()
         self._settle(step)
         self._follow_requires_grad()
 
@@ -329,8 +359,13 @@ class CurvaDion(Stateful):
 
         Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
         between a forward and its backward.
+
+        Raises:
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
         """
         self._refuse_inside("consensus()")
+        self._now_in("consensus()")
+        self._compare_steps()
         self._inside = "consensus()"
         try:
             with (
@@ -352,6 +387,8 @@ class CurvaDion(Stateful):
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         self._refuse_inside("broadcast_parameters()")
+        self._now_in("broadcast_parameters()")
+        self._compare_steps()
         self._built.exchange.broadcast_(self._built.X(), self._built.table.copied, "parameters")
         reshard_gathered_modules()
         self._forget_ways()
@@ -363,6 +400,20 @@ class CurvaDion(Stateful):
         Loaders such as torch.distributed.checkpoint ask for `state_dict()`, refused while replicas differ.
         """
         self._schedule.diverged = False
+
+    def _refuse_if_elsewhere(self, said: Decision) -> None:
+        if said.elsewhere is not None:
+            self._agreement.refuse_to_go_alone(self._built.exchange, said.elsewhere)
+
+    def _compare_steps(self) -> None:
+        exchange, steps = self._built.exchange, self._schedule.steps
+        if self.replicas > 1 or exchange.shards.axes:
+            config = partial(self._built.describe, self.param_groups)
+            self._agreement.check(exchange, steps, config, {}, ())
+
+    def _now_in(self, call: str) -> None:
+        place = self._built.exchange.place
+        place.call, place.steps = call, self._schedule.steps
 
     def _gradients(self) -> list[tuple[str, Tensor | None]]:
         table = self._built.table

@@ -19,7 +19,8 @@ from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
-from curvadion.rules.base import UPDATE_SCALES, WEIGHT_LAYOUTS
+from curvadion.rules.base import UPDATE_SCALES
+from curvadion.sharding.blocks import SPLIT_ALONG, WEIGHT_LAYOUTS
 from curvadion.signals import SIGNALS, Signal
 from curvadion_kernels import KERNELS
 
@@ -37,6 +38,10 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
 
 def _is_integer(value: Any, lowest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
+def _all_integers(values: Iterable[Any]) -> bool:
+    return all(_is_integer(n, 1) for n in values)
 
 
 def _integer(lowest: int, hint: str) -> Allowed:
@@ -73,6 +78,13 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     "local_lr_scale": _not_negative("try 1.0"),
     "update_scale": _one_of(UPDATE_SCALES),
     "weight_layout": _one_of(WEIGHT_LAYOUTS),
+    "batch_dims": _integer(0, "try 0, or 1 for weights of experts, (experts, out, in)"),
+    "splits": Allowed(
+        lambda v: v is None or (_is_integer(v, 1) if isinstance(v, int) else v and _all_integers(v)),
+        "None, a number of equal blocks, or their sizes",
+        "try 3 for a fused qkv with as many keys as queries, or (4096, 1024, 1024)",
+    ),
+    "split_along": _one_of(SPLIT_ALONG),
     "nesterov": _flag("try False"),
     "newton_schulz": _one_of(POLYNOMIALS),
     "newton_schulz_steps": _integer(1, "try 5, or 6 with newton_schulz='polar_express'"),
@@ -469,29 +481,3 @@ def _meant(name: str) -> str:
     known = [*group_options(), *optimizer_options()]
     close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
-
-
-def check_parameters(group: Mapping[str, Any]) -> None:
-    """Raise if a parameter of the group cannot be updated by its algorithm."""
-    for position, p in enumerate(group["params"]):
-        name = group.get("param_names", {position: f"number {position}"})[position]
-        _check_parameter(name, p, group["algorithm"])
-
-
-def _check_parameter(name: str, p: Tensor, algorithm: str) -> None:
-    """Raise if a parameter cannot be updated by the algorithm of its group."""
-    if algorithm == "dion" and p.requires_grad and p.ndim != 2:
-        raise ValueError(
-            f"a parameter of a group with algorithm='dion' must have two dimensions; got {name} of shape "
-            f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) does"
-        )
-    if algorithm == "dion" and p.requires_grad and not p.numel():
-        raise ValueError(
-            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
-            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
-        )
-    if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
-            "bfloat16"
-        )

@@ -55,7 +55,11 @@ def param_groups_for(
     those called ``router``, or ``gate`` if they have no more than half as many outputs as inputs.
 
     Matrices stored as in x out, such as those of the ``Conv1D`` of transformers, have a group of their own,
-    with ``weight_layout="in_out"``.
+    with ``weight_layout="in_out"``. So have fused projections, with ``splits``: ``in_proj_weight`` of
+    ``nn.MultiheadAttention``, ``c_attn`` of GPT-2, ``gate_up_proj``, ``qkv`` and ``Wqkv`` of three times as
+    many outputs as inputs, ``qkv_proj`` where the attention says how many heads there are; and 3-D weights of
+    experts, with ``batch_dims=1``, of torchtitan's ``GroupedExperts`` and of those modules of transformers
+    that say how they are stored. Others need an override, see docs/models.md.
 
     What was found, and by what, is logged at INFO by ``curvadion.param_groups``. A parameter with
     ``_no_weight_decay = True``, or named by a module's ``no_weight_decay()``, has no weight decay;
@@ -100,14 +104,14 @@ def param_groups_for(
     if not parameters:
         raise ValueError("A model must have a trainable parameter; this one has none. Is all of it frozen?")
 
-    members: dict[tuple[int, int, bool, bool], list[Placed]] = {}
+    members: dict[tuple[int, int, bool, str], list[Placed]] = {}
     unplaced: list[Placed] = []
     for parameter in parameters:
         rule = next(i for i, (pattern, _) in enumerate(rules) if any(map(pattern.search, parameter.names)))
         if parameter.kind == UNPLACED and "algorithm" not in rules[rule][1]:
             unplaced.append(parameter)
         undecayed = parameter.undecayed and parameter.kind not in UNDECAYED
-        key = KINDS.index(parameter.kind), rule, undecayed, parameter.in_out
+        key = KINDS.index(parameter.kind), rule, undecayed, _words(parameter.options)
         members.setdefault(key, []).append(parameter)
     if unplaced:
         raise ValueError(_unplaced_message(unplaced, len(parameters)))
@@ -121,9 +125,9 @@ def param_groups_for(
         )
 
     groups = []
-    for (index, rule, undecayed, in_out), group_members in sorted(members.items(), key=lambda item: item[0]):
+    for (index, rule, undecayed, words), group_members in sorted(members.items(), key=lambda item: item[0]):
         kind, (pattern, changes) = KINDS[index], rules[rule]
-        label = kind + " stored as in x out" * in_out + " without decay" * undecayed
+        label = kind + words + " without decay" * undecayed
         group: dict[str, Any] = {
             "name": f"{label}: {pattern.pattern}" if pattern.pattern else label,
             "params": [(parameter.given_name, parameter.tensor) for parameter in group_members],
@@ -134,11 +138,23 @@ def param_groups_for(
             group["lr"] = adamw_lr.clone() if isinstance(adamw_lr, Tensor) else adamw_lr
         if undecayed or kind in UNDECAYED:
             group["weight_decay"] = 0.0
-        if in_out and group["algorithm"] == "dion":
-            group["weight_layout"] = "in_out"
+        if group["algorithm"] == "dion":
+            group |= group_members[0].options
         groups.append(group | changes)
         _log(groups[-1], group_members)
     return groups
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    """Return the options of matrices in words, as part of the name of their group."""
+    splits, words = options.get("splits"), ""
+    if "batch_dims" in options:
+        words += " of experts"
+    if "weight_layout" in options:
+        words += " stored as in x out"
+    if splits is not None:
+        words += f" split in {splits if isinstance(splits, int) else ' + '.join(map(str, splits))}"
+    return words
 
 
 def _log(group: Mapping[str, Any], members: Sequence[Placed]) -> None:
@@ -201,9 +217,10 @@ def _unplaced_message(unplaced: list[Placed], total: int) -> str:
             f"Every trainable parameter needs an algorithm, and {len(unplaced)} of {total} could not be "
             "placed:",
             *rows,
-            "Placed are 0- and 1-D parameters, embeddings, convolutions, 2-D weights of linear and "
-            "attention layers.",
-            'Say what the others are ("adamw", "lion", or "dion" if 2-D), for example:',
+            "Placed are 0- and 1-D parameters, embeddings, convolutions, biases, 2-D weights of linear and "
+            "attention layers, and those weights of experts whose layout is known.",
+            'Say what the others are ("adamw", "lion", or "dion" if 2-D; for weights of experts, each out x '
+            'in, {"algorithm": "dion", "batch_dims": 1}), for example:',
             f"    param_groups_for(model, overrides={{{', '.join(overrides)}}})",
         )
     )
@@ -217,6 +234,7 @@ def _pattern(p: Placed) -> str:
 def _suggested(p: Placed) -> str:
     """Return an override in writing: positions, class tokens, decay rates and the like are no weights, and
     have no weight decay; those of experts are."""
-    if "expert" in p.names[0].lower():
+    named = f"{p.names[0]} {type(p.owners[0]).__name__}"
+    if "expert" in named.lower() and p.tensor.ndim > 2:
         return '"adamw"'
     return '{"algorithm": "adamw", "weight_decay": 0.0}'

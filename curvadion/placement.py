@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from curvadion.fused import matrix_options
 from curvadion.sharding.layout import canonical_name
 
 # The last word of the path of a module that turns hidden states into logits, in the model zoos people start
@@ -50,7 +52,8 @@ class Placed:
         names: canonical ones, one for each owner.
         owners, places: the modules that own it, and the words of their paths.
         kind, why: what it is, and what tells.
-        in_out: a matrix is stored as in x out, the transpose of what `nn.Linear` has.
+        holders: the modules that hold the owners.
+        options: what a group of such matrices must say of them: `weight_layout`, `batch_dims`, `splits`.
         undecayed: its module says that it wants no weight decay.
     """
 
@@ -61,18 +64,24 @@ class Placed:
     places: list[list[str]]
     kind: str = UNPLACED
     why: str = ""
-    in_out: bool = False
+    holders: list[nn.Module] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
     undecayed: bool = False
+
+    @property
+    def in_out(self) -> bool:
+        """Whether a matrix is stored as in x out, the transpose of what `nn.Linear` has."""
+        return "weight_layout" in self.options
 
     @property
     def inputs(self) -> int:
         """What a linear layer takes."""
-        return self.tensor.shape[0 if self.in_out else 1]
+        return self.tensor.shape[-2 if self.in_out else -1]
 
     @property
     def outputs(self) -> int:
         """What a linear layer gives."""
-        return self.tensor.shape[1 if self.in_out else 0]
+        return self.tensor.shape[-1 if self.in_out else -2]
 
     def parents(self) -> list[list[str]]:
         """Return the paths of the modules that hold the owners."""
@@ -99,7 +108,7 @@ def place(parts: list[nn.Module]) -> list[Placed]:
     the same on every rank."""
     parameters = _listed(parts)
     for p in parameters:
-        p.in_out = _is_in_out(p)
+        p.options = matrix_options(p.tensor.shape, p.names, p.owners, p.holders)
         p.is_a(*_kind(p))
     _find_gates(parameters)
     for head, why in _heads(parameters, parts):
@@ -131,6 +140,7 @@ def _listed(parts: list[nn.Module]) -> list[Placed]:
                 owner = path.partition("parametrizations.")[0].removesuffix(".")
                 p.names.append(canonical_name(name))
                 p.owners.append(modules[owner])
+                p.holders.append(modules[owner.rpartition(".")[0]])
                 p.places.append(canonical_name(f"{owner}.weight").split(".")[:-1] if owner else [])
                 p.undecayed |= bool(getattr(tensor, "_no_weight_decay", False)) or name in unwanted
     return list(found.values())
@@ -146,19 +156,6 @@ def _without_decay(modules: dict[str, nn.Module]) -> set[str]:
     }
 
 
-def _is_in_out(p: Placed) -> bool:
-    """Tell whether a weight is the transpose of what `nn.Linear` has: that of a Conv1D, of transformers; or
-    one whose bias is as long as its rows, not its columns."""
-    if p.tensor.ndim != 2 or p.owned_by(nn.Linear, nn.Embedding):
-        return False
-    if p.owned_by(named="^Conv1D$"):
-        return True
-    biases = [getattr(owner, "bias", None) for owner in p.owners if p.owned_by(named="Linear")]
-    lengths = {tuple(bias.shape) for bias in biases if isinstance(bias, nn.Parameter)}
-    rows, columns = p.tensor.shape
-    return rows != columns and lengths == {(columns,)}
-
-
 def _kind(p: Placed) -> tuple[str, str]:
     """Tell what a parameter is from its owners and its dimensions, and why; heads count as matrices here."""
     shape = p.tensor.shape
@@ -171,6 +168,10 @@ def _kind(p: Placed) -> tuple[str, str]:
         if shape[1] == 1 and any(name.endswith(("weight_g", ".original0")) for name in p.names):
             return VECTORS, "magnitudes of weight_norm"
         return (GATES, "one row or column") if 1 in shape else (MATRICES, "a linear layer's")
+    if "batch_dims" in p.options:
+        return MATRICES, "of experts"
+    if all(re.search(r"(^|[._])bias(_[A-Z]+)?$", name) for name in p.names):
+        return VECTORS, "a bias"
     # The latter's bias_k and bias_v are 1 x 1 x width.
     if p.owned_by(nn.LayerNorm, nn.MultiheadAttention, named="Norm$"):
         return VECTORS, "a norm's, or a bias"
@@ -195,7 +196,7 @@ def _find_gates(parameters: list[Placed]) -> None:
                         number = int(path[k + 1]) + 1
                     experts[tuple(path[:k])] = max(experts[tuple(path[:k])], number)
     for p in parameters:
-        if p.kind != MATRICES:
+        if p.kind != MATRICES or p.tensor.ndim > 2:
             continue
         narrow = 2 * p.outputs <= p.inputs
         for path in p.places:
@@ -251,8 +252,13 @@ def _called_head(p: Placed, parameters: list[Placed]) -> str:
         for k, word in enumerate(path[-2:], max(len(path) - 2, 0)):
             if word in HEAD_NAMES and not _feeds_within(p, path[: k + 1], parameters):
                 return f"called {word}"
-        if OUTPUT_NAMES.match(path[-1]) and p.kind in (MATRICES, GATES) and not _is_taken(p, parameters):
-            return f"called {path[-1]}, and nothing takes its outputs"
+        if OUTPUT_NAMES.match(path[-1]) and p.kind in (MATRICES, GATES):
+            if _layers(parameters)[0][-1] is p:
+                return f"called {path[-1]}, and nothing comes after it"
+            if not _is_taken(p, parameters):
+                return f"called {path[-1]}, and nothing takes its outputs"
+        if path[-2:] == ["final_layer", "linear"]:
+            return "called final_layer.linear"
     return ""
 
 
@@ -294,7 +300,8 @@ def _layers(parameters: list[Placed]) -> tuple[list[Placed], list[int]]:
 
 def _after_blocks(parameters: list[Placed]) -> list[Placed]:
     layers, inside = _layers(parameters)
-    return [p for p in layers[max(inside, default=len(layers)) + 1 :] if p.kind == MATRICES]
+    after = layers[max(inside, default=len(layers)) + 1 :]
+    return [p for p in after if p.kind == MATRICES and p.tensor.ndim == 2]
 
 
 def _by_vocabulary(wide: list[Placed], embeddings: list[Placed]) -> list[Placed]:

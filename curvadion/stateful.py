@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from curvadion.options import Options, asks_for_local_steps, check_group, check_parameters, check_rule
+from curvadion.options import Options, asks_for_local_steps, check_group, check_rule
 from curvadion.rooms import Rooms
 from curvadion.rules import Step
 from curvadion.sharding.agreement import Agreement, check_loads
@@ -16,6 +16,7 @@ from curvadion.sharding.group import Group
 from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.state.checkpoint import load
 from curvadion.state.common import CommonState, common_state, holding, without_own
+from curvadion.state.table import check_parameters
 from curvadion.view import View
 
 logger = logging.getLogger("curvadion.optimizer")
@@ -156,7 +157,8 @@ class Stateful(View):
         store.settle()
         own = self.__dict__["state"]
         try:
-            load(self, store.table, own, super().load_state_dict, state_dict, self._agree, self._start_afresh)
+            calls = self._agree, store.start_right_factors, self._start_afresh
+            load(self, store.table, own, super().load_state_dict, state_dict, *calls)
         except Exception:
             if not store.as_left(self._schedule):
                 self._trouble.broken = (

@@ -80,8 +80,8 @@ class View(torch.optim.Optimizer):
     def owners(self) -> dict[str, int]:
         """The global rank that orthonormalizes each matrix of Muon steps for its replica, as far as steps
         have been taken; without those on which all its ranks work together."""
-        ranks, names = self._built.exchange.shards.members, self._built.table.names
-        return {names[i]: ranks[owner] for i, owner in sorted(self._built.owners.owner_of.items())}
+        ranks, matrices = self._built.exchange.shards.members, self._built.table.matrices
+        return {matrices[k].name: ranks[owner] for k, owner in sorted(self._built.owners.owner_of.items())}
 
     def explain(self) -> Explanation:
         """Return what becomes of each parameter, a list of `Row`; str() of it is a table.

@@ -33,7 +33,7 @@ ARGUMENTS = ("params", "replicate_mesh")  # of the constructor; no options
 THEMES = {
     "The update": """
         lr momentum weight_decay rank_fraction rank_multiple_of local_update local_lr_scale update_scale
-        weight_layout nesterov
+        weight_layout batch_dims splits split_along nesterov
         error_feedback right_factor orthogonalization owners owner_dtype betas eps
     """.split(),
     "The gate": """

@@ -26,14 +26,14 @@ ROWS = [
     {"curvadion.rooms"},
     {"curvadion.metrics", "curvadion.placement", "curvadion.state.intake", "curvadion.state.checkpoint"},
     {"curvadion.state.loadable"},
-    {"curvadion.options"},
+    {"curvadion.options", "curvadion.fused"},
     {"curvadion.gate.ask"},
     {"curvadion.consensus"},
     {"curvadion.signals"},
     {"curvadion.rules"},
     {"curvadion.state"},
     {"curvadion.sharding", "curvadion.algebra", "curvadion.gate"},
-    {"curvadion.allowed", "curvadion_kernels"},
+    {"curvadion.allowed", "curvadion.version", "curvadion_kernels"},
 ]
 PACKAGE_ROOTS = {"curvadion"}  # one module each, whatever else begins with their names
 DEPTH = {name: depth for depth, row in enumerate(ROWS) for name in row}

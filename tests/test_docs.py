@@ -41,7 +41,7 @@ def test_there_is_a_short_example_for_everything_that_can_be_registered() -> Non
         assert sum(bool(line.strip()) for line in block.splitlines()) <= 20
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/coming_from.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/coming_from.md", "docs/models.md"])
 def test_the_code_of_a_page_runs(page: str) -> None:
     assert blocks(page)
     for block in blocks(page):

@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.algebra.newton_schulz import Iteration
-from curvadion.sharding.layout import Region, ShardMesh
+from curvadion.sharding.layout import ShardMesh
 from curvadion.sharding.owners import Spread, assign
+from curvadion.sharding.region import Region
 
 INF = float("inf")
 flops = Iteration().flops

@@ -307,7 +307,8 @@ def test_sequential_toy_inside_a_module() -> None:
 def test_multihead_attention() -> None:
     same = nn.MultiheadAttention(WIDTH, 2, add_bias_kv=True)
     assert placed(param_groups_for(same)) == {
-        "matrices": ["in_proj_weight", "out_proj.weight"],
+        "matrices": ["out_proj.weight"],
+        "matrices split in 3": ["in_proj_weight"],
         "norms_and_biases": ["in_proj_bias", "bias_k", "bias_v", "out_proj.bias"],
     }
     separate = nn.MultiheadAttention(WIDTH, 2, kdim=6, vdim=4, bias=False)
@@ -319,8 +320,8 @@ def test_multihead_attention() -> None:
 def test_torch_transformer_encoder() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN)
     groups = placed(param_groups_for(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)))
-    assert set(groups) == {"matrices", "norms_and_biases"}
-    assert len(groups["matrices"]) == 2 * 4
+    assert set(groups) == {"matrices", "matrices split in 3", "norms_and_biases"}
+    assert len(groups["matrices"]) == 2 * 3 and len(groups["matrices split in 3"]) == 2
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d])

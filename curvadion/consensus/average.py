@@ -29,7 +29,8 @@ class Average(Consensus):
             scalar_step(step, mean_gradients(step))
 
     def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float:
-        numel, dtype = math.prod(step.table.layouts[index].shape), step.table.params[index].dtype
+        layout = step.table.layouts[index] if batch is None else batch.layout
+        numel, dtype = math.prod(layout.shape), step.table.params[index].dtype
         parameter, wire = numel * dtype.itemsize if apart and self.averages else 0, step.payload_dtype
         if batch is None:
             moments = step.store.moments[index].values() if parameter else ()

@@ -79,11 +79,12 @@ class Consensus:
         return {}
 
     def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float | None:
-        """Return the bytes that a replica hands to collectives between replicas for one parameter in a
-        synchronization, without padding; None if it does not say.
+        """Return the bytes that a replica hands to collectives between replicas for one parameter, or for one
+        matrix of it, in a synchronization, without padding; None if it does not say.
 
         Args:
-            batch: of a matrix.
+            index: of the parameter.
+            batch: of the matrix.
             apart: there were local steps before.
         """
         return None

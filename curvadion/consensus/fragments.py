@@ -7,6 +7,7 @@ within one element of each.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from curvadion.sharding.layout import Layout
 from curvadion.state.table import Table
-from curvadion_kernels.reference import compute_dtype
+from curvadion_kernels.reference import Fixed, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Part:
             return views[0].reshape(-1)
         return torch.cat([view.reshape(-1) for view in views]) if views else x.new_empty(0)
 
+    def in_place(self, x: Tensor) -> Tensor | None:
+        """Return what `take` does if it is in the tensor's own memory, None if it is a copy."""
+        if self.whole:
+            return x
+        return x.view(-1)[self.run] if self.run is not None and x.is_contiguous() else None
+
     def put(self, x: Tensor, values: Tensor) -> None:
         """Put values where `take` found the elements."""
         if self.whole:
@@ -82,8 +89,8 @@ class Part:
 
 def parts_of(table: Table, fragment: int, fragments: int) -> list[Part]:
     """Return the parts of a fragment, one for each parameter, in order."""
-    if fragments == 1:
-        return [Part(i) for i in range(len(table.params))]
+    if (fragment, fragments) not in table.parts and fragments == 1:
+        table.parts[fragment, fragments] = [Part(i) for i in range(len(table.params))]
     if (fragment, fragments) not in table.parts:
         sizes = [math.prod(layout.shape) for layout in table.layouts]
         starts = itertools.accumulate(sizes[:-1], initial=0)
@@ -92,6 +99,39 @@ def parts_of(table: Table, fragment: int, fragments: int) -> list[Part]:
             for i, (layout, start) in enumerate(zip(table.layouts, starts, strict=True))
         ]
     return table.parts[fragment, fragments]
+
+
+def take_all(parts: Sequence[Part], tensors: Fixed[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    """Return what `Part.take` does of the tensors with these indices.
+
+    Args:
+        parts: from `parts_of`.
+    """
+    places = _places(parts, tensors)
+    return [parts[i].take(tensors[i]) if (view := places[i]) is None else view for i in indices]
+
+
+def put_all(
+    parts: Sequence[Part], tensors: Fixed[Tensor], indices: Sequence[int], values: Sequence[Tensor]
+) -> None:
+    """Put values where `take_all` found the elements."""
+    places, targets, sources = _places(parts, tensors), [], []
+    for i, value in zip(indices, values, strict=True):
+        if (view := places[i]) is None:
+            parts[i].put(tensors[i], value)
+        elif view is not value:
+            targets.append(view)
+            sources.append(value)
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+
+
+def _places(parts: Sequence[Part], tensors: Fixed[Tensor]) -> list[Tensor | None]:
+    """Return `Part.in_place` of each tensor, made once."""
+    if id(parts) not in tensors.memo:  # which are kept, so that no others get that id
+        views = [part.in_place(x) for part, x in zip(parts, tensors, strict=True)]
+        tensors.memo[id(parts)] = parts, views
+    return tensors.memo[id(parts)][1]
 
 
 def _part(index: int, layout: Layout, wanted: int, stride: int) -> Part:

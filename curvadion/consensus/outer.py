@@ -12,14 +12,14 @@ from torch.profiler import record_function
 
 from curvadion.consensus.base import Consensus
 from curvadion.consensus.codec import codec_of
-from curvadion.consensus.fragments import Part, parts_of
+from curvadion.consensus.fragments import Part, parts_of, put_all, take_all
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
 from curvadion.sharding.flat import shaped
 from curvadion.sharding.journey import Fused, Residuals, RoundedMean, UnderWay
 from curvadion.state.batch import Batch
-from curvadion.state.store import Store, copy_into
-from curvadion_kernels.reference import compute_dtype
+from curvadion.state.store import Store
+from curvadion_kernels.reference import Fixed, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Outer(Consensus):
         self.keeps_momentum = self._o.momentum > 0
         self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
         self._codec = codec_of(self._o.bits, options)
-        self._X0: list[Tensor] = []
+        self._X0: Fixed[Tensor] = Fixed()
         self._stale = True  # X_0 is still to be taken from the parameters
         self._residuals = [Residuals() for _ in range(self._o.fragments)]
         self._like: dict[int, list[Tensor]] = {}
@@ -121,11 +121,12 @@ class Outer(Consensus):
         where = [torch.device("cpu") if self._o.on_host else x.device for x in X]
         like = [(x.shape, x.dtype, device) for x, device in zip(X, where, strict=True)]
         if like == [(x0.shape, x0.dtype, x0.device) for x0 in self._X0]:
+            self._X0 = Fixed(self._X0)
             return
-        self._X0 = [
+        self._X0 = Fixed(
             torch.empty_like(x, device=device, pin_memory=self._o.on_host and x.is_cuda)
             for x, device in zip(X, where, strict=True)
-        ]
+        )
         self.forget()
 
     def remember(self, X: Sequence[Tensor]) -> None:
@@ -162,16 +163,16 @@ class Outer(Consensus):
             if not residuals.in_use:
                 continue
             parts = parts_of(step.table, fragment, self._o.fragments)
-            X = [part.take(step.X[part.index]) for part in parts]
+            X = take_all(parts, step.X, range(len(parts)))
             wide = [x.to(compute_dtype(x.dtype), copy=True) for x in X]
             step.exchange.settle_residuals_(
                 wide, [step.table.copied[part.index] for part in parts], residuals
             )
-            for part, x in zip(parts, wide, strict=True):
-                part.put(step.X[part.index], x)
+            put_all(parts, step.X, range(len(parts)), wide)
 
     def bytes_sent(self, step: Step, index: int, batch: Batch | None, *, apart: bool) -> float:
-        numel, dtype = math.prod(step.table.layouts[index].shape), step.table.params[index].dtype
+        layout = step.table.layouts[index] if batch is None else batch.layout
+        numel, dtype = math.prod(layout.shape), step.table.params[index].dtype
         share = numel / self._o.fragments
         if self._codec is None:
             return share * compute_dtype(dtype).itemsize
@@ -222,15 +223,14 @@ class Outer(Consensus):
             self._arrive(step, self._flights[-1])
 
     def _way(
-        self, X: Sequence[Tensor], parts: Sequence[Part], like: Sequence[Tensor], indices: list[int]
+        self, X: Fixed[Tensor], parts: Sequence[Part], like: Sequence[Tensor], indices: list[int]
     ) -> Tensor:
         """Return X_0 - X of the parts with these indices, as one flat buffer."""
-        some, shapes = [parts[i] for i in indices], [like[i] for i in indices]
-        device = X[some[0].index].device
+        shapes, device = [like[i] for i in indices], X[indices[0]].device
         flat = torch.empty(sum(t.numel() for t in shapes), dtype=shapes[0].dtype, device=device)
         views = shaped(flat, shapes)
-        torch._foreach_copy_(views, self._references(X, some))
-        torch._foreach_sub_(views, [part.take(X[part.index]) for part in some])
+        torch._foreach_copy_(views, self._references(X, parts, indices))
+        torch._foreach_sub_(views, take_all(parts, X, indices))
         return flat
 
     def _arrive(self, step: Step, flight: _Flight) -> None:
@@ -254,9 +254,8 @@ class Outer(Consensus):
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Move the parts in a buffer by their D, in the memory of D and `own`; return the norms of own - D
         and of D, by part."""
-        o, shapes = self._o, [flight.like[i] for i in indices]
-        parts = [flight.parts[i] for i in indices]
-        X, d, ours = [step.X[part.index] for part in parts], shaped(D, shapes), shaped(own, shapes)
+        o, parts, shapes = self._o, flight.parts, [flight.like[i] for i in indices]
+        X, U, d, ours = step.X, step.store.outer_momenta, shaped(D, shapes), shaped(own, shapes)
         if o.delay:
             apart = shaped(own - D, shapes)
         else:
@@ -264,40 +263,39 @@ class Outer(Consensus):
             apart = ours
         norms = zip(torch._foreach_norm(apart), torch._foreach_norm(d), strict=True)
         del apart
-        if step.store.outer_momenta:
-            momenta = [step.store.outer_momenta[part.index] for part in parts]
-            U = [part.take(u) for part, u in zip(parts, momenta, strict=True)]
-            torch._foreach_mul_(U, o.momentum)
-            torch._foreach_add_(U, d)
-            for part, momentum, u in zip(parts, momenta, U, strict=True):
-                part.put(momentum, u)
-            torch._foreach_add_(d, U, alpha=o.momentum)
+        if U:
+            u = take_all(parts, U, indices)
+            torch._foreach_mul_(u, o.momentum)
+            torch._foreach_add_(u, d)
+            put_all(parts, U, indices, u)
+            torch._foreach_add_(d, u, alpha=o.momentum)
         if o.delay:
-            for part, x, way, change in zip(parts, X, ours, d, strict=True):
-                torch.sub(way, change, alpha=o.lr, out=way)
-                torch.add(part.take(x), way, out=way)
-        for x0, change in zip(self._references(step.X, parts), d, strict=True):
-            torch.sub(x0, change, alpha=o.lr, out=change)
-        moved = ours if o.delay else d
-        if all(part.whole for part in parts):
-            copy_into(X, moved)
-        else:
-            for part, x, values in zip(parts, X, moved, strict=True):
-                part.put(x, values)
-        for part, x0 in zip(parts, d, strict=True):
-            self._keep(part, x0)
+            own.sub_(D, alpha=o.lr)
+            torch._foreach_add_(ours, take_all(parts, X, indices))
+            put_all(parts, X, indices, ours)
+        torch._foreach_copy_(ours, self._references(X, parts, indices))
+        own.sub_(D, alpha=o.lr)
+        if not o.delay:
+            put_all(parts, X, indices, ours)
+        self._keep(parts, indices, ours)
         return dict(zip(indices, norms, strict=True))
 
-    def _keep(self, part: Part, x0: Tensor) -> None:
-        """Put these values of a part into X_0. On the host only whole tensors arrive without a wait, so a
-        fragment is put where it comes from."""
-        kept = self._X0[part.index]
-        if part.whole or not self._o.on_host:
-            return part.put(kept, x0)
-        fetched = kept.to(x0.device, non_blocking=True)
-        part.put(fetched, x0)
-        kept.copy_(fetched, non_blocking=True)
+    def _keep(self, parts: Sequence[Part], indices: list[int], values: Sequence[Tensor]) -> None:
+        """Put values into X_0. On the host only whole tensors arrive without a wait, so a fragment is put
+        where it comes from."""
+        if not self._o.on_host:
+            return put_all(parts, self._X0, indices, values)
+        for i, x0 in zip(indices, values, strict=True):
+            kept = self._X0[i]
+            if parts[i].whole:
+                kept.copy_(x0, non_blocking=True)
+                continue
+            fetched = kept.to(x0.device, non_blocking=True)
+            parts[i].put(fetched, x0)
+            kept.copy_(fetched, non_blocking=True)
 
-    def _references(self, X: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+    def _references(self, X: Sequence[Tensor], parts: Sequence[Part], indices: list[int]) -> list[Tensor]:
         """Return X_0 of these parts where X is. Cut there: on the host it may still be on its way."""
-        return [part.take(self._X0[part.index].to(X[part.index].device, non_blocking=True)) for part in parts]
+        if not self._o.on_host:
+            return take_all(parts, self._X0, indices)
+        return [parts[i].take(self._X0[i].to(X[i].device, non_blocking=True)) for i in indices]

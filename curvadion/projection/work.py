@@ -36,9 +36,9 @@ from curvadion.projection.formulas import Model
 from curvadion.rules import left_factor
 from curvadion.rules.orthonormal import RATES as CHOICE
 from curvadion.rules.orthonormal import cost_alone, cost_together, owner_pays
-from curvadion.sharding.layout import Region
 from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import BUCKET_ELEMENTS, Spread, assign
+from curvadion.sharding.region import Region
 
 # Copies of what a GPU orthonormalizes at once, at the peak: what came, the iterate, the next one, what goes.
 # Measured, 5.3 to 5.5, by benchmarks/sharded.py in both dtypes, by owners and together.

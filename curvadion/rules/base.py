@@ -11,6 +11,7 @@ from torch import Tensor
 from curvadion.algebra.side import Side, Tensors
 from curvadion.allowed import Option
 from curvadion.gate.schedule import Schedule
+from curvadion.sharding.blocks import output_dim
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes
 from curvadion.sharding.owners import Owners
@@ -53,9 +54,15 @@ class Step:
         """Return the matrices whose group's local rule this is."""
         return [b for b in self.store.batches if self.groups[b.group]["local_update"] == rule]
 
+    def matrices(self, batch: Batch) -> list[Tensor]:
+        """Return X of a batch's matrices, as views."""
+        X = self.table.cut(self.X)
+        return [X[k] for k in batch.members]
+
     def gradients(self, batch: Batch) -> list[Tensor | None]:
         """Return the gradients of a batch's matrices."""
-        return [self.G[i] for i in batch.params]
+        G = self.table.cut(self.G)
+        return [G[k] for k in batch.members]
 
     def move(self, batch: Batch, direction: Tensor) -> None:
         """X <- (1 - lr wd) X - lr_local scale direction, with the group's `update_scale`.
@@ -70,7 +77,7 @@ class Step:
         group, live = self.groups[batch.group], self.store.live_in(batch)
         size = local_lr(group) * scale(group, batch.layout.shape)
         self.ops.local_step_(
-            [self.X[i] for i in batch.params],
+            self.matrices(batch),
             list(direction.contiguous().unbind()),
             decay=shrinkage(group),
             step_size=size if live is None else live * size,
@@ -186,15 +193,6 @@ UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
 }
-
-
-# The names of the option `weight_layout`: the dimension of the outputs, "rows" in the equations.
-WEIGHT_LAYOUTS = {"out_in": 0, "in_out": 1}
-
-
-def output_dim(group: Mapping[str, Any]) -> int:
-    """Return the dimension of the group's matrices along which their outputs lie."""
-    return WEIGHT_LAYOUTS[group["weight_layout"]]
 
 
 def slices_first(matrices: Tensor, dim: int) -> Tensor:

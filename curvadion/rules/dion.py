@@ -54,7 +54,7 @@ def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> No
             group = step.groups[b.group]
             feedback = group["error_feedback"]
             step.ops.low_rank_apply_(
-                [step.X[i] for i in b.params],
+                step.matrices(b),
                 b.momentum if feedback else None,
                 f.P,
                 f.Q if f.scale is None else None,
@@ -87,7 +87,7 @@ def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iter
         piece, size = list[Batch](), 0
         for k, b in enumerate(chosen[key]):
             elements = b.layout.shape[b.layout.long] * b.rank
-            for start, stop in pieces(len(b.params), elements, b.momentum.device):
+            for start, stop in pieces(len(b.members), elements, b.momentum.device):
                 added = (stop - start) * elements
                 if piece and size + added > piece_elements(b.momentum.device):
                     yield piece

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from curvadion.rules.base import Rule, Step, output_dim, slices_first
+from curvadion.rules.base import Rule, Step, slices_first
 from curvadion.rules.orthonormal import ITERATION, Slices, orthonormalized
+from curvadion.sharding.blocks import output_dim
 from curvadion.sharding.layout import Layout
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype

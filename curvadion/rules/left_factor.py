@@ -10,9 +10,9 @@ from curvadion.algebra.side import Tensors
 from curvadion.rules.base import Step
 from curvadion.rules.orthonormal import Cost, Rates, cost_alone
 from curvadion.rules.orthonormal import owner_pays as owner_is_cheaper
-from curvadion.sharding.layout import Region
 from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Spread
+from curvadion.sharding.region import Region
 from curvadion.state.batch import Batch
 
 
@@ -33,11 +33,11 @@ def orthonormalize(
     Args:
         P: (B, local m, r) of each batch, equal on all ranks that have the same rows.
     """
-    spreads = [_spread(step, b) for b in batches]
-    total = sum(len(b.params) for b in batches)
-    owned = [i for i, b in enumerate(batches) if _has_owner(step, b, spreads[i], P[i], method, total)]
+    may = [i for i, b in enumerate(batches) if not b.layout.apart]
+    spreads, total = {i: _spread(step, batches[i]) for i in may}, sum(len(batches[i].members) for i in may)
+    owned = [i for i in may if _has_owner(step, batches[i], spreads[i], P[i], method, total)]
     plan = step.owners.plan(
-        [spreads[i] for i in owned], [batches[i].params for i in owned], [P[i].dtype for i in owned]
+        [spreads[i] for i in owned], [batches[i].members for i in owned], [P[i].dtype for i in owned]
     )
 
     def at_home(i: int, whole: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def ahead(step: Step, batch: Batch) -> Tensor:
     group, M = step.groups[batch.group], batch.momentum
     if not group["nesterov"]:
         return M
-    X = [step.X[i] for i in batch.params]
+    X = step.matrices(batch)
     G = torch.stack([or_zeros(g, x) for g, x in zip(step.gradients(batch), X, strict=True)])
     wide = compute_dtype(M.dtype)
     return torch.add(G.to(wide), M.to(wide), alpha=group["momentum"])

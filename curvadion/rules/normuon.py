@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.rules.base import Step, output_dim, slices_first
+from curvadion.rules.base import Step, slices_first
 from curvadion.rules.muon import Muon
+from curvadion.sharding.blocks import output_dim
 from curvadion.state.batch import Batch, StateSpec
 
 SECOND_MOMENT = StateSpec("second_moment", "rows")

@@ -10,9 +10,9 @@ from torch import Tensor
 from curvadion.algebra.newton_schulz import Iteration, newton_schulz
 from curvadion.algebra.side import LOCAL
 from curvadion.rules.base import Step
-from curvadion.sharding.layout import Region
 from curvadion.sharding.ledger import WIRE
 from curvadion.sharding.owners import Spread, Stack
+from curvadion.sharding.region import Region
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
 
@@ -125,12 +125,13 @@ def orthonormalized(
     """
     hows = [Iteration.of(step.groups[b.group], b.momentum) for b in batches]
     cut: Sequence[Slices | None] = slices or [None] * len(batches)
-    spreads = [_spread(step, b, s, how) for b, s, how in zip(batches, cut, hows, strict=True)]
+    may = [i for i, b in enumerate(batches) if not b.layout.apart]  # others are where they are worked on
+    spreads = {i: _spread(step, batches[i], cut[i], hows[i]) for i in may}
     wire = [step.owners.dtype or how.arithmetic(b.momentum) for b, how in zip(batches, hows, strict=True)]
-    total = sum(len(b.params) for b in batches)
+    total = sum(len(batches[i].members) for i in may)
     owned, alike = [], dict[Iteration, list[int]]()
     for i, (b, how) in enumerate(zip(batches, hows, strict=True)):
-        if _has_owner(step, b, spreads[i], how, wire[i], total, cut[i]):
+        if i in spreads and _has_owner(step, b, spreads[i], how, wire[i], total, cut[i]):
             owned.append(i)
         else:
             alike.setdefault(how, []).append(i)
@@ -142,14 +143,14 @@ def orthonormalized(
         return direction.mT if flat else direction
 
     plan = step.owners.plan(
-        [spreads[i] for i in owned], [batches[i].params for i in owned], [wire[i] for i in owned]
+        [spreads[i] for i in owned], [batches[i].members for i in owned], [wire[i] for i in owned]
     )
     for arrived in step.owners.carry_out(
         plan, lambda stack: matrices(replace(stack, index=owned[stack.index])), at_home
     ):
         yield [(replace(stack, index=owned[stack.index]), direction) for stack, direction in arrived]
     for how, members in alike.items():
-        stacks = [Stack(i, 0, len(batches[i].params)) for i in members]
+        stacks = [Stack(i, 0, len(batches[i].members)) for i in members]
         yield list(zip(stacks, _together(step, how, batches, stacks, matrices, slices), strict=True))
 
 

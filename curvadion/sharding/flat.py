@@ -85,7 +85,7 @@ def flatten(tensors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
 def shaped(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return views of the flat buffer, shaped like the tensors it was made of."""
     pieces = flat.split([t.numel() for t in like])
-    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
+    return [piece if t.ndim == 1 else piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor], indices: Sequence[int], result: list[Tensor]) -> None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from curvadion.sharding.lost import follow_job
+
 # torch 2.13 renamed these two; 2.11 has the old names only.
 _reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -77,9 +79,10 @@ _DONE = _Done()
 
 
 class TorchGroup:
-    """A process group of torch.distributed."""
+    """A process group of torch.distributed; see `follow_job` for its timeout."""
 
     def __init__(self, group: ProcessGroup):
+        follow_job(group)
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.ranks: list[int] = dist.get_process_group_ranks(group)

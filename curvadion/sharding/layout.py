@@ -12,7 +12,6 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 
 from curvadion.sharding.dry import has_no_values, with_values
 from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
+from curvadion.sharding.region import Region
 
 Axes = tuple[int, ...]  # axes of the shard mesh, ascending
 
@@ -132,24 +132,6 @@ def refuse_gathered(named: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-class Region(NamedTuple):
-    """The part of a tensor that a rank holds: where it begins, and its shape."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """How many elements it has."""
-        return math.prod(self.shape)
-
-    def of(self, whole: Tensor) -> Tensor:
-        """Return this part of a whole matrix, or of a stack of them."""
-        for dim, (start, length) in enumerate(zip(self.offset, self.shape, strict=True), -len(self.shape)):
-            whole = whole.narrow(dim, start if length else 0, length)
-        return whole
-
-
 class ShardMesh:
     """The ranks that together hold one replica, and their axes (mesh dimensions of more than one rank).
 
@@ -243,6 +225,8 @@ class ShardMesh:
 
     def regions(self, layout: "Layout") -> tuple[Region, ...]:
         """Return the part of a parameter that each rank of `everyone` holds."""
+        if layout.whole is not None:
+            return tuple(region.within(layout.start, layout.shape) for region in self.regions(layout.whole))
         key = (layout.shape, id(layout.mesh), str(layout.placements))
         if key not in self._regions:
             self._regions[key] = tuple(self._region(layout, place) for place in self.coordinates)
@@ -309,13 +293,17 @@ def _dims(mesh: DeviceMesh) -> list[tuple[int, tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which part of a parameter this rank holds.
+    """Which part of a parameter this rank holds, or of a matrix that is a block of one.
 
     Attributes:
         shape, local_shape, offset: of the whole tensor, of this rank's part, and where that part begins.
         sharded: for each tensor dimension, the axes that split it.
         copied: the axes over which the parameter is copied.
         mesh, placements: of the DTensor; None and () for a plain tensor.
+        whole, start: of a block, the layout of its parameter, and where in that's last two dimensions it
+            begins.
+        apart: of a block, the axes along which a rank has all of it or nothing, as that of an expert whose
+            fellows are on other ranks.
     """
 
     shape: tuple[int, ...]
@@ -325,6 +313,9 @@ class Layout:
     copied: Axes
     mesh: DeviceMesh | None
     placements: tuple[Placement, ...]
+    whole: "Layout | None" = None
+    start: tuple[int, int] = (0, 0)
+    apart: Axes = ()
 
     @staticmethod
     def of(param: Tensor, shards: ShardMesh) -> "Layout":
@@ -375,18 +366,15 @@ class Layout:
         """The dimension of a matrix that Q and R have."""
         return 0 if self.transposed else 1
 
-    def wrap(self, local: Tensor) -> Tensor:
-        """Return a state tensor of the parameter's own shape as the user sees it: a DTensor placed like the
-        parameter."""
-        return local if self.mesh is None else _wrapped(local, self.mesh, self.placements, self.shape)
-
-    def wrap_along(self, local: Tensor, dim: int) -> Tensor:
-        """Return a tensor whose rows belong to the rows (dim 0) or columns (1) of the parameter, as a
-        DTensor."""
+    def wrap(self, local: Tensor, dims: Sequence[int | None] | None = None) -> Tensor:
+        """Return a state tensor as the user sees it, a DTensor: its dimension k is placed as dimension
+        dims[k] of the parameter, None for one that is not split; by default, all of it as the parameter."""
         if self.mesh is None:
             return local
-        placements = tuple(_along(p, dim) for p in self.placements)
-        return _wrapped(local, self.mesh, placements, (self.shape[dim], *local.shape[1:]))
+        if dims is None:
+            return _wrapped(local, self.mesh, self.placements, self.shape)
+        shape = [n if d is None else self.shape[d] for n, d in zip(local.shape, dims, strict=True)]
+        return _wrapped(local, self.mesh, [_along(p, dims) for p in self.placements], shape)
 
     def take(self, whole: Tensor, dim: int, tensor_dim: int) -> Tensor:
         """Return this rank's part of `whole` along its dimension `tensor_dim`, which is the parameter's
@@ -413,14 +401,14 @@ def _wrapped(
     return tensor
 
 
-def _along(placement: Placement, dim: int) -> Placement:
-    """Return the placement of a factor's rows, given the matrix's placement and the dimension those rows come
-    from."""
-    if not isinstance(placement, (Shard, _StridedShard)) or placement.dim != dim:
+def _along(placement: Placement, dims: Sequence[int | None]) -> Placement:
+    """Return the placement of a tensor whose dimensions follow these of another, placed so."""
+    if not isinstance(placement, (Shard, _StridedShard)) or placement.dim not in dims:
         return Replicate()
+    dim = list(dims).index(placement.dim)
     if isinstance(placement, _StridedShard):
-        return _StridedShard(0, split_factor=placement.split_factor)
-    return Shard(0)
+        return _StridedShard(dim, split_factor=placement.split_factor)
+    return Shard(dim)
 
 
 def partial_axes(grad: Tensor, param: Tensor, shards: ShardMesh) -> tuple[Axes, int]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.group import Work
-from curvadion.sharding.layout import Axes, Region
+from curvadion.sharding.layout import Axes
+from curvadion.sharding.region import Region
 
 # Elements of whole matrices that a rank takes on at a time, unless one matrix has more.
 BUCKET_ELEMENTS = 1 << 23

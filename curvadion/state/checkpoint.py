@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from curvadion.options import group_options
-from curvadion.sharding.layout import canonical_name, local_tensor
-from curvadion.state.batch import first_right_factor
+from curvadion.sharding.layout import canonical_name
+from curvadion.state.batch import RIGHT_FACTORS
 from curvadion.state.loadable import check_form, check_groups, check_states
 from curvadion.state.store import States, assign
 from curvadion.state.table import Table
@@ -21,6 +21,7 @@ def load(
     load_state_dict: Callable[[dict[str, Any]], None],
     state_dict: dict[str, Any],
     agree: Callable[[Exception | None, int], None],
+    start_Q: Callable[[int], None],
     loaded: Callable[[], None],
 ) -> None:
     """Let torch load a state dict, but copy the values into the existing state, dtypes and memory kept.
@@ -31,6 +32,7 @@ def load(
         load_state_dict: torch's.
         agree: called once on every rank before anything changes, with what is wrong here and the steps that
             the checkpoint counts; raises on every rank if something is wrong on one.
+        start_Q: gives the matrices of the parameter at a position their first Q.
         loaded: called when the values are there, before any hook of the user's.
 
     Raises:
@@ -58,7 +60,10 @@ def load(
         steps = check_states(
             saved["param_groups"],
             groups,
-            [(name, index, values, own[p]) for name, index, (p, values) in members],
+            [
+                (name, index, values, own[p], _short_sides(table, i))
+                for i, (name, index, (p, values)) in enumerate(members)
+            ],
         )
         ask(None, steps)
         return saved
@@ -71,13 +76,12 @@ def load(
                     group.setdefault(key, before[key])
             if "param_names" in before:  # in their order, which the saved names may not be in
                 group["param_names"] = before["param_names"]
-        for name, layout, (p, values) in zip(table.names, table.layouts, saved_states(), strict=True):
+        for i, (p, values) in enumerate(saved_states()):
             for key, value in values.items():
                 if key in own[p]:
                     assign(own[p][key], value)
-            if "Q" in own[p].keys() - values.keys():
-                Q = local_tensor(own[p]["Q"])
-                Q.copy_(first_right_factor(name, layout, Q.shape[-1]))
+            if RIGHT_FACTORS & (own[p].keys() - values.keys()):
+                start_Q(i)
         loaded()
 
     # The last hook before torch casts every state to its parameter's dtype, and the first one after.
@@ -149,3 +153,8 @@ def _names(group: Mapping[str, Any]) -> list[str]:
 
 def _plain(key: str, value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 and key != "lr" else value
+
+
+def _short_sides(table: Table, index: int) -> set[int]:
+    """Return the shorter sides of the matrices of a parameter; nothing for one that is none."""
+    return {min(layout.shape) for layout in table.blocks[index].layouts} if index in table.blocks else set()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.layout import reshard_gathered_modules
+from curvadion.state.batch import RIGHT_FACTORS
 from curvadion.state.store import States, Store
 
 # State of a parameter that is equal in all replicas whatever steps they take; Q is too, where it is common.
@@ -52,7 +53,7 @@ def without_own(states: States, store: Store, *, first: bool) -> dict[Tensor, di
     own_Q = store.own_Q
 
     def chosen(p: Tensor, key: str) -> bool:
-        return first or key in COMMON_KEYS or (key == "Q" and p not in own_Q)
+        return first or key in COMMON_KEYS or (key in RIGHT_FACTORS and p not in own_Q)
 
     return {
         p: {

@@ -12,6 +12,7 @@ from curvadion.algebra.power_iteration import rank_of
 from curvadion.allowed import check_options
 from curvadion.options import GROUP_OPTIONS, follow_schedulers
 from curvadion.rules import RULES
+from curvadion.sharding.blocks import cut_by
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
 from curvadion.state.batch import Batch
@@ -27,10 +28,18 @@ class Intake:
         table: the parameters as they were laid out.
         batches: the matrices, stacked.
         exchange: sums gradients that tensor parallelism leaves partial.
+        groups: the parameter groups, as they were built.
     """
 
-    def __init__(self, table: Table, batches: Sequence[Batch], exchange: Exchange):
+    def __init__(
+        self,
+        table: Table,
+        batches: Sequence[Batch],
+        exchange: Exchange,
+        groups: Sequence[Mapping[str, Any]],
+    ):
         self._table, self._batches, self._exchange = table, batches, exchange
+        self._layouts = [group["weight_layout"] for group in groups]
         self._X: Fixed[Tensor] | None = None
         self._reshaped: list[str] = []  # names of parameters that changed shape
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
@@ -68,7 +77,7 @@ class Intake:
         usual = None if self._partial else usual_gradients(table.params, grads, table.placements)
         G: Fixed[Tensor | None] = Fixed(usual or ())
         try:
-            parts = (G.take(table.matrices), G.take(table.scalars)) if usual is not None else ()
+            parts = (G.take(table.weights), G.take(table.scalars)) if usual is not None else ()
             fine = tuple(part.numels for part in parts) == table.numels and all(
                 part.contiguous for part in parts
             )
@@ -143,9 +152,14 @@ class Intake:
             )
         if any(p.requires_grad for p in self._table.frozen):
             raise RuntimeError(_changed("on for some parameter"))
-        for group in groups:
+        for group, cut in zip(groups, self._table.cut_by, strict=True):
             _check_there(group, GROUP_OPTIONS)
             check_options(group, GROUP_OPTIONS, " in a parameter group")
+            if cut_by(group) != cut:
+                raise ValueError(
+                    "splits, the dimension that they cut, and batch_dims must stay as they were at "
+                    f"construction; got {cut_by(group)} for {cut}; construct a new optimizer for them"
+                )
             if own := RULES[group["local_update"]].options:
                 _check_there(group, own)
                 check_options(
@@ -160,6 +174,12 @@ class Intake:
             raise ValueError(
                 f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} "
                 f"for {b.rank}; construct a new optimizer to change the rank"
+            )
+        if group["weight_layout"] != self._layouts[b.group]:
+            raise ValueError(
+                "weight_layout must stay as it was at construction, for state lies along the outputs: "
+                f"{self._layouts[b.group]!r}; got {group['weight_layout']!r}; construct a new optimizer to "
+                "change it"
             )
         rule = RULES[group["local_update"]]
         if not {spec.name for spec in rule.state} <= b.kept.keys() or (rule.uses_Q and b.Q is None):

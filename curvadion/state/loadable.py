@@ -13,6 +13,7 @@ from curvadion.options import check_group
 from curvadion.rules import RULES
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import local_tensor
+from curvadion.state.batch import RIGHT_FACTORS
 from curvadion_kernels.reference import NO_NORM
 
 # What a state tensor may hold, beside that it is finite, by its key.
@@ -72,8 +73,8 @@ def check_groups(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Map
         )
     for group, saved in zip(groups, saved_groups, strict=True):
         check_group(saved, " of the checkpoint")
-        for key in ("algorithm", "local_update", "weight_layout"):
-            if saved.get(key, group[key]) != group[key]:
+        for key in ("algorithm", "local_update", "weight_layout", "batch_dims", "splits", "split_along"):
+            if _plain(saved.get(key, group[key])) != _plain(group[key]):
                 raise ValueError(
                     f"a checkpoint must have been saved with the {key} of each group; got {saved[key]!r} for "
                     f"a group with {group[key]!r}; build the groups as they were when it was saved; to "
@@ -91,7 +92,7 @@ def check_groups(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Map
 def check_states(
     saved_groups: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
-    states: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, Tensor]]],
+    states: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, Tensor], Iterable[int]]],
 ) -> int:
     """Raise ValueError if a checkpoint's state does not fit; return the steps that it counts.
 
@@ -100,12 +101,14 @@ def check_states(
 
     Args:
         saved_groups, groups: parameter groups of the checkpoint and of the optimizer.
-        states: (name, index of its group, saved state, own state) of every parameter.
+        states: (name, index of its group, saved state, own state, shorter sides of its matrices) of every
+            parameter.
     """
     counted = dict.fromkeys(COUNTERS, 0.0)
-    for name, index, saved, own in states:
+    for name, index, saved, own, short_sides in states:
         rule = RULES[saved_groups[index].get("local_update", groups[index]["local_update"])]
-        spare = {"Q"} if groups[index]["algorithm"] == "dion" and not rule.uses_Q else set()
+        unused = groups[index]["algorithm"] == "dion" and not rule.uses_Q
+        spare = RIGHT_FACTORS if unused else frozenset[str]()
         missing, unknown = sorted(set(own) - set(saved) - spare), sorted(set(saved) - set(own) - spare)
         if missing or unknown:
             raise ValueError(
@@ -114,8 +117,7 @@ def check_states(
             )
         for key in saved.keys() & own.keys():
             check_value(name, key, saved[key], own[key])
-        if groups[index]["algorithm"] == "dion":
-            short = min(own["momentum"].shape)
+        for short in short_sides:
             saved_rank, rank = (
                 _rank(short, group, groups[index]) for group in (saved_groups[index], groups[index])
             )
@@ -188,6 +190,11 @@ def _placed_alike(value: DTensor, own: Tensor) -> bool:
         return value.device_mesh == own.device_mesh
     same_mesh = value.device_mesh.shape == own.device_mesh.shape
     return same_mesh and value._local_tensor.shape == own._local_tensor.shape
+
+
+def _plain(value: Any) -> Any:
+    """Return a list, as a file format may have made of a tuple, as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _rank(short: int, group: Mapping[str, Any], instead: Mapping[str, Any]) -> int:

@@ -13,10 +13,11 @@ from curvadion.algebra.scalar import MOMENTS
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import local_tensor, reshard_gathered_modules
-from curvadion.state.batch import Batch, StateSpec, make_batches
+from curvadion.state.batch import Alike, Batch, StateSpec, stack, start_right_factors
 from curvadion.state.numbers import Numbers
 from curvadion.state.table import Table
 from curvadion_kernels import Ops
+from curvadion_kernels.fixed import Views
 from curvadion_kernels.reference import NO_NORM, Fixed, compute_dtype, scale_
 
 States = dict[Tensor, dict[str, Tensor]]
@@ -37,7 +38,9 @@ class Store:
 
     Attributes:
         states: what `optimizer.state` is to hold.
-        batches, batch_of: the matrices, stacked, and the index of each matrix's batch.
+        alike: the parameters of the matrices, stacked.
+        kinds, batch_of: the matrices, stacked, the same list on all ranks; and the index of each matrix's.
+        batches: those of which this rank has some matrices.
         momenta: M of every matrix, views of the batches'.
         last_norm: (L,) float32, the norms that the gate saw on the previous step.
         counters: (3, parameters) float32 on the CPU: steps, local steps in a row, synchronized steps.
@@ -62,29 +65,36 @@ class Store:
         self.table, self.states = table, States()
         self.last_norm = torch.full((len(table.matrices),), NO_NORM, dtype=torch.float32, device=table.device)
         self.counters = torch.zeros(3, len(table.params), dtype=torch.float32, device="cpu")
-        self.batches = make_batches(table, groups, specs, uses_Q, momentum_dtype)
-        views = {i: m for b in self.batches for i, m in zip(b.params, b.momentum, strict=True)}
-        self.momenta = Fixed(views[i] for i in table.matrices)
-        batch_of = {i: k for k, b in enumerate(self.batches) for i in b.params}
-        self.batch_of = [batch_of[i] for i in table.matrices]
+        self.alike: list[Alike] = stack(table, groups, specs, uses_Q, momentum_dtype)
+        self.kinds: list[Batch] = [b for alike in self.alike for b in alike.batches]
+        self.batches = [b for b in self.kinds if b.members]
+        stored = {i: m for a in self.alike for i, m in zip(a.params, a.stored["momentum"][0], strict=True)}
+        whole = table.cut(Fixed(stored.get(i) for i in range(len(table.params))))
+        stacks = [(b.members, b.momentum) for b in self.batches]
+        here = {k for members, _ in stacks for k in members}
+        stacks += [([k], m.unsqueeze(0)) for k, m in enumerate(whole) if k not in here]
+        self.momenta = Views.of(stacks)
+        first, kinds = dict[int, int](), 0
+        for alike in self.alike:
+            first |= dict.fromkeys(alike.params, kinds)
+            kinds += len(alike.batches)
+        self.batch_of = [first[m.param] + table.blocks[m.param].run_of[m.block] for m in table.matrices]
         self.live = torch.ones(len(table.matrices), dtype=torch.bool, device=table.device)
-        self._place_of = {position: index for index, position in enumerate(table.matrices)}
         self._places: dict[tuple[int, ...], Tensor] = {}  # in `live`, of a batch's matrices
         self.moments: dict[int, dict[str, Tensor]] = {}
         self._members: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
-        self.outer_momenta: list[Tensor] = []
+        self.outer_momenta: Fixed[Tensor] = Fixed()
         if outer_momentum:
             locals_ = [local_tensor(p) for p in table.params]
-            self.outer_momenta = [torch.zeros_like(x, dtype=compute_dtype(x.dtype)) for x in locals_]
+            self.outer_momenta = Fixed(torch.zeros_like(x, dtype=compute_dtype(x.dtype)) for x in locals_)
 
-        norm_of = {position: self.last_norm[index] for index, position in enumerate(table.matrices)}
-        for b in self.batches:
-            b.common_Q = b.Q is None or not any(table.params[i] in own_Q for i in b.params)
-            for k, i in enumerate(b.params):
-                own = {spec.name: spec.wrap(b.kept[spec.name][k], b.layout) for spec in b.specs}
-                if b.Q is not None:
-                    own["Q"] = b.layout.wrap_along(b.Q[k], b.layout.short)
-                self._set(i, before, momentum=b.layout.wrap(views[i]), last_norm=norm_of[i], **own)
+        for alike in self.alike:
+            for b in alike.batches:
+                b.common_Q = b.Q is None or not any(table.params[i] in own_Q for i in alike.params)
+            for i, tensors in alike.states():
+                start, blocks = table.first_matrix[i], table.blocks[i]
+                norms = self.last_norm[start : start + blocks.count]
+                self._set(i, before, last_norm=norms[0] if blocks.single else norms, **tensors)
         for i in table.scalars:
             layout, dtype = table.layouts[i], momentum_dtype or table.params[i].dtype
             self.moments[i] = {
@@ -110,20 +120,25 @@ class Store:
                 assign(fresh[key], value)
         self.states[p] = fresh
 
+    def start_right_factors(self, index: int) -> None:
+        """Give the matrices of a parameter their first Q again."""
+        for b in self.batches:
+            start_right_factors(self.table, b, only=index)
+
     @property
     def own_Q(self) -> set[Tensor]:
         """The parameters whose Q is this replica's own, as local Dion steps leave it."""
-        return {self.table.params[i] for b in self.batches if not b.common_Q for i in b.params}
+        differ = [k for b in self.batches if not b.common_Q for k in b.members]
+        return {self.table.params[self.table.matrices[k].param] for k in differ}
 
     def live_in(self, batch: Batch) -> Tensor | None:
         """Return which matrices of a batch have a gradient in this step: (B,) float64, 1 or 0; None if it is
         known that all have one, as it is in a dry run."""
         if self.table.dry or self._all_live():
             return None
-        members = tuple(batch.params)
+        members = tuple(batch.members)
         if members not in self._places:
-            places = torch.tensor([self._place_of[i] for i in members], device="cpu")
-            self._places[members] = places.to(self.live.device)
+            self._places[members] = torch.tensor(members, device="cpu").to(self.live.device)
         return self.live.index_select(0, self._places[members]).to(torch.float64)
 
     def _all_live(self) -> bool:
@@ -131,12 +146,12 @@ class Store:
         return self.live.is_cpu and bool(self.live.all())
 
     def matrices_with(self, rule: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """Return the positions of the matrices whose group's local rule this is: the same object when asked
-        again."""
+        """Return the positions of the parameters of matrices whose group's local rule this is: the same
+        object when asked again."""
         rules = tuple(group["local_update"] for group in groups)
         if (rule, rules) not in self._members:
             of = self.table.group_of
-            self._members[rule, rules] = tuple(i for i in self.table.matrices if rules[of[i]] == rule)
+            self._members[rule, rules] = tuple(i for i in self.table.weights if rules[of[i]] == rule)
         return self._members[rule, rules]
 
     # ---- counters
@@ -195,14 +210,14 @@ class Store:
         With store=False only the message, for a step that may be skipped. `also` is looked at as gradients
         are.
         """
-        if store and ops.kernels == "reference":
+        if ops.kernels == "reference":
             self.settle()  # the same bits, stack by stack, where the kernels below go over single matrices
         # What was postponed so far.
-        decay = numbers.each("decay", [b.decay for b in self.batches], self.batch_of)
+        decay = numbers.each("decay", [b.decay for b in self.kinds], self.batch_of)
         if store:
             for b in self.batches:
                 b.decay = 1.0
-        watch, matrices = [*G.take(self.table.scalars).present, *also], G.take(self.table.matrices)
+        watch, matrices = [*G.take(self.table.scalars).present, *also], self.table.cut(G)
         message = ops.momentum_norm_(self.momenta, matrices, decay=decay, watch=watch, store=store)
         return message.to(self.table.device)
 
@@ -229,7 +244,7 @@ class Store:
             ]
             exchange.average_([m for m, _ in moments], [copied for _, copied in moments], "moments")
         differ = [b for b in self.batches if not b.common_Q]
-        copied = [table.shards.complement(b.columns) for b in differ]
+        copied = [table.shards.complement(b.columns + b.layout.apart) for b in differ]
         exchange.broadcast_([b.right_factor for b in differ], copied, "right_factor")
         for b in differ:
             b.common_Q = True

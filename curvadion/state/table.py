@@ -5,13 +5,14 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
+from curvadion.sharding.blocks import Blocks, block_sizes, cut_by
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import (
     Axes,
@@ -21,6 +22,25 @@ from curvadion.sharding.layout import (
     local_tensor,
     refuse_gathered,
 )
+from curvadion_kernels.reference import Fixed
+
+
+class Matrix(NamedTuple):
+    """A matrix that a local rule updates: a parameter, or a block of one.
+
+    Attributes:
+        param: the position of its parameter.
+        block: which of the blocks of `Blocks.layouts` it is.
+        name: the parameter's, and where in it the matrix stands.
+        layout: its own.
+    """
+
+    param: int
+    block: int
+    name: str
+    layout: Layout
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 @dataclass(frozen=True)
@@ -32,8 +52,11 @@ class Table:
         frozen: those with requires_grad=False, which are left alone.
         names: canonical names; an unnamed parameter has its position for a name.
         params, group_of: the parameters, and the index of each one's group.
-        matrices, scalars: positions of what a local rule updates ("dion" groups), and of the rest (AdamW,
+        weights, scalars: positions of what a local rule updates ("dion" groups), and of the rest (AdamW,
             Lion).
+        blocks: which matrices each of `weights` is, by position.
+        cut_by: for each group, the options that say so.
+        matrices: all of them, those of one parameter after the other; the same on all ranks.
         device: of all of them.
         shards, layouts: the mesh of one replica, and which part of each parameter is here.
     """
@@ -44,8 +67,11 @@ class Table:
     names: list[str]
     params: list[Tensor]
     group_of: list[int]
-    matrices: tuple[int, ...]
+    weights: tuple[int, ...]
     scalars: tuple[int, ...]
+    blocks: dict[int, Blocks]
+    cut_by: list[tuple[Any, ...]]
+    matrices: tuple[Matrix, ...]
     device: torch.device
     shards: ShardMesh
     layouts: list[Layout]
@@ -78,18 +104,28 @@ class Table:
                 f"parameters must be on their mesh's device type; got {device} on {shards.mesh}; FSDP's CPU "
                 "offload is not supported, keep the shards on the accelerator"
             )
+        names, layouts = [name for name, _, _ in live], [Layout.of(p, shards) for p in params]
+        weights = tuple(i for i, matrix in enumerate(is_matrix) if matrix)
+        blocks = {i: Blocks.of(layouts[i], groups[group_of[i]]) for i in weights}
         return Table(
             listed=[p for _, p, _ in named],
             sizes=[len(group["params"]) for group in groups],
             frozen=[p for _, p, _ in named if not p.requires_grad],
-            names=[name for name, _, _ in live],
+            names=names,
             params=params,
             group_of=group_of,
-            matrices=tuple(i for i, matrix in enumerate(is_matrix) if matrix),
+            weights=weights,
             scalars=tuple(i for i, matrix in enumerate(is_matrix) if not matrix),
+            blocks=blocks,
+            cut_by=[cut_by(group) for group in groups],
+            matrices=tuple(
+                Matrix(i, k % len(of.sizes), names[i] + label, of.layouts[k % len(of.sizes)])
+                for i, of in blocks.items()
+                for k, label in enumerate(of.labels)
+            ),
             device=device,
             shards=shards,
-            layouts=[Layout.of(p, shards) for p in params],
+            layouts=layouts,
         )
 
     @functools.cached_property
@@ -120,7 +156,7 @@ class Table:
         """Elements of this rank's shards, of the matrices and of the rest."""
         return tuple(
             tuple(math.prod(self.layouts[i].local_shape) for i in members)
-            for members in (self.matrices, self.scalars)
+            for members in (self.weights, self.scalars)
         )
 
     @functools.cached_property
@@ -132,13 +168,13 @@ class Table:
     def owns_all(self) -> bool:
         """Whether this rank counts the norms of all its matrices; others hold copies that somebody else
         counts."""
-        return all(self.first[i] for i in self.matrices)
+        return all(self.first[i] for i in self.weights)
 
     @functools.cached_property
     def owned(self) -> Tensor:
         """(L,) float32 on the device: 1 for each matrix whose norm this rank counts, 0 for the others."""
         return torch.tensor(
-            [float(self.first[i]) for i in self.matrices], dtype=torch.float32, device=self.device
+            [float(self.first[m.param]) for m in self.matrices], dtype=torch.float32, device=self.device
         )
 
     @functools.cached_property
@@ -154,15 +190,44 @@ class Table:
     @functools.cached_property
     def matrix_names(self) -> list[str]:
         """Names of the matrices; one whose name was there before gets its position appended."""
-        names = [self.names[i] for i in self.matrices]
+        first: dict[str, int] = {}
+        for k, matrix in enumerate(self.matrices):
+            first.setdefault(matrix.name, k)
         return [
-            name if names.index(name) == k else f"{name}#{self.matrices[k]}" for k, name in enumerate(names)
+            matrix.name if first[matrix.name] == k else f"{matrix.name}#{matrix.param}"
+            for k, matrix in enumerate(self.matrices)
         ]
+
+    @functools.cached_property
+    def first_matrix(self) -> dict[int, int]:
+        """The position in `matrices` of the first one of each of `weights`."""
+        found: dict[int, int] = {}
+        for k, matrix in enumerate(self.matrices):
+            found.setdefault(matrix.param, k)
+        return found
+
+    @functools.cached_property
+    def uncut(self) -> bool:
+        """Whether each of `weights` is one matrix as it stands."""
+        return all(blocks.single for blocks in self.blocks.values())
+
+    def cut(self, tensors: Fixed[Any]) -> Fixed[Any]:
+        """Return the matrices of parameters, or of their gradients, as views; the same object when asked
+        again."""
+        if self.uncut:
+            return tensors.take(self.weights)
+        if "matrices" not in tensors.memo:
+            parts: list[Tensor | None] = []
+            for i in self.weights:
+                blocks, x = self.blocks[i], tensors[i]
+                parts += [None] * blocks.count if x is None else blocks.cut(x)
+            tensors.memo["matrices"] = Fixed(parts)
+        return tensors.memo["matrices"]
 
     @property
     def outdated(self) -> bool:
         """Whether a parameter has been frozen, or one that was is so no longer."""
-        return any(p.requires_grad for p in self.frozen) or not all(p.requires_grad for p in self.params)
+        return any(map(_REQUIRES_GRAD, self.frozen)) or not all(map(_REQUIRES_GRAD, self.params))
 
     def replacements(self, groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
         """Return what the groups hold in place of the parameters, by parameter, if each has the place, the
@@ -187,4 +252,35 @@ class Table:
     @functools.cached_property
     def group_of_matrix(self) -> list[int]:
         """The index of each matrix's group."""
-        return [self.group_of[i] for i in self.matrices]
+        return [self.group_of[matrix.param] for matrix in self.matrices]
+
+
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise if a parameter of the group cannot be updated by its algorithm."""
+    for position, p in enumerate(group["params"]):
+        name = group.get("param_names", {position: f"number {position}"})[position]
+        _check_parameter(name, p, group)
+
+
+def _check_parameter(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise if a parameter cannot be updated by the algorithm of its group."""
+    algorithm = group["algorithm"]
+    if algorithm == "dion" and p.requires_grad:
+        try:
+            block_sizes(p.shape, group)
+        except ValueError as error:
+            raise ValueError(
+                f"a parameter of a group with algorithm='dion' {error}; got {name} of shape "
+                f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) "
+                "does, or say by batch_dims and splits which matrices it is"
+            ) from None
+    if algorithm == "dion" and p.requires_grad and not p.numel():
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
+            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
+        )
+    if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
+            "bfloat16"
+        )

@@ -87,6 +87,13 @@ class CurvaDionOptimizer(OptimizersContainer):
         weight_layout: Literal["out_in", "in_out"] | str = "out_in"
         """How matrices are stored: "out_in", as in torch.nn.Linear, m outputs of n inputs; or "in_out", the
         transpose of that, as in the Conv1D of transformers."""
+        batch_dims: int = 0
+        """Number of leading dimensions that count matrices, as 1 in weights of experts, (experts, out,
+        in)."""
+        splits: int | tuple[int, ...] | None = None
+        """Blocks that are matrices of their own, as in a fused qkv: how many equal ones, or their sizes."""
+        split_along: Literal["outputs", "inputs"] = "outputs"
+        """Dimension that splits cuts: "outputs" or "inputs"."""
         nesterov: bool = False
         """"muon" and "normuon" take G_i + mu m_i for m_i."""
         newton_schulz: Literal["jordan", "polar_express"] | str = "jordan"

@@ -8,10 +8,12 @@ once, when they are stored. Nothing here talks to other ranks.
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from curvadion_kernels.fixed import Fixed as Fixed
+from curvadion_kernels.fixed import Views, extremes, gathered, largest
 
 # The gate's message, one int64 whose MAX over the replicas is the gate (non-negative floats order like
 # integers):
@@ -27,69 +29,13 @@ FAILED_KEY = (1 << 63) - 1  # larger than any regular key: a rank could not do i
 OUTSIDE_KEY = (
     FAILED_KEY - 2
 )  # the same of a replica that is between steps; plus 1: it has seen a non-finite value
+CHECK_KEY = FAILED_KEY - 3  # another replica checks that all ranks agree
 
 SIGN_BLOCK = 128  # values that share a scale in `sign_encode_`
 SIGN_BYTES = 2 + SIGN_BLOCK // 8  # of them and their scale
 
 Scalar = float | Tensor
-T = TypeVar("T", bound=Tensor | None, covariant=True)
 _DTYPE = operator.attrgetter("dtype")
-
-
-class Fixed(tuple[T, ...]):
-    """Tensors whose memory, shapes and dtypes stay as they are while it lives, so that they need to be looked
-    at only once.
-
-    Every operation takes it where it takes a list of tensors. None stands for a missing gradient.
-    """
-
-    @functools.cached_property
-    def present(self) -> list[Tensor]:
-        """Those that are not None."""
-        return [t for t in self if t is not None]
-
-    @functools.cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """Where each begins, 0 for None."""
-        if len(self.present) == len(self):
-            return tuple(map(Tensor.data_ptr, self.present))
-        return tuple([0 if t is None else t.data_ptr() for t in self])
-
-    @functools.cached_property
-    def numels(self) -> tuple[int, ...]:
-        """Elements of each, -1 for None."""
-        if len(self.present) == len(self):
-            return tuple(map(Tensor.numel, self.present))
-        return tuple([-1 if t is None else t.numel() for t in self])
-
-    @functools.cached_property
-    def dtypes(self) -> set[torch.dtype]:
-        """The different dtypes."""
-        return set(map(_DTYPE, self.present))
-
-    @functools.cached_property
-    def devices(self) -> set[int]:
-        """The different devices: indices of GPUs, -1 for the CPU."""
-        return set(map(Tensor.get_device, self.present))
-
-    @functools.cached_property
-    def contiguous(self) -> bool:
-        """Whether all are contiguous. Raises RuntimeError if one is not even strided."""
-        return all(map(Tensor.is_contiguous, self.present))
-
-    def take(self, indices: tuple[int, ...]) -> "Fixed[T]":
-        """Return some of them, in their order; the same object when asked again."""
-        if len(indices) == len(self):
-            return self
-        if indices not in self.memo:
-            self.memo[indices] = Fixed([self[i] for i in indices])
-        return self.memo[indices]
-
-    @functools.cached_property
-    def memo(self) -> dict[Any, Any]:
-        """What others found out about them."""
-        return {}
-
 
 NO_NORM = -1.0  # last_norm of a matrix that the gate has not seen yet
 
@@ -113,7 +59,7 @@ def momentum_norm_(
         m_l <- c_l m_l + g_l,    s_l = ||m_l||_F^2
 
     Args:
-        momenta: L local shards, any shapes and floating-point dtypes, contiguous, changed in place.
+        momenta: L local shards, any shapes, strides and floating-point dtypes, changed in place.
         grads: L gradients of the same shapes; None counts as zero.
         decay: c, the factor of the old momentum: one number, a 0-d tensor, or a tensor of L; c m is rounded
             to m's dtype.
@@ -126,47 +72,79 @@ def momentum_norm_(
     Bytes: one read of g, one read and one write of m, one read of what is watched.
     """
     count = len(momenta)
+    if isinstance(decay, Tensor) and decay.ndim and decay.shape != (count,):
+        raise ValueError(
+            f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for {count} "
+            "tensors"
+        )
+    device = next((t.device for t in (*momenta, *watch)), None)
+    flags = torch.zeros(2, dtype=torch.float32, device=device)
+    watched = [t for t in watch if t.numel()]
+    if watched:
+        flags[:1] = ~largest(watched).isfinite().all()
+    plain = not isinstance(decay, Tensor) and decay == 1.0
+    if not momenta:
+        norms = live = flags[:0]
+    elif plain and isinstance(momenta, Views) and momenta[0].device.type == "cpu":
+        norms, live = _accumulated_lots(momenta, grads, store=store)
+    else:
+        norms, live = _accumulated(momenta, grads, decay, store=store)
+    return torch.cat([norms.square().to(flags), flags, live.to(flags)])
+
+
+def _accumulated(
+    momenta: Sequence[Tensor], grads: Sequence[Tensor | None], decay: Scalar, *, store: bool
+) -> tuple[Tensor, Tensor]:
+    """Do what `momentum_norm_` does; return the norms, and which gradients are not zero, (L,) bool."""
+    count = len(momenta)
     if not store:  # one at a time, to hold a copy of one
         factors = decay.unbind() if isinstance(decay, Tensor) and decay.ndim else [decay] * count
-        parts = [
-            momentum_norm_([m.clone()], [g], decay=c) for m, g, c in zip(momenta, grads, factors, strict=True)
+        single = [
+            _accumulated([m.clone()], [g], c, store=True)
+            for m, g, c in zip(momenta, grads, factors, strict=True)
         ]
-        device = next((t.device for t in (*momenta, *watch)), None)
-        flags = momentum_norm_((), (), watch=watch).to(device)
-        return torch.cat([*(part[:1] for part in parts), flags, *(part[3:] for part in parts)])
-    if isinstance(decay, Tensor) and decay.ndim and decay.shape != (len(momenta),):
-        raise ValueError(
-            f"a factor must be one number or one per tensor; got shape {tuple(decay.shape)} for "
-            f"{len(momenta)} tensors"
-        )
-    if momenta and (isinstance(decay, Tensor) or decay != 1.0):
+        return torch.cat([norm for norm, _ in single]), torch.cat([live for _, live in single])
+    if isinstance(decay, Tensor) or decay != 1.0:
         scale_(momenta, decay)
     wide = upcast(momenta)
     into, present = _present(wide, grads)
     if present:
         torch._foreach_add_(into, present)
     store_(momenta, wide)
-    device = next((t.device for t in (*momenta, *watch)), None)
-    sums = torch.zeros(2 * count + 2, dtype=torch.float32, device=device)
-    if momenta:
-        dtype = functools.reduce(torch.promote_types, set(map(_DTYPE, momenta)), torch.float32)
-        sums[:count] = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=dtype)).square()
-    watched = [t for t in watch if t.numel()]
-    if watched:
-        sums[count] = ~torch.stack(
-            [largest.isfinite() for largest in torch._foreach_norm(watched, float("inf"))]
-        ).all()
+    norms = torch.stack(torch._foreach_norm(list(momenta), 2, dtype=_norm_dtype(momenta)))
     given = _not_empty(grads)
+    live = torch.zeros(count, dtype=torch.bool, device=norms.device)
     if given:
-        largest = torch._foreach_norm([g for _, g in given], float("inf"))
-        alike = len(set(map(_DTYPE, largest))) == 1
-        live = torch.stack(largest if alike else [value.to(torch.float64) for value in largest]) != 0
+        nonzero = largest([g for _, g in given]) != 0
         if len(given) == count:
-            sums[count + 2 :] = live
-        else:
-            places = torch.tensor([k for k, _ in given], device=device)
-            sums[count + 2 :].index_copy_(0, places, live.to(sums))
-    return sums
+            return norms, nonzero
+        places = torch.tensor([k for k, _ in given], device=norms.device)
+        live.index_copy_(0, places, nonzero)
+    return norms, live
+
+
+def _accumulated_lots(
+    momenta: Views, grads: Sequence[Tensor | None], *, store: bool
+) -> tuple[Tensor, Tensor]:
+    """Do what `_accumulated` does, the same bits, lot by lot, each while the CPU's caches have it."""
+    dtype, norms, high, low = _norm_dtype(momenta), [], [], []
+    for lot in momenta.lots:
+        m = lot.stack if store else lot.stack.clone()
+        g = gathered(grads, lot.places, m[0])
+        [wide] = upcast([m])
+        wide.add_(g)
+        store_([m], [wide])
+        norms.append(torch.linalg.vector_norm(m.flatten(1), dim=1, dtype=dtype))
+        most, least = extremes(g)
+        high.append(most)
+        low.append(least)
+        del m, g, wide  # before the next ones are made
+    live = (torch.cat(high) != 0) | (torch.cat(low) != 0)
+    return torch.cat(norms).index_select(0, momenta.order), live.index_select(0, momenta.order)
+
+
+def _norm_dtype(momenta: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, set(map(_DTYPE, momenta)), torch.float32)
 
 
 def _not_empty(grads: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
@@ -238,15 +216,14 @@ def local_step_(
     if not params or (key is not None and int(key) >= SYNCHRONIZE_BIT):
         return
     work = upcast(params)
-    factors = [list(v.unbind()) if isinstance(v, Tensor) and v.ndim else v for v in (decay, step_size)]
-    torch._foreach_mul_(work, factors[0])
+    torch._foreach_mul_(work, _factors(decay, work))
     moved, slopes = _present(work, grads)
     if list(map(_DTYPE, slopes)) != list(map(_DTYPE, moved)):
         slopes = [g.to(x.dtype) for x, g in zip(moved, slopes, strict=True)]
-    if slopes and isinstance(factors[1], float):
-        torch._foreach_add_(moved, slopes, alpha=-factors[1])
+    if slopes and isinstance(step_size, float):
+        torch._foreach_add_(moved, slopes, alpha=-step_size)
     elif slopes:
-        steps = factors[1]
+        steps = _factors(step_size, work)
         if isinstance(steps, list):
             steps = [step for step, g in zip(steps, grads, strict=True) if g is not None]
         torch._foreach_sub_(moved, torch._foreach_mul(slopes, steps))
@@ -297,8 +274,9 @@ def low_rank_apply_(
     if isinstance(decay, Tensor):
         torch._foreach_mul_(work, decay)
         decay = 1.0
-    for x, left, right in zip(work, Q if transposed else P, P if transposed else Q, strict=True):
-        x.addmm_(left, right.mT, beta=decay)
+    left, right = (Q, P) if transposed else (P, Q)
+    for x, columns, rows in zip(work, left.unbind(), right.mT.unbind(), strict=True):
+        x.addmm_(columns, rows, beta=decay)
     store_(params, work)
 
 
@@ -316,7 +294,7 @@ def symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Te
     if beta:
         return torch.baddbmm(A, A, A, beta=beta, alpha=alpha)
     if alpha == 1:
-        return A.mT @ A
+        return torch.bmm(A.mT, A)
     return torch.baddbmm(A.new_empty(A.shape[0], 1, A.shape[2]), A.mT, A, beta=0, alpha=alpha)
 
 
@@ -416,6 +394,15 @@ def scale_(tensors: Sequence[Tensor], factor: Scalar | Sequence[float]) -> None:
     wide = upcast(tensors)
     torch._foreach_mul_(wide, list(factor.unbind()) if isinstance(factor, Tensor) and factor.ndim else factor)
     store_(tensors, wide)
+
+
+def _factors(value: Scalar, tensors: Sequence[Tensor]) -> Scalar | list[Tensor]:
+    """Return one number for all tensors, or one for each, as it takes least time to multiply by them: on a
+    CPU in the tensors' dtype, because every tensor would convert it for itself."""
+    dtypes = set(map(_DTYPE, tensors))
+    if len(dtypes) == 1 and tensors[0].device.type == "cpu":
+        value = torch.as_tensor(value, dtype=dtypes.pop(), device="cpu")
+    return list(value.unbind()) if isinstance(value, Tensor) and value.ndim else value
 
 
 def _present(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:

@@ -550,7 +550,7 @@ def momentum_norm_(
     like = momenta[0] if momenta else watch[0]
     m = momenta if isinstance(momenta, Fixed) else Fixed(momenta)
     if not m.contiguous:
-        raise ValueError("momenta must be contiguous; got one that is not; allocate them as blocks")
+        return _with_strided(m, grads, decay, watch, store=store)
     g, watched = _gradients(grads, m), _dense(watch)
     _check_devices(m, g, watched)
     count = len(m)
@@ -605,6 +605,33 @@ def momentum_norm_(
     if store:
         increment_version(m.present)
     return sums
+
+
+def _with_strided(
+    momenta: Fixed[Tensor],
+    grads: Sequence[Tensor | None],
+    decay: Scalar,
+    watch: Sequence[Tensor],
+    *,
+    store: bool,
+) -> Tensor:
+    """Do what `momentum_norm_` does where some momenta are not contiguous: of those in plain torch."""
+    count, device = len(momenta), momenta[0].device
+    if "strided" not in momenta.memo:
+        dense = [m.is_contiguous() for m in momenta]
+        parts = [tuple(k for k in range(count) if dense[k] is kind) for kind in (True, False)]
+        momenta.memo["strided"] = [(part, torch.tensor(part, dtype=torch.int64).to(device)) for part in parts]
+    given = grads if isinstance(grads, Fixed) else Fixed(grads)
+    result = torch.zeros(2 * count + 2, dtype=torch.float32, device=device)
+    ways = ((momentum_norm_, watch), (reference.momentum_norm_, ()))
+    for (part, places), (function, seen) in zip(momenta.memo["strided"], ways, strict=True):
+        own = decay.to(device)[places] if isinstance(decay, Tensor) and decay.ndim else decay
+        sums = function(momenta.take(part), given.take(part), decay=own, watch=seen, store=store).to(device)
+        number = len(part)
+        result.index_copy_(0, places, sums[:number])
+        result.index_copy_(0, places + count + 2, sums[number + 2 :])
+        result[count : count + 2] += sums[number : number + 2]
+    return result
 
 
 def gate_key(
