@@ -149,6 +149,7 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         "try None: bfloat16 on a GPU",
     ),
     "on_nonfinite": _one_of(("raise", "skip")),
+    "on_equal_gradients": _one_of(("warn", "raise")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
     "kernels": _one_of(KERNELS),
 }
@@ -211,6 +212,7 @@ class Options:
     owners: str
     owner_dtype: torch.dtype | None
     on_nonfinite: str
+    on_equal_gradients: str
     check_every: int
     kernels: str
     given: dict[str, Any]

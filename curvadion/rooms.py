@@ -21,6 +21,7 @@ from curvadion.state.intake import Intake
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
 from curvadion.state.table import Table
+from curvadion.version import __version__
 from curvadion_kernels import Ops, choose
 from curvadion_kernels.reference import Fixed
 
@@ -109,7 +110,7 @@ class Rooms:
             before=before,
             own_Q=earlier.store.own_Q if earlier is not None else (),
         )
-        intake = Intake(table, store.kinds, exchange)
+        intake = Intake(table, store.kinds, exchange, groups)
         when = options.owners
         if when != "never" and not table.shards.can_meet:
             when = "never"
@@ -135,9 +136,10 @@ class Rooms:
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Return a text of all that must be equal on all ranks, what it found and what rounding depends on
-        included: kernels, dtypes, the precision of products."""
+        included: versions, kernels, dtypes, the precision of products."""
         coarse = torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
         options = {**self.options.given, "kernels": self.ops.kernels, "coarse products": coarse}
+        options |= {"CurvaDion": __version__, "torch": str(torch.__version__)}
         known = group_options()
         own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]

@@ -3,7 +3,8 @@
 Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they
 branch only on the reduced gate key, and a missing gradient contributes zeros.
 
-    1. if due: agreement      MAX of six int64 over the replicas, then over the shards
+    1. if due: agreement      MAX of six int64 over the replicas, then over the shards; after a MAX
+                              of one over the replicas, with which a gate's key may be paired
     2. if partial: gradients  SUM over the axes they are partial on
     3. norms and flags        one SUM over all shards
     4. gate="drift"           if asked: SUM of two numbers over the shards, mean over the replicas
@@ -48,10 +49,11 @@ suffice and none has to be made.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import DistError, ReduceOp
 
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
@@ -59,6 +61,8 @@ from curvadion.sharding.group import Group, Work
 from curvadion.sharding.journey import AtHome, Codec, Journey, Mean, Nothing, Residuals, RoundedMean, UnderWay
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
+from curvadion.sharding.lost import Place, explained, meet
+from curvadion_kernels.reference import CHECK_KEY
 
 
 @dataclass
@@ -80,6 +84,23 @@ class Answer:
         return 0 if has_no_values(self.key) else int(self.key)
 
 
+@dataclass
+class Told:
+    """A collective under way whose errors say what it was."""
+
+    work: Work
+    explain: Callable[[Exception], Exception | None]
+
+    def wait(self) -> object:
+        """Wait until its result may be used."""
+        try:
+            return self.work.wait()
+        except (RuntimeError, DistError) as error:
+            if (lost := self.explain(error)) is None:
+                raise
+            raise lost from error
+
+
 class Exchange:
     """Sums over the shards of one replica, means over the replicas.
 
@@ -88,6 +109,10 @@ class Exchange:
         peers: this rank and its peers in the other replicas; None for one replica.
         device: where small messages live.
         ledger: where to count.
+
+    Attributes:
+        replicas: how many there are.
+        place: where this rank is, for messages.
     """
 
     def __init__(self, shards: ShardMesh, peers: Group | None, device: torch.device, ledger: Ledger):
@@ -96,6 +121,7 @@ class Exchange:
         self.ledger = ledger
         self._peers = peers
         self._aside: torch.cuda.Stream | None = None
+        self.place = Place()
 
     @property
     def replicas(self) -> int:
@@ -150,7 +176,8 @@ class Exchange:
         self.ledger.record("all_to_all_uneven", group.size, "shard", purpose, sent)
         # As bytes, which every backend sends, whatever the dtype.
         sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
-        return group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
+        flat = received.view(torch.uint8), sent.view(torch.uint8)
+        return self._start(group, "all_to_all", "shards", purpose, *flat, *sizes)
 
     # ---- between replicas
 
@@ -312,11 +339,18 @@ class Exchange:
         if self.replicas > 1:
             self._replace(tensors, copied, purpose, broadcast)
 
-    def max_over_replicas(self, key: Tensor) -> Tensor:
+    def max_over_replicas(self, key: Tensor, purpose: str = "gate") -> Tensor:
         """Return the MAX of the gate key over the replicas."""
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX, wait=True)
+            self.over_replicas("all_reduce", purpose, key, ReduceOp.MAX, wait=True)
         return key
+
+    def announce_check(self) -> int:
+        """Tell the replicas that `agree` is next, in the form of a gate key, with which it may be paired;
+        return the MAX of what they had to say."""
+        key = torch.tensor(CHECK_KEY, dtype=torch.int64, device=self.device)
+        told = self.max_over_replicas(key, "check")
+        return CHECK_KEY if has_no_values(told) else int(told)
 
     def start_max_over_replicas(self, key: Tensor) -> Answer:
         """Start the MAX of the gate key over the replicas."""
@@ -388,14 +422,31 @@ class Exchange:
         """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
         assert self._peers is not None, "nothing crosses replicas where there is one"
         self._count(collective, self._peers, ("replicate", purpose), *args)
-        work: Work = getattr(self._peers, collective)(*args, wait=wait)
-        return work
+        return self._start(self._peers, collective, "replicas", purpose, *args, wait=wait)
 
     def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
         """Do and count a collective inside the replica, along one axis."""
         group = self.shards.group(axis)
         self._count(collective, group, ("shard", purpose), *args)
-        getattr(group, collective)(*args, wait=True)
+        self._start(group, collective, "shards", purpose, *args, wait=True)
+
+    def _start(
+        self, group: Group, collective: str, over: str, purpose: str, *args: Any, wait: bool = False
+    ) -> Work:
+        def explain(error: Exception) -> Exception | None:
+            what = f'the {collective} of "{purpose}" over the {over}'
+            return explained(error, self.place, what, group.ranks)
+
+        try:
+            return Told(getattr(group, collective)(*args, wait=wait), explain)
+        except (RuntimeError, DistError) as error:
+            if (lost := explain(error)) is None:
+                raise
+            raise lost from error
+
+    def meet(self, what: str) -> None:
+        """Wait until all ranks of this replica have come here; no collective, see `lost.meet`."""
+        meet(self.place, self.shards.ranks if self.shards.axes else (), what)
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives

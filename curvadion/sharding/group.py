@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, Store  # type: ignore[attr-defined]  # not in its stubs
 
+from curvadion.sharding.lost import follow_job
+
 # torch 2.13 renamed these two; 2.11 has the old names only.
 _reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -100,10 +102,13 @@ class TorchGroup(_Fixed):
 
     Args:
         group: the group.
-        ranks: the global ranks; None asks torch.distributed, which has to know the group.
+        ranks: the global ranks; None asks torch.distributed, which has to know the group. Its timeout is then
+            the job's, see `follow_job`.
     """
 
     def __init__(self, group: ProcessGroup, ranks: list[int] | None = None):
+        if ranks is None:
+            follow_job(group)
         self.group = group
         self.size, self.rank = group.size(), group.rank()
         self.ranks: list[int] = dist.get_process_group_ranks(group) if ranks is None else ranks

@@ -152,6 +152,10 @@ class CurvaDionOptimizer(OptimizersContainer):
         on_nonfinite: Literal["raise", "skip"] = "raise"
         """What all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after which state
         has to be loaded again; or skip the step."""
+        on_equal_gradients: Literal["warn", "raise"] = "warn"
+        """What all ranks do if all replicas have the same gradients in the first step, bit for bit, because
+        DistributedDataParallel or HSDP averages them or all read the same data: warn, or raise
+        `ReplicaMismatchError`."""
         check_every: int = 1000
         """Steps between checks that all ranks agree (step, options, weights); 0: in the first only."""
         kernels: Literal["auto", "triton", "reference"] = "auto"
