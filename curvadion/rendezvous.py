@@ -5,8 +5,6 @@ import signal
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its stubs
 
-DESCRIPTION = "Run the store at which replicas that may leave and come back meet."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
