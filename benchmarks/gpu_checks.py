@@ -346,12 +346,13 @@ def _left_out(why: str) -> str:
 # ---- part 3: every mode of the step against the CPU
 
 SHAPES = {"tall": (48, 20), "wide": (20, 48), "square": (32, 32), "twin": (48, 20)}
+EXPERTS = {"experts": (3, 20, 12)}
 VECTORS = {"bias": ("adamw", (7,)), "embedding": ("lion", (11, 4))}
 SCALES = [1.0, 0.2, 0.2, 2.0, 0.2, 0.2, 0.1, 4.0, 0.2, 0.3]
 BASE: dict[str, Any] = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "rank_fraction": 0.5, "max_local_steps": 5}
 # Options that all runs set, and those of which the combinations of all choices are run.
 COMBINED = ("consensus", "local_update", "gate", "gate_lag")
-FIXED = (*BASE, *COMBINED, "kernels", "algorithm", "check_every")
+FIXED = (*BASE, *COMBINED, "kernels", "algorithm", "check_every", "batch_dims")
 OUTER = {"consensus": "outer", "local_update": "muon"}
 # One run each, for options that are no choice from a table.
 SINGLE: list[dict[str, Any]] = [
@@ -365,6 +366,8 @@ SINGLE: list[dict[str, Any]] = [
     {"momentum_dtype": torch.bfloat16},
     {"payload_dtype": torch.bfloat16},
     {"local_update": "muon", "nesterov": True, "newton_schulz_steps": 6},
+    {"local_update": "muon", "splits": 2},
+    {"local_update": "dion", "splits": 2, "split_along": "inputs"},
     {"local_update": "muon", "newton_schulz_dtype": torch.float32, "owner_dtype": torch.bfloat16},
     {**OUTER, "outer_lr": 0.7, "outer_momentum": 0.6},
     {**OUTER, "outer_fragments": 3},
@@ -428,13 +431,14 @@ class Replica:
         width: int = 1,
     ):
         self.number, self.width = number, width
-        values = {**SHAPES, **{name: shape for name, (_, shape) in VECTORS.items()}}
+        values = {**SHAPES, **EXPERTS, **{name: shape for name, (_, shape) in VECTORS.items()}}
         shapes = {name: tuple(width * s for s in shape) for name, shape in values.items()}
         self.params = {
             name: nn.Parameter(draw(*shape, seed=i, dtype=dtype).to(device))
             for i, (name, shape) in enumerate(shapes.items())
         }
         groups: list[dict[str, Any]] = [{"params": [(name, self.params[name]) for name in SHAPES]}]
+        groups += [{"params": [(name, self.params[name]) for name in EXPERTS], "batch_dims": 1}]
         groups += [
             {"params": [(name, self.params[name])], "algorithm": algorithm, "lr": 0.01}
             for name, (algorithm, _) in VECTORS.items()

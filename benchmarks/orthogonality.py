@@ -38,9 +38,6 @@ def kinds(rows: int, rank: int) -> dict[str, Tensor]:
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "cholesky_qr, all in float64": lambda A: orthogonalize([A])[0],
     "cholesky_qr, as Dion uses it": lambda A: orthogonalize([A], floor=noise_floor(A))[0],
-    "cholesky_qr3, no float64, as Dion uses it": lambda A: orthogonalize(
-        [A], method="cholesky_qr3", floor=noise_floor(A)
-    )[0],
     "qr, no float64, as Dion uses it": lambda A: orthogonalize([A], method="qr", floor=noise_floor(A))[0],
 }
 

@@ -8,11 +8,15 @@ from importlib import import_module
 
 from curvadion import __version__
 
-# Each of these modules has DESCRIPTION, add_arguments(parser) and main(args).
+# Each module has add_arguments(parser) and main(args).
 COMMANDS = {
-    "doctor": "curvadion.doctor",
-    "report": "curvadion.report",
-    "project": "curvadion.projection.command",
+    "doctor": ("curvadion.doctor", "look at versions, ranks, links and options before a run does"),
+    "project": ("curvadion.projection.command", "project bytes and seconds per step over a link"),
+    "report": ("curvadion.report", "show runs and studies: tables, and one HTML page with pictures"),
+    "rendezvous": (
+        "curvadion.rendezvous",
+        "run the store at which replicas meet that may leave and come back",
+    ),
 }
 
 
@@ -22,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(prog="curvadion", description="Tools around the CurvaDion optimizer.")
     parser.add_argument("--version", action="version", version=f"curvadion {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS:
-        module = import_module(COMMANDS[name])
-        command = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
-        module.add_arguments(command)
-        command.set_defaults(main=module.main)
+    for name, (where, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        if arguments[:1] == [name]:
+            module = import_module(where)
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
     args = parser.parse_args(arguments)
     return args.main(args)

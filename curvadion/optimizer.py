@@ -15,12 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
 from curvadion.consensus import CONSENSUS
+from curvadion.elastic import Elastic
 from curvadion.gate.ask import Gate
 from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import Plan, Schedule
 from curvadion.gate.trouble import Trouble
 from curvadion.options import (
     Options,
+    check_elastic,
     check_group,
     check_signal,
     check_taus,
@@ -30,15 +32,15 @@ from curvadion.rules import Step, begin
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
+from curvadion.sharding.lost import leave_word
 from curvadion.signals import SIGNALS
 from curvadion.state.store import averaged
-from curvadion.stateful import Stateful
 from curvadion_kernels.reference import Fixed
 
 logger = logging.getLogger("curvadion.optimizer")
 
 
-class CurvaDion(Stateful):
+class CurvaDion(Elastic):
     """Dion whose replicas exchange something only on the steps that a gate or an interval says.
 
     Of a matrix, m_i = M_i + G_i is the momentum of replica i together with its gradient::
@@ -55,7 +57,8 @@ class CurvaDion(Stateful):
         params: parameters, named parameters or groups, as torch takes them. A group may set every option
             marked [g], and ``algorithm``: "dion" (default; matrices only), "adamw" or "lion".
         lr [g]: learning rate, a number or a 0-d tensor.
-        replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None.
+        replicate_mesh: the slow axis, which FSDP must not see: a 1-D `DeviceMesh`, a `ProcessGroup` or None;
+            or an `ElasticGroup`, whose replicas may leave and come back.
         momentum [g]: factor by which the momentum decays in each step, mu.
         weight_decay [g]: decoupled weight decay; uses lr on local and synchronized steps.
         rank_fraction [g]: rank: r = round_up(rank_fraction * min(m, n), rank_multiple_of), at most min(m, n).
@@ -108,9 +111,8 @@ class CurvaDion(Stateful):
         eps [g]: added to the denominator of AdamW.
         momentum_dtype: dtype of momentum and moments; None takes the parameter's.
         payload_dtype: dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's.
-        orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, by the same without float64
-            in three passes ("cholesky_qr3"), or by Householder QR; "auto": on CPUs Householder where one rank
-            has all of P, else Cholesky QR.
+        orthogonalization [g]: how P is made orthonormal: by shifted Cholesky QR, or by Householder QR;
+            "auto": on CPUs Householder where one rank has all of P, else Cholesky QR.
         owners: whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank
             of its replica, which is sent the shards: "auto" where that takes less time than all ranks working
             on it together.
@@ -121,6 +123,9 @@ class CurvaDion(Stateful):
             computation, bfloat16 on a GPU.
         on_nonfinite: what all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after
             which state has to be loaded again; or skip the step.
+        on_equal_gradients: what all ranks do if all replicas have the same gradients in the first step, bit
+            for bit, because DistributedDataParallel or HSDP averages them or all read the same data: warn, or
+            raise `ReplicaMismatchError`.
         check_every: steps between checks that all ranks agree (step, options, weights); 0: in the first only.
         kernels: where the hot operations run; "auto" takes Triton's where they compile, else plain torch.
         **own: options that something registered has declared, see docs/extending.md; and `foreach` and
@@ -181,6 +186,7 @@ class CurvaDion(Stateful):
         replica_gbit: float | None = None,
         owner_dtype: torch.dtype | None = None,
         on_nonfinite: str = "raise",
+        on_equal_gradients: str = "warn",
         check_every: int = 1000,
         kernels: str = "auto",
         **own: Any,
@@ -192,9 +198,11 @@ class CurvaDion(Stateful):
         self._schedule = Schedule(o.schedule)
         self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
-        self._agreement = Agreement(o.check_every)
+        self._agreement = Agreement(o.check_every, refuse_equal_gradients=o.on_equal_gradients == "raise")
         self._consensus = CONSENSUS[o.consensus](common)
         check_signal(self._gate.signal, self._consensus, o)
+        if self._elastic is not None:
+            check_elastic(self._gate.signal, self._consensus, o)
         self._inside = ""
         super().__init__(params, defaults)
         self._build()
@@ -223,24 +231,45 @@ class CurvaDion(Stateful):
 
         Raises:
             NonFiniteError: on every rank, see `on_nonfinite`.
-            ReplicaMismatchError: on every rank, see `check_every`.
+            ReplicaMismatchError: on every rank, see `check_every` and `on_equal_gradients`.
+            LeftBehindError: the other replicas of an `ElasticGroup` have gone on without this one.
+            LostRankError: on the other ranks, when one has ended, was stopped, or called something else.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        self._now_in("step()")
+        loss, failure = self._loss(closure)
         self._trouble.refuse_if_broken()
         self._refuse_inside("step()")
         self._built.table.refuse_meta()
-        with torch.autocast(self._built.table.device.type, enabled=False):
-            self._take_step()
+        try:
+            with torch.autocast(self._built.table.device.type, enabled=False):
+                self._take_step(failure)
+            if failure is not None:  # which the others hear of when the gate asks next
+                raise failure
+        except Exception as error:
+            leave_word(self._built.exchange.place, error)
+            raise
         return loss
 
-    def _take_step(self) -> None:
+    def _loss(self, closure: Callable[[], Any] | None) -> tuple[Any, Exception | None]:
+        """Call the closure; return what it returned, and what it raised, if the other ranks can be told.
+
+        Not those of the same replica: they may be waiting in a collective of the model's.
+        """
+        try:
+            with torch.enable_grad():
+                return closure() if closure is not None else None, None
+        except Exception as error:
+            leave_word(self._built.exchange.place, error)
+            if self.replicas == 1 or self._built.exchange.shards.axes:
+                raise
+            return None, error
+
+    def _take_step(self, failure: Exception | None) -> None:
         if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
             self.synchronize()  # with nobody to agree with
+        self._welcome()
         self.ledger.begin_step()
         self._schedule.alone = self._alone
         config = partial(self._built.describe, self.param_groups)
@@ -249,12 +278,13 @@ class CurvaDion(Stateful):
         )
 
         with record_function("curvadion::gate"):
-            step, failure = self._take_in()
+            step, failure = self._take_in(failure)
             sends = self.replicas > 1 and self._schedule.may_ask
             # m_i = M_i + G_i,  ||m_i||^2
             message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
             # rho; the answer of the step before may be waited for, so after the kernels are enqueued
             told = self._gate.last_answer()
+            self._refuse_if_elsewhere(told)
             plan = self._schedule.plan(told)
             key, commit = self._gate.ask(step, message, plan, self._trouble, failed=failure is not None)
             arrived = self._gate.fetch(key)
@@ -262,8 +292,7 @@ class CurvaDion(Stateful):
                 self._consensus.remember(step.X)  # X_0
                 begin(step, key)  # X_i <- ... - lr_local G_i, on the device, if the key says "local"
             decision = decode(arrived())  # the one wait for the device
-        if decision.outside or told.outside:
-            self._agreement.refuse_to_step_alone(self._built.exchange, self._schedule.steps, config)
+        self._refuse_if_elsewhere(decision)
         counts = True
         if decision.trouble:  # all raise; or all skip, uncounted; or this replica stands still
             counts = self._gate.meet(self._trouble, decision, plan, failure, step, self._consensus)
@@ -274,13 +303,17 @@ class CurvaDion(Stateful):
             self._consensus.step(step, synchronize=decision.synchronize)
             self._gate.signal.took(step, decision.synchronize)
         self._finish(decision, plan, counts=counts)
+        if decision.synchronize and counts:
+            self._count_anew()
 
-    def _take_in(self) -> tuple[Step, Exception | None]:
+    def _take_in(self, failure: Exception | None) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
         self._trouble.overflow = getattr(self, "found_inf", None)  # torch.amp.GradScaler sets both for step()
         X = self._built.intake.parameters()
-        G, failure = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
-        return self._built.step(self.param_groups, self._schedule, X, G), failure
+        G, found = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
+        if failure is not None:  # gradients are those of half a batch, or of none
+            G = Fixed([None] * len(G))
+        return self._built.step(self.param_groups, self._schedule, X, G), failure or found
 
     def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
         if store:
@@ -321,15 +354,16 @@ class CurvaDion(Stateful):
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside("synchronize()")
+        self._refuse_if_elastic("synchronize()", "replicas are equal after a synchronized step")
+        self._now_in("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps
         store.settle()
         step = self._built.step(self.param_groups, self._schedule)
+        exchange.meet("synchronize()")
         if self.replicas > 1:  # all raise if some replica met something since the gate asked last
-            self._gate.tell(self._trouble, step, self._consensus, look=self.diverged)
-        if self.replicas > 1 or exchange.shards.axes:
-            config = partial(self._built.describe, self.param_groups)
-            self._agreement.check(exchange, self._schedule.steps, config, {}, ())
+            self._gate.tell(self._trouble, step, self._consensus)
+        self._compare_steps()
         self._settle(step)
         self._follow_requires_grad()
 
@@ -342,8 +376,13 @@ class CurvaDion(Stateful):
 
         Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
         between a forward and its backward.
+
+        Raises:
+            ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
         """
         self._refuse_inside("consensus()")
+        self._now_in("consensus()")
+        self._compare_steps()
         self._inside = "consensus()"
         try:
             with (
@@ -365,6 +404,9 @@ class CurvaDion(Stateful):
     def broadcast_parameters(self) -> None:
         """Give every replica the parameters of replica 0. Every rank calls it; for the start of a run."""
         self._refuse_inside("broadcast_parameters()")
+        self._refuse_if_elastic("broadcast_parameters()", "join() gives all the state of one")
+        self._now_in("broadcast_parameters()")
+        self._compare_steps()
         self._built.exchange.broadcast_(self._built.X(), self._built.table.copied, "parameters")
         reshard_gathered_modules()
         self._forget_ways()
@@ -376,6 +418,20 @@ class CurvaDion(Stateful):
         Loaders such as torch.distributed.checkpoint ask for `state_dict()`, refused while replicas differ.
         """
         self._schedule.diverged = False
+
+    def _refuse_if_elsewhere(self, said: Decision) -> None:
+        if said.elsewhere is not None:
+            self._agreement.refuse_to_go_alone(self._built.exchange, said.elsewhere)
+
+    def _compare_steps(self) -> None:
+        exchange, steps = self._built.exchange, self._schedule.steps
+        if self.replicas > 1 or exchange.shards.axes:
+            config = partial(self._built.describe, self.param_groups)
+            self._agreement.check(exchange, steps, config, {}, ())
+
+    def _now_in(self, call: str) -> None:
+        place = self._built.exchange.place
+        place.call, place.steps = call, self._schedule.steps
 
     def _gradients(self) -> list[tuple[str, Tensor | None]]:
         table = self._built.table

@@ -96,7 +96,7 @@ GROUP_OPTIONS: dict[str, Allowed] = {
     "newton_schulz_method": _one_of(METHODS),
     "error_feedback": _flag("try True"),
     "right_factor": _one_of(("column_norm", "qr")),
-    "orthogonalization": _one_of(("auto", "cholesky_qr", "cholesky_qr3", "qr")),
+    "orthogonalization": _one_of(("auto", "cholesky_qr", "qr")),
     "betas": Allowed(
         lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(0 <= b < 1 for b in v),
         "a pair of numbers in [0, 1)",
@@ -155,6 +155,7 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
         "try None: bfloat16 on a GPU",
     ),
     "on_nonfinite": _one_of(("raise", "skip")),
+    "on_equal_gradients": _one_of(("warn", "raise")),
     "check_every": _integer(0, "try 1000; 0 checks on the first step only"),
     "kernels": _one_of(KERNELS),
 }
@@ -218,6 +219,7 @@ class Options:
     replica_gbit: float | None
     owner_dtype: torch.dtype | None
     on_nonfinite: str
+    on_equal_gradients: str
     check_every: int
     kernels: str
     given: dict[str, Any]
@@ -367,6 +369,18 @@ def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None
         raise ValueError(
             f"gate={options.gate!r} waits for numbers of the other replicas in each step that asks; got "
             "gate_lag=1, which is there to wait for nothing; try gate_every=8, which asks seldom"
+        )
+
+
+def check_elastic(signal: Signal, consensus: Consensus, options: Options) -> None:
+    """Raise ValueError if a synchronization of these options cannot be done again by those that are left."""
+    lag = options.schedule.gate_lag
+    if not consensus.can_lose_replicas or signal.waits_for_replicas or lag:
+        raise ValueError(
+            "an ElasticGroup needs consensus='outer' with outer_delay=0, gate_lag=0, and a gate that sends "
+            f"nothing but its key; got consensus={options.consensus!r}, "
+            f"outer_delay={options.given['outer_delay']}, gate_lag={lag}, gate={options.gate!r}; try "
+            "**LOW_COMMUNICATION"
         )
 
 

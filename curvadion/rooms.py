@@ -22,6 +22,7 @@ from curvadion.state.intake import Intake
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store
 from curvadion.state.table import Table
+from curvadion.version import __version__
 from curvadion_kernels import Ops, choose
 from curvadion_kernels.reference import Fixed
 
@@ -111,10 +112,11 @@ class Rooms:
             before=before,
             own_Q=earlier.store.own_Q if earlier is not None else (),
         )
-        intake = Intake(table, store.kinds, exchange)
+        intake = Intake(table, store.kinds, exchange, groups)
         owners, common_owners = Owners(exchange, options.owners, options.owner_dtype), None
-        if options.replica_gbit is not None and exchange.replicas > 1 and options.owners != "never":
-            crew, bandwidth = Crew(table.shards, peers), options.replica_gbit * 1e9 / 8
+        gbit, several = options.replica_gbit, peers is not None and peers.size > 1 and not peers.elastic
+        if gbit is not None and several and options.owners != "never":
+            crew, bandwidth = Crew(table.shards, peers), gbit * 1e9 / 8
             common_owners = Owners(exchange, options.owners, None, crew, "common_factors", bandwidth)
         ops_and_numbers = ops, Numbers(table.device)
         return Rooms(options, table, store, exchange, owners, common_owners, *ops_and_numbers, intake)
@@ -132,9 +134,10 @@ class Rooms:
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Return a text of all that must be equal on all ranks, what it found and what rounding depends on
-        included: kernels, dtypes, the precision of products."""
+        included: versions, kernels, dtypes, the precision of products."""
         coarse = torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
         options = {**self.options.given, "kernels": self.ops.kernels, "coarse products": coarse}
+        options |= {"CurvaDion": __version__, "torch": str(torch.__version__)}
         known = group_options()
         own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]

@@ -1,5 +1,7 @@
 """What an optimizer is made of, anew when a group is added; and its state, saved, loaded and copied."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,8 @@ from curvadion.state.common import CommonState, common_state, holding, without_o
 from curvadion.state.table import check_parameters
 from curvadion.view import View
 
+logger = logging.getLogger("curvadion.optimizer")
+
 COMMON = "common_state()"
 
 
@@ -29,7 +33,6 @@ class Stateful(View):
     _peers: Group | None
     _agreement: Agreement
     _agreed = False  # on whether all ranks can load what they are loading
-    _inside: str  # the context that parameters are exchanged in for the time being, as it is called
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
@@ -65,7 +68,8 @@ class Stateful(View):
         """
         if self._inside == COMMON:
             return self._common_state_dict()
-        if self.diverged and self.replicas == 1:  # with nobody to wait for
+        elastic = self._peers is not None and self._peers.elastic
+        if self.diverged and self.replicas == 1 and not elastic:  # with nobody to wait for
             self._built.store.settle()
             self._settle(self._built.step(self.param_groups, self._schedule))
         if self.diverged:
@@ -183,6 +187,32 @@ class Stateful(View):
         check_loads(self._built.exchange, failure, steps)
 
     @property
+    def _built(self) -> Rooms:
+        if self._agreement.pending and not self._schedule.diverged:  # all ranks compare what they find
+            self._follow_replacements()
+        return super()._built
+
+    def _follow_replacements(self) -> None:
+        """Take the tensors that a host has put in place of the parameters, as Accelerate does, which shards a
+        model when its optimizer is there already. No step has been taken with those before."""
+        rooms, states = super()._built, self.__dict__["state"]
+        instead = rooms.table.replacements(self.param_groups)
+        if not instead:
+            return
+        self.__dict__["state"] = defaultdict(dict, {instead[p]: state for p, state in states.items()})
+        try:
+            self._build()
+        except Exception:
+            self._rooms, self.__dict__["state"] = rooms, states
+            raise
+        self._forget_ways()
+        logger.info(
+            "somebody has put other tensors of the same shapes in place of %d parameters, before a step was "
+            "taken with those: they are laid out anew, by the same names",
+            len(instead),
+        )
+
+    @property
     def _alone(self) -> bool:
         return self.replicas == 1 and not asks_for_local_steps(self.param_groups, self._options)
 
@@ -224,13 +254,15 @@ class Stateful(View):
     @torch.no_grad()
     def _build(self) -> None:
         """Lay out all parameters and (re)allocate state, keeping the values of state that exists."""
+        if self._rooms is not None:
+            self._rooms.store.settle()
         self._rooms = rooms = Rooms.of(
             self.param_groups,
             self._options,
             self._peers,
             uses_Q=self._consensus.uses_Q,
             outer_momentum=self._consensus.keeps_momentum,
-            before=self.state,
+            before=self.__dict__["state"],
             earlier=self._rooms,
         )
         self._consensus.allocate(rooms.X())

@@ -24,6 +24,7 @@ class View(torch.optim.Optimizer):
     _gate: Gate
     _trouble: Trouble
     _consensus: Consensus
+    _inside: str  # the context that parameters are exchanged in for the time being, as it is called
 
     @property
     def _built(self) -> Rooms:
@@ -41,6 +42,12 @@ class View(torch.optim.Optimizer):
         return self._schedule.diverged
 
     @property
+    def in_consensus(self) -> bool:
+        """Whether somebody is inside `consensus()` or `common_state()`, where the parameters are those that
+        the replicas have in common."""
+        return bool(self._inside)
+
+    @property
     def ledger(self) -> Ledger:
         """Calls and bytes of this rank, by (axis, purpose), since construction."""
         return self._built.exchange.ledger
@@ -49,7 +56,7 @@ class View(torch.optim.Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """State by parameter, as in every torch optimizer; M with all decay, also what a kernel postponed."""
         if self._rooms is not None:
-            self._rooms.store.settle()
+            self._built.store.settle()
         return self.__dict__["state"]
 
     @state.setter

@@ -44,7 +44,7 @@ THEMES = {
     """.split(),
     "Numbers and checks": """
         newton_schulz newton_schulz_steps newton_schulz_dtype newton_schulz_method momentum_dtype
-        payload_dtype on_nonfinite check_every kernels
+        payload_dtype on_nonfinite on_equal_gradients check_every kernels
     """.split(),
 }
 

@@ -58,8 +58,12 @@ def test_a_nan_in_a_parameter_stays_where_it_is(
             assert error == "NonFiniteError", f"rank {rank}: {error} {message}"
             where = f"on this rank in the parameter {place}" if rank == 3 else "on another rank"
             assert where in message, f"rank {rank}: {message}"
-        else:
-            assert error == "ok" and skipped > 0, f"rank {rank}: {error} {message}"
+        else:  # for ever would be too long: no skipped step mends a parameter
+            assert error == ("NonFiniteError" if rank == 3 else "RuntimeError"), (
+                f"rank {rank}: {error} {message}"
+            )
+            where = f"in the parameter {place}" if rank == 3 else "another rank could not do its part"
+            assert where in message and 2 <= skipped <= 3, f"rank {rank}: {skipped}, {message}"
 
 
 def nan_before_synchronize(mode: str) -> tuple[str, str]:

@@ -16,10 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     {"curvadion.__main__", "curvadion.titan.__main__"},
     {"curvadion.cli"},
-    {"curvadion.report", "curvadion.titan", "curvadion.doctor"},
+    {
+        *("curvadion.report", "curvadion.titan", "curvadion.doctor"),
+        *("curvadion.rendezvous", "curvadion.hosts"),
+    },
     {"curvadion.projection"},
     {"curvadion"},
     {"curvadion.optimizer", "curvadion.param_groups"},
+    {"curvadion.elastic"},
     {"curvadion.stateful"},
     {"curvadion.view"},
     {"curvadion.explain"},
@@ -33,7 +37,7 @@ ROWS = [
     {"curvadion.rules"},
     {"curvadion.state"},
     {"curvadion.sharding", "curvadion.algebra", "curvadion.gate"},
-    {"curvadion.allowed", "curvadion_kernels"},
+    {"curvadion.allowed", "curvadion.version", "curvadion_kernels"},
 ]
 PACKAGE_ROOTS = {"curvadion"}  # one module each, whatever else begins with their names
 DEPTH = {name: depth for depth, row in enumerate(ROWS) for name in row}

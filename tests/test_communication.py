@@ -382,13 +382,13 @@ def test_the_check_has_a_row_of_its_own_and_comes_first(name: str) -> None:
         assert [bool(rows) for rows in checked] == [True, False, False, False, True, False, False, False], (
             "the check runs on the first step and every check_every steps"
         )
-        for step in (0, 4):
-            expected = {("replicate", "check"): 48, ("shard", "check"): 48 * len(layout.shards)}
+        for step, sent in ((0, [8, 48]), (4, [8, 48])):
+            expected = {("replicate", "check"): sum(sent), ("shard", "check"): 48 * len(layout.shards)}
             assert checked[step] == {key: size for key, size in expected.items() if size}, (
-                "six int64 along each axis"
+                "six int64 along each axis, and one that a gate's key may be paired with"
             )
-            assert trace[step][1][0].bytes == 48, "the check is the first collective of its step"
-            assert sum(size for (axis, _), size in checked[step].items() if axis == "replicate") == 48
+            first = [entry.bytes for entry in trace[step][1][: len(sent)]]
+            assert first == sent, "the check is the first collective of its step"
 
 
 @pytest.mark.parametrize("name", ["plain-4x1", "fsdp-2x2"])

@@ -83,7 +83,7 @@ CHOICES = {
     "local_update": ("gradient", "dion"),
     "consensus": ("average", "none"),
     "right_factor": ("column_norm", "qr"),
-    "orthogonalization": ("auto", "cholesky_qr", "cholesky_qr3", "qr"),
+    "orthogonalization": ("auto", "cholesky_qr", "qr"),
     "on_nonfinite": ("raise", "skip"),
 }
 

@@ -111,7 +111,7 @@ def test_a_line_says_what_the_report_needs() -> None:
     json.loads(json.dumps(line, allow_nan=False))
     assert line["synchronized"] == 3 and [step for step, _ in line["drift"]] == [1, 4, 7]
     padded = -(-line["parameters"] // 256) * 256  # to whole blocks of 128 for each of two replicas
-    check, gate, payload = 48, 8 * 3, padded * 1.125 / 8 * 3
+    check, gate, payload = 8 + 48, 8 * 3, padded * 1.125 / 8 * 3
     assert line["wire"] == pytest.approx(check + gate + payload), "two replicas: 2 (K - 1) / K = 1"
     assert math.isfinite(line["loss"]) and line["curve"][0][1] == pytest.approx(math.log(256), abs=0.2)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 from support.ranks import run_ranks
@@ -113,3 +115,13 @@ def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"curvadion {__version__}\n"
+
+
+def test_the_command_answers_without_torch() -> None:
+    code = (
+        "import sys; from curvadion.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert 'torch' not in sys.modules, 'a second to wait for'"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(name in said for name in ("doctor", "project", "report", "rendezvous"))

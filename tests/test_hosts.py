@@ -128,6 +128,76 @@ def test_no_gradient_because_of_an_overflow_is_no_mistake() -> None:
     assert (w != 1).any()
 
 
+def replaced_by_a_host(options: str, when: str) -> list[list[bytes]]:
+    """Parameters after three steps of an optimizer built on shards, and of one that a host has handed them
+    over, as Accelerate's FSDP2 does: built on plain parameters, then with the shards in its groups."""
+    replicate, mesh = grid(2, 2)
+    results = []
+    for handed_over in (False, True):
+        toy, plain = Toy(mesh), Toy()
+        built_on = plain if handed_over else toy
+        opt = CurvaDion(built_on.groups(), replicate_mesh=replicate, **OPTIONS[options])
+        if when == "loaded":
+            steps(plain, other := CurvaDion(plain.groups(), replicate_mesh=replicate, **OPTIONS[options]), 2)
+            other.synchronize()
+            opt.load_state_dict(other.state_dict())
+        if handed_over:
+            assert [list(group["params"]) for group in opt.param_groups] == [
+                [built_on.params[n] for n in names] for names in (toy.matrices, toy.dense)
+            ]
+            for group, names in zip(opt.param_groups, (toy.matrices, toy.dense), strict=True):
+                group["params"] = [toy.params[name] for name in names]
+            if when == "saved":
+                opt.load_state_dict(opt.state_dict())
+        steps(toy, opt, 3)
+        opt.synchronize()
+        assert set(opt.state) == set(toy.params.values())
+        assert opt.explain()[0].name == "layers.0.weight"
+        results.append([p.full_tensor().detach().numpy().tobytes() for p in toy.params.values()])  # type: ignore[attr-defined]
+    return results
+
+
+def steps(toy: Toy, opt: CurvaDion, count: int) -> None:
+    for step in range(count):
+        toy.set_gradients(step, dist.get_rank() // 2)
+        opt.step()
+
+
+@pytest.mark.parametrize("when", ["new", "saved", "loaded"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_parameters_that_a_host_replaces_before_the_first_step_are_taken(options: str, when: str) -> None:
+    """As if the optimizer had been built on them, bit for bit, with the state it had."""
+    for built, handed_over in run_ranks(4, replaced_by_a_host, options, when):
+        assert handed_over == built
+
+
+def test_parameters_that_a_host_replaces_are_logged_and_not_taken_later_or_in_other_shapes() -> None:
+    toy, other = Toy(), Toy(seed=1)
+    opt = CurvaDion(toy.groups())
+    names = [toy.matrices, toy.dense]
+
+    def hand_over(toy: Toy) -> None:
+        for group, these in zip(opt.param_groups, names, strict=True):
+            group["params"] = [toy.params[name] for name in these]
+
+    with Heard(logging.INFO) as heard:
+        hand_over(other)
+        steps_of_one(other, opt)
+    assert len(heard.of("in place of 5 parameters")) == 1
+    hand_over(toy)
+    with pytest.raises(RuntimeError, match="they were replaced"):
+        steps_of_one(toy, opt)
+    opt = CurvaDion(toy.groups())
+    opt.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(RuntimeError, match="they were replaced"):
+        steps_of_one(toy, opt)
+
+
+def steps_of_one(toy: Toy, opt: CurvaDion) -> None:
+    toy.set_gradients(0, 0)
+    opt.step()
+
+
 def test_parameters_that_only_part_of_the_sharding_has_replaced_are_named() -> None:
     """Built when the blocks are sharded and the rest is not: the rest would never be trained."""
 
@@ -147,14 +217,14 @@ def test_parameters_that_only_part_of_the_sharding_has_replaced_are_named() -> N
         assert all(name in message for name in ("embedding.weight", "norm.weight", "head.weight")), message
 
 
-def gradients_of(averaged_by: str, sharded: bool) -> list[str]:
+def gradients_of(averaged_by: str, sharded: bool, **options: Any) -> list[str]:
     """What is logged in three steps of two replicas."""
     replicate, mesh = grid(2, 2 if sharded else 1)
     replica = replicate.get_local_rank()
     model: nn.Module = gpt()
     if sharded:
         shard(model, mesh)  # type: ignore[arg-type]
-    opt = CurvaDion(param_groups_for(model), replicate_mesh=replicate)
+    opt = CurvaDion(param_groups_for(model), replicate_mesh=replicate, **options)
     wrapped = DistributedDataParallel(model) if averaged_by == "ddp" else model
     with Heard() as heard:
         for step in range(3):
@@ -189,6 +259,22 @@ def test_gradients_that_are_averaged_already_are_noticed(averaged_by: str, shard
     for messages in run_ranks(4 if sharded else 2, gradients_of, averaged_by, sharded):
         assert len(messages) == told, messages
         assert all("DistributedDataParallel" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("averaged_by", "sharded", "raises"), [("ddp", False, True), ("nobody", True, False)]
+)
+def test_gradients_that_are_averaged_already_may_be_an_error(
+    averaged_by: str, sharded: bool, raises: bool
+) -> None:
+    """On all ranks, where the option says so."""
+
+    def worker() -> tuple[str, str]:
+        return outcome(lambda: gradients_of(averaged_by, sharded, on_equal_gradients="raise"))
+
+    for error, message in run_ranks(4 if sharded else 2, worker):
+        assert error == ("ReplicaMismatchError" if raises else "ok")
+        assert not raises or "the same gradients, bit for bit" in message
 
 
 # ---- parameters that FSDP2 has gathered
@@ -409,7 +495,24 @@ SCHEDULERS: dict[str, Callable[[CurvaDion], Any]] = {
     "one_cycle_of_lr": lambda opt: torch.optim.lr_scheduler.OneCycleLR(
         opt, max_lr=0.02, total_steps=20, cycle_momentum=False
     ),
+    "sequential": lambda opt: torch.optim.lr_scheduler.SequentialLR(
+        opt,
+        [
+            torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(opt, 7),
+        ],
+        [3],
+    ),
+    "swa": lambda opt: torch.optim.swa_utils.SWALR(opt, swa_lr=0.005, anneal_epochs=4),
+    "plateau": lambda opt: Plateau(opt, patience=1),
 }
+
+
+class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """With a loss that does not fall."""
+
+    def step(self, *_: Any) -> None:
+        super().step(1.0)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -419,7 +522,7 @@ def test_schedulers_that_cycle_momentum_cycle_that_of_matrices_too(scheduler: st
     options: dict[str, Any] = {"max_local_steps": 0}
     opt, other = (CurvaDion(toy.groups(), **options) for toy in (cycled, by_hand))
     schedule = SCHEDULERS[scheduler](opt)
-    cycles, seen = scheduler != "one_cycle_of_lr", set()
+    cycles, seen = scheduler in ("one_cycle", "cyclic"), set()
     for step in range(10):
         for toy in (cycled, by_hand):
             toy.set_gradients(step, 0)
@@ -432,8 +535,8 @@ def test_schedulers_that_cycle_momentum_cycle_that_of_matrices_too(scheduler: st
         opt.step()
         other.step()
         schedule.step()
-        seen.add(opt.param_groups[0]["momentum"])
-    assert (len(seen) > 3) == cycles
+        seen.add(opt.param_groups[0]["momentum" if cycles else "lr"])
+    assert len(seen) > 2
     assert all(
         torch.equal(a, b) for a, b in zip(cycled.params.values(), by_hand.params.values(), strict=True)
     )

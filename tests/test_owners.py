@@ -231,7 +231,7 @@ def rows_of(shape: tuple[int, int], ranks: int, rank: int) -> tuple[int, int, in
 
 
 @pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
-@pytest.mark.parametrize("method", ["cholesky_qr", "cholesky_qr3", "qr"])
+@pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
 def test_whole_matrices_go_to_their_owners_and_rows_of_the_factors_come_back(
     method: str, right_factor: str
 ) -> None:

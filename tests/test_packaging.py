@@ -20,10 +20,10 @@ from curvadion import rooms
 ROOT = Path(__file__).resolve().parent.parent
 # What may lie in a checkout and is not the project's.
 JUNK = shutil.ignore_patterns(
-    ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
+    ".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
 )
 JUNK_PATH = re.compile(
-    r"^(\.git|\.venv|runs|build|dist|outputs|assets|data)(/|$)|(^|/)(__pycache__|\.\w+_cache)/|\.egg-info/"
+    r"^(\.git|\.venv[^/]*|runs|build|dist|outputs|assets|data)(/|$)|(^|/)(__pycache__|\.\w+_cache)/|\.egg-info/"
 )
 
 

@@ -12,7 +12,6 @@ right factor of this step.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +25,9 @@ from curvadion_kernels import reference
 # so that columns stay independent up to condition 1e7 and a dependent one cannot leak into those that follow
 # it.
 GRAM_SHIFT = 1e-15
-# Shift of a Gram matrix that is computed in the columns' dtype, in units of its rounding and
-# of its norm where columns have length one.
-ROUNDING_ULPS = 4
 # A column counts as independent in the second pass if this much of its squared norm, 1 by then, is left after
 # those before it.
 INDEPENDENT = 1e-2
-# The same in float32, whose last pass has to make the rest orthonormal at once.
-NEARLY_ORTHONORMAL = 0.5
 # What is left of a column, relative to the largest one, below which it is rounding noise: in units of the
 # product's rounding ...
 NOISE_ULPS = 64
@@ -194,8 +188,8 @@ def orthogonalize(
             accurate up to condition 1e7; only r x r matrices cross ranks. The first pass is in float64, of a
             few matrices or rows at a time; the second in P's dtype where the floor leaves it orthonormal
             columns, else in float64. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the
-            reference. "cholesky_qr3": three passes in P's dtype, two of them shifted, for hardware whose
-            float64 is slow. "auto": Householder on CPUs, where LAPACK takes half the time, of whole matrices.
+            reference, without float64. "auto": Householder on CPUs, where LAPACK takes half the time, of whole
+            matrices.
         floor: a column is dependent if less than this, relative to the largest column, is left of it after
             those before it.
     """
@@ -212,9 +206,6 @@ def orthonormal_columns(
     if method == "qr":
         pairs = [_householder(p, floor) for p, floor in zip(side.gather(list(P)), floors, strict=True)]
         return side.take([basis for basis, _ in pairs]), [live for _, live in pairs]
-    if method == "cholesky_qr3":
-        with full_precision():
-            return _in_three_passes(P, side, floors)
     bases, live = [], []
     grams = side.sum([_gram(p, torch.float64) for p in P], "gram")
     for p, gram, floor in zip(P, _handed_over(grams), floors, strict=True):
@@ -230,51 +221,6 @@ def orthonormal_columns(
         L, live[k] = _second_factor(gram, live[k])
         bases[k] = _solve(bases[k], L, P[k].dtype, live[k])
     return bases, live
-
-
-def _in_three_passes(P: Sequence[Tensor], side: Side, floors: Sequence[float]) -> tuple[Tensors, Tensors]:
-    """Do what `orthonormal_columns` says in P's dtype alone.
-
-    Two passes are shifted by the rounding of their Gram matrix, column by column; what is left of a column
-    after those before it is the product of their pivots, which reaches to rounding, where one pivot would
-    reach to its square root only.
-    """
-    bases, left = [], []
-    for p, gram in zip(P, _handed_over(side.sum([_gram(p, p.dtype) for p in P], "gram")), strict=True):
-        squares = gram.diagonal(dim1=-2, dim2=-1).clone()
-        L, pivots, positive = _cholesky(gram, _shifted_by_rounding(gram))
-        left.append((squares, pivots, positive))
-        bases.append(_solve(p, L, p.dtype))
-    live = []
-    grams = side.sum([_gram(w, w.dtype) for w in bases], "gram")
-    for k, gram in enumerate(_handed_over(grams)):
-        squares, first, positive = left[k]
-        norms = gram.diagonal(dim1=-2, dim2=-1).clone()
-        shifted = _shifted_by_rounding(gram)
-        _, pivots, again = _cholesky(gram.clone(), shifted)
-        # As roots: products of squares may underflow.
-        rest = (pivots - (shifted - norms)).clamp_(min=0.0).sqrt() * first.sqrt()
-        rest /= squares.amax(-1, keepdim=True).sqrt()
-        alive = positive & again & (rest > max(floors[k], NOISE_ULPS * torch.finfo(gram.dtype).eps))
-        L, _, positive = _cholesky(_restrict(gram, alive), torch.where(alive, shifted, 1.0))
-        live.append((alive & positive).unsqueeze(-2))
-        bases[k] = _solve(bases[k], L, P[k].dtype, live[k])
-    grams = side.sum([_gram(w, w.dtype) for w in bases], "gram")
-    for k, gram in enumerate(_handed_over(grams)):
-        L, live[k] = _second_factor(gram, live[k], every=True)
-        bases[k] = _solve(bases[k], L, P[k].dtype, live[k])
-    return bases, live
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Let products of float32 on CUDA be in float32, whatever is set."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def pieces(number: int, elements: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -353,20 +299,14 @@ def _first_factor(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     return L, (live & positive).unsqueeze(-2)
 
 
-def _second_factor(gram: Tensor, live: Tensor, *, every: bool = False) -> tuple[Tensor, Tensor]:
+def _second_factor(gram: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Return L of G = L L^T and which columns are independent, like `_first_factor`, of columns that are
-    nearly orthonormal, or noise over a pivot that the shift has kept away from zero.
-
-    Args:
-        every: there may be such noise also where G is not in float64.
-    """
+    nearly orthonormal, or noise over a pivot that the shift has kept away from zero."""
     live = live.squeeze(-2)
     squares = torch.where(live, gram.diagonal(dim1=-2, dim2=-1), 1.0)
-    if every or gram.dtype == torch.float64:
-        gram = _restrict(gram, live)
-        shifted = torch.where(live, _shifted_by_rounding(gram), 1.0) if every else _shifted(squares)
-        _, pivots, positive = _cholesky(gram, shifted)
-        live = live & positive & (pivots > (NEARLY_ORTHONORMAL if every else INDEPENDENT))
+    if gram.dtype == torch.float64:
+        _, pivots, positive = _cholesky(_restrict(gram, live), _shifted(squares))
+        live = live & positive & (pivots > INDEPENDENT)
         squares = torch.where(live, squares, 1.0)
     L, _, positive = _cholesky(_restrict(gram, live), squares)
     return L, (live & positive).unsqueeze(-2)
@@ -388,20 +328,6 @@ def _cholesky(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _shifted(squares: Tensor) -> Tensor:
     return squares + (GRAM_SHIFT * squares.sum(-1, keepdim=True) + torch.finfo(squares.dtype).tiny)
-
-
-def _shifted_by_rounding(gram: Tensor) -> Tensor:
-    """Return the diagonal of a Gram matrix and what its rounding may take of it, column by column: as many
-    ulps as the matrix is large where columns have length one.
-
-    Args:
-        gram: reads its lower triangle.
-    """
-    squares, info = gram.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
-    roots = squares.clamp(min=info.tiny).sqrt()
-    scaled = (gram / roots.unsqueeze(-1)).div_(roots.unsqueeze(-2)).tril_(-1)
-    size = (squares.shape[-1] + 2 * scaled.square_().sum((-2, -1))).sqrt_().unsqueeze(-1)
-    return squares * (1 + ROUNDING_ULPS * info.eps * size) + info.tiny
 
 
 def _householder(P: Tensor, floor: float) -> tuple[Tensor, Tensor]:

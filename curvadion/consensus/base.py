@@ -29,6 +29,8 @@ class Consensus:
         keeps_momentum: there is an outer momentum U of every parameter, `store.outer_momenta`.
         keeps_own_gradients: AdamW takes each replica's own gradients on synchronized steps too, so that
             moments differ.
+        can_lose_replicas: what a synchronized step sends can be sent again among fewer replicas, as long as
+            nothing has been moved by it.
         under_way: the parameters have left something that replicas are to come back to.
     """
 
@@ -41,6 +43,7 @@ class Consensus:
     keeps_parameters = False
     keeps_momentum = False
     keeps_own_gradients = False
+    can_lose_replicas = False
     under_way = False
 
     def __init__(self, options: Mapping[str, Any]):

@@ -85,6 +85,7 @@ class Outer(Consensus):
         self._o = OuterOptions(**{name.removeprefix("outer_"): options[name] for name in self.own_options})
         self.keeps_momentum = self._o.momentum > 0
         self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
+        self.can_lose_replicas = not self._o.delay
         self._codec = codec_of(self._o.bits, options)
         self._X0: Fixed[Tensor] = Fixed()
         self._stale = True  # X_0 is still to be taken from the parameters
@@ -118,13 +119,14 @@ class Outer(Consensus):
 
     def allocate(self, X: Sequence[Tensor]) -> None:
         self._like.clear()  # also where shards are alike, as of whole tensors that are not
-        if [(x.shape, x.dtype) for x in X] == [(x0.shape, x0.dtype) for x0 in self._X0]:
+        where = [torch.device("cpu") if self._o.on_host else x.device for x in X]
+        like = [(x.shape, x.dtype, device) for x, device in zip(X, where, strict=True)]
+        if like == [(x0.shape, x0.dtype, x0.device) for x0 in self._X0]:
             self._X0 = Fixed(self._X0)
             return
-        device = torch.device("cpu") if self._o.on_host else None
-        pinned = [self._o.on_host and x.is_cuda for x in X]
         self._X0 = Fixed(
-            torch.empty_like(x, device=device, pin_memory=pin) for x, pin in zip(X, pinned, strict=True)
+            torch.empty_like(x, device=device, pin_memory=self._o.on_host and x.is_cuda)
+            for x, device in zip(X, where, strict=True)
         )
         self.forget()
 

@@ -35,8 +35,6 @@ from curvadion.projection.formulas import PAYLOADS, SIZES
 from curvadion.sharding.group import gather
 from curvadion.sharding.survey import measure, timeout_of
 
-DESCRIPTION = "look at versions, ranks, links and options before a run does; under torchrun on all ranks"
-
 LARGE = 16 * 2**20  # bytes of the all-reduce by which bandwidth is measured
 
 

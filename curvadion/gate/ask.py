@@ -10,7 +10,7 @@ from torch import Tensor
 from curvadion.consensus import Consensus
 from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import ASKED, Plan
-from curvadion.gate.trouble import Trouble
+from curvadion.gate.trouble import SPOILED, Trouble
 from curvadion.rules import RULES, Step
 from curvadion.sharding.exchange import Answer
 from curvadion.signals.base import Signal
@@ -128,19 +128,14 @@ class Gate:
 
         return wait
 
-    def tell(self, trouble: Trouble, step: Step, consensus: Consensus, *, look: bool) -> None:
-        """Tell the other replicas outside of a step what this one met since they were asked last; all raise
-        or skip if some did.
-
-        Args:
-            look: whether to look for NaN and infinities in the parameters too.
-        """
+    def tell(self, trouble: Trouble, step: Step, consensus: Consensus) -> None:
+        """Tell the other replicas outside of a step what this one met since they were asked last, and whether
+        there is a NaN or an infinity in its parameters; all raise or skip if some did."""
         self.last_answer()
         told = torch.tensor(trouble.key, dtype=torch.int64, device=step.exchange.device)
-        if look:
-            seen = step.ops.momentum_norm_((), (), watch=step.X).to(step.exchange.device)
-            seen = step.exchange.sum_over_all_shards(seen, "norms")
-            told = torch.where((seen[0] > 0) & (told == OUTSIDE_KEY), told + 1, told)
+        seen = step.ops.momentum_norm_((), (), watch=step.X).to(step.exchange.device)
+        seen = step.exchange.sum_over_all_shards(seen, "norms")
+        told = torch.where((seen[0] > 0) & (told == OUTSIDE_KEY), told + 1, told)
         decision = decode(int(step.exchange.max_over_replicas(told)))
         if decision.trouble:
             self.meet(trouble, decision, ASKED, None, step, consensus)
@@ -170,7 +165,7 @@ class Gate:
             found = []
             for name, x, g in zip(step.table.names, step.X, step.G, strict=True):
                 if not bool(x.isfinite().all()):
-                    found.append(f"the parameter {name}")
+                    found.append(f"{SPOILED}{name}")
                 if g is not None and not bool(g.isfinite().all()):
                     found.append(f"the gradient of {name}")
             return found

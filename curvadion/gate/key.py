@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 
 from curvadion_kernels.reference import (
+    CHECK_KEY,
     FAILED_KEY,
     INDEX_BITS,
     INDEX_MASK,
@@ -28,7 +29,8 @@ class Decision:
         failed: some rank could not do its part of the step.
         rmmc: the largest defined RMMC over all matrices and replicas (rho), NaN if none is defined.
         argmax: the index of that matrix, -1 if none.
-        outside: some replica is between steps, at `synchronize()`.
+        elsewhere: the key of a replica that takes no step: at `synchronize()`, or about to compare what must
+            be common; None if all take one.
     """
 
     synchronize: bool
@@ -36,7 +38,7 @@ class Decision:
     failed: bool
     rmmc: float
     argmax: int
-    outside: bool = False
+    elsewhere: int | None = None
 
     @property
     def trouble(self) -> bool:
@@ -48,9 +50,9 @@ def decode(key: int) -> Decision:
     """Decode the MAX over replicas of the gate keys (layout: `curvadion_kernels.reference`)."""
     if key == FAILED_KEY:
         return Decision(synchronize=False, nonfinite=False, failed=True, rmmc=float("nan"), argmax=-1)
-    if key >= OUTSIDE_KEY:
+    if key >= CHECK_KEY:
         met = key > OUTSIDE_KEY
-        return Decision(False, nonfinite=met, failed=False, rmmc=float("nan"), argmax=-1, outside=True)
+        return Decision(False, nonfinite=met, failed=False, rmmc=float("nan"), argmax=-1, elsewhere=key)
     defined = bool(key & INDEX_MASK)
     bits = (key & (SYNCHRONIZE_BIT - 1)) >> INDEX_BITS
     return Decision(

@@ -11,6 +11,8 @@ RELOAD = (
     "; the momentum has swallowed this step's gradients: load the last checkpoint (load_state_dict) before "
     "going on"
 )
+SPOILED = "the parameter "  # begins the names of what no later step can mend
+MOST_SPOILED = 2  # steps skipped because of one, after which all raise
 
 
 class NonFiniteError(RuntimeError):
@@ -48,6 +50,7 @@ class Trouble:
         self._held: str | None = None  # "failed" or "nonfinite": what this replica has to tell the others
         self._failure: Exception | None = None
         self._names: list[str] = []
+        self._spoiled = 0  # steps skipped while a parameter was not finite
 
     def refuse_if_broken(self) -> None:
         """Raise if an earlier step left state that cannot be gone on from."""
@@ -91,6 +94,17 @@ class Trouble:
             self._failure = self._failure or failure
             self._names = self._names or list(names)
 
+    def _notice(self, parameters: list[str], before: int, steps: int) -> None:
+        """Skipping mends no parameter: after MOST_SPOILED such steps have the others told of a failure."""
+        self._spoiled = before + 1 if parameters else 0
+        if self._spoiled >= MOST_SPOILED:
+            self._held = "failed"
+            self._failure = NonFiniteError(
+                "skipping steps mends no parameter; got a NaN or an infinity in "
+                f"{', '.join(parameters[:5])}, met in {self._spoiled} skipped steps, after {steps} steps; "
+                "load the last checkpoint, or set it to finite values after the first skipped step"
+            )
+
     def raise_or_skip(
         self,
         decision: Decision,
@@ -107,7 +121,7 @@ class Trouble:
             names: returns what is not finite on this rank: parameters, or those with such a gradient.
             steps: steps taken so far.
         """
-        failure, here = failure or self._failure, self._names
+        failure, here, spoiled = failure or self._failure, self._names, self._spoiled
         self._clear()
         if decision.failed:
             if not self.skips:
@@ -115,7 +129,9 @@ class Trouble:
             if failure is not None:
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
-        if self.skips and not decision.outside:
+        if self.skips and decision.elsewhere is None:
+            if self.overflow is None:
+                self._notice([name for name in here or names() if name.startswith(SPOILED)], spoiled, steps)
             return
         self.broken = f"a NaN or an infinity was met in an earlier step(){RELOAD}"
         here = here or names()

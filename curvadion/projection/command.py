@@ -47,8 +47,6 @@ from curvadion.projection.work import (
 )
 from curvadion.rules import RULES
 
-DESCRIPTION = "project bytes, time per step and speed-up of CurvaDion over a link (nothing is measured)"
-
 RATE_HELP = {
     "bfloat16": "FLOPs of bfloat16 products",
     "float32": "FLOPs of float32 products",

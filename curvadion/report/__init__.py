@@ -9,8 +9,6 @@ matplotlib) and nothing else of the library.
 import argparse
 from pathlib import Path
 
-DESCRIPTION = "Show runs and studies: tables, and one self-contained HTML page with pictures."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `curvadion report`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.exchange import Exchange
 from curvadion.sharding.layout import local_tensor
+from curvadion_kernels.reference import CHECK_KEY, FAILED_KEY, OUTSIDE_KEY
 
 logger = logging.getLogger("curvadion.optimizer")
 
@@ -28,12 +29,15 @@ class Agreement:
 
     Args:
         every: steps between checks; 0 for none but the first.
+        refuse_equal_gradients: raise, not warn, if all replicas have the same gradients.
     """
 
-    def __init__(self, every: int):
+    def __init__(self, every: int, *, refuse_equal_gradients: bool = False):
         self._every = every
+        self._refuse_equal_gradients = refuse_equal_gradients
         self.pending = True
         self._weights_due = False
+        self.first = True  # nobody has done anything but construct it
 
     def check_if_due(
         self,
@@ -71,24 +75,34 @@ class Agreement:
             gradients: of all parameters, with their names; nothing where there need be none.
 
         Raises:
-            ReplicaMismatchError: ranks disagree.
+            ReplicaMismatchError: ranks disagree, or gradients agree that must not.
             RuntimeError: no rank has a gradient.
         """
-        hashes = [hash_tensors([t]) for t in weights.values()]
-        seen, hashed = look_at(gradients, hashed=exchange.replicas > 1) if gradients else (1, 0)
-        texts = hash_text(config()), hash_text(repr(hashes))
+        self._announce(exchange)
+        hashes, seen, hashed, failure = list[int](), 1, 0, None
+        try:  # whatever is wrong here alone, the others wait for this rank
+            text = config()
+            hashes = [hash_tensors([t]) for t in weights.values()]
+            if gradients:
+                seen, hashed = look_at(gradients, hashed=exchange.replicas > 1)
+        except Exception as error:
+            text, failure = repr(error), error
+        texts = hash_text(text), hash_text(repr(hashes))
         different = exchange.agree(step, *texts, seen=seen, gradients=hashed)
+        if different and failure is not None:
+            raise failure
+        if "step" in different:
+            raise ReplicaMismatchError(
+                "all ranks must be at the same step, and at step() or at synchronize(); this one is in "
+                f"{exchange.place}, another is not; load the same checkpoint everywhere, and call step() on "
+                "every rank or on none"
+            )
         if "config" in different:
             raise ReplicaMismatchError(
                 "all ranks must construct CurvaDion with the same options and the same list of parameters, "
                 "and freeze the same ones; they differ on some rank; compare the arguments, the parameter "
-                "groups, the model, requires_grad, opt.kernels and torch's precision of float32 products on "
-                "each of them"
-            )
-        if "step" in different:
-            raise ReplicaMismatchError(
-                f"all ranks must be at the same step; this one has taken {step}, another a different "
-                "number; load the same checkpoint everywhere, and call step() on every rank or on none"
+                "groups, the model, requires_grad, opt.kernels, torch's precision of float32 products and "
+                "the versions of curvadion and torch on each of them"
             )
         if "weights" in different:
             names = [list(weights)[k] for k in exchange.differing(hashes)]
@@ -113,13 +127,16 @@ class Agreement:
                 "sharded, wrapped and moved, and call step() after backward()"
             )
         if "equal gradients" in different:
-            logger.warning(
-                "all %d replicas have the same gradients, bit for bit, in the first step. Either somebody "
-                "averages them across replicate_mesh already, and nothing is saved: wrap the model neither "
-                "in DistributedDataParallel nor over a mesh that has this axis (HSDP), but shard it over the "
-                "ranks of one replica. Or all replicas read the same data: give each its own.",
-                exchange.replicas,
+            message = (
+                f"all {exchange.replicas} replicas have the same gradients, bit for bit, in the first step. "
+                "Either somebody averages them across replicate_mesh already, and nothing is saved: wrap the "
+                "model neither in DistributedDataParallel nor over a mesh that has this axis (HSDP), but "
+                "shard it over the ranks of one replica. Or all replicas read the same data: give each its "
+                "own."
             )
+            if self._refuse_equal_gradients:
+                raise ReplicaMismatchError(message)
+            logger.warning(message)
         if lacking := [name for name, g in gradients if g is None]:
             logger.warning(
                 "%d of %d parameters have no gradient here in the first step, which counts as zero: %s%s. If "
@@ -131,12 +148,29 @@ class Agreement:
                 " and others" if len(lacking) > 5 else "",
             )
 
-    def refuse_to_step_alone(self, exchange: Exchange, step: int, config: Callable[[], str]) -> None:
-        """Raise, as do the replicas that are at `synchronize()` while this one takes a step."""
-        exchange.agree(-1, hash_text(config()), 0)  # no number of steps, so that they notice
+    def _announce(self, exchange: Exchange) -> None:
+        """Begin together: ranks of a replica in the store, replicas by a key, which may meet one of a step.
+
+        In the store not the first time, when every rank of a replica begins with a check.
+        """
+        if not self.first:
+            exchange.meet("a check that all ranks agree")
+        self.first = False
+        if exchange.replicas > 1 and (told := exchange.announce_check()) != CHECK_KEY:
+            self.refuse_to_go_alone(exchange, told)
+
+    def refuse_to_go_alone(self, exchange: Exchange, told: int) -> None:
+        """Raise, as do the replicas that said `told` in the gate's place: they are at something else."""
+        if told == FAILED_KEY:
+            raise RuntimeError("another rank could not do its part of step(); its own error says why")
+        if told == OUTSIDE_KEY:
+            exchange.announce_check()
+        if told != OUTSIDE_KEY + 1:  # who met a NaN raises by itself
+            exchange.agree(-1, 0, 0)  # no number of steps, so that they notice
+        at = "synchronize()" if told >= OUTSIDE_KEY else "a check, after a load, a new group or synchronize()"
         raise ReplicaMismatchError(
-            "all ranks must call step() and synchronize() equally often; this one takes a step after "
-            f"{step}, another is at synchronize(); give every replica as many batches"
+            "all ranks must call step() and synchronize() equally often, and whatever else is of all ranks; "
+            f"this one is in {exchange.place}, another is at {at}; give every replica as many batches"
         )
 
 

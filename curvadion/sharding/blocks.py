@@ -38,7 +38,9 @@ def split_dim(group: Mapping[str, Any]) -> int:
 
 
 def cut_by(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a group's options say of the matrices that its parameters are."""
+    """Return what a group's options say of the matrices that its parameters are, if they are any."""
+    if group["algorithm"] != "dion":
+        return ()
     splits = group["splits"]
     if splits is None or isinstance(splits, int):
         return splits, splits and split_dim(group), group["batch_dims"]

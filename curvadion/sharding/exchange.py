@@ -3,7 +3,8 @@
 Who calls what, in which order, in one optimizer step. All ranks of all replicas run the same list; they
 branch only on the reduced gate key, and a missing gradient contributes zeros.
 
-    1. if due: agreement      MAX of six int64 over the replicas, then over the shards
+    1. if due: agreement      MAX of six int64 over the replicas, then over the shards; after a MAX
+                              of one over the replicas, with which a gate's key may be paired
     2. if partial: gradients  SUM over the axes they are partial on
     3. norms and flags        one SUM over all shards
     4. gate="drift"           if asked: SUM of two numbers over the shards, mean over the replicas
@@ -50,18 +51,21 @@ suffice and none has to be made.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import DistError, ReduceOp
 
 from curvadion.sharding.crew import Crew
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
-from curvadion.sharding.group import Group, Work
-from curvadion.sharding.journey import AtHome, Codec, Mean, Nothing, Residuals, RoundedMean, UnderWay
+from curvadion.sharding.group import AllToAll, Group, Work
+from curvadion.sharding.journey import AtHome, Codec, Journey, Mean, Nothing, Residuals, RoundedMean, UnderWay
 from curvadion.sharding.layout import Axes, ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
+from curvadion.sharding.lost import Place, explained, meet
+from curvadion_kernels.reference import CHECK_KEY
 
 
 @dataclass
@@ -83,6 +87,23 @@ class Answer:
         return 0 if has_no_values(self.key) else int(self.key)
 
 
+@dataclass
+class Told:
+    """A collective under way whose errors say what it was."""
+
+    work: Work
+    explain: Callable[[Exception], Exception | None]
+
+    def wait(self) -> object:
+        """Wait until its result may be used."""
+        try:
+            return self.work.wait()
+        except (RuntimeError, DistError) as error:
+            if (lost := self.explain(error)) is None:
+                raise
+            raise lost from error
+
+
 class Exchange:
     """Sums over the shards of one replica, means over the replicas.
 
@@ -91,6 +112,10 @@ class Exchange:
         peers: this rank and its peers in the other replicas; None for one replica.
         device: where small messages live.
         ledger: where to count.
+
+    Attributes:
+        replicas: how many there are.
+        place: where this rank is, for messages.
     """
 
     def __init__(self, shards: ShardMesh, peers: Group | None, device: torch.device, ledger: Ledger):
@@ -99,7 +124,12 @@ class Exchange:
         self.ledger = ledger
         self._peers = peers
         self._aside: torch.cuda.Stream | None = None
-        self.replicas = peers.size if peers is not None else 1
+        self.place = Place()
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas there are: always, or for the time being."""
+        return self._peers.size if self._peers is not None else 1
 
     # ---- inside one replica
 
@@ -156,7 +186,8 @@ class Exchange:
                 self.ledger.record("all_to_all_uneven", crew.size, axis, purpose, parts)
         # As bytes, which every backend sends, whatever the dtype.
         sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
-        return crew.group.all_to_all(received.view(torch.uint8), sent.view(torch.uint8), *sizes)
+        flat = received.view(torch.uint8), sent.view(torch.uint8)
+        return self._start(crew.group, "all_to_all", "shards", purpose, *flat, *sizes)
 
     # ---- between replicas
 
@@ -229,39 +260,80 @@ class Exchange:
                 arrived is asked for, unless `keep_own`.
             keep_own: whether the caller wants to see again what this replica put in.
         """
-        under_way = UnderWay(partial(self.join, purpose=purpose))
         make = make or partial(flatten, tensors)
-        if self.replicas == 1:
+        while True:
+            before = kept.copy() if self._elastic else kept
+            under_way = UnderWay(partial(self.join, purpose=purpose))
+            for trip in self._departures(tensors, copied, purpose, codec, kept, journey, make, keep_own):
+                under_way.add(*trip)
+            if not self._elastic:
+                return under_way
+            under_way.come_home()
+            if self.settled():
+                return under_way
+            kept.become(before)  # and once more, between those that are left
+
+    def _departures(
+        self,
+        tensors: Sequence[Tensor],
+        copied: Sequence[Axes],
+        purpose: str,
+        codec: Codec | None,
+        kept: Residuals,
+        journey: type[RoundedMean],
+        make: Callable[[list[int]], Tensor],
+        keep_own: bool,
+    ) -> Iterator[tuple[Cut, Journey, Tensor | None]]:
+        """Start the first legs; yield how each buffer was cut, its journey, and what this replica put in."""
+        if self.replicas == 1 and kept.in_use:  # alone by now: all that others were owed
+            kept.fold(1)
+            pairs = iter(kept.pairs)
+            for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
+                owed = piece + next(pairs)[0][: piece.numel()] if piece.numel() else piece
+                yield cut, Nothing(owed, legs=1), None
+            kept.clear()
+            return
+        if self._peers is None or self.replicas == 1:
             for (_, _), indices in buckets(tensors, [((), ())] * len(tensors)):
                 own = make(indices) if keep_own else None
-                under_way.add(Cut(indices, (), (), []), AtHome(partial(make, indices), own), own)
-            return under_way
-        kept.in_use = codec is not None
-        number = 0
+                yield Cut(indices, (), (), []), AtHome(partial(make, indices), own), own
+            return
+        if codec is not None:
+            kept.belong(self._peers.rank, self.replicas)
+        number, share = 0, self._peers.share
         for cut, flat, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
             own = flat if keep_own else None
+            if share != 1.0:
+                piece = piece * share
             if not piece.numel():
-                under_way.add(cut, Nothing(piece, legs=1 if codec is None else journey.legs), own)
+                yield cut, Nothing(piece, legs=1 if codec is None else journey.legs), own
             elif codec is None:
-                under_way.add(cut, Mean(self, piece, purpose, None, copy=keep_own), own)
+                yield cut, Mean(self, piece, purpose, None, copy=keep_own), own
             else:
-                under_way.add(cut, journey(self, piece, purpose, codec, number, kept), own)
+                yield cut, journey(self, piece, purpose, codec, number, kept), own
                 number += 1
-        return under_way
+
+    @property
+    def _elastic(self) -> bool:
+        return self._peers is not None and self._peers.elastic
+
+    def settled(self) -> bool:
+        """Return whether all that has crossed replicas since this was called last has come to its end on all
+        ranks; if not, there are other replicas by now, and it has to be done again."""
+        return self._peers is None or self._peers.settled()
 
     def settle_residuals_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], kept: Residuals) -> None:
         """x_i <- x_i - e_i - K f, so that the mean of the x_i lacks nothing any more; residuals become zero.
 
         No communication between replicas.
         """
-        if not kept.in_use or self._peers is None:
+        if not kept.in_use:
             return
-        pairs, rank = iter(kept.pairs), self._peers.rank
+        kept.fold(self.replicas)
+        pairs = iter(kept.pairs)
 
         def settle(piece: Tensor) -> Tensor:
-            mine, ours = next(pairs)
-            start = rank * len(ours)
-            mine[start : start + len(ours)].add_(ours, alpha=self.replicas)
+            mine, _ = next(pairs)
             return piece - mine[: piece.numel()]
 
         self._replace(tensors, copied, "pseudo_gradients", settle)
@@ -277,11 +349,18 @@ class Exchange:
         if self.replicas > 1:
             self._replace(tensors, copied, purpose, broadcast)
 
-    def max_over_replicas(self, key: Tensor) -> Tensor:
+    def max_over_replicas(self, key: Tensor, purpose: str = "gate") -> Tensor:
         """Return the MAX of the gate key over the replicas."""
         if self.replicas > 1:
-            self.over_replicas("all_reduce", "gate", key, ReduceOp.MAX, wait=True)
+            self.over_replicas("all_reduce", purpose, key, ReduceOp.MAX, wait=True)
         return key
+
+    def announce_check(self) -> int:
+        """Tell the replicas that `agree` is next, in the form of a gate key, with which it may be paired;
+        return the MAX of what they had to say."""
+        key = torch.tensor(CHECK_KEY, dtype=torch.int64, device=self.device)
+        told = self.max_over_replicas(key, "check")
+        return CHECK_KEY if has_no_values(told) else int(told)
 
     def start_max_over_replicas(self, key: Tensor) -> Answer:
         """Start the MAX of the gate key over the replicas."""
@@ -353,14 +432,31 @@ class Exchange:
         """Count a collective over the replicas, and start it; the arguments are the `Group` method's."""
         assert self._peers is not None, "nothing crosses replicas where there is one"
         self._count(collective, self._peers, ("replicate", purpose), *args)
-        work: Work = getattr(self._peers, collective)(*args, wait=wait)
-        return work
+        return self._start(self._peers, collective, "replicas", purpose, *args, wait=wait)
 
     def _along(self, axis: int, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType) -> None:
         """Do and count a collective inside the replica, along one axis."""
         group = self.shards.group(axis)
         self._count(collective, group, ("shard", purpose), *args)
-        getattr(group, collective)(*args, wait=True)
+        self._start(group, collective, "shards", purpose, *args, wait=True)
+
+    def _start(
+        self, group: AllToAll, collective: str, over: str, purpose: str, *args: Any, wait: bool = False
+    ) -> Work:
+        def explain(error: Exception) -> Exception | None:
+            what = f'the {collective} of "{purpose}" over the {over}'
+            return explained(error, self.place, what, group.ranks)
+
+        try:
+            return Told(getattr(group, collective)(*args, wait=wait), explain)
+        except (RuntimeError, DistError) as error:
+            if (lost := explain(error)) is None:
+                raise
+            raise lost from error
+
+    def meet(self, what: str) -> None:
+        """Wait until all ranks of this replica have come here; no collective, see `lost.meet`."""
+        meet(self.place, self.shards.ranks if self.shards.axes else (), what)
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives

@@ -4,12 +4,15 @@ process."""
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup, ReduceOp, Store  # type: ignore[attr-defined]  # not in its stubs
+
+from curvadion.sharding.lost import follow_job
 
 # torch 2.13 renamed these two; 2.11 has the old names only.
 _reduce_scatter: Callable[..., Any] = (
@@ -57,7 +60,12 @@ class Group(AllToAll, Protocol):
     Attributes:
         size, rank: how many there are, and which one this is.
         ranks: their global ranks; empty where there are none.
+        elastic: others may be in it after a failure, see `curvadion.sharding.elastic`.
+        share: what this rank counts for in a mean, 1 on average.
     """
+
+    elastic: bool
+    share: float
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
         """Start replacing the tensor by the sum or the maximum of all ranks' tensors."""
@@ -71,25 +79,63 @@ class Group(AllToAll, Protocol):
     def broadcast(self, tensor: Tensor, *, wait: bool = False) -> Work:
         """Start replacing the tensor by rank 0's."""
 
+    def settled(self) -> bool:
+        """Return whether all that was started since this was called last has come to its end, on every rank
+        of every replica alike. If not, an elastic group has others in it by now."""
+
 
 class _Done:
     def wait(self) -> None:
         """Return: it is done."""
 
 
-_DONE = _Done()
+DONE = _Done()
 
 
-class TorchGroup:
-    """A process group of torch.distributed."""
+class _Fixed:
+    """A group that stays what it is: where a collective fails, so does the call."""
 
-    def __init__(self, group: ProcessGroup):
+    elastic = False
+    share = 1.0
+
+    def settled(self) -> bool:
+        return True
+
+
+class TorchGroup(_Fixed):
+    """A process group of torch.distributed.
+
+    Args:
+        group: the group.
+        ranks: the global ranks; None asks torch.distributed, which has to know the group. Its timeout is then
+            the job's, see `follow_job`.
+    """
+
+    def __init__(self, group: ProcessGroup, ranks: list[int] | None = None):
+        if ranks is None:
+            follow_job(group)
         self.group = group
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.ranks: list[int] = dist.get_process_group_ranks(group)
+        self.size, self.rank = group.size(), group.rank()
+        self.ranks: list[int] = dist.get_process_group_ranks(group) if ranks is None else ranks
+
+    @staticmethod
+    def meet(store: Store, rank: int, size: int, *, connect: float, timeout: float) -> "TorchGroup":
+        """Return a gloo group of all that meet at a store, whatever other groups there are.
+
+        Args:
+            connect, timeout: seconds to wait for the others here, and in each collective.
+
+        Raises RuntimeError if they do not come.
+        """
+        group = ProcessGroup(store, rank, size)
+        group._set_default_backend(ProcessGroup.BackendType.GLOO)
+        gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=connect))
+        gloo._set_default_timeout(timedelta(seconds=timeout))
+        group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+        return TorchGroup(group, ranks=[])
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
-        return dist.all_reduce(tensor, op=op, group=self.group, async_op=not wait) or _DONE
+        return dist.all_reduce(tensor, op=op, group=self.group, async_op=not wait) or DONE
 
     def all_to_all(
         self,
@@ -103,16 +149,16 @@ class TorchGroup:
         work = dist.all_to_all_single(
             received, sent, received_sizes, sent_sizes, group=self.group, async_op=not wait
         )
-        return work or _DONE
+        return work or DONE
 
     def all_gather(self, whole: Tensor, piece: Tensor, *, wait: bool = False) -> Work:
-        return _all_gather(whole, piece, group=self.group, async_op=not wait) or _DONE
+        return _all_gather(whole, piece, group=self.group, async_op=not wait) or DONE
 
     def reduce_scatter(self, piece: Tensor, whole: Tensor, *, wait: bool = False) -> Work:
-        return _reduce_scatter(piece, whole, group=self.group, async_op=not wait) or _DONE
+        return _reduce_scatter(piece, whole, group=self.group, async_op=not wait) or DONE
 
     def broadcast(self, tensor: Tensor, *, wait: bool = False) -> Work:
-        return dist.broadcast(tensor, group=self.group, group_src=0, async_op=not wait) or _DONE
+        return dist.broadcast(tensor, group=self.group, group_src=0, async_op=not wait) or DONE
 
 
 def gather(value: T) -> list[T]:
@@ -174,7 +220,13 @@ class Pairwise:
         return work
 
 
-class ThreadGroup:
+def within_replica() -> tuple[int, int]:
+    """Return this rank and the number of ranks of the default process group, which holds one replica; 0 and 1
+    where there is none."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class ThreadGroup(_Fixed):
     """One rank of a group whose ranks are threads of this process, each with tensors of its own.
 
     For simulations: K optimizers in K threads, `CurvaDion(..., replicate_mesh=group)`, take the steps of K
@@ -230,7 +282,7 @@ class ThreadGroup:
         if mine.is_cuda:  # another thread, on a stream of its own, reads and writes them
             torch.cuda.current_stream(mine.device).synchronize()
         self._barrier.wait()
-        return _DONE
+        return DONE
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp.RedOpType, *, wait: bool = False) -> Work:
         return self._meet("max" if op == ReduceOp.MAX else "sum", tensor, tensor)

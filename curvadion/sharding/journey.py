@@ -100,28 +100,73 @@ class Residuals:
 
     The first is what this replica's own contribution lacks, the second what the mean lacks in the part that
     this replica rounds for all.
+
+    Attributes:
+        pairs: one for each buffer.
+        in_use: on all ranks alike, also on those that hold nothing of any buffer.
     """
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.in_use = False  # on all ranks alike, also on those that hold nothing of any buffer
+        self._place: tuple[int, int] | None = None  # this replica's, among how many
+
+    @property
+    def in_use(self) -> bool:
+        return self._place is not None
+
+    def belong(self, rank: int, replicas: int) -> None:
+        """Make them those of this replica among so many. Where it was another one, or among others, parts
+        have other bounds and owners from now on: what the mean lacked goes into this replica's own."""
+        if self._place not in (None, (rank, replicas)):
+            self.fold(replicas)
+        self._place = rank, replicas
+
+    def fold(self, replicas: int) -> None:
+        """mine <- mine + K ours, ours <- 0, so that the mean over so many replicas is to lack the same."""
+        if self._place is None:
+            return
+        rank, _ = self._place
+        for number, (mine, ours) in enumerate(self.pairs):
+            mine[rank * len(ours) : (rank + 1) * len(ours)].add_(ours, alpha=replicas)
+            self.pairs[number] = mine, ours[:0]
 
     def of(self, number: int, mine: int, ours: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pair of the buffer with this number, of these lengths; zeros at first."""
         if number == len(self.pairs):
-            self.pairs.append((like.new_zeros(mine), like.new_zeros(ours)))
+            self.pairs.append((like.new_zeros(0), like.new_zeros(0)))
+        pair = self.pairs[number]
+        self.pairs[number] = _resized(pair[0], mine, like), _resized(pair[1], ours, like)
         return self.pairs[number]
+
+    def copy(self) -> "Residuals":
+        """Return the same, in memory of its own."""
+        other = Residuals()
+        other.pairs, other._place = [(mine.clone(), ours.clone()) for mine, ours in self.pairs], self._place
+        return other
+
+    def become(self, other: "Residuals") -> None:
+        """Be what another is."""
+        self.pairs, self._place = other.pairs, other._place
 
     def clear(self) -> None:
         """Forget them."""
-        self.pairs.clear()
-        self.in_use = False
+        self.become(Residuals())
+
+
+def _resized(x: Tensor, length: int, like: Tensor) -> Tensor:
+    """Return a buffer of this length: what is cut off or put on is padding."""
+    if len(x) == length:
+        return x
+    other = like.new_zeros(length)
+    other[: len(x)] = x[:length]
+    return other
 
 
 class Replicas(Protocol):
     """What a journey asks of the exchange."""
 
-    replicas: int
+    @property
+    def replicas(self) -> int: ...
 
     def over_replicas(
         self, collective: str, purpose: str, *args: Tensor | ReduceOp.RedOpType, wait: bool = False
@@ -130,26 +175,40 @@ class Replicas(Protocol):
 
 
 class Journey(Protocol):
-    """A flat buffer on its way to its mean over the replicas; its first leg has started."""
+    """A flat buffer on its way to its mean over the replicas; its first leg has started.
+
+    Attributes:
+        legs: how often it travels.
+    """
+
+    legs: int
 
     def next_leg(self) -> Tensor | None:
         """Wait for the leg that is under way; return the mean, or start the next leg."""
 
+    def wait(self) -> None:
+        """Wait for the leg that is under way, and do nothing with what has come."""
+
 
 class Nothing:
-    """An empty buffer: as many legs as the others, because what follows involves ranks that have
-    something."""
+    """A buffer that is its own mean, as an empty one is: as many legs as the others, because what follows
+    involves ranks that have something."""
 
     def __init__(self, piece: Tensor, legs: int):
-        self._piece, self._left = piece, legs
+        self._piece, self._left, self.legs = piece, legs, legs
 
     def next_leg(self) -> Tensor | None:
         self._left -= 1
         return None if self._left else self._piece
 
+    def wait(self) -> None:
+        """Return: nothing is under way."""
+
 
 class Mean:
     """One all-reduce, in `payload_dtype`; without copy the piece may be overwritten."""
+
+    legs = 1
 
     def __init__(
         self,
@@ -168,14 +227,14 @@ class Mean:
         self._work.wait()
         return self._sent.to(self._dtype).div_(self._replicas)
 
+    def wait(self) -> None:
+        self._work.wait()
+
 
 class RoundedMean:
     """Each replica its part of the mean, then all parts to all, in a codec's bytes and with error feedback.
 
     While it is under way it holds bytes only.
-
-    Attributes:
-        legs: how often it travels.
     """
 
     legs = 2
@@ -202,15 +261,23 @@ class RoundedMean:
         self._work = self._exchange.over_replicas("all_gather", self._purpose, self._sent, part)
         return None
 
+    def wait(self) -> None:
+        self._work.wait()
+
 
 class AtHome:
     """A buffer that goes nowhere, for there is one replica: made when it is asked for, unless it is kept."""
+
+    legs = 1
 
     def __init__(self, make: Callable[[], Tensor], own: Tensor | None):
         self._make, self._own = make, own
 
     def next_leg(self) -> Tensor:
         return self._make() if self._own is None else self._own.clone()
+
+    def wait(self) -> None:
+        """Return: nothing is under way."""
 
 
 class Arrival(NamedTuple):
@@ -265,6 +332,15 @@ class UnderWay:
         for trip in self._trips:
             if trip.mean is None and (mean := trip.journey.next_leg()) is not None:
                 trip.mean = self._join(trip.cut, mean)
+
+    def come_home(self) -> None:
+        """Wait for all legs; what has come stays bytes until `arrivals`."""
+        for leg in range(1, max((trip.journey.legs for trip in self._trips), default=1)):
+            for trip in self._trips:
+                if leg < trip.journey.legs:
+                    trip.journey.next_leg()
+        for trip in self._trips:
+            trip.journey.wait()
 
     def arrivals(self) -> Iterator[Arrival]:
         """Wait for all of it, and yield buffer by buffer what came, while those after it are still bytes."""

@@ -27,6 +27,7 @@ from torch.distributed.tensor._utils import (
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from curvadion.sharding.dry import has_no_values, with_values
+from curvadion.sharding.elastic import ElasticGroup
 from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
 from curvadion.sharding.region import Region
 
@@ -448,7 +449,7 @@ def check_replicas(replica_ranks: Sequence[int], shards: ShardMesh, layouts: Ite
 
 def replicate_group(mesh: DeviceMesh | ProcessGroup | Group | None) -> Group | None:
     """Return the group of this rank and its peers in the other replicas."""
-    if mesh is None or isinstance(mesh, ThreadGroup):
+    if mesh is None or isinstance(mesh, ThreadGroup | ElasticGroup):
         return mesh
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:

@@ -28,10 +28,18 @@ class Intake:
         table: the parameters as they were laid out.
         batches: the matrices, stacked.
         exchange: sums gradients that tensor parallelism leaves partial.
+        groups: the parameter groups, as they were built.
     """
 
-    def __init__(self, table: Table, batches: Sequence[Batch], exchange: Exchange):
+    def __init__(
+        self,
+        table: Table,
+        batches: Sequence[Batch],
+        exchange: Exchange,
+        groups: Sequence[Mapping[str, Any]],
+    ):
         self._table, self._batches, self._exchange = table, batches, exchange
+        self._layouts = [group["weight_layout"] for group in groups]
         self._X: Fixed[Tensor] | None = None
         self._reshaped: list[str] = []  # names of parameters that changed shape
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
@@ -166,6 +174,12 @@ class Intake:
             raise ValueError(
                 f"rank_fraction and rank_multiple_of must stay as they were at construction; got r = {r} "
                 f"for {b.rank}; construct a new optimizer to change the rank"
+            )
+        if group["weight_layout"] != self._layouts[b.group]:
+            raise ValueError(
+                "weight_layout must stay as it was at construction, for state lies along the outputs: "
+                f"{self._layouts[b.group]!r}; got {group['weight_layout']!r}; construct a new optimizer to "
+                "change it"
             )
         rule = RULES[group["local_update"]]
         if not {spec.name for spec in rule.state} <= b.kept.keys() or (rule.uses_Q and b.Q is None):

@@ -269,6 +269,9 @@ def averaged(table: Table, exchange: Exchange) -> Iterator[None]:
         X = [local_tensor(p) for p in table.params]
         own = [x.clone() for x in X]
         exchange.average_(X, table.copied, "parameters")
+        while not exchange.settled():  # between fewer replicas by now
+            copy_into(X, own)
+            exchange.average_(X, table.copied, "parameters")
         reshard_gathered_modules()
     try:
         yield

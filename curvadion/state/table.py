@@ -49,7 +49,7 @@ class Table:
     """All parameters that are trained, in the order of the groups.
 
     Attributes:
-        listed: all parameters of the groups, frozen ones included.
+        listed, sizes: all parameters of the groups, frozen ones included, and how many each group has.
         frozen: those with requires_grad=False, which are left alone.
         names: canonical names; an unnamed parameter has its position for a name.
         params, group_of: the parameters, and the index of each one's group.
@@ -63,6 +63,7 @@ class Table:
     """
 
     listed: list[Tensor]
+    sizes: list[int]
     frozen: list[Tensor]
     names: list[str]
     params: list[Tensor]
@@ -109,6 +110,7 @@ class Table:
         blocks = {i: Blocks.of(layouts[i], groups[group_of[i]]) for i in weights}
         return Table(
             listed=[p for _, p, _ in named],
+            sizes=[len(group["params"]) for group in groups],
             frozen=[p for _, p, _ in named if not p.requires_grad],
             names=names,
             params=params,
@@ -227,6 +229,17 @@ class Table:
     def outdated(self) -> bool:
         """Whether a parameter has been frozen, or one that was is so no longer."""
         return any(map(_REQUIRES_GRAD, self.frozen)) or not all(map(_REQUIRES_GRAD, self.params))
+
+    def replacements(self, groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
+        """Return what the groups hold in place of the parameters, by parameter, if each has the place, the
+        shape and the requires_grad of the one before; nothing if they hold the same, or something else."""
+        current = [p for group in groups for p in group["params"]]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != self.sizes or all(map(operator.is_, current, self.listed)):
+            return {}
+        pairs = dict(zip(self.listed, current, strict=True))
+        alike = all(p.shape == q.shape and p.requires_grad == q.requires_grad for p, q in pairs.items())
+        return pairs if alike else {}
 
     def describe(self) -> list[tuple[Any, ...]]:
         """Return what must be equal on all ranks: names, shapes, dtypes, groups, placements, and what is

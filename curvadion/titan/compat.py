@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp as fsdp
 from torch import nn
 
 from curvadion.sharding.layout import Layout, ShardMesh, canonical_name
@@ -24,7 +23,7 @@ from curvadion.sharding.layout import Layout, ShardMesh, canonical_name
 logger = logging.getLogger(__name__)
 
 TESTED_TORCHTITAN = "0.3.0"
-TESTED_TORCH = ((2, 11), (2, 13))  # first and last minor version
+TESTED_TORCH = ((2, 13), (2, 13))  # first and last minor version; older ones die in backward on a CPU
 
 
 def prepare() -> None:
@@ -61,7 +60,7 @@ def untested(torchtitan: str, torch_version: str) -> list[str]:
         )
     first, last = TESTED_TORCH
     if not first <= tuple(map(int, torch_version.split(".")[:2])) <= last:
-        tested = " to ".join(".".join(map(str, v)) for v in TESTED_TORCH)
+        tested = " to ".join(dict.fromkeys(".".join(map(str, v)) for v in TESTED_TORCH))
         complaints.append(
             f"curvadion.titan is tested with torch {tested}; this is {torch_version}, which may not fit"
         )
@@ -72,10 +71,6 @@ def supply_names() -> None:
     """Give torch the public names that torchtitan 0.3.0 uses and this torch may lack."""
     if not hasattr(dist, "set_timeout"):  # torch 2.14; called once, after the first step
         setattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # noqa: B010 - not known to mypy
-    if not hasattr(
-        fsdp, "DataParallelMeshDims"
-    ):  # torch 2.12; imported at module level, never made on our paths
-        setattr(fsdp, "DataParallelMeshDims", type("DataParallelMeshDims", (), {}))  # noqa: B010
 
 
 class CpuModule(ModuleType):

@@ -143,10 +143,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Dtype of momentum and moments; None takes the parameter's."""
         payload_dtype: Literal["float32", "bfloat16"] | None = None
         """Dtype of P, R and AdamW or Lion gradients between replicas; None takes the tensor's."""
-        orthogonalization: Literal["auto", "cholesky_qr", "cholesky_qr3", "qr"] = "auto"
-        """How P is made orthonormal: by shifted Cholesky QR, by the same without float64 in three passes
-        ("cholesky_qr3"), or by Householder QR; "auto": on CPUs Householder where one rank has all of P, else
-        Cholesky QR."""
+        orthogonalization: Literal["auto", "cholesky_qr", "qr"] = "auto"
+        """How P is made orthonormal: by shifted Cholesky QR, or by Householder QR; "auto": on CPUs
+        Householder where one rank has all of P, else Cholesky QR."""
         owners: Literal["auto", "always", "never"] = "auto"
         """Whether each matrix of a Muon step, and each P of a Dion step, is orthonormalized by one rank of
         its replica, which is sent the shards: "auto" where that takes less time than all ranks working on it
@@ -161,6 +160,10 @@ class CurvaDionOptimizer(OptimizersContainer):
         on_nonfinite: Literal["raise", "skip"] = "raise"
         """What all ranks do in a step with a NaN or an infinity: raise `NonFiniteError`, after which state
         has to be loaded again; or skip the step."""
+        on_equal_gradients: Literal["warn", "raise"] = "warn"
+        """What all ranks do if all replicas have the same gradients in the first step, bit for bit, because
+        DistributedDataParallel or HSDP averages them or all read the same data: warn, or raise
+        `ReplicaMismatchError`."""
         check_every: int = 1000
         """Steps between checks that all ranks agree (step, options, weights); 0: in the first only."""
         kernels: Literal["auto", "triton", "reference"] = "auto"

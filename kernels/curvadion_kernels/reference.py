@@ -29,6 +29,7 @@ FAILED_KEY = (1 << 63) - 1  # larger than any regular key: a rank could not do i
 OUTSIDE_KEY = (
     FAILED_KEY - 2
 )  # the same of a replica that is between steps; plus 1: it has seen a non-finite value
+CHECK_KEY = FAILED_KEY - 3  # another replica checks that all ranks agree
 
 SIGN_BLOCK = 128  # values that share a scale in `sign_encode_`
 SIGN_BYTES = 2 + SIGN_BLOCK // 8  # of them and their scale

@@ -88,7 +88,7 @@ CASES = [
         "householder_right_qr",
         {"orthogonalization": "qr", "right_factor": "qr", "error_feedback": False, "local_update": "dion"},
     ),
-    Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0, "orthogonalization": "cholesky_qr3"}),
+    Case("full_rank", {"local_update": "dion", "rank_fraction": 1.0}),
     Case("dion_owners", {"local_update": "dion", "rank_fraction": 1.0, "owners": "always"}, everywhere=True),
     Case(
         "right_qr_owners",
