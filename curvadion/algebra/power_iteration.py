@@ -188,7 +188,7 @@ def orthogonalize(
             accurate up to condition 1e7; only r x r matrices cross ranks. The first pass is in float64, of a
             few matrices or rows at a time; the second in P's dtype where the floor leaves it orthonormal
             columns, else in float64. "qr": Householder (`torch.linalg.qr`) on the gathered matrix, the
-            reference, without float64. "auto": Householder on CPUs, where LAPACK takes half the time, of whole
+            reference, without float64. "auto": Householder on CPUs, where it takes half the time, of whole
             matrices.
         floor: a column is dependent if less than this, relative to the largest column, is left of it after
             those before it.
