@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -552,7 +553,7 @@ def main() -> None:
     console = Console(highlight=False)
     console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them in {args.out} already")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    command = "python benchmarks/convergence.py " + " ".join(sys.argv[1:])
+    command = "python benchmarks/convergence.py " + shlex.join(sys.argv[1:])
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
