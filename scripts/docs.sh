@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the documentation into runs/site, strictly: a broken link, or a page that the menu lacks, is an error.
-# Arguments go to mkdocs:
+# Builds the documentation into runs/site, strictly: a broken link, or a page that the menu lacks, is an
+# error. Arguments go to mkdocs:
 #     scripts/docs.sh
 #     scripts/docs.sh serve     # shows it on http://127.0.0.1:8000 while it is being written
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What takes too long for scripts/test.sh: random runs, faults with real processes, a run that is killed and restarted, 3,000 steps in
-# bfloat16. MINUTES says how long to draw random runs; each prints the seed with which `python tests/fuzz.py --first SEED --count 1`
-# does it again:
+# What takes too long for scripts/test.sh: random runs, faults with real processes, a run that is killed and
+# restarted, 3,000 steps in bfloat16. MINUTES says how long to draw random runs; each prints the seed with
+# which `python tests/fuzz.py --first SEED --count 1` does it again:
 #     MINUTES=60 scripts/nightly.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: makes an environment, then trains a byte-level GPT in about three minutes on two cores,
-# 2 replicas x 2 shards on 4 CPU processes (on a GPU machine: a process for each GPU). Arguments go to train.py:
+# From nothing to a trained model: makes an environment, then trains a byte-level GPT in about three minutes
+# on two cores, 2 replicas x 2 shards on 4 CPU processes (on a GPU machine: a process for each GPU). Arguments
+# go to train.py:
 #     scripts/quickstart.sh
 #     scripts/quickstart.sh --optimizer dion
 #     scripts/quickstart.sh --tau 0.3 --consensus average --local-update gradient --text ~/books

@@ -1,9 +1,10 @@
-# Sourced by the other scripts. `ensure_venv EXTRAS` makes the environment .venv in the project root, installs the
-# project there with those extras if pyproject.toml or constraints.txt changed since the last time, and activates
-# it.
+# Sourced by the other scripts. `ensure_venv EXTRAS` makes the environment .venv in the project root, installs
+# the project there with those extras if pyproject.toml or constraints.txt changed since the last time, and
+# activates it.
 #
-# The interpreter is $PYTHON, or the first one on the PATH that is new enough. pip's own settings are respected: where the default torch
-# is larger than a machine without a GPU needs, point pip (PIP_INDEX_URL, pip.conf) to CPU builds.
+# The interpreter is $PYTHON, or the first one on the PATH that is new enough. pip's own settings are
+# respected: where the default torch is larger than a machine without a GPU needs, add the index of its CPU
+# builds to pip's own (PIP_EXTRA_INDEX_URL, pip.conf).
 
 find_python() {
   local candidate

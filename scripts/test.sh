@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in an environment that this script makes; the optimizer's tests once more, a sample of them, on the Triton
-# kernels (all: python -m pytest --kernels triton). Arguments go to pytest:
+# Lint, types and tests, in an environment that this script makes; the optimizer's tests once more, a sample
+# of them, on the Triton kernels (all: python -m pytest --kernels triton). Arguments go to pytest:
 #     scripts/test.sh
 #     scripts/test.sh -k param_groups -x
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# CurvaDion under transformers' Trainer, Accelerate and Lightning: tests/hosts, and through it the examples, with a
-# pinned set of their packages in an environment of their own, .venv-hosts. Meant to take under 10 minutes on 2 cores, after
-# the packages have come. Arguments go to pytest:
+# CurvaDion under transformers' Trainer, Accelerate and Lightning: tests/hosts, and through it the examples,
+# with a pinned set of their packages in an environment of their own, .venv-hosts. Meant to take under 10
+# minutes on 2 cores, after the packages have come. Arguments go to pytest:
 #     scripts/test_hosts.sh
 #     scripts/test_hosts.sh -k lightning -x
 set -euo pipefail

@@ -550,6 +550,16 @@ def test_errors_name_the_folder_and_what_to_try(tmp_path):
         main(["report", str(folder)])
 
 
+def test_folders_beside_runs_are_passed_over_aloud(tmp_path, capsys):
+    make_run(tmp_path / "run", new=True, steps=2)
+    (tmp_path / "a_site").mkdir()
+    main(["report", *map(str, sorted(tmp_path.iterdir()))])
+    assert "a_site is passed over: no training run has ended there" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report" / "index.html").exists()
+    with pytest.raises(SystemExit, match="has no summary.json"):
+        main(["report", str(tmp_path / "a_site"), str(tmp_path / "a_site")])
+
+
 def test_the_command_says_what_it_can_do(capsys):
     for arguments, words in (
         (["--help"], "report"),

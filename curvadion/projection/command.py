@@ -122,7 +122,7 @@ def _add_schedule_and_payload(parser: argparse.ArgumentParser) -> None:
     add("--delay", type=int, default=0, help=about)
     add("--payload", choices=PAYLOADS, default="outer-1", help="of a synchronized step (default %(default)s)")
     about = "Dion steps move Q, sent then (default %(default)s)"
-    add("--local-update", choices=sorted(RULES), default="dion", help=about)
+    add("--local-update", choices=sorted(RULES), default="muon", help=about)
     add("--rank-fraction", type=float, default=0.25, help="of P and R (default %(default)s)")
     add("--rank-multiple-of", type=int, default=1, help="rank is rounded up to it (default %(default)s)")
     about = "of an element of P, R and AdamW gradients (default %(default)s)"

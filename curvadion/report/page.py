@@ -275,10 +275,21 @@ def show(table: Table) -> None:
     Console(highlight=False, width=None if Console().is_terminal else 60 + 30 * len(table.head)).print(shown)
 
 
+def without_other_folders(paths: Sequence[Path]) -> Sequence[Path]:
+    """Leave out, aloud, folders that no run has ended in: `runs/*` finds them beside the others."""
+    others = [path for path in paths if path.is_dir() and not (path / "summary.json").exists()]
+    if len(others) == len(paths):
+        return paths  # reading the first one ends with a sentence
+    for folder in others:
+        print(f"{folder} is passed over: no training run has ended there, for it has no summary.json")
+    return [path for path in paths if path not in others]
+
+
 def write_report(paths: Sequence[Path], out: Path | None = None) -> None:
     """Print the tables of runs, studies and slow-link files, and write their page, by default beside the
     first of them."""
     files: dict[str, list[Path]] = {"run": [], "study": [], "link": []}
+    paths = without_other_folders(paths)
     for path in paths:
         if not path.exists():
             raise SystemExit(
