@@ -161,12 +161,13 @@ def _kind(p: Placed) -> tuple[str, str]:
     shape = p.tensor.shape
     if len(shape) < 2:
         return VECTORS, f"{len(shape)} dimensions"
+    one_row = sum(size > 1 for size in shape) < 2
+    if one_row and any(name.endswith((".weight_g", ".original0")) for name in p.names):
+        return VECTORS, "magnitudes of weight_norm"
     # First, because a tied head is an embedding too.
     if len(shape) == 2 and p.owned_by(nn.Embedding, nn.EmbeddingBag, named="Embedding$"):
         return EMBEDDINGS, "an embedding's"
     if len(shape) == 2 and p.owned_by(nn.Linear, nn.MultiheadAttention, named="Linear|^Conv1D$"):
-        if shape[1] == 1 and any(name.endswith(("weight_g", ".original0")) for name in p.names):
-            return VECTORS, "magnitudes of weight_norm"
         return (GATES, "one row or column") if 1 in shape else (MATRICES, "a linear layer's")
     if "batch_dims" in p.options:
         return MATRICES, "of experts"
@@ -179,7 +180,7 @@ def _kind(p: Placed) -> tuple[str, str]:
         return CONVOLUTIONS, "a convolution's"
     if len(shape) == 2 and p.owned_by(named="(Router|Gate)$"):
         return GATES, "a router's"
-    if sum(size > 1 for size in shape) < 2:
+    if one_row:
         return VECTORS, "one row"
     return UNPLACED, ""
 

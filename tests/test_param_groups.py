@@ -860,6 +860,14 @@ def new_weight_norm() -> nn.Module:
     return nn.Sequential(nn.Embedding(11, 8), weight_norm(nn.Linear(8, 8)), nn.Linear(8, 11))
 
 
+def weight_norm_along_inputs() -> nn.Module:
+    """Magnitudes are of one row, or of a convolution's dimensions."""
+    old, new = nn.utils.weight_norm, nn.utils.parametrizations.weight_norm
+    return nn.Sequential(
+        new(nn.Conv1d(3, 8, 3)), old(linear(8, 8), dim=1), new(linear(8, 8), dim=1), linear(8, 11)
+    )
+
+
 # Per architecture, for each kind the last words that tell its 2-D weights apart.
 NOT_HIDDEN: dict[Any, dict[str, list[str]]] = {
     resnet: {"head": ["fc.weight"]},
@@ -886,6 +894,15 @@ NOT_HIDDEN: dict[Any, dict[str, list[str]]] = {
     roberta_classifier: {"head": ["classifier.out_proj.weight"]},
     old_weight_norm: {"head": ["2.weight"], "norms_and_biases": ["1.weight_g"]},
     new_weight_norm: {"head": ["2.weight"], "norms_and_biases": ["1.parametrizations.weight.original0"]},
+    weight_norm_along_inputs: {
+        "head": ["3.weight"],
+        "norms_and_biases": [
+            "0.parametrizations.weight.original0",
+            "1.weight_g",
+            "2.parametrizations.weight.original0",
+        ],
+        "convolutions": ["0.parametrizations.weight.original1"],
+    },
 }
 
 
