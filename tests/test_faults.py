@@ -72,6 +72,18 @@ def test_replicas_that_do_different_things_are_told_at_once(name: str, shape: tu
         assert told.kind == "ReplicaMismatchError", told
 
 
+def test_a_load_on_one_replica_meets_the_step_of_the_other() -> None:
+    other, own = attempt(fault("a state loaded on one rank"), "default", (2, 1), 60.0)
+    assert other.kind == "ReplicaMismatchError", other
+    assert own.kind == "ValueError" and "by all ranks or by none" in own.message, own
+
+
+def test_a_load_on_one_rank_of_a_replica_is_told() -> None:
+    for told in attempt(fault("a state loaded on one rank"), "default", (1, 2), TIMEOUT):
+        assert told.kind == "LostRankError", told
+    assert "in load_state_dict() after 5 steps" in told.message
+
+
 def test_a_closure_that_raises_is_told_to_all_replicas() -> None:
     other, own = attempt(fault("a closure raises on one rank, which lives on"), "default", (2, 1), 60.0)
     assert own.kind == "ZeroDivisionError"
