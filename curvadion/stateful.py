@@ -14,6 +14,7 @@ from curvadion.rules import Step
 from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import reshard_gathered_modules
+from curvadion.sharding.lost import take_word_back
 from curvadion.state.checkpoint import load
 from curvadion.state.common import CommonState, common_state, holding, without_own
 from curvadion.state.table import check_parameters
@@ -302,6 +303,7 @@ class Stateful(View):
         self._gate.signal.forget()
 
     def _now_in(self, call: str) -> None:
+        take_word_back()
         place = self._built.exchange.place
         place.call, place.steps = call, self._schedule.steps
 
