@@ -81,10 +81,15 @@ class _HandOver:
         self._optimizer = optimizer
 
     def fingerprint(self) -> int:
-        optimizer = self._optimizer
-        return hash_text(
-            repr((optimizer._options.given, optimizer._built.table.describe(), sorted(optimizer._also)))
-        )
+        optimizer, built = self._optimizer, self._optimizer._built
+        groups = [
+            (group["algorithm"], group["weight_layout"], cut)
+            for group, cut in zip(optimizer.param_groups, built.table.cut_by, strict=True)
+        ]
+        ranks = [b.rank for b in built.store.kinds]
+        state = [(key, tuple(x.shape), x.dtype) for key, x in self._states()]
+        also = sorted(optimizer._also)
+        return hash_text(repr((optimizer._options.given, built.table.describe(), groups, ranks, state, also)))
 
     def refuse(self) -> None:
         raise ReplicaMismatchError(
@@ -107,17 +112,17 @@ class _HandOver:
     def tensors(self) -> list[Tensor]:
         optimizer, built = self._optimizer, self._optimizer._built
         X_0 = optimizer._consensus.common(built.store).get("X_0", built.X())
-        return [*X_0, *self._state()]
+        return [*X_0, *(x for _, x in self._states())]
 
-    def _state(self) -> list[Tensor]:
+    def _states(self) -> list[tuple[str, Tensor]]:
         optimizer = self._optimizer
         states = [optimizer.state[p] for p in optimizer._built.table.params]
-        return [local_tensor(state[key]) for state in states for key in sorted(state)]
+        return [(key, local_tensor(state[key])) for state in states for key in sorted(state)]
 
     def take(self, tensors: Sequence[Tensor], note: dict[str, Any]) -> None:
         optimizer, X = self._optimizer, self._optimizer._built.X()
         copy_into(X, tensors[: len(X)])
-        copy_into(self._state(), tensors[len(X) :])
+        copy_into([x for _, x in self._states()], tensors[len(X) :])
         reshard_gathered_modules()
         for group, theirs in zip(optimizer.param_groups, note["groups"], strict=True):
             group.update(theirs)

@@ -429,10 +429,6 @@ class CurvaDion(Elastic):
             config = partial(self._built.describe, self.param_groups)
             self._agreement.check(exchange, steps, config, {}, ())
 
-    def _now_in(self, call: str) -> None:
-        place = self._built.exchange.place
-        place.call, place.steps = call, self._schedule.steps
-
     def _gradients(self) -> list[tuple[str, Tensor | None]]:
         table = self._built.table
         return [(name, p.grad) for name, p in zip(table.names, table.params, strict=True)]

@@ -11,9 +11,10 @@ import torch
 from curvadion.options import Options, asks_for_local_steps, check_group, check_rule
 from curvadion.rooms import Rooms
 from curvadion.rules import Step
-from curvadion.sharding.agreement import Agreement, check_loads
+from curvadion.sharding.agreement import Agreement
 from curvadion.sharding.group import Group
 from curvadion.sharding.layout import reshard_gathered_modules
+from curvadion.sharding.lost import take_word_back
 from curvadion.state.checkpoint import load
 from curvadion.state.common import CommonState, common_state, holding, without_own
 from curvadion.state.table import check_parameters
@@ -28,7 +29,7 @@ class Stateful(View):
     """An optimizer of rooms whose state can be saved, loaded and copied. Communicates in `_settle` alone."""
 
     # What a copy carries over; the rooms are built anew.
-    _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus", "_inside")
+    _CARRIED = ("_options", "_schedule", "_gate", "_trouble", "_agreement", "_consensus")
     _options: Options
     _peers: Group | None
     _agreement: Agreement
@@ -184,7 +185,8 @@ class Stateful(View):
 
     def _agree(self, failure: BaseException | None, steps: int) -> None:
         self._agreed = True
-        check_loads(self._built.exchange, failure, steps)
+        self._now_in("load_state_dict()")
+        self._agreement.check_loads(self._built.exchange, failure, steps)
 
     @property
     def _built(self) -> Rooms:
@@ -242,12 +244,17 @@ class Stateful(View):
                 "a CurvaDion on a mesh or process group cannot be copied or pickled; save opt.state_dict() "
                 "instead"
             )
+        if self._inside == COMMON:
+            raise RuntimeError(
+                f"an optimizer must not be copied or pickled inside {COMMON}, where parameters and what they "
+                "are put back to have changed places; leave it first, or save opt.state_dict()"
+            )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._CARRIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
-            self._peers = None
+            self._peers, self._inside = None, ""
             self._schedule.diverged = self._gate.awaits_answer or self._consensus.under_way
             self._build()
 
@@ -294,6 +301,11 @@ class Stateful(View):
         """Let the rooms start anew, because replicas are equal."""
         self._consensus.forget()
         self._gate.signal.forget()
+
+    def _now_in(self, call: str) -> None:
+        take_word_back()
+        place = self._built.exchange.place
+        place.call, place.steps = call, self._schedule.steps
 
     def _refuse_inside(self, call: str) -> None:
         if self._inside:

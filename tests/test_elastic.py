@@ -306,22 +306,32 @@ def test_what_cannot_be_done_again_by_those_that_are_left_is_refused() -> None:
         assert part in message
 
 
-def with_another_width(address: str, name: str, width: int) -> list[Any]:
+def built_with(address: str, name: str, width: int, options: dict[str, Any]) -> list[Any]:
     model = torch.nn.Linear(width, 4, bias=False)
     group = ElasticGroup(address, name, expected=2, lease=LEASE, timeout=60)
-    opt = CurvaDion(list(model.named_parameters()), replicate_mesh=group, **LOW_COMMUNICATION)
+    groups = [{"params": list(model.named_parameters()), **options}]
+    opt = CurvaDion(groups, replicate_mesh=group, **LOW_COMMUNICATION)
     opt.join()
     return group.names
 
 
 def test_a_replica_that_is_built_otherwise_does_not_get_in() -> None:
+    """Nor one whose groups lay out their state otherwise, be it in tensors of the same shapes."""
+    others: dict[str, tuple[int, dict[str, Any]]] = {
+        "b": (9, {}),
+        "d": (8, {"splits": 2}),
+        "e": (8, {"rank_fraction": 1.0}),
+        "f": (8, {"local_update": "normuon"}),
+        "g": (8, {"weight_layout": "in_out"}),
+    }
     with Jobs() as jobs:
-        jobs.start("a", with_another_width, 8)
-        jobs.start("b", with_another_width, 9)
-        with pytest.raises(
-            AssertionError, match="ReplicaMismatchError: a replica that joins must be built as"
-        ):
-            jobs.results("b")
-        jobs.kill("b")
-        jobs.start("c", with_another_width, 8)
+        jobs.start("a", built_with, 8, {})
+        for name, built in others.items():
+            jobs.start(name, built_with, *built)
+            with pytest.raises(
+                AssertionError, match="ReplicaMismatchError: a replica that joins must be built as"
+            ):
+                jobs.results(name)
+            jobs.kill(name)
+        jobs.start("c", built_with, 8, {"lr": 0.1})
         assert jobs.results("a", "c") == [["a", "c"], ["a", "c"]]

@@ -5,8 +5,11 @@ number; and that docs/failures.md quotes the errors as they are."""
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 import re
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +20,12 @@ import torch
 import torch.distributed as dist
 from faults import Fault, attempt
 from fuzz import fuzz
+from support.faults import Reporter, run_faulty
 from support.models import Toy, grid
 from support.ranks import GROUP_TIMEOUT, run_ranks
 from torch.distributed.constants import default_pg_timeout
 
-from curvadion import CurvaDion
+from curvadion import CurvaDion, NonFiniteError
 from curvadion.sharding.lost import LostRankError, Place, explained, meet, timeout_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +76,18 @@ def test_replicas_that_do_different_things_are_told_at_once(name: str, shape: tu
         assert told.kind == "ReplicaMismatchError", told
 
 
+def test_a_load_on_one_replica_meets_the_step_of_the_other() -> None:
+    other, own = attempt(fault("a state loaded on one rank"), "default", (2, 1), 60.0)
+    assert other.kind == "ReplicaMismatchError", other
+    assert own.kind == "ValueError" and "by all ranks or by none" in own.message, own
+
+
+def test_a_load_on_one_rank_of_a_replica_is_told() -> None:
+    for told in attempt(fault("a state loaded on one rank"), "default", (1, 2), TIMEOUT):
+        assert told.kind == "LostRankError", told
+    assert "in load_state_dict() after 5 steps" in told.message
+
+
 def test_a_closure_that_raises_is_told_to_all_replicas() -> None:
     other, own = attempt(fault("a closure raises on one rank, which lives on"), "default", (2, 1), 60.0)
     assert own.kind == "ZeroDivisionError"
@@ -83,6 +99,35 @@ def test_what_a_rank_raised_is_quoted_by_those_that_miss_it() -> None:
     assert own.kind == "ZeroDivisionError"
     assert other.kind == "LostRankError"
     assert "rank 1 was in step() after 5 steps, and raised ZeroDivisionError: this batch" in other.message
+
+
+def healed_then_killed(reporter: Reporter) -> None:
+    """A NaN on rank 1, a load everywhere, a step; then rank 1 is gone."""
+    replicate, _ = grid(2, 1)
+    toy, rank = Toy(), dist.get_rank()
+    opt = CurvaDion(toy.groups(), replicate_mesh=replicate, max_local_steps=0)
+    saved = copy.deepcopy(opt.state_dict())
+    toy.set_gradients(0, rank)
+    if rank == 1:
+        param = toy.params[next(iter(toy.matrices))]
+        param.grad = torch.full_like(param, math.nan)
+    with pytest.raises(NonFiniteError):
+        opt.step()
+    opt.discard_divergence()
+    opt.load_state_dict(saved)
+    for step in range(3):
+        if rank == 1 and step == 1:
+            reporter.fault()
+            os.kill(os.getpid(), signal.SIGKILL)
+        toy.set_gradients(step, rank)
+        opt.step()
+
+
+def test_what_a_rank_raised_and_was_healed_from_is_no_sign_of_life() -> None:
+    told, gone = run_faulty(2, healed_then_killed, timeout=60.0, deadline=60.0)
+    assert gone.kind == "killed", gone
+    assert told.kind == "LostRankError", told
+    assert "nothing was heard of [1]" in told.message and "NonFiniteError" not in told.message
 
 
 def timeouts() -> tuple[list[timedelta | None], list[str]]:

@@ -10,6 +10,7 @@ import copy
 import io
 import math
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,27 @@ def test_deepcopy_of_model_and_optimizer() -> None:
     assert state_digest(opt_copy) == state_digest(opt), "the copy takes the same steps, bitwise"
     assert opt_copy.metrics()["curvadion/synchronized"] == opt.metrics()["curvadion/synchronized"]
     assert opt_copy.matrix_names == opt.matrix_names
+
+
+OUTER = {"consensus": "outer", "local_update": "muon", "tau": math.inf, "max_local_steps": 3}
+
+
+@pytest.mark.parametrize("options", [OUTER, {**OUTER, "outer_fragments": 3, "outer_delay": 2}])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_copy_goes_on_with_what_is_under_way(options: dict[str, Any], inside: bool) -> None:
+    """Also one that was made inside `consensus()`, which puts nothing back into the copy."""
+    toy = Toy()
+    opt = CurvaDion(toy.groups(), **options)
+    train(toy, opt, range(5))
+    with opt.consensus() if inside else nullcontext():
+        toy_copy, opt_copy = copy.deepcopy((toy, opt))
+        toy_read, opt_read = pickle.loads(pickle.dumps((toy, opt)))
+    train(toy, opt, range(5, 12))
+    for other, other_opt in ((toy_copy, opt_copy), (toy_read, opt_read)):
+        train(other, other_opt, range(5, 12))
+        assert state_digest(other_opt) == state_digest(opt)
+    with opt.common_state(), pytest.raises(RuntimeError, match=r"inside common_state\(\)"):
+        copy.deepcopy(opt)
 
 
 def test_repr_and_zero_grad() -> None:

@@ -15,6 +15,7 @@ from curvadion_kernels.reference import CHECK_KEY, FAILED_KEY, OUTSIDE_KEY
 logger = logging.getLogger("curvadion.optimizer")
 
 ANOTHER = "another rank has refused it"
+LOADS = 1 << 40  # more than the steps of any run: ranks that load and ranks that check take notice
 
 Gradients = Sequence[tuple[str, Tensor | None]]
 
@@ -148,6 +149,32 @@ class Agreement:
                 " and others" if len(lacking) > 5 else "",
             )
 
+    def check_loads(self, exchange: Exchange, failure: BaseException | None, steps: int) -> None:
+        """Raise on every rank if one of them cannot load its checkpoint, or does something else, or they are
+        not of one step; a collective.
+
+        Args:
+            failure: what is wrong with that of this rank.
+            steps: steps that it counts.
+        """
+        try:
+            self._announce(exchange)
+        except ReplicaMismatchError as error:
+            raise failure or error from None
+        different = exchange.agree(LOADS + (0 if failure else steps), 2 if failure else 1, 0)
+        if failure is not None:
+            raise failure
+        if "config" in different:
+            raise ValueError(
+                f"a checkpoint must be loaded by all ranks or by none; {ANOTHER}, or is at something else; "
+                "its own error says which; nothing has changed here either"
+            )
+        if "step" in different:
+            raise ValueError(
+                f"all ranks must load the same checkpoint; this one's counts {steps} steps, another's "
+                "another number; nothing has changed; load the files of one save"
+            )
+
     def _announce(self, exchange: Exchange) -> None:
         """Begin together: ranks of a replica in the store, replicas by a key, which may meet one of a step.
 
@@ -171,29 +198,6 @@ class Agreement:
         raise ReplicaMismatchError(
             "all ranks must call step() and synchronize() equally often, and whatever else is of all ranks; "
             f"this one is in {exchange.place}, another is at {at}; give every replica as many batches"
-        )
-
-
-def check_loads(exchange: Exchange, failure: BaseException | None, steps: int) -> None:
-    """Raise on every rank if one of them cannot load its checkpoint, or they are not of one step; a
-    collective.
-
-    Args:
-        failure: what is wrong with that of this rank.
-        steps: steps that it counts.
-    """
-    different = exchange.agree(0 if failure else steps, int(failure is not None), 0)
-    if failure is not None:
-        raise failure
-    if "config" in different:
-        raise ValueError(
-            f"a checkpoint must be loaded by all ranks or by none; {ANOTHER}, and its own error says why; "
-            "nothing has changed here either"
-        )
-    if "step" in different:
-        raise ValueError(
-            f"all ranks must load the same checkpoint; this one's counts {steps} steps, another's another "
-            "number; nothing has changed; load the files of one save"
         )
 
 

@@ -142,6 +142,9 @@ def _roll_call(place: Place, what: str, ranks: Sequence[int]) -> tuple[list[int]
     return [rank for rank in others if rank not in found], words
 
 
+_WORDS: set[int] = set()  # ranks that have left word; this one, if any
+
+
 def leave_word(place: Place, error: Exception) -> None:
     """Say in the store what befell this rank, for the errors of those that will miss it."""
     if dist.is_initialized() and not isinstance(error, LostRankError):
@@ -149,6 +152,14 @@ def leave_word(place: Place, error: Exception) -> None:
             _store().set(
                 _key(dist.get_rank()), f"{place}, and raised {type(error).__name__}: {str(error)[:200]}"
             )
+            _WORDS.add(dist.get_rank())
+
+
+def take_word_back() -> None:
+    """Remove what `leave_word` has left in the store: this rank goes on after it."""
+    if _WORDS:
+        with suppress(Exception):
+            _store().delete_key(_key(_WORDS.pop()))
 
 
 def _quietly(call: Callable[[], None]) -> None:

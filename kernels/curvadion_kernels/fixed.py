@@ -29,6 +29,9 @@ class Fixed(tuple[T, ...]):
     Every operation takes it where it takes a list of tensors. None stands for a missing gradient.
     """
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fixed, (tuple(self),)  # what was found out is not true of copies
+
     @functools.cached_property
     def present(self) -> list[Tensor]:
         """Those that are not None."""
