@@ -367,6 +367,7 @@ SINGLE: list[dict[str, Any]] = [
     {"payload_dtype": torch.bfloat16},
     {"local_update": "muon", "nesterov": True, "newton_schulz_steps": 6},
     {"local_update": "muon", "splits": 2},
+    {"local_update": "dion", "max_local_steps": 0, "owners": "always", "replica_gbit": 400.0},
     {"local_update": "dion", "splits": 2, "split_along": "inputs"},
     {"local_update": "muon", "newton_schulz_dtype": torch.float32, "owner_dtype": torch.bfloat16},
     {**OUTER, "outer_lr": 0.7, "outer_momentum": 0.6},

@@ -141,9 +141,10 @@ class Iteration:
         one triangle is enough, and of others."""
         long, short = max(m, n), min(m, n)
         lengths = [len(segment) for segment in self.segments(m, n, dtype)]
-        symmetric = len(lengths) * 2 * long * short**2 + self.steps * 2 * short**3
-        others = len(lengths) * 2 * long * short**2 + sum(3 * (k - 1) for k in lengths) * 2 * short**3
-        return symmetric, others
+        single = lengths.count(1)
+        symmetric = len(lengths) * 2 * long * short**2 + single * 2 * short**3
+        whole = self.steps - single + sum(3 * (k - 1) for k in lengths)
+        return symmetric, len(lengths) * 2 * long * short**2 + whole * 2 * short**3
 
     def flops(self, m: float, n: float, dtype: torch.dtype) -> float:
         """Return the FLOPs of all rounds on (m, n), m >= n or the other way round."""
@@ -226,11 +227,14 @@ def _advance(
     Y: Tensor, G: Tensor, rounds: Sequence[tuple[float, ...]], product: Callable[..., Tensor]
 ) -> Tensor:
     """Return Y after these rounds, given G = Y^T Y."""
+    if len(rounds) == 1:
+        [(a, b, c)] = rounds
+        return torch.baddbmm(Y, Y, product(G, alpha=c, beta=b), beta=a)
     Q: Tensor | None = None
     for number, (a, b, c) in enumerate(rounds, 1):
-        Z = product(G, alpha=c, beta=b)  # without a I, whose rounding would be all others'
-        if len(rounds) == 1:
-            return torch.baddbmm(Y, Y, Z, beta=a)
+        # Without a I, whose rounding would be all others'. Of whole products: later G are symmetric but for
+        # rounding, of which one triangle alone would make several times the error.
+        Z = reference.symmetric_product(G, alpha=c, beta=b)
         if number < len(rounds):
             GZ = torch.baddbmm(G, G, Z, beta=a)
             G = torch.baddbmm(GZ, GZ, Z, beta=a)
