@@ -18,7 +18,7 @@ from curvadion import LOW_COMMUNICATION, CurvaDion, ElasticGroup, LeftBehindErro
 from support.layouts import local
 from support.replicas import on_operations
 
-LEASE = 5.0  # longer than any rank may have to wait for a core
+LEASE = 8.0  # longer than any rank may have to wait for a core
 
 
 class Tiny(nn.Module):
