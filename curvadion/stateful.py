@@ -2,11 +2,12 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from curvadion.options import Options, asks_for_local_steps, check_group, check_rule
 from curvadion.rooms import Rooms
@@ -16,7 +17,7 @@ from curvadion.sharding.group import Group
 from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.sharding.lost import take_word_back
 from curvadion.state.checkpoint import load
-from curvadion.state.common import CommonState, common_state, holding, without_own
+from curvadion.state.common import holding, without_own
 from curvadion.state.table import check_parameters
 from curvadion.view import View
 
@@ -113,10 +114,10 @@ class Stateful(View):
         self._refuse_inside(COMMON)
         self._trouble.refuse_if_broken()
         with torch.no_grad():
-            X, common = self._built.X(), self._common()
+            X, common = self._built.X(), self._common_parameters()
         self._inside = COMMON
         try:
-            with holding(X, common.X):
+            with holding(X, common):
                 if self._built.table.device.type not in (
                     "cpu",
                     "meta",
@@ -126,8 +127,9 @@ class Stateful(View):
         finally:
             self._inside = ""
 
-    def _common(self) -> CommonState:
-        """Return what all replicas hold alike. Raises RuntimeError where they do not know the parameters."""
+    def _common_parameters(self) -> Sequence[Tensor]:
+        """Return the parameters when replicas were equal last. Raises RuntimeError where nobody has kept
+        them."""
         built = self._built
         X_0 = self._consensus.common(built.store).get("X_0")
         if X_0 is None and self._parameters_differ:
@@ -137,7 +139,7 @@ class Stateful(View):
                 "save right after a synchronized step (curvadion/synchronized in opt.metrics()), call "
                 "opt.synchronize() first, or use consensus='outer'"
             )
-        return common_state(built.X() if X_0 is None else X_0, built.store, self._schedule)
+        return built.X() if X_0 is None else X_0
 
     def _common_state_dict(self) -> dict[str, Any]:
         state, table = super().state_dict(), self._built.table

@@ -48,8 +48,7 @@ from curvadion.sharding.region import Region
 # Copies of what a GPU orthonormalizes at once, at the peak: what came, the iterate, the next one, what goes.
 # Measured, 5.3 to 5.5, by benchmarks/sharded.py in both dtypes, by owners and together.
 COPIES = 5.5
-# Copies of what is under way to and from owners of Dion's factors, in two buckets, at the peak: measured, 3.5
-# to 5, in the same way.
+# Copies of what is under way to and from owners of Dion's factors, in two buckets, at the peak: an estimate.
 COPIES_OF_FACTORS = 5
 # Bytes read and written for an element of pseudo-gradient, beside the local step: X_0, X, the mean and new
 # values; and by the codec, in plain torch.

@@ -221,8 +221,8 @@ class Pairwise:
 
 
 def within_replica() -> tuple[int, int]:
-    """Return this rank and the number of ranks of the default process group, which holds one replica; 0 and 1
-    where there is none."""
+    """Return this rank and the number of ranks of the default process group, which holds one replica where
+    replicas may leave; 0 and 1 without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -349,15 +349,6 @@ def results_of(replicas: Sequence[Future[T]]) -> list[T]:
     return [replica.result() for replica in replicas]
 
 
-def told(value: T) -> list[T]:
-    """Return what every rank of the job says, by rank: a collective of all of them, outside of steps."""
-    if not dist.is_available() or not dist.is_initialized():
-        return [value]
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, value)
-    return said
-
-
 def is_first_rank() -> bool:
     """Say whether this is rank 0 of the job."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    return within_replica()[0] == 0

@@ -2,43 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvadion.gate.schedule import Schedule
 from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.state.batch import RIGHT_FACTORS
 from curvadion.state.store import States, Store
 
 # State of a parameter that is equal in all replicas whatever steps they take; Q is too, where it is common.
 COMMON_KEYS = ("step", "local_steps", "synchronized_steps", "outer_momentum")
-
-
-@dataclass(frozen=True)
-class CommonState:
-    """What is bitwise the same on the peers of this rank in all replicas: its shards, not copies of them.
-
-    Attributes:
-        X: the parameters when replicas were equal last, X_0; those themselves where no replica has left them.
-        U: the outer momenta; nothing where there are none.
-        steps, synchronized_steps: taken so far.
-    """
-
-    X: Sequence[Tensor]
-    U: Sequence[Tensor]
-    steps: int
-    synchronized_steps: int
-
-
-def common_state(X_0: Sequence[Tensor], store: Store, schedule: Schedule) -> CommonState:
-    """Return what all replicas hold alike. Communicates nothing.
-
-    Args:
-        X_0: the parameters when replicas were equal last.
-    """
-    return CommonState(X_0, store.outer_momenta, schedule.steps, schedule.synchronized_steps)
 
 
 def without_own(states: States, store: Store, *, first: bool) -> dict[Tensor, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from curvadion.sharding.agreement import ANOTHER
-from curvadion.sharding.group import is_first_rank, told
+from curvadion.sharding.group import gather, is_first_rank
 
 logger = logging.getLogger("curvadion.checkpoint")
 
@@ -48,7 +48,7 @@ def load_newest(
         RuntimeError: on every rank, if there are some, and none can be loaded: what was loaded in part must
             not be trained on.
     """
-    candidates, *_ = told(sorted(set(steps), reverse=True))
+    candidates, *_ = gather(sorted(set(steps), reverse=True))
     passed_over = []
     for step in candidates:
         problem = None
@@ -57,7 +57,7 @@ def load_newest(
                 load(step)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             problem = error
-        problems = told(problem and _in_words(problem))
+        problems = gather(problem and _in_words(problem))
         if not any(problems):
             return step
         where = [(rank, said) for rank, said in enumerate(problems) if said]

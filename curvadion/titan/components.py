@@ -14,7 +14,7 @@ from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 
 from curvadion.optimizer import CurvaDion
-from curvadion.sharding.group import is_first_rank, told
+from curvadion.sharding.group import gather, is_first_rank
 from curvadion.state.newest import load_newest, steps_of
 from curvadion.titan.optimizer import CurvaDionOptimizer
 
@@ -92,7 +92,7 @@ class CheckpointManager(checkpointer.CheckpointManager):
         return self._optimizers.curvadion if isinstance(self._optimizers, CurvaDionOptimizer) else None
 
     def _find_load_step(self, folder: str = "") -> int:
-        return max(told(self._saved_steps(folder))[0], default=-1)
+        return max(gather(self._saved_steps(folder))[0], default=-1)
 
     @staticmethod
     def _clear(place: str) -> None:
