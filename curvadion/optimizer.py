@@ -101,6 +101,8 @@ class CurvaDion(Elastic):
             each synchronized step makes one of them common, the first step and the warm-up all.
         outer_delay: steps for which a synchronization is under way while replicas go on; 0 waits for it.
         outer_on_host: keep X_0, the parameters when replicas were equal last, in pinned host memory.
+        outer_residual_kept: share of what rounding keeps back of its own pseudo-gradient that a replica goes
+            on with in its parameters, X_i = X_0 - outer_residual_kept r_i; 0 starts all from X_0.
         target_sync_rate: share of steps to synchronize: tau is steered until the gate opens that often.
         gate_every: ask the other replicas on every n-th step, and where warmup_steps or max_local_steps
             synchronize; None asks only there. Nothing at all crosses replicas in between.
@@ -172,6 +174,7 @@ class CurvaDion(Elastic):
         outer_fragments: int = 1,
         outer_delay: int = 0,
         outer_on_host: bool = False,
+        outer_residual_kept: float = 0.0,
         target_sync_rate: float | None = None,
         gate_every: int | None = 1,
         gate_lag: int = 0,

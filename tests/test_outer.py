@@ -207,6 +207,24 @@ ROUNDED = [
         synchronize_after=5,  # after a local step, with something kept back
     )
     for bits, delay in [*((bits, 0) for bits in BITS), (1, 1), (1, 2), (4, 5)]
+] + [
+    Case(
+        f"{bits} bits, {fragments} fragments, delay {delay}, {kept} of the residuals kept",
+        {
+            **OUTER,
+            "outer_bits": bits,
+            "outer_lr": 0.8,
+            "outer_momentum": 0.5,
+            "outer_fragments": fragments,
+            "outer_delay": delay,
+            "outer_residual_kept": kept,
+        },
+        synchronize_after=5,
+    )
+    for bits, fragments, delay, kept in [
+        *((1, 1, 0, 0.5), (1, 1, 0, 1.0), (4, 1, 0, 0.25), (2, 3, 0, 0.5)),
+        *((1, 1, 1, 0.5), (1, 1, 2, 1.0), (4, 2, 5, 0.5)),
+    ]
 ]
 
 

@@ -239,6 +239,7 @@ class Exchange:
         *,
         make: Callable[[list[int]], Tensor] | None = None,
         keep_own: bool = False,
+        give_back: float = 0.0,
     ) -> UnderWay:
         """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all
         replicas.
@@ -259,13 +260,14 @@ class Exchange:
             make: returns the flat buffer of the tensors with these indices; with one replica only when what
                 arrived is asked for, unless `keep_own`.
             keep_own: whether the caller wants to see again what this replica put in.
+            give_back: kappa, the share of e_i that the caller takes over on arrival: e_i <- (1 - kappa) e_i.
         """
         make = make or partial(flatten, tensors)
         while True:
             before = kept.copy() if self._elastic else kept
-            under_way = UnderWay(partial(self.join, purpose=purpose))
+            under_way = UnderWay(partial(self.join, purpose=purpose), give_back)
             for trip in self._departures(tensors, copied, purpose, codec, kept, journey, make, keep_own):
-                under_way.add(*trip)
+                under_way.add(*trip if give_back else trip[:3])
             if not self._elastic:
                 return under_way
             under_way.come_home()
@@ -283,20 +285,21 @@ class Exchange:
         journey: type[RoundedMean],
         make: Callable[[list[int]], Tensor],
         keep_own: bool,
-    ) -> Iterator[tuple[Cut, Journey, Tensor | None]]:
-        """Start the first legs; yield how each buffer was cut, its journey, and what this replica put in."""
+    ) -> Iterator[tuple[Cut, Journey, Tensor | None, Tensor | None]]:
+        """Start the first legs; yield how each buffer was cut, its journey, what this replica put in, and
+        its residual."""
         if self.replicas == 1 and kept.in_use:  # alone by now: all that others were owed
             kept.fold(1)
             pairs = iter(kept.pairs)
             for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
                 owed = piece + next(pairs)[0][: piece.numel()] if piece.numel() else piece
-                yield cut, Nothing(owed, legs=1), None
+                yield cut, Nothing(owed, legs=1), None, None
             kept.clear()
             return
         if self._peers is None or self.replicas == 1:
             for (_, _), indices in buckets(tensors, [((), ())] * len(tensors)):
                 own = make(indices) if keep_own else None
-                yield Cut(indices, (), (), []), AtHome(partial(make, indices), own), own
+                yield Cut(indices, (), (), []), AtHome(partial(make, indices), own), own, None
             return
         if codec is not None:
             kept.belong(self._peers.rank, self.replicas)
@@ -305,12 +308,14 @@ class Exchange:
             own = flat if keep_own else None
             if share != 1.0:
                 piece = piece * share
-            if not piece.numel():
-                yield cut, Nothing(piece, legs=1 if codec is None else journey.legs), own
-            elif codec is None:
-                yield cut, Mean(self, piece, purpose, None, copy=keep_own), own
+            if codec is None:
+                mean = Mean(self, piece, purpose, None, copy=keep_own) if piece.numel() else Nothing(piece, 1)
+                yield cut, mean, own, None
+            elif not piece.numel():
+                yield cut, Nothing(piece, journey.legs), own, piece
             else:
-                yield cut, journey(self, piece, purpose, codec, number, kept), own
+                trip = journey(self, piece, purpose, codec, number, kept)
+                yield cut, trip, own, kept.pairs[number][0][: piece.numel()]
                 number += 1
 
     @property

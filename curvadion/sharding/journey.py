@@ -287,11 +287,13 @@ class Arrival(NamedTuple):
         indices: of the tensors in it.
         mean: flat, to do with as one likes.
         own: what this replica put in, if it was to be kept.
+        given_back: what it lacks by rounding and has to keep from now on, if anything was to be given back.
     """
 
     indices: list[int]
     mean: Tensor
     own: Tensor | None
+    given_back: Tensor | None
 
 
 @dataclass
@@ -300,12 +302,14 @@ class _Trip:
 
     Attributes:
         own: what this replica put in, None if it is not to be kept.
+        residual: what rounding has kept back of that, as far as it is this rank's; None if it stays there.
         mean: what came of it, if it arrived before it was asked for.
     """
 
     cut: Cut
     journey: Journey
     own: Tensor | None
+    residual: Tensor | None
     mean: Tensor | None = None
 
 
@@ -317,15 +321,16 @@ class UnderWay:
 
     Args:
         join: gathers a buffer from the pieces of it that the ranks of a replica hold.
+        give_back: the share of a residual that is given back on arrival.
     """
 
-    def __init__(self, join: Callable[[Cut, Tensor], Tensor]):
-        self._join = join
+    def __init__(self, join: Callable[[Cut, Tensor], Tensor], give_back: float = 0.0):
+        self._join, self._give_back = join, give_back
         self._trips: deque[_Trip] = deque()
 
-    def add(self, cut: Cut, journey: Journey, own: Tensor | None) -> None:
+    def add(self, cut: Cut, journey: Journey, own: Tensor | None, residual: Tensor | None = None) -> None:
         """Take along one more buffer."""
-        self._trips.append(_Trip(cut, journey, own))
+        self._trips.append(_Trip(cut, journey, own, residual))
 
     def start_next_leg(self) -> None:
         """Wait for the leg that is under way, and start the next one if there is one."""
@@ -354,10 +359,17 @@ class UnderWay:
                 if whole is None:
                     self._trips.append(trip)
                     continue
-                arrival = Arrival(trip.cut.indices, whole, trip.own)
+                arrival = Arrival(trip.cut.indices, whole, trip.own, self._given_back(trip))
                 del trip, whole
                 yield arrival
                 del arrival
+
+    def _given_back(self, trip: _Trip) -> Tensor | None:
+        if trip.residual is None:
+            return None
+        given = trip.residual * self._give_back
+        trip.residual.sub_(given)
+        return self._join(trip.cut, given)
 
     def let_pass(self) -> None:
         """Wait for what is left of it, and want none of it."""
