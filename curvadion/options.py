@@ -363,8 +363,8 @@ def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None
     if signal.needs_equal_replicas and consensus.leaves_apart:
         raise ValueError(
             f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and "
-            "fragments"
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without "
+            "outer_residual_kept, delay and fragments"
         )
     if signal.waits_for_replicas and options.schedule.gate_lag:
         raise ValueError(

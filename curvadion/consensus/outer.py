@@ -32,7 +32,7 @@ class OuterOptions:
         fragments: the number of parts that take turns.
         delay: steps for which a pseudo-gradient is under way.
         on_host: keep X_0 in pinned memory of the host; it is fetched for each outer step.
-        residual_kept: kappa, the share of a replica's residual that stays in its own parameters.
+        residual_kept: kappa, the share of a replica's own residual that stays in its parameters.
     """
 
     lr: float
@@ -59,13 +59,13 @@ class Outer(Consensus):
     """A local step always, and pseudo-gradients after the synchronized ones.
 
         D = C(E_i[C(X_0 - X_i)]),   U <- mu U + D,   X = X_0 - outer_lr (D + mu U),   X_0 <- X
-        X_i <- X - kappa r_i,   r_i <- (1 - kappa) r_i
+        X_i <- X - kappa e_i,   e_i <- (1 - kappa) e_i
 
-    C rounds with error feedback (`Exchange.start_mean_over_replicas`); r_i is what it has kept back of this
-    replica's own, of which the share kappa stays in its parameters, to be seen in its next X_0 - X_i, in
-    place of the residual. With a delay, X_i moves by X - kappa r_i - X_i of the departure when D arrives, so
-    that it keeps what this replica did meanwhile. With fragments, each outer step is one of them, in turn;
-    those of the warm-up are of all.
+    C rounds with error feedback, and e_i is what it has kept back of this replica's own (`Exchange.
+    start_mean_over_replicas`). The share kappa of that stays in this replica's parameters: it is in its next
+    X_0 - X_i, and no longer in e_i. X_0 is what all have in common. With a delay, X_i moves by X - kappa e_i
+    - X_i of the departure when D arrives, so that it keeps what this replica did meanwhile. With fragments,
+    each outer step is one of them, in turn; those of the warm-up are of all.
 
     Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models",
     arXiv:2311.08105, and "Streaming DiLoCo", arXiv:2501.18512, for fragments and delay.
@@ -230,7 +230,7 @@ class Outer(Consensus):
             self.journey,
             make=way,
             keep_own=self._o.delay > 0,
-            give_back=self._o.residual_kept,
+            show_residuals=self._o.residual_kept > 0,
         )
         self._flights.append(_Flight(fragment, parts, like, mean))
         if not self._o.delay:
@@ -252,11 +252,13 @@ class Outer(Consensus):
         self._flights.remove(flight)
         norms: dict[int, tuple[Tensor, Tensor]] = {}
         try:
-            for indices, D, own, kept in flight.mean.arrivals():
+            for indices, D, own, residual in flight.mean.arrivals():
                 if own is None:  # nobody has moved since
                     own = self._way(step.X, flight.parts, flight.like, indices)
-                norms |= self._move(step, flight, indices, D, own, kept)
-                del D, own, kept  # before the next come
+                norms |= self._move(step, flight, indices, D, own, residual)
+                if residual is not None:
+                    self._residuals[flight.fragment].given = self._o.residual_kept
+                del D, own, residual  # before the next come
         finally:
             flight.mean.let_pass()  # whatever happened here, others wait for it
         if norms:
@@ -264,14 +266,10 @@ class Outer(Consensus):
             self._apart = torch.stack([torch.stack(some) for some in both]).square().sum(1)
 
     def _move(
-        self, step: Step, flight: _Flight, indices: list[int], D: Tensor, own: Tensor, kept: Tensor | None
+        self, step: Step, flight: _Flight, indices: list[int], D: Tensor, own: Tensor, residual: Tensor | None
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Move the parts in a buffer by their D, in the memory of D and `own`; return the norms of own - D
-        and of D, by part.
-
-        Args:
-            kept: kappa r_i.
-        """
+        """Move the parts in a buffer by their D, in the memory of D and `own`, and by what they keep of their
+        residual; return the norms of own - D and of D, by part."""
         o, parts, shapes = self._o, flight.parts, [flight.like[i] for i in indices]
         X, U, d, ours = step.X, step.store.outer_momenta, shaped(D, shapes), shaped(own, shapes)
         if o.delay:
@@ -289,16 +287,16 @@ class Outer(Consensus):
             torch._foreach_add_(d, u, alpha=o.momentum)
         if o.delay:
             own.sub_(D, alpha=o.lr)
-            if kept is not None:
-                own.sub_(kept)
+            if residual is not None:
+                own.sub_(residual, alpha=o.residual_kept)
             torch._foreach_add_(ours, take_all(parts, X, indices))
             put_all(parts, X, indices, ours)
         torch._foreach_copy_(ours, self._references(X, parts, indices))
         own.sub_(D, alpha=o.lr)
         self._keep(parts, indices, ours)
         if not o.delay:
-            if kept is not None:
-                own.sub_(kept)
+            if residual is not None:
+                own.sub_(residual, alpha=o.residual_kept)
             put_all(parts, X, indices, ours)
         return dict(zip(indices, norms, strict=True))
 

@@ -104,15 +104,26 @@ class Residuals:
     Attributes:
         pairs: one for each buffer.
         in_use: on all ranks alike, also on those that hold nothing of any buffer.
+        given: the share of the first that this replica's tensors have been moved by, so that it is in what
+            they send next.
     """
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.given = 0.0
         self._place: tuple[int, int] | None = None  # this replica's, among how many
 
     @property
     def in_use(self) -> bool:
         return self._place is not None
+
+    def take_back(self, share: float = 1.0) -> None:
+        """mine <- (1 - share given) mine: what is in the tensors, of which `share` is sent, is owed there
+        alone."""
+        if self.given:
+            for mine, _ in self.pairs:
+                mine.mul_(1 - share * self.given)
+            self.given = 0.0
 
     def belong(self, rank: int, replicas: int) -> None:
         """Make them those of this replica among so many. Where it was another one, or among others, parts
@@ -141,12 +152,13 @@ class Residuals:
     def copy(self) -> "Residuals":
         """Return the same, in memory of its own."""
         other = Residuals()
-        other.pairs, other._place = [(mine.clone(), ours.clone()) for mine, ours in self.pairs], self._place
+        other.pairs = [(mine.clone(), ours.clone()) for mine, ours in self.pairs]
+        other.given, other._place = self.given, self._place
         return other
 
     def become(self, other: "Residuals") -> None:
         """Be what another is."""
-        self.pairs, self._place = other.pairs, other._place
+        self.pairs, self.given, self._place = other.pairs, other.given, other._place
 
     def clear(self) -> None:
         """Forget them."""
@@ -287,13 +299,13 @@ class Arrival(NamedTuple):
         indices: of the tensors in it.
         mean: flat, to do with as one likes.
         own: what this replica put in, if it was to be kept.
-        given_back: what it lacks by rounding and has to keep from now on, if anything was to be given back.
+        residual: what rounding keeps back of it, to be read, if it was to be shown and there is any.
     """
 
     indices: list[int]
     mean: Tensor
     own: Tensor | None
-    given_back: Tensor | None
+    residual: Tensor | None
 
 
 @dataclass
@@ -302,7 +314,7 @@ class _Trip:
 
     Attributes:
         own: what this replica put in, None if it is not to be kept.
-        residual: what rounding has kept back of that, as far as it is this rank's; None if it stays there.
+        residual: of this rank's piece, None if it is not to be shown.
         mean: what came of it, if it arrived before it was asked for.
     """
 
@@ -321,14 +333,13 @@ class UnderWay:
 
     Args:
         join: gathers a buffer from the pieces of it that the ranks of a replica hold.
-        give_back: the share of a residual that is given back on arrival.
     """
 
-    def __init__(self, join: Callable[[Cut, Tensor], Tensor], give_back: float = 0.0):
-        self._join, self._give_back = join, give_back
+    def __init__(self, join: Callable[[Cut, Tensor], Tensor]):
+        self._join = join
         self._trips: deque[_Trip] = deque()
 
-    def add(self, cut: Cut, journey: Journey, own: Tensor | None, residual: Tensor | None = None) -> None:
+    def add(self, cut: Cut, journey: Journey, own: Tensor | None, residual: Tensor | None) -> None:
         """Take along one more buffer."""
         self._trips.append(_Trip(cut, journey, own, residual))
 
@@ -359,17 +370,11 @@ class UnderWay:
                 if whole is None:
                     self._trips.append(trip)
                     continue
-                arrival = Arrival(trip.cut.indices, whole, trip.own, self._given_back(trip))
-                del trip, whole
+                left = None if trip.residual is None else self._join(trip.cut, trip.residual)
+                arrival = Arrival(trip.cut.indices, whole, trip.own, left)
+                del trip, whole, left
                 yield arrival
                 del arrival
-
-    def _given_back(self, trip: _Trip) -> Tensor | None:
-        if trip.residual is None:
-            return None
-        given = trip.residual * self._give_back
-        trip.residual.sub_(given)
-        return self._join(trip.cut, given)
 
     def let_pass(self) -> None:
         """Wait for what is left of it, and want none of it."""

@@ -27,7 +27,7 @@ process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, 
     with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was);
     with outer_residual_kept = kappa, r_i being what rounding has kept back of replica i's own contribution,
       wanted_i = X_0 - X_i + (1 - kappa) r_i,  sent_i = C(wanted_i),  r_i <- wanted_i - sent_i,
-      and X_i goes on from X - kappa r_i in place of X (padding, which is in no X_i, keeps all of its r_i)
+      and X_i goes on from X - kappa r_i in place of X
 """
 
 from __future__ import annotations
@@ -452,19 +452,13 @@ class ReferenceReplicas:
         x0, sent = self._flat(self.X0)[part], []
         before = [self._flat(replica.X)[part] for replica in self.replicas]
         for i, x in enumerate(before):
-            wanted = padded(x0 - x) + self._own_residual(k, i)
+            wanted = padded(x0 - x) + (1 - self.residual_kept) * self.residuals[k][i]
             sent.append(on_wire(wanted))
             self.residuals[k][i] = wanted - sent[-1]
         wanted = sum(sent) / len(sent) + self.mean_residual[k]
         D = on_wire(wanted)
         self.mean_residual[k] = wanted - D
         self.under_way[k] = self.steps, D[: len(part)], before
-
-    def _own_residual(self, k: int, i: int) -> Tensor:
-        """(1 - kappa) r_i: what of it is not in X_i."""
-        left = self.residuals[k][i].clone()
-        left[: len(self.parts[k])] *= 1 - self.residual_kept
-        return left
 
     def _let_arrive(self) -> None:
         for k, (left, _, _) in list(self.under_way.items()):
@@ -551,7 +545,8 @@ class ReferenceReplicas:
         self.told = False
         for k, part in enumerate(self.parts):  # what rounding has kept back is in the average
             for i, replica in enumerate(self.replicas):
-                kept_back = (self._own_residual(k, i) + self.mean_residual[k])[: len(part)]
+                own = (1 - self.residual_kept) * self.residuals[k][i]  # the rest is in X_i
+                kept_back = (own + self.mean_residual[k])[: len(part)]
                 self._put(replica.X, part, self._flat(replica.X)[part] - kept_back)
                 self.residuals[k][i] = torch.zeros_like(self.residuals[k][i])
             self.mean_residual[k] = torch.zeros_like(self.mean_residual[k])
