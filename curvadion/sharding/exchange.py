@@ -261,7 +261,8 @@ class Exchange:
             make: returns the flat buffer of the tensors with these indices; with one replica only when what
                 arrived is asked for, unless `keep_own`.
             keep_own: whether the caller wants to see again what this replica put in.
-            show_residuals: whether it wants to see e_i on arrival, where something was rounded.
+            show_residuals: whether it wants to see e_i on arrival, where something was rounded; gathered
+                inside the replica as the mean is.
         """
         make = make or partial(flatten, tensors)
         while True:
