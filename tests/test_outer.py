@@ -207,7 +207,8 @@ ROUNDED = [
         synchronize_after=5,  # after a local step, with something kept back
     )
     for bits, delay in [*((bits, 0) for bits in BITS), (1, 1), (1, 2), (4, 5)]
-] + [
+]
+ROUNDED_AND_KEPT = [
     Case(
         f"{bits} bits, {fragments} fragments, delay {delay}, {kept} of the residuals kept",
         {
@@ -228,18 +229,19 @@ ROUNDED = [
 ]
 
 
-def run_rounded(replicas: int) -> list[str]:
+def run_rounded(replicas: int, cases: list[Case]) -> list[str]:
     placed = LAYOUTS[0].build(initial_values(), replicas)
     parts = [placed.parts_of(G[placed.replica]) for G in gradients(replicas)]
-    return [problem for case in ROUNDED for problem in run_case(placed, parts, case, replicas)]
+    return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
+@pytest.mark.parametrize("cases", [ROUNDED, ROUNDED_AND_KEPT], ids=["rounded", "and kept"])
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_rounded_pseudo_gradients_are_those_of_the_reference(replicas: int) -> None:
+def test_rounded_pseudo_gradients_are_those_of_the_reference(replicas: int, cases: list[Case]) -> None:
     assert RTOL < 1e-8
-    for case in ROUNDED:
+    for case in cases:
         trajectory(case, replicas)  # here, not in every forked rank
-    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas) for line in of_rank]
+    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas, cases) for line in of_rank]
     assert not problems, "\n".join(problems[:20])
 
 
