@@ -312,11 +312,10 @@ class Exchange:
             own = flat if keep_own else None
             if share != 1.0:
                 piece = piece * share
-            if codec is None:
-                mean = Mean(self, piece, purpose, None, copy=keep_own) if piece.numel() else Nothing(piece, 1)
-                yield cut, mean, own, None
-            elif not piece.numel():
-                yield cut, Nothing(piece, journey.legs), own, piece
+            if not piece.numel():
+                yield cut, Nothing(piece, legs=1 if codec is None else journey.legs), own, piece
+            elif codec is None:
+                yield cut, Mean(self, piece, purpose, None, copy=keep_own), own, None
             else:
                 trip = journey(self, piece, purpose, codec, number, kept)
                 yield cut, trip, own, kept.pairs[number][0][: piece.numel()]
