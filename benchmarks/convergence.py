@@ -267,7 +267,7 @@ SHARED = (
         "bits",
         "outer_lr",
     ),
-    *("outer_momentum", "gate", "tau", "warmup", "delay"),
+    *("outer_momentum", "gate", "tau", "warmup", "delay", "kept"),
 )
 
 
@@ -303,7 +303,7 @@ def train_flags(setting: Setting) -> list[str]:
             "--outer-lr": setting.outer_lr,
             "--outer-momentum": setting.outer_momentum,
         }
-        flags["--outer-delay"] = setting.delay
+        flags |= {"--outer-delay": setting.delay, "--outer-residual-kept": setting.kept}
     if setting.gate == "interval":
         never = 10**9
         flags |= {

@@ -52,6 +52,7 @@ class Setting:
         at_synchronization: what happens to momentum: "keep", "average" (in full) or "reset".
         fragments: synchronize one of so many parts of the parameters at a time, so many times as often.
         delay: steps for which a synchronization is under way.
+        kept: outer_residual_kept; in the end all replicas go back to X_0.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Setting:
     at_synchronization: str = "keep"
     fragments: int = 1
     delay: int = 0
+    kept: float = 0.0
 
 
 def options_of(setting: Setting) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def options_of(setting: Setting) -> dict[str, Any]:
         "outer_momentum": s.outer_momentum,
         "outer_fragments": s.fragments,
         "outer_delay": s.delay,
+        "outer_residual_kept": s.kept,
     }
 
 
@@ -167,6 +170,10 @@ class Replica:
         if last and self.setting.delay:
             with torch.no_grad():
                 opt._consensus.land(opt._built.step(opt.param_groups, schedule))
+        if last and self.setting.kept:
+            with torch.no_grad():
+                X_0 = opt._consensus.common(opt._built.store)["X_0"]
+                torch._foreach_copy_(opt._built.X(), X_0)
         told = opt.metrics()
         if told["curvadion/skipped_steps"]:  # where nobody is asked, it would stand still without a word
             raise NonFiniteError(f"a replica met a NaN or an infinity after {schedule.steps - 1} steps")

@@ -101,6 +101,8 @@ class CurvaDion(Elastic):
             each synchronized step makes one of them common, the first step and the warm-up all.
         outer_delay: steps for which a synchronization is under way while replicas go on; 0 waits for it.
         outer_on_host: keep X_0, the parameters when replicas were equal last, in pinned host memory.
+        outer_residual_kept: share of what rounding keeps back of a replica's pseudo-gradient that stays in
+            its parameters, X_i = X_0 - outer_residual_kept e_i; with 0 all go on from X_0.
         target_sync_rate: share of steps to synchronize: tau is steered until the gate opens that often.
         gate_every: ask the other replicas on every n-th step, and where warmup_steps or max_local_steps
             synchronize; None asks only there. Nothing at all crosses replicas in between.
@@ -172,6 +174,7 @@ class CurvaDion(Elastic):
         outer_fragments: int = 1,
         outer_delay: int = 0,
         outer_on_host: bool = False,
+        outer_residual_kept: float = 0.0,
         target_sync_rate: float | None = None,
         gate_every: int | None = 1,
         gate_lag: int = 0,
@@ -354,7 +357,8 @@ class CurvaDion(Elastic):
             NonFiniteError: on every rank, if there is a NaN or an infinity in what is to be averaged.
         """
         self._refuse_inside("synchronize()")
-        self._refuse_if_elastic("synchronize()", "replicas are equal after a synchronized step")
+        instead = "replicas are equal in X_0, which common_state() holds"
+        self._refuse_if_elastic("synchronize()", instead)
         self._now_in("synchronize()")
         store, exchange = self._built.store, self._built.exchange
         self._trouble.overflow = None  # no GradScaler is at work between steps

@@ -121,6 +121,7 @@ OPTIMIZER_OPTIONS: dict[str, Allowed] = {
     "outer_fragments": _integer(1, "try 1; more spread each synchronization over as many smaller ones"),
     "outer_delay": _integer(0, "try 0, which waits; or as many steps as a synchronization takes"),
     "outer_on_host": _flag("try False"),
+    "outer_residual_kept": Allowed(lambda v: 0 <= v <= 1, "in [0, 1]", "try 0.0, or 0.5"),
     "target_sync_rate": Allowed(
         lambda v: v is None or 0 < v <= 1, "None or in (0, 1]", "try 0.05: one step in twenty"
     ),
@@ -362,8 +363,8 @@ def check_signal(signal: Signal, consensus: Consensus, options: Options) -> None
     if signal.needs_equal_replicas and consensus.leaves_apart:
         raise ValueError(
             f"gate={options.gate!r} needs replicas that are equal after a synchronized step; got consensus="
-            f"{options.consensus!r} with options that leave them apart; try 'outer' without delay and "
-            "fragments"
+            f"{options.consensus!r} with options that leave them apart; try 'outer' without "
+            "outer_residual_kept, delay and fragments"
         )
     if signal.waits_for_replicas and options.schedule.gate_lag:
         raise ValueError(

@@ -41,6 +41,7 @@ THEMES = {
     """.split(),
     "Consensus and the outer step": """
         consensus outer_lr outer_momentum outer_bits outer_fragments outer_delay outer_on_host
+        outer_residual_kept
     """.split(),
     "Numbers and checks": """
         newton_schulz newton_schulz_steps newton_schulz_dtype newton_schulz_method momentum_dtype

@@ -78,6 +78,8 @@ def parse_args() -> argparse.Namespace:
         "steps for which a synchronization of --consensus outer is under way; none: 0, which waits for it"
     )
     add("--outer-delay", type=int, help=delay_help)
+    kept_help = "share of its rounding residual that a replica keeps in its parameters; none: 0"
+    add("--outer-residual-kept", type=float, help=kept_help)
     add(
         "--local-lr-scale",
         type=float,
@@ -211,6 +213,7 @@ def between_replicas(args: argparse.Namespace) -> dict[str, Any]:
         "outer_momentum": args.outer_momentum,
         "outer_bits": args.outer_bits,
         "outer_delay": args.outer_delay,
+        "outer_residual_kept": args.outer_residual_kept,
     }
     if args.consensus == "outer":
         options |= {"outer_lr": LOW_COMMUNICATION["outer_lr"], "outer_bits": LOW_COMMUNICATION["outer_bits"]}

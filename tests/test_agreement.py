@@ -18,6 +18,7 @@ SEND: dict[str, dict[str, Any]] = {
     "low": LOW_COMMUNICATION,
     "delay": LOW_COMMUNICATION(outer_delay=2, max_local_steps=3),
     "fragments": LOW_COMMUNICATION(outer_fragments=2, max_local_steps=3),
+    "kept": LOW_COMMUNICATION(outer_residual_kept=0.5, max_local_steps=3),
     "asked": {"consensus": "outer", "tau": 0.05},
     "average": {"tau": 0.05, "max_local_steps": 3},
     "lag": {"tau": 0.05, "max_local_steps": 3, "gate_lag": 1},

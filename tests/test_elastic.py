@@ -86,6 +86,20 @@ def test_a_synchronization_is_applied_by_all_that_are_left_or_done_again_from_wh
         assert max(a["longest"], b["longest"]) < 40, "not the timeout"
 
 
+def test_what_is_kept_is_owed_once_wherever_a_replica_dies() -> None:
+    """X_0 is the same on those that are left, and each goes on as if the third had been gone before."""
+    with ExitStack() as stack:
+        runs = {place: stack.enter_context(Jobs()) for place in ("in a local phase", "in the second leg")}
+        for place, jobs in runs.items():
+            for name in "abc":
+                kept = {"outer_residual_kept": 0.5}
+                jobs.start(name, train, STEPS, kept, PLACES[place] if name == "c" else None)
+        found = [jobs.results("a", "b") for jobs in runs.values()]
+    for a, b in found:
+        assert a["X_0"] == b["X_0"] and a["X"] != b["X"], "synchronized in the last step"
+    assert [replica["X"] for replica in found[0]] == [replica["X"] for replica in found[1]]
+
+
 def test_a_replica_comes_back_fifty_steps_later_and_costs_the_others_none() -> None:
     steps = 121
     with Jobs() as jobs:

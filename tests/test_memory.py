@@ -57,6 +57,7 @@ def outer_step(options: dict[str, Any]) -> tuple[float, float]:
         ({"outer_bits": 1, "outer_delay": 2}, 1.1),  # what was sent stays until the mean is there
         ({"outer_bits": 32, "outer_delay": 2}, 2.0),
         ({"outer_bits": 1, "outer_fragments": 4}, 0.1),
+        ({"outer_bits": 1, "outer_residual_kept": 0.5}, 0.1),
     ],
     ids=str,
 )

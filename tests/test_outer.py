@@ -208,35 +208,57 @@ ROUNDED = [
     )
     for bits, delay in [*((bits, 0) for bits in BITS), (1, 1), (1, 2), (4, 5)]
 ]
+ROUNDED_AND_KEPT = [
+    Case(
+        f"{bits} bits, {fragments} fragments, delay {delay}, {kept} of the residuals kept",
+        {
+            **OUTER,
+            "outer_bits": bits,
+            "outer_lr": 0.8,
+            "outer_momentum": 0.5,
+            "outer_fragments": fragments,
+            "outer_delay": delay,
+            "outer_residual_kept": kept,
+        },
+        synchronize_after=5,
+    )
+    for bits, fragments, delay, kept in [
+        *((1, 1, 0, 0.5), (1, 1, 0, 1.0), (4, 1, 0, 0.25), (2, 3, 0, 0.5)),
+        *((1, 1, 1, 0.5), (1, 1, 2, 1.0), (4, 2, 5, 0.5)),
+    ]
+]
 
 
-def run_rounded(replicas: int) -> list[str]:
+def run_rounded(replicas: int, cases: list[Case]) -> list[str]:
     placed = LAYOUTS[0].build(initial_values(), replicas)
     parts = [placed.parts_of(G[placed.replica]) for G in gradients(replicas)]
-    return [problem for case in ROUNDED for problem in run_case(placed, parts, case, replicas)]
+    return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
+@pytest.mark.parametrize("cases", [ROUNDED, ROUNDED_AND_KEPT], ids=["rounded", "and kept"])
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_rounded_pseudo_gradients_are_those_of_the_reference(replicas: int) -> None:
+def test_rounded_pseudo_gradients_are_those_of_the_reference(replicas: int, cases: list[Case]) -> None:
     assert RTOL < 1e-8
-    for case in ROUNDED:
+    for case in cases:
         trajectory(case, replicas)  # here, not in every forked rank
-    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas) for line in of_rank]
+    problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas, cases) for line in of_rank]
     assert not problems, "\n".join(problems[:20])
 
 
-def run_conserved(layout: Layout, bits: int, fragments: int, delay: int) -> None:
+def run_conserved(layout: Layout, bits: int, fragments: int, delay: int, kept: float) -> None:
     """Without weight decay the updates depend on prescribed gradients alone, so where replicas end shows what
     got lost."""
     ends = {}
     for b in (32, bits):
         placed = layout.build(initial_values(), 2)
         parts = {"outer_bits": b, "outer_fragments": fragments, "outer_delay": delay}
+        if b < 32:
+            parts["outer_residual_kept"] = kept
         optimizer = make_optimizer(placed, Case("conserved", {**OUTER, **parts, "weight_decay": 0.0}))
         for step, G in enumerate(gradients(2)):
             placed.set_gradients(placed.parts_of(G[placed.replica]))
             optimizer.step()
-            if optimizer.metrics()["curvadion/synchronized"] and fragments == 1 and not delay:
+            if optimizer.metrics()["curvadion/synchronized"] and not optimizer._consensus.leaves_apart:
                 own = torch.cat([local(p).flatten() for p in placed.bag.parameters()])
                 first = own.clone()
                 torch.distributed.broadcast(first, group=optimizer._peers.group, group_src=0)
@@ -255,15 +277,19 @@ def run_conserved(layout: Layout, bits: int, fragments: int, delay: int) -> None
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.world_size(2) <= 4], ids=str)
 def test_what_rounding_keeps_back_is_sent_later(layout: Layout) -> None:
-    run_ranks(layout.world_size(2), run_conserved, layout, 1, 1, 0)
+    run_ranks(layout.world_size(2), run_conserved, layout, 1, 1, 0, 0.0)
 
 
 @pytest.mark.parametrize(
     "layout", [layout for layout in LAYOUTS if layout.name in ("plain", "fsdp2")], ids=str
 )
-@pytest.mark.parametrize(("fragments", "delay"), [(3, 0), (1, 2), (3, 4)])
-def test_fragments_and_delays_lose_nothing_either(layout: Layout, fragments: int, delay: int) -> None:
-    run_ranks(layout.world_size(2), run_conserved, layout, 4, fragments, delay)
+@pytest.mark.parametrize(
+    ("fragments", "delay", "kept"), [(3, 0, 0.0), (1, 2, 0.0), (3, 4, 0.0), (1, 0, 0.5), (3, 2, 1.0)]
+)
+def test_fragments_delays_and_kept_residuals_lose_nothing_either(
+    layout: Layout, fragments: int, delay: int, kept: float
+) -> None:
+    run_ranks(layout.world_size(2), run_conserved, layout, 4, fragments, delay, kept)
 
 
 def run_fragments(layout: Layout, count: int) -> list[tuple[float, int, int]]:
@@ -434,14 +460,22 @@ def test_what_is_under_way_is_copied_along() -> None:
     assert torch.equal(X, Y) and not torch.equal(X, before), "what was under way has not arrived"
 
 
-def run_resumed(bits: int, delay: int) -> None:
+def run_resumed(bits: int, delay: int, kept: float) -> None:
     def train(placed, optimizer: CurvaDion, steps: range) -> None:
         for step in steps:
             placed.set_gradients(placed.parts_of(gradients(2)[step][placed.replica]))
             optimizer.step()
 
     case = Case(
-        "resumed", {**OUTER, "outer_bits": bits, "outer_lr": 0.7, "outer_momentum": 0.6, "outer_delay": delay}
+        "resumed",
+        {
+            **OUTER,
+            "outer_bits": bits,
+            "outer_lr": 0.7,
+            "outer_momentum": 0.6,
+            "outer_delay": delay,
+            "outer_residual_kept": kept,
+        },
     )
     layout = next(layout for layout in LAYOUTS if layout.name == "fsdp2")
     placed = layout.build(initial_values(), 2)
@@ -459,9 +493,11 @@ def run_resumed(bits: int, delay: int) -> None:
         assert torch.equal(local(p), local(q)), f"{name} differs after a resume"
 
 
-@pytest.mark.parametrize(("bits", "delay"), [(1, 0), (32, 0), (1, 3)])
-def test_a_resumed_run_goes_on_bitwise(bits: int, delay: int) -> None:
-    run_ranks(4, run_resumed, bits, delay)
+@pytest.mark.parametrize(
+    ("bits", "delay", "kept"), [(1, 0, 0.0), (32, 0, 0.0), (1, 3, 0.0), (1, 0, 0.5), (1, 3, 1.0)]
+)
+def test_a_resumed_run_goes_on_bitwise(bits: int, delay: int, kept: float) -> None:
+    run_ranks(4, run_resumed, bits, delay, kept)
 
 
 def test_one_replica_takes_the_outer_step_alone() -> None:
@@ -482,6 +518,12 @@ def test_one_replica_takes_the_outer_step_alone() -> None:
         ({"outer_lr": 0.7, "consensus": "none"}, "outer_lr belongs to consensus='outer'"),
         ({"outer_delay": 2}, "outer_delay belongs to consensus='outer'"),
         ({"outer_fragments": 2}, "outer_fragments belongs to consensus='outer'"),
+        ({"outer_residual_kept": 0.5}, "outer_residual_kept belongs to consensus='outer'"),
+        ({"outer_residual_kept": 0.5, "consensus": "outer"}, "which needs outer_bits that round"),
+        (
+            {"outer_residual_kept": 1.5, "outer_bits": 1, "consensus": "outer"},
+            r"outer_residual_kept must be in \[0, 1\]",
+        ),
         ({"payload_dtype": torch.bfloat16, "consensus": "outer"}, "payload_dtype is of factors"),
         ({"outer_bits": 3, "consensus": "outer"}, "outer_bits must be one of"),
         ({"outer_momentum": 1.0, "consensus": "outer"}, "outer_momentum must be in"),
@@ -514,11 +556,11 @@ def test_synchronize_averages_moments_also_right_after_an_outer_step() -> None:
     assert torch.equal(left, right), "a checkpoint would be a patchwork"
 
 
-def run_with_an_empty_rank(bits: int, delay: int) -> None:
+def run_with_an_empty_rank(bits: int, delay: int, kept: float) -> None:
     mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     W = torch.nn.Parameter(distribute_tensor(torch.ones(1, 64), mesh["shard"], [Shard(0)]))
     b = torch.nn.Parameter(distribute_tensor(torch.ones(1), mesh["shard"], [Replicate()]))
-    options = {**OUTER, "outer_bits": bits, "outer_delay": delay}
+    options = {**OUTER, "outer_bits": bits, "outer_delay": delay, "outer_residual_kept": kept}
     optimizer = CurvaDion(
         [{"params": [W]}, {"params": [b], "algorithm": "adamw"}], replicate_mesh=mesh["replicate"], **options
     )
@@ -529,9 +571,9 @@ def run_with_an_empty_rank(bits: int, delay: int) -> None:
     optimizer.synchronize()
 
 
-@pytest.mark.parametrize(("bits", "delay"), [(1, 0), (1, 2), (32, 2)])
-def test_a_rank_that_holds_nothing_takes_part_all_the_same(bits: int, delay: int) -> None:
-    run_ranks(4, run_with_an_empty_rank, bits, delay, deadline=40)
+@pytest.mark.parametrize(("bits", "delay", "kept"), [(1, 0, 0.0), (1, 2, 0.0), (32, 2, 0.0), (1, 0, 0.5)])
+def test_a_rank_that_holds_nothing_takes_part_all_the_same(bits: int, delay: int, kept: float) -> None:
+    run_ranks(4, run_with_an_empty_rank, bits, delay, kept, deadline=40)
 
 
 def run_on_kernels(kernels: str) -> tuple[list[str], list[Tensor]]:

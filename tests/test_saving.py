@@ -38,6 +38,8 @@ def test_what_was_saved_in_one_way_and_on_one_mesh_goes_on_in_others(tmp_path: P
             *moves("1 bit", (2, 2), [(2, 2), (1, 3)], tmp_path / "4", live=True),
             *moves("on the host", (2, 1), [(1, 1)], tmp_path / "5", live=True),
             *moves("delay", (1, 2), [(4, 1)], tmp_path / "6", live=True),
+            resume("residual kept", "DCP nested", (2, 2), tmp_path / "7"),
+            *moves("residual kept", (2, 1), [(2, 2)], tmp_path / "8", live=True),
         ]
 
     for rank, found in enumerate(run_ranks(4, worker)):

@@ -34,6 +34,16 @@ SAME: list[tuple[Setting, dict[str, Any]]] = [
         {"local_update": "muon", "outer_bits": 1, "outer_lr": 1.4, "outer_delay": 2, **EVERY_THIRD},
     ),
     (
+        Setting("kept", interval=3, bits=1, outer_lr=1.4, kept=0.5),
+        {
+            "local_update": "muon",
+            "outer_bits": 1,
+            "outer_lr": 1.4,
+            "outer_residual_kept": 0.5,
+            **EVERY_THIRD,
+        },
+    ),
+    (
         Setting("dion", rule="dion", rank_fraction=0.5, interval=3),
         {"local_update": "dion", "rank_fraction": 0.5, **EVERY_THIRD},
     ),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from curvadion.consensus.base import Consensus
-from curvadion.consensus.codec import codec_of
+from curvadion.consensus.codec import CODECS, codec_of
 from curvadion.consensus.fragments import Part, parts_of, put_all, take_all
 from curvadion.rules import local_step
 from curvadion.rules.base import Step
@@ -32,6 +32,7 @@ class OuterOptions:
         fragments: the number of parts that take turns.
         delay: steps for which a pseudo-gradient is under way.
         on_host: keep X_0 in pinned memory of the host; it is fetched for each outer step.
+        residual_kept: kappa, the share of a replica's own residual that stays in its parameters.
     """
 
     lr: float
@@ -40,6 +41,7 @@ class OuterOptions:
     fragments: int
     delay: int
     on_host: bool
+    residual_kept: float
 
 
 @dataclass
@@ -57,10 +59,13 @@ class Outer(Consensus):
     """A local step always, and pseudo-gradients after the synchronized ones.
 
         D = C(E_i[C(X_0 - X_i)]),   U <- mu U + D,   X = X_0 - outer_lr (D + mu U),   X_0 <- X
+        X_i <- X - kappa e_i,   e_i <- (1 - kappa) e_i
 
-    C rounds with error feedback (`Exchange.start_mean_over_replicas`). With a delay, X_i moves by X - X_i of
-    the departure when D arrives, so that it keeps what this replica did meanwhile. With fragments, each outer
-    step is one of them, in turn; those of the warm-up are of all.
+    C rounds with error feedback, and e_i is what it has kept back of this replica's own (`Exchange.
+    start_mean_over_replicas`). The share kappa of that stays in this replica's parameters: it is in its next
+    X_0 - X_i, and no longer in e_i. X_0 is what all have in common. With a delay, X_i moves by X - kappa e_i
+    - X_i of the departure when D arrives, so that it keeps what this replica did meanwhile. With fragments,
+    each outer step is one of them, in turn; those of the warm-up are of all.
 
     Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models",
     arXiv:2311.08105, and "Streaming DiLoCo", arXiv:2501.18512, for fragments and delay.
@@ -79,12 +84,13 @@ class Outer(Consensus):
         "outer_fragments",
         "outer_delay",
         "outer_on_host",
+        "outer_residual_kept",
     )
 
     def __init__(self, options: Mapping[str, Any]):
         self._o = OuterOptions(**{name.removeprefix("outer_"): options[name] for name in self.own_options})
         self.keeps_momentum = self._o.momentum > 0
-        self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0
+        self.leaves_apart = self._o.fragments > 1 or self._o.delay > 0 or self._o.residual_kept > 0
         self.can_lose_replicas = not self._o.delay
         self._codec = codec_of(self._o.bits, options)
         self._X0: Fixed[Tensor] = Fixed()
@@ -100,6 +106,12 @@ class Outer(Consensus):
             raise ValueError(
                 "payload_dtype is of factors and gradients, which consensus='outer' does not send; got "
                 f"{options['payload_dtype']}; try outer_bits=16"
+            )
+        if options["outer_residual_kept"] and CODECS[options["outer_bits"]] is None:
+            raise ValueError(
+                "outer_residual_kept is a share of what rounding keeps back, which needs outer_bits that "
+                f"round; got {options['outer_residual_kept']} with outer_bits={options['outer_bits']!r}; try "
+                "outer_bits=1"
             )
 
     @property
@@ -218,6 +230,7 @@ class Outer(Consensus):
             self.journey,
             make=way,
             keep_own=self._o.delay > 0,
+            show_residuals=self._o.residual_kept > 0,
         )
         self._flights.append(_Flight(fragment, parts, like, mean))
         if not self._o.delay:
@@ -239,11 +252,13 @@ class Outer(Consensus):
         self._flights.remove(flight)
         norms: dict[int, tuple[Tensor, Tensor]] = {}
         try:
-            for indices, D, own in flight.mean.arrivals():
+            for indices, D, own, residual in flight.mean.arrivals():
                 if own is None:  # nobody has moved since
                     own = self._way(step.X, flight.parts, flight.like, indices)
-                norms |= self._move(step, flight, indices, D, own)
-                del D, own  # before the next come
+                norms |= self._move(step, flight, indices, D, own, residual)
+                if residual is not None:
+                    self._residuals[flight.fragment].given = self._o.residual_kept
+                del D, own, residual  # before the next come
         finally:
             flight.mean.let_pass()  # whatever happened here, others wait for it
         if norms:
@@ -251,10 +266,10 @@ class Outer(Consensus):
             self._apart = torch.stack([torch.stack(some) for some in both]).square().sum(1)
 
     def _move(
-        self, step: Step, flight: _Flight, indices: list[int], D: Tensor, own: Tensor
+        self, step: Step, flight: _Flight, indices: list[int], D: Tensor, own: Tensor, residual: Tensor | None
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Move the parts in a buffer by their D, in the memory of D and `own`; return the norms of own - D
-        and of D, by part."""
+        """Move the parts in a buffer by their D, in the memory of D and `own`, and by what they keep of their
+        residual; return the norms of own - D and of D, by part."""
         o, parts, shapes = self._o, flight.parts, [flight.like[i] for i in indices]
         X, U, d, ours = step.X, step.store.outer_momenta, shaped(D, shapes), shaped(own, shapes)
         if o.delay:
@@ -272,13 +287,17 @@ class Outer(Consensus):
             torch._foreach_add_(d, u, alpha=o.momentum)
         if o.delay:
             own.sub_(D, alpha=o.lr)
+            if residual is not None:
+                own.sub_(residual, alpha=o.residual_kept)
             torch._foreach_add_(ours, take_all(parts, X, indices))
             put_all(parts, X, indices, ours)
         torch._foreach_copy_(ours, self._references(X, parts, indices))
         own.sub_(D, alpha=o.lr)
-        if not o.delay:
-            put_all(parts, X, indices, ours)
         self._keep(parts, indices, ours)
+        if not o.delay:
+            if residual is not None:
+                own.sub_(residual, alpha=o.residual_kept)
+            put_all(parts, X, indices, ours)
         return dict(zip(indices, norms, strict=True))
 
     def _keep(self, parts: Sequence[Part], indices: list[int], values: Sequence[Tensor]) -> None:

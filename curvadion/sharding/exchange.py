@@ -239,6 +239,7 @@ class Exchange:
         *,
         make: Callable[[list[int]], Tensor] | None = None,
         keep_own: bool = False,
+        show_residuals: bool = False,
     ) -> UnderWay:
         """Send tensors on their way to their mean over the replicas, in few bits: bitwise the same in all
         replicas.
@@ -254,18 +255,21 @@ class Exchange:
             tensors: d_i, local shards; with `make` only their shapes and dtypes count.
             copied: for each tensor, the axes over which it is the same.
             codec: C; None to round nothing: one all-reduce, one leg.
-            kept: e_i and f; the same object for the same list of tensors.
+            kept: e_i and f; the same object for the same list of tensors. If it says that the share `given`
+                of e_i is in the d_i by now, e_i is as much less.
             journey: how a rounded buffer comes to its mean, where it is not as above.
             make: returns the flat buffer of the tensors with these indices; with one replica only when what
                 arrived is asked for, unless `keep_own`.
             keep_own: whether the caller wants to see again what this replica put in.
+            show_residuals: whether it wants to see e_i on arrival, where something was rounded; gathered
+                inside the replica as the mean is.
         """
         make = make or partial(flatten, tensors)
         while True:
             before = kept.copy() if self._elastic else kept
             under_way = UnderWay(partial(self.join, purpose=purpose))
             for trip in self._departures(tensors, copied, purpose, codec, kept, journey, make, keep_own):
-                under_way.add(*trip)
+                under_way.add(*trip[:3], trip[3] if show_residuals else None)
             if not self._elastic:
                 return under_way
             under_way.come_home()
@@ -283,34 +287,38 @@ class Exchange:
         journey: type[RoundedMean],
         make: Callable[[list[int]], Tensor],
         keep_own: bool,
-    ) -> Iterator[tuple[Cut, Journey, Tensor | None]]:
-        """Start the first legs; yield how each buffer was cut, its journey, and what this replica put in."""
+    ) -> Iterator[tuple[Cut, Journey, Tensor | None, Tensor | None]]:
+        """Start the first legs; yield how each buffer was cut, its journey, what this replica put in, and
+        the residual of this rank's piece."""
         if self.replicas == 1 and kept.in_use:  # alone by now: all that others were owed
+            kept.take_back()
             kept.fold(1)
             pairs = iter(kept.pairs)
             for cut, _, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
                 owed = piece + next(pairs)[0][: piece.numel()] if piece.numel() else piece
-                yield cut, Nothing(owed, legs=1), None
+                yield cut, Nothing(owed, legs=1), None, None
             kept.clear()
             return
         if self._peers is None or self.replicas == 1:
             for (_, _), indices in buckets(tensors, [((), ())] * len(tensors)):
                 own = make(indices) if keep_own else None
-                yield Cut(indices, (), (), []), AtHome(partial(make, indices), own), own
+                yield Cut(indices, (), (), []), AtHome(partial(make, indices), own), own, None
             return
+        number, share = 0, self._peers.share
+        kept.take_back(share)
         if codec is not None:
             kept.belong(self._peers.rank, self.replicas)
-        number, share = 0, self._peers.share
         for cut, flat, piece in self._pieces(tensors, [()] * len(tensors), copied, purpose, make):
             own = flat if keep_own else None
             if share != 1.0:
                 piece = piece * share
             if not piece.numel():
-                yield cut, Nothing(piece, legs=1 if codec is None else journey.legs), own
+                yield cut, Nothing(piece, legs=1 if codec is None else journey.legs), own, piece
             elif codec is None:
-                yield cut, Mean(self, piece, purpose, None, copy=keep_own), own
+                yield cut, Mean(self, piece, purpose, None, copy=keep_own), own, None
             else:
-                yield cut, journey(self, piece, purpose, codec, number, kept), own
+                trip = journey(self, piece, purpose, codec, number, kept)
+                yield cut, trip, own, kept.pairs[number][0][: piece.numel()]
                 number += 1
 
     @property
@@ -325,10 +333,11 @@ class Exchange:
     def settle_residuals_(self, tensors: Sequence[Tensor], copied: Sequence[Axes], kept: Residuals) -> None:
         """x_i <- x_i - e_i - K f, so that the mean of the x_i lacks nothing any more; residuals become zero.
 
-        No communication between replicas.
+        No communication between replicas. Of e_i without the share `given`, which is in the x_i.
         """
         if not kept.in_use:
             return
+        kept.take_back()
         kept.fold(self.replicas)
         pairs = iter(kept.pairs)
 

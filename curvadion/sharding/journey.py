@@ -104,15 +104,26 @@ class Residuals:
     Attributes:
         pairs: one for each buffer.
         in_use: on all ranks alike, also on those that hold nothing of any buffer.
+        given: the share of the first that this replica's tensors have been moved by, so that it is in what
+            they send next.
     """
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.given = 0.0
         self._place: tuple[int, int] | None = None  # this replica's, among how many
 
     @property
     def in_use(self) -> bool:
         return self._place is not None
+
+    def take_back(self, share: float = 1.0) -> None:
+        """mine <- (1 - share given) mine: what is in the tensors, of which `share` is sent, is owed there
+        alone."""
+        if self.given:
+            for mine, _ in self.pairs:
+                mine.mul_(1 - share * self.given)
+            self.given = 0.0
 
     def belong(self, rank: int, replicas: int) -> None:
         """Make them those of this replica among so many. Where it was another one, or among others, parts
@@ -141,12 +152,13 @@ class Residuals:
     def copy(self) -> "Residuals":
         """Return the same, in memory of its own."""
         other = Residuals()
-        other.pairs, other._place = [(mine.clone(), ours.clone()) for mine, ours in self.pairs], self._place
+        other.pairs = [(mine.clone(), ours.clone()) for mine, ours in self.pairs]
+        other.given, other._place = self.given, self._place
         return other
 
     def become(self, other: "Residuals") -> None:
         """Be what another is."""
-        self.pairs, self._place = other.pairs, other._place
+        self.pairs, self.given, self._place = other.pairs, other.given, other._place
 
     def clear(self) -> None:
         """Forget them."""
@@ -287,11 +299,13 @@ class Arrival(NamedTuple):
         indices: of the tensors in it.
         mean: flat, to do with as one likes.
         own: what this replica put in, if it was to be kept.
+        residual: what rounding keeps back of it, to be read, if it was to be shown and there is any.
     """
 
     indices: list[int]
     mean: Tensor
     own: Tensor | None
+    residual: Tensor | None
 
 
 @dataclass
@@ -300,12 +314,14 @@ class _Trip:
 
     Attributes:
         own: what this replica put in, None if it is not to be kept.
+        residual: of this rank's piece, None if it is not to be shown.
         mean: what came of it, if it arrived before it was asked for.
     """
 
     cut: Cut
     journey: Journey
     own: Tensor | None
+    residual: Tensor | None
     mean: Tensor | None = None
 
 
@@ -323,9 +339,9 @@ class UnderWay:
         self._join = join
         self._trips: deque[_Trip] = deque()
 
-    def add(self, cut: Cut, journey: Journey, own: Tensor | None) -> None:
+    def add(self, cut: Cut, journey: Journey, own: Tensor | None, residual: Tensor | None) -> None:
         """Take along one more buffer."""
-        self._trips.append(_Trip(cut, journey, own))
+        self._trips.append(_Trip(cut, journey, own, residual))
 
     def start_next_leg(self) -> None:
         """Wait for the leg that is under way, and start the next one if there is one."""
@@ -354,8 +370,9 @@ class UnderWay:
                 if whole is None:
                     self._trips.append(trip)
                     continue
-                arrival = Arrival(trip.cut.indices, whole, trip.own)
-                del trip, whole
+                left = None if trip.residual is None else self._join(trip.cut, trip.residual)
+                arrival = Arrival(trip.cut.indices, whole, trip.own, left)
+                del trip, whole, left
                 yield arrival
                 del arrival
 

@@ -124,6 +124,9 @@ class CurvaDionOptimizer(OptimizersContainer):
         """Steps for which a synchronization is under way while replicas go on; 0 waits for it."""
         outer_on_host: bool = False
         """Keep X_0, the parameters when replicas were equal last, in pinned host memory."""
+        outer_residual_kept: float = 0.0
+        """Share of what rounding keeps back of a replica's pseudo-gradient that stays in its parameters, X_i
+        = X_0 - outer_residual_kept e_i; with 0 all go on from X_0."""
         target_sync_rate: float | None = None
         """Share of steps to synchronize: tau is steered until the gate opens that often."""
         gate_every: int | None = 1

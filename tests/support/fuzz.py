@@ -263,7 +263,7 @@ class Run:
 
     def after_synchronized(self) -> None:
         o = self.draft.options
-        if o["consensus"] == "none" or o.get("outer_delay") or o.get("outer_fragments", 1) > 1:
+        if o["consensus"] == "none":
             return
         if not self.opt._parameters_differ and not self.may_raise:
             self.compare_replicas(

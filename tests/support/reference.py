@@ -24,7 +24,10 @@ process groups, its own orientation, its own QR. The letters: X, G, m, M, P, R, 
     were equal last,
       D = C(E_i[C(X_0 - X_i)]),  U <- outer_mu U + D,  X = X_0 - outer_lr (D + outer_mu U),
     C rounding with error feedback;
-    with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was)
+    with a delay of d steps, all of this d steps later, when X_i moves by X - (what X_i was);
+    with outer_residual_kept = kappa, r_i being what rounding has kept back of replica i's own contribution,
+      wanted_i = X_0 - X_i + (1 - kappa) r_i,  sent_i = C(wanted_i),  r_i <- wanted_i - sent_i,
+      and X_i goes on from X - kappa r_i in place of X
 """
 
 from __future__ import annotations
@@ -252,6 +255,7 @@ class ReferenceReplicas:
         outer_bits: int = 32,
         outer_delay: int = 0,
         outer_fragments: int = 1,
+        outer_residual_kept: float = 0.0,
         target_sync_rate: float | None = None,
         gate_every: int = 1,
         gate_lag: int = 0,
@@ -270,7 +274,7 @@ class ReferenceReplicas:
         self.target_sync_rate, self.gate_every = target_sync_rate, gate_every
         self.outer_lr, self.outer_momentum, self.outer_bits = outer_lr, outer_momentum, outer_bits
         self.gate_lag, self.told = gate_lag, False  # told: the step before has opened the gate for this one
-        self.outer_delay = outer_delay
+        self.outer_delay, self.residual_kept = outer_delay, outer_residual_kept
         # By fragment: when it left, D, and what the X_i were then.
         self.under_way: dict[int, tuple[int, Tensor, list[Tensor]]] = {}
         self.X0 = {name: X.detach().clone() for name, X in parameters.items()}
@@ -448,7 +452,7 @@ class ReferenceReplicas:
         x0, sent = self._flat(self.X0)[part], []
         before = [self._flat(replica.X)[part] for replica in self.replicas]
         for i, x in enumerate(before):
-            wanted = padded(x0 - x) + self.residuals[k][i]
+            wanted = padded(x0 - x) + (1 - self.residual_kept) * self.residuals[k][i]
             sent.append(on_wire(wanted))
             self.residuals[k][i] = wanted - sent[-1]
         wanted = sum(sent) / len(sent) + self.mean_residual[k]
@@ -467,8 +471,10 @@ class ReferenceReplicas:
         X0 = self._flat(self.X0)[part] - self.outer_lr * (D + self.outer_momentum * U)
         self._put(self.U, part, U)
         self._put(self.X0, part, X0)
-        for replica, was in zip(self.replicas, before, strict=True):
-            self._put(replica.X, part, self._flat(replica.X)[part] + X0 - was if self.outer_delay else X0)
+        for i, (replica, was) in enumerate(zip(self.replicas, before, strict=True)):
+            kept = self.residual_kept * self.residuals[k][i][: len(part)]
+            since = self._flat(replica.X)[part] - was if self.outer_delay else 0.0
+            self._put(replica.X, part, X0 + since - kept)
             replica.U = dict(self.U)
 
     def _dion(
@@ -539,7 +545,8 @@ class ReferenceReplicas:
         self.told = False
         for k, part in enumerate(self.parts):  # what rounding has kept back is in the average
             for i, replica in enumerate(self.replicas):
-                kept_back = (self.residuals[k][i] + self.mean_residual[k])[: len(part)]
+                own = (1 - self.residual_kept) * self.residuals[k][i]  # the rest is in X_i
+                kept_back = (own + self.mean_residual[k])[: len(part)]
                 self._put(replica.X, part, self._flat(replica.X)[part] - kept_back)
                 self.residuals[k][i] = torch.zeros_like(self.residuals[k][i])
             self.mean_residual[k] = torch.zeros_like(self.mean_residual[k])

@@ -41,6 +41,7 @@ MODES: dict[str, Mapping[str, Any]] = {
     "1 bit": LOW_COMMUNICATION(max_local_steps=3),
     "delay": LOW_COMMUNICATION(max_local_steps=3, outer_delay=2),
     "fragments": LOW_COMMUNICATION(max_local_steps=1, outer_fragments=2),
+    "residual kept": LOW_COMMUNICATION(max_local_steps=3, outer_residual_kept=0.5),
     "Nesterov": OUTER | {"outer_lr": 0.7, "outer_momentum": 0.6, "local_update": "normuon"},
     "Dion, outer": OUTER | {"local_update": "dion", "outer_bits": 4},
     "on the host": OUTER | {"local_update": "dion2", "outer_on_host": True, "gate_lag": 1},
