@@ -7,6 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 ensure_venv dev
+# Ranks are forked and on the CPU, and autograd refuses backward in forks of a process that has met a GPU:
+# scripts/gpu_first_run.sh is for those.
+export CUDA_VISIBLE_DEVICES=
 
 failed=()
 check() {  # NAME COMMAND...: go on after a failure, so that one run tells all

@@ -2,7 +2,7 @@
 
 The tests fork their ranks (see ranks.py). A fork copies memory but only one thread, so a parent that has
 started torch's intra-op thread pool may leave a lock held for ever in the child: the parent keeps to one
-thread, always.
+thread, always. support/__init__.py keeps autograd from starting others.
 
 Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels triton` runs every optimizer
 of every test on them.

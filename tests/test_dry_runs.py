@@ -120,3 +120,20 @@ def test_a_dry_run_does_not_guess_what_only_values_say() -> None:
         opt.step()  # the first is always synchronized
         with pytest.raises(RuntimeError, match=r"tau=0\.2.*max_local_steps"):
             opt.step()
+
+
+def one_backward() -> float:
+    weight = torch.ones(3, requires_grad=True)
+    weight.sum().backward()
+    assert weight.grad is not None
+    return weight.grad.sum().item()
+
+
+def test_ranks_forked_after_a_dry_run_can_run_backward() -> None:
+    """FakeTensorMode claims GPUs where a CUDA build finds none; autograd would start threads for them, and
+    refuse backward in every later fork (support/__init__.py). Other builds claim nothing."""
+    with FakeTensorMode():
+        model = TinyGPT()
+    del model
+    assert one_backward() == 3.0
+    assert run_ranks(2, one_backward) == [3.0, 3.0]
