@@ -39,6 +39,7 @@ class Stateful(View):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
+        self._refuse_inside("add_param_group()")
         built = self._rooms is not None
         if built and self._consensus.under_way:
             raise RuntimeError(

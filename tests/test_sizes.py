@@ -1,5 +1,6 @@
-"""Gradients of every size from 1e-45 to 1e38, for every rule, dtype, mode and layout: a step leaves state that
-is finite and what the float64 reference has, or is refused and changes nothing. What crosses replicas too."""
+"""Gradients of every size from 1e-45 to 1e38, for every rule, dtype and mode: a step leaves state that is
+finite and what the float64 reference has, or is refused and changes nothing. On shards, and between replicas,
+too."""
 
 from __future__ import annotations
 

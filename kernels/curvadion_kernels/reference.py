@@ -281,8 +281,8 @@ def low_rank_apply_(
 
 
 def column_sumsq(R: Tensor) -> Tensor:
-    """Return the squared norms of the columns: (B, n, r) -> (B, r) float64, so that they are right for entries
-    of 1e-38 as for those of 1e38. Bytes: one read of R."""
+    """Return the squared norms of the columns: (B, n, r) -> (B, r) float64, so that they are right for
+    entries of 1e-38 as for those of 1e38. Bytes: one read of R."""
     return R.to(torch.float64, copy=True).square_().sum(dim=-2)
 
 
