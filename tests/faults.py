@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import random
 import signal
 import sys
-from collections import Counter, defaultdict
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -326,16 +328,26 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds, of init_process_group")
     parser.add_argument("--verbose", action="store_true", help="print messages too")
     parser.add_argument("--strict", action="store_true", help="fail if a survivor was not told by an error")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop then; which cases come first changes daily"
+    )
     options = parser.parse_args()
-    rows: dict[str, Row] = defaultdict(Row)
-    for fault, mode, shape in cases(options.only):
-        for _ in range(options.times):
-            told = attempt(fault, mode, shape, options.timeout)
-            rows[fault.name].add(told)
-            mine = [f"{t.kind} {t.seconds:.1f}" for t in told]
-            print(f"{fault.name} | {mode} {shape[0]}x{shape[1]} | {', '.join(mine)}", flush=True)
-            for rank, t in enumerate(told if options.verbose else ()):
-                print(f"    {rank}: {t.message[:900]} {t.value or ''}", flush=True)
+    until = time.monotonic() + 60 * options.minutes
+    chosen, rows = list(cases(options.only)), {fault.name: Row() for fault, _, _ in cases(options.only)}
+    order = list(range(len(chosen)))
+    if options.minutes < math.inf:
+        random.Random(int(time.time()) // 86400).shuffle(order)
+    for fault, mode, shape in [chosen[k] for _ in range(options.times) for k in order]:
+        if time.monotonic() > until:
+            break
+        told = attempt(fault, mode, shape, options.timeout)
+        rows[fault.name].add(told)
+        mine = [f"{t.kind} {t.seconds:.1f}" for t in told]
+        print(f"{fault.name} | {mode} {shape[0]}x{shape[1]} | {', '.join(mine)}", flush=True)
+        for rank, t in enumerate(told if options.verbose else ()):
+            print(f"    {rank}: {t.message[:900]} {t.value or ''}", flush=True)
+    tried = sum(row.tried for row in rows.values())
+    print(f"\n{tried} of {options.times * len(chosen)} were tried")
     print("\n| fault | times | surviving ranks | worst time to error |\n|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row} |")
