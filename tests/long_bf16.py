@@ -128,9 +128,9 @@ def train(mode: str, dtype: torch.dtype, steps: int) -> Course:
 
 
 CURVES = {
-    "loss": "loss of the mean of two replicas",
-    "drift": "distance of a replica from the mean",
-    "columns": "| length - 1 | of Q's columns",
+    "loss": "loss of the replicas' mean",
+    "drift": "relative distance from the mean",
+    "columns": "Q's columns: | length - 1 |",
 }
 
 
@@ -140,13 +140,17 @@ def picture(found: dict[str, tuple[Course, Course]]) -> Figure:
     for ax, (name, words) in zip(axes[0], CURVES.items(), strict=True):
         for color, (mode, courses) in zip(COLORS, found.items(), strict=False):
             for course, dash, of in zip(courses, DASHES, ("bfloat16", "float64"), strict=False):
-                # Without the last point, the end once more, after synchronize().
-                pairs = zip(course.steps[:-1], getattr(course, name)[:-1], strict=True)
-                points = [(step, value) for step, value in pairs if value > 0]
+                # Without the last point, the end once more, after synchronize(). Of the others, the worst of
+                # four: synchronizations fall on every eighth step, so that single ones would zigzag.
+                some = 1 if name == "loss" else 4
+                steps, values = course.steps[:-1][some - 1 :: some], getattr(course, name)[:-1]
+                worst = [max(values[k : k + some]) for k in range(0, len(steps) * some, some)]
+                points = [point for point in zip(steps, worst, strict=True) if point[1] > 0]
                 if points:
                     ax.plot(*zip(*points, strict=True), dash, color=color, linewidth=1, label=f"{mode}, {of}")
         if name == "columns":
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         else:
             log_axis(ax, "y")
         ax.set_xlabel("step")
