@@ -35,6 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     "default": {"tau": 0.05, "max_local_steps": 3},
     "low": LOW_COMMUNICATION,
     "delay": LOW_COMMUNICATION(outer_delay=4),
+    "fragments under way": LOW_COMMUNICATION(outer_fragments=2, max_local_steps=3, outer_delay=4),
     "fragments": LOW_COMMUNICATION(outer_fragments=2, max_local_steps=3),
     "lag": {"tau": 0.05, "max_local_steps": 3, "gate_lag": 1},
 }
@@ -243,7 +244,7 @@ FAULTS = [
             f"{name} while outer_delay is under way",
             sign=sign,
             at=10,
-            modes=("delay",),
+            modes=("delay", "fragments under way"),
             grids=((2, 1), (2, 2)),
         )
         for name, sign in KILLS
