@@ -128,8 +128,8 @@ def variants(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, str], dict
     yield (
         "column_sumsq",
         T.column_sumsq_kernel,
-        {"R": "*fp32", "partial": "*fp32", "rows": "i32", "r": "i32", "blocks": "i32"},
-        {"TYPE": tl.float32, "ROWS": T.COLUMN_ROWS, "TILE": T.COLUMN_TILE[0], "COLS": T.COLUMN_TILE[1]},
+        {"R": "*fp32", "partial": "*fp64", "rows": "i32", "r": "i32", "blocks": "i32"},
+        {"ROWS": T.COLUMN_ROWS, "TILE": T.COLUMN_TILE[0], "COLS": T.COLUMN_TILE[1]},
         {"num_warps": 4},
     )
     for kind in (tl.float32, tl.bfloat16):

@@ -38,6 +38,7 @@ class Elastic(Stateful):
         Raises:
             ReplicaMismatchError: this replica has other parameters, options or shards than the others.
         """
+        self._refuse_inside("join()")
         peers = self._elastic
         if peers is None:
             raise RuntimeError(

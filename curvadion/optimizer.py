@@ -270,7 +270,10 @@ class CurvaDion(Elastic):
             return None, error
 
     def _take_step(self, failure: Exception | None) -> None:
-        if self.replicas == 1 and not self._built.exchange.shards.axes and self._built.table.outdated:
+        exchange = self._built.exchange
+        if self.replicas == 1 and not (
+            exchange.shards.axes or exchange.elastic or not self._built.table.outdated
+        ):
             self.synchronize()  # with nobody to agree with
         self._welcome()
         self.ledger.begin_step()
@@ -347,9 +350,10 @@ class CurvaDion(Elastic):
         """Make replicas equal: average parameters, momentum and moments, make Q common. Every rank calls it.
 
         For use before a checkpoint, at the end, and after every rank has changed `requires_grad` of some
-        parameters: a frozen one does not move at all, and loses its state (one process need not call it). The
-        gate's previous norms are multiplied by ||E_i[M_i]|| / E_i[||M_i||], because averaging shrinks
-        momenta, which alone would open the gate in the next step.
+        parameters: a frozen one moves to the mean of where replicas were, whatever is under way, then not at
+        all, and loses its state (one process need not call it). The gate's previous norms are multiplied by
+        ||E_i[M_i]|| / E_i[||M_i||], because averaging shrinks momenta, which alone would open the gate in the
+        next step.
 
         Raises:
             ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps, or ranks

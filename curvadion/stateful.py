@@ -18,6 +18,7 @@ from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.sharding.lost import take_word_back
 from curvadion.state.checkpoint import load
 from curvadion.state.common import holding, without_own
+from curvadion.state.store import copy_into
 from curvadion.state.table import check_parameters
 from curvadion.view import View
 
@@ -38,6 +39,7 @@ class Stateful(View):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the next step is synchronized. With consensus="outer", right after `synchronize()`."""
+        self._refuse_inside("add_param_group()")
         built = self._rooms is not None
         if built and self._consensus.under_way:
             raise RuntimeError(
@@ -289,7 +291,10 @@ class Stateful(View):
         store, exchange = self._built.store, self._built.exchange
         self._gate.last_answer()
         if self.diverged:
+            frozen = [x for x, p in zip(step.X, self._built.table.params, strict=True) if not p.requires_grad]
+            still = [x.clone() for x in frozen]
             self._consensus.settle(step)
+            copy_into(frozen, still)  # what arrived, or was kept back, does not move what is frozen by now
             if self.replicas > 1:
                 average = self._parameters_differ or self._consensus.keeps_own_gradients
                 store.make_common(step.X, exchange, average=average)

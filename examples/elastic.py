@@ -11,6 +11,7 @@ one rank. End one of them (kill -9, ctrl-C, pull its plug), watch the others go 
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,6 +32,12 @@ def main() -> None:
     parser.add_argument("--store", required=True, metavar="HOST:PORT", help="where replicas meet")
     parser.add_argument("--replicas", type=int, default=3, help="to wait for at the start (default: 3)")
     parser.add_argument("--lease", type=float, default=10, help="seconds of silence of one that has left")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120,
+        help="seconds that ranks of a replica wait for one",
+    )
     parser.add_argument("--steps", type=int, default=401)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--text", type=Path, help="file or folder (default: Python's standard library)")
@@ -40,7 +47,7 @@ def main() -> None:
     model = GPT(dim=64, layers=2, heads=2)
     rank, ranks = 0, 1
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
         rank, ranks = dist.get_rank(), dist.get_world_size()
     if ranks > 1:
         mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))

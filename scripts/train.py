@@ -22,6 +22,7 @@ import argparse
 import os
 import time
 from concurrent.futures import Future
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,15 +148,22 @@ def parse_args() -> argparse.Namespace:
     add("--save-async", action="store_true", help=async_help)
     add("--resume", action="store_true", help="go on from the newest checkpoint that can be loaded, or start")
     add("--compile", action="store_true", help="torch.compile each block")
+    timeout_help = (
+        "seconds after which a collective gives up on a rank that does not come, on all meshes; longer than "
+        "anything that one rank does alone"
+    )
+    add("--timeout", type=float, default=300.0, help=timeout_help)
     args = parser.parse_args()
     if args.resume and not args.checkpoint:
         parser.error("--resume needs --checkpoint, the folder to resume from")
+    if not args.timeout > 0:
+        parser.error(f"--timeout must be positive, in seconds; got {args.timeout:g}")
     name = args.optimizer if args.optimizer != "curvadion" else f"curvadion-{args.local_update}"
     args.out = args.out or Path("runs") / name
     return args
 
 
-def start(replicas: int | None) -> tuple[torch.device, DeviceMesh]:
+def start(replicas: int | None, timeout: float) -> tuple[torch.device, DeviceMesh]:
     """Set up this process's device and the mesh: replicas, CurvaDion's axis, times shards, FSDP2's own."""
     if "RANK" not in os.environ:
         raise SystemExit(f"start this with torchrun, for example: torchrun --nproc-per-node 4 {__file__}")
@@ -170,7 +178,9 @@ def start(replicas: int | None) -> tuple[torch.device, DeviceMesh]:
             )
         torch.accelerator.set_device_index(device.index)
     dist.init_process_group(
-        dist.get_default_backend_for_device(device), device_id=None if device.type == "cpu" else device
+        dist.get_default_backend_for_device(device),
+        device_id=None if device.type == "cpu" else device,
+        timeout=timedelta(seconds=timeout),
     )
     world = dist.get_world_size()
     machines = world // int(os.environ["LOCAL_WORLD_SIZE"])
@@ -345,7 +355,7 @@ def load(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> 
 @record
 def main() -> None:
     args = parse_args()
-    device, mesh = start(args.replicas)
+    device, mesh = start(args.replicas, args.timeout)
     train(args, device, mesh)
     dist.barrier()  # rank 0 writes the report; a rank that leaves meanwhile takes its connections with it
     dist.destroy_process_group()

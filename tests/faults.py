@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import random
 import signal
 import sys
-from collections import Counter, defaultdict
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     "default": {"tau": 0.05, "max_local_steps": 3},
     "low": LOW_COMMUNICATION,
     "delay": LOW_COMMUNICATION(outer_delay=4),
+    "fragments under way": LOW_COMMUNICATION(outer_fragments=2, max_local_steps=3, outer_delay=4),
     "fragments": LOW_COMMUNICATION(outer_fragments=2, max_local_steps=3),
     "lag": {"tau": 0.05, "max_local_steps": 3, "gate_lag": 1},
 }
@@ -241,7 +244,7 @@ FAULTS = [
             f"{name} while outer_delay is under way",
             sign=sign,
             at=10,
-            modes=("delay",),
+            modes=("delay", "fragments under way"),
             grids=((2, 1), (2, 2)),
         )
         for name, sign in KILLS
@@ -285,7 +288,9 @@ class Row:
     worst: float = 0.0
 
     def add(self, told: list[Told]) -> None:
-        """Add a run."""
+        """Add a run, unless the fault did not come."""
+        if any(t.kind == "not begun" for t in told):
+            return
         self.tried += 1
         for t in survivors(told):
             self.outcomes[t.kind] += 1
@@ -312,10 +317,14 @@ def survivors(told: list[Told]) -> list[Told]:
 
 
 def attempt(fault: Fault, mode: str, shape: tuple[int, int], timeout: float) -> list[Told]:
-    """Try a fault once."""
+    """Try a fault once; up to three times if it does not come to it."""
     deadline = 3 * timeout + 20
     run = partial(run_faulty, math.prod(shape), work, fault, mode, *shape)
-    return run(timeout=timeout, deadline=deadline, lives_on=fault.lives_on)
+    for _ in range(3):
+        told = run(timeout=timeout, deadline=deadline, lives_on=fault.lives_on)
+        if all(t.kind != "not begun" for t in told):
+            break
+    return told
 
 
 def main() -> None:
@@ -326,19 +335,30 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds, of init_process_group")
     parser.add_argument("--verbose", action="store_true", help="print messages too")
     parser.add_argument("--strict", action="store_true", help="fail if a survivor was not told by an error")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop then; which cases come first changes daily"
+    )
     options = parser.parse_args()
-    rows: dict[str, Row] = defaultdict(Row)
-    for fault, mode, shape in cases(options.only):
-        for _ in range(options.times):
-            told = attempt(fault, mode, shape, options.timeout)
-            rows[fault.name].add(told)
-            mine = [f"{t.kind} {t.seconds:.1f}" for t in told]
-            print(f"{fault.name} | {mode} {shape[0]}x{shape[1]} | {', '.join(mine)}", flush=True)
-            for rank, t in enumerate(told if options.verbose else ()):
-                print(f"    {rank}: {t.message[:900]} {t.value or ''}", flush=True)
+    until = time.monotonic() + 60 * options.minutes
+    chosen, rows = list(cases(options.only)), {fault.name: Row() for fault, _, _ in cases(options.only)}
+    order = list(range(len(chosen)))
+    if options.minutes < math.inf:
+        random.Random(int(time.time()) // 86400).shuffle(order)
+    for fault, mode, shape in [chosen[k] for _ in range(options.times) for k in order]:
+        if time.monotonic() > until:
+            break
+        told = attempt(fault, mode, shape, options.timeout)
+        rows[fault.name].add(told)
+        mine = [f"{t.kind} {t.seconds:.1f}" for t in told]
+        print(f"{fault.name} | {mode} {shape[0]}x{shape[1]} | {', '.join(mine)}", flush=True)
+        for rank, t in enumerate(told if options.verbose else ()):
+            print(f"    {rank}: {t.message[:900]} {t.value or ''}", flush=True)
+    tried = sum(row.tried for row in rows.values())
+    print(f"\n{tried} of {options.times * len(chosen)} were tried")
     print("\n| fault | times | surviving ranks | worst time to error |\n|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row} |")
+        if row.tried:
+            print(f"| {name} | {row} |")
     silent = [name for name, row in rows.items() if {"ok", "hung", "aborted"} & row.outcomes.keys()]
     if options.strict and silent:
         sys.exit(f"survivors were not told: {', '.join(silent)}")

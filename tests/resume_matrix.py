@@ -84,9 +84,8 @@ def main() -> None:
     same = [one for one in worst.values() if one.way in WAYS]
     table("mode", list(MODES), WAYS, count(same, "mode", "way"))
     table("saved on", SHAPES, SHAPES, count(moved, "saved_on", "loaded_on"))
-    for one in worst.values():
-        if one.wrong:
-            print(one)
+    if wrong := [str(one) for one in worst.values() if one.wrong]:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

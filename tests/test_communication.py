@@ -777,6 +777,7 @@ def test_consensus_is_for_evaluation_only() -> None:
                 opt.synchronize,
                 opt.broadcast_parameters,
                 lambda: opt.load_state_dict(saved),
+                lambda: opt.add_param_group({"params": [("new", nn.Parameter(torch.ones(4, 4)))]}),
             ]
             found = [outcome(action) for action in actions]
         assert state_digest(opt) == before, "a refused call must change nothing"

@@ -295,6 +295,11 @@ def refused(address: str, name: str) -> list[str]:
     collect(opt.step)
     collect(opt.synchronize)
     collect(opt.broadcast_parameters)
+    joined = build(**LOW_COMMUNICATION)
+    joined.join()
+    joined.step()
+    model.weight.requires_grad_(False)
+    collect(joined.step)
     collect(CurvaDion(list(model.named_parameters())).join)
     collect(partial(ElasticGroup, address, "a b"))
     collect(partial(ElasticGroup, "somewhere", "a"))
@@ -311,6 +316,7 @@ def test_what_cannot_be_done_again_by_those_that_are_left_is_refused() -> None:
         "call opt.join() once",
         "synchronize() needs all replicas",
         "broadcast_parameters() needs all replicas",
+        "the replicas of an ElasticGroup cannot follow a change of requires_grad",
         "pass replicate_mesh=ElasticGroup(...)",
         "letters, digits",
         "HOST:PORT",

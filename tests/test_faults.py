@@ -42,6 +42,7 @@ def fault(name: str) -> Fault:
         ("SIGKILL in the gate", "default", (2, 2), "[3]"),
         ("SIGSTOP in a synchronized step, at pseudo_gradients", "low", (2, 1), "[1]"),
         ("SIGSTOP while outer_delay is under way", "delay", (2, 1), "[1]"),
+        ("SIGSTOP while outer_delay is under way", "fragments under way", (2, 1), "[1]"),
     ],
 )
 def test_survivors_say_who_is_missing(name: str, mode: str, shape: tuple[int, int], missing: str) -> None:

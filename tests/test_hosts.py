@@ -14,6 +14,7 @@ import torch.distributed as dist
 from support.models import TinyGPT, Toy, digest, gathered, grid, local, outcome
 from support.ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -595,6 +596,63 @@ def test_what_is_frozen_between_steps_does_not_move(case: str) -> None:
         everything = list(Toy().params)
         others = [name for name in everything if name not in CHILLED]
         assert told == [(everything, everything), (others, others), (everything, everything)]
+
+
+UNDER_WAY = {
+    "one_delay": (1, 1, LOW_COMMUNICATION(max_local_steps=2, outer_delay=2, outer_momentum=0.5)),
+    "one_lr": (1, 1, LOW_COMMUNICATION(max_local_steps=2, outer_delay=2, outer_lr=0.5)),
+    "one_fragments": (1, 1, LOW_COMMUNICATION(max_local_steps=1, outer_fragments=2, outer_momentum=0.5)),
+    "delay": (2, 1, LOW_COMMUNICATION(max_local_steps=2, outer_delay=2, outer_momentum=0.5)),
+    "kept_back": (2, 2, LOW_COMMUNICATION(max_local_steps=2)),
+    "fragments": (2, 1, LOW_COMMUNICATION(max_local_steps=1, outer_fragments=2, outer_delay=1, outer_lr=0.5)),
+}
+
+
+def freeze_under_way(case: str, steps: int) -> None:
+    """Freeze after so many steps; what is under way then, or was kept back, moves the others alone."""
+    replicas, shards, options = UNDER_WAY[case]
+    replicate, mesh = grid(replicas, shards) if replicas * shards > 1 else (None, None)
+    replica = replicate.get_local_rank() if replicate is not None else 0
+    toy = Toy(mesh if shards > 1 else None)
+    opt = CurvaDion(toy.groups(), replicate_mesh=replicate, **options)
+    frozen = [toy.params[name] for name in CHILLED]
+    for step in range(steps + 6):
+        if step == steps:
+            for p in frozen:
+                p.requires_grad_(False)
+            own = [local(p).detach().clone() for p in frozen]
+            if replicate is None:
+                expected = own
+            else:
+                expected = [mean_over(x, replicate) for x in own]
+                opt.synchronize()
+        toy.set_gradients(step, replica)
+        for p in frozen if step >= steps else ():
+            p.grad = None
+        opt.step()
+        if step >= steps:
+            found = [local(p).detach() for p in frozen]
+            assert all(map(torch.equal, found, expected)), f"{case}: frozen after {steps} steps, {step}"
+    X_0 = dict(zip(opt._built.table.names, opt._consensus.common(opt._built.store)["X_0"], strict=True))
+    assert not X_0.keys() & set(CHILLED)
+    assert len(set(gathered(digest(X_0.values()))[::shards] if replicate is not None else ["one"])) == 1
+
+
+def mean_over(x: Tensor, replicate: DeviceMesh) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total, group=replicate.get_group())
+    return total / replicate.size()
+
+
+@pytest.mark.parametrize("case", UNDER_WAY)
+def test_what_is_frozen_does_not_move_by_what_arrives(case: str) -> None:
+    """It stays where it was when it was frozen, with several replicas where they were on average."""
+    replicas, shards, _ = UNDER_WAY[case]
+    for steps in (4, 5, 6):
+        if replicas * shards > 1:
+            run_ranks(replicas * shards, freeze_under_way, case, steps)
+        else:
+            freeze_under_way(case, steps)
 
 
 def test_one_that_is_frozen_leaves_the_others_steps_as_they_are() -> None:

@@ -184,8 +184,12 @@ def test_a_copy_goes_on_with_what_is_under_way(options: dict[str, Any], inside: 
     for other, other_opt in ((toy_copy, opt_copy), (toy_read, opt_read)):
         train(other, other_opt, range(5, 12))
         assert state_digest(other_opt) == state_digest(opt)
-    with opt.common_state(), pytest.raises(RuntimeError, match=r"inside common_state\(\)"):
+    refused = pytest.raises(RuntimeError, match=r"inside common_state\(\)")
+    with opt.common_state(), refused:
         copy.deepcopy(opt)
+    with opt.common_state(), refused:
+        opt.add_param_group({"params": [("new", torch.nn.Parameter(torch.ones(4, 4)))]})
+    train(toy, opt, range(12, 14))  # goes on
 
 
 def test_repr_and_zero_grad() -> None:

@@ -291,6 +291,26 @@ def test_parameters_are_found_by_their_names() -> None:
     assert other.param_groups[0]["param_names"] == ["b", "a"]
 
 
+def test_what_was_saved_before_a_parameter_was_frozen_loads_and_the_other_way_round_after_it() -> None:
+    whole, frozen = saved(), build()
+    b = frozen.param_groups[0]["params"][1]
+    b.requires_grad_(False)
+    frozen.synchronize()
+    frozen.load_state_dict(whole)
+    train(frozen, range(4, 6))
+    without = frozen.state_dict()
+    thawed = build()
+    with pytest.raises(ValueError, match="if it was frozen when that was saved, load with requires_grad=F"):
+        thawed.load_state_dict(without)
+    b = thawed.param_groups[0]["params"][1]
+    b.requires_grad_(False)
+    thawed.synchronize()
+    thawed.load_state_dict(without)
+    b.requires_grad_(True)
+    train(thawed, range(6, 8))
+    assert int(thawed.state[b]["step"]) == 2, "it has started afresh"
+
+
 def test_groups_are_found_by_the_names_in_them() -> None:
     state = saved()
     state["param_groups"].reverse()

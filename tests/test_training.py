@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from support.ranks import RankFailed, run_program
+from support.ranks import RankFailed, run_program, run_ranks
+
+from curvadion import CurvaDion
+from curvadion.sharding.survey import timeout_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,6 +192,25 @@ def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path,
     output = capsys.readouterr().out
     assert "AdamW, every step" in output and "CurvaDion" in output
     assert "AdamW, every step" in (tmp_path / "both" / "index.html").read_text()
+
+
+def with_timeout(seconds: float) -> list[str]:
+    """What the groups of a job that was started by the script wait for, on one rank."""
+    sys.path.insert(0, str(SCRIPTS))
+    import train as script
+
+    dist.destroy_process_group()
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {**alone, "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    device, mesh = script.start(1, seconds)
+    opt = CurvaDion([torch.nn.Parameter(torch.ones(4, 4))], replicate_mesh=mesh["replicate"])
+    groups = [dist.group.WORLD, mesh.get_group("replicate")]
+    assert opt.replicas == 1
+    return [str(timeout_of(group, device)) for group in groups]
+
+
+def test_the_job_has_the_timeout_that_it_was_given():
+    assert run_ranks(1, with_timeout, 77.0) == [["0:01:17"] * 2]
 
 
 def test_text_is_split_and_drawn_reproducibly(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from curvadion.algebra.newton_schulz import LEAST_SQUARE
 from curvadion.algebra.side import LOCAL, Side, Tensors, same_twice
 from curvadion_kernels import reference
 
@@ -92,6 +93,8 @@ def power_iteration(
         R_i = M_i^T P,    R = E_i[ R_i ]
         Q   = column_normalize(R)  or  orthogonalize(R)
 
+    Of any size from 1e-38 to 1e38: squares are float64, of R's columns and in Gram matrices.
+
     Columns of P that depend on the ones before them, or whose column of R is numerically zero (or dependent,
     for "qr"), are zero in the returned P (they contribute nothing) and keep their old column of Q (it stays
     usable).
@@ -120,7 +123,7 @@ def power_iteration(
 
     sumsq = columns.sum([column_sumsq(r) for r in R], "column_norms")
     live = [
-        (s > floor**2 * s.amax(-1, keepdim=True)).unsqueeze(-2)
+        (s > (floor**2 * s.amax(-1, keepdim=True)).clamp(min=LEAST_SQUARE)).unsqueeze(-2)
         for s, floor in zip(sumsq, floors, strict=True)
     ]
     scales: list[Tensor | None] = [None] * len(R)
@@ -129,8 +132,8 @@ def power_iteration(
             new, independent = orthonormal_columns(R, columns, orthogonalization, floors)
         live = [a & b for a, b in zip(live, independent, strict=True)]
     else:
-        lengths = [_inverse_root(s) for s in sumsq]
-        new = column_normalize(R, sumsq)
+        lengths = [_inverse_root(s, r.dtype) for s, r in zip(sumsq, R, strict=True)]
+        new = [r * s.unsqueeze(-2) for r, s in zip(R, lengths, strict=True)]
         scales = [s if r_i is r else None for s, r_i, r in zip(lengths, own, R, strict=True)]
     return [
         Factors(
@@ -160,18 +163,9 @@ def noise_floor(M: Tensor, payload_dtype: torch.dtype | None = None) -> float:
     return floor
 
 
-def column_normalize(R: Sequence[Tensor], sumsq: Sequence[Tensor]) -> Tensors:
-    """Return R with columns of unit length, R_j / ||R_j||; zero columns stay zero.
-
-    Args:
-        R: batches (B, n, r), local rows.
-        sumsq: batches (B, r), the squared norms of the whole columns.
-    """
-    return [r * _inverse_root(s).unsqueeze(-2) for r, s in zip(R, sumsq, strict=True)]
-
-
-def _inverse_root(sumsq: Tensor) -> Tensor:
-    return torch.where(sumsq > 0, sumsq.rsqrt(), 0.0)
+def _inverse_root(sumsq: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1 / sqrt(s) in a dtype; 0 for what is as good as zero, in float32 too."""
+    return torch.where(sumsq > LEAST_SQUARE, sumsq.rsqrt(), 0.0).to(dtype)
 
 
 def orthogonalize(

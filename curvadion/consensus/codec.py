@@ -7,6 +7,7 @@ Source: Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014, for
 Karimireddy et al., "Error Feedback Fixes SignSGD", arXiv:1901.09847, for why that converges.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -51,7 +52,9 @@ class Grid:
         x = x.view(-1, self.block)
         levels = 1 << self.bits
         if self.bits == 2:
-            step = NORMAL_STEP[2] * x.square().mean(-1, keepdim=True).sqrt()
+            # In float64, where no square of a float32 overflows or is lost.
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+            step = NORMAL_STEP[2] / math.sqrt(self.block) * length
         else:
             step = x.abs().amax(-1, keepdim=True) * (2 / levels)
         step = step.to(torch.bfloat16)

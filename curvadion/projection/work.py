@@ -312,7 +312,7 @@ def dion(model: Model, s: Settings) -> list[Work]:
         pays = left_factor.owner_pays(P, parts, 4, total, "cholesky_qr", CHOICE[s.device])
         if shape not in whole and s.shards > 1 and s.owners == "auto" and pays:
             left[shape] = P
-        sent = 4 * (m + 1) * r if wide else 4 * n * r + (0 if shape in left else (8 + 4) * r * r)
+        sent = (4 * m + 8) * r if wide else 4 * n * r + (0 if shape in left else (8 + 4) * r * r)
         for rank, rows in enumerate(rows_of(shape[0], s.shards)):
             part = rows * shape[1]
             if shape in whole:  # the owner's: of a rank, X and M with what is applied

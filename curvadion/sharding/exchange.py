@@ -266,11 +266,11 @@ class Exchange:
         """
         make = make or partial(flatten, tensors)
         while True:
-            before = kept.copy() if self._elastic else kept
+            before = kept.copy() if self.elastic else kept
             under_way = UnderWay(partial(self.join, purpose=purpose))
             for trip in self._departures(tensors, copied, purpose, codec, kept, journey, make, keep_own):
                 under_way.add(*trip[:3], trip[3] if show_residuals else None)
-            if not self._elastic:
+            if not self.elastic:
                 return under_way
             under_way.come_home()
             if self.settled():
@@ -322,7 +322,8 @@ class Exchange:
                 number += 1
 
     @property
-    def _elastic(self) -> bool:
+    def elastic(self) -> bool:
+        """Whether replicas may leave and come back."""
         return self._peers is not None and self._peers.elastic
 
     def settled(self) -> bool:

@@ -22,6 +22,9 @@ try:
 except ImportError:  # a torch without NCCL
     default_pg_nccl_timeout = default_pg_timeout
 
+# What errors of gloo say, which are RuntimeErrors; the second where another collective of the group has timed
+# out.
+GLOO = ("gloo/", "Application timeout caused pair closure")
 ROLL_CALL = 1.0  # seconds in which ranks that failed in the same collective find one another
 
 
@@ -84,7 +87,7 @@ def explained(error: Exception, place: Place, what: str, ranks: Sequence[int]) -
         what: the collective, and its purpose.
         ranks: global ones, of its group; empty where these are no processes.
     """
-    if not ranks or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+    if not ranks or not (isinstance(error, dist.DistError) or any(word in str(error) for word in GLOO)):
         return None
     return LostRankError(_message(place, what, ranks, error))
 

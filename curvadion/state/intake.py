@@ -109,7 +109,7 @@ class Intake:
     def _inspect_one(self, i: int, p: Tensor, x: Tensor, g: Tensor | None) -> Tensor | None:
         name, shards = self._table.names[i], self._table.shards
         if not p.requires_grad:
-            raise RuntimeError(_changed(f"off for {name!r}"))
+            raise RuntimeError(self._changed(f"off for {name!r}"))
         if g is None:
             return None
         axes, divisor = partial_axes(g, p, shards)
@@ -127,6 +127,18 @@ class Intake:
                 "(nn.Embedding(sparse=False))"
             )
         return g
+
+    def _changed(self, how: str) -> str:
+        if self._exchange.elastic:
+            return (
+                "the replicas of an ElasticGroup cannot follow a change of requires_grad; it was switched "
+                f"{how}; save, end all of them, and start them again with it so"
+            )
+        return (
+            "requires_grad must not change between synchronize() and step(), where there are several ranks; "
+            f"it was switched {how}; change it on every rank, and call opt.synchronize() there before the "
+            "next step"
+        )
 
     def _sum_partial(self, X: Sequence[Tensor], G: list[Tensor | None]) -> None:
         """Sum the gradients that tensor parallelism leaves Partial over the axes they are partial on."""
@@ -151,7 +163,7 @@ class Intake:
                 "changed; construct a new optimizer for a changed model"
             )
         if any(p.requires_grad for p in self._table.frozen):
-            raise RuntimeError(_changed("on for some parameter"))
+            raise RuntimeError(self._changed("on for some parameter"))
         for group, cut in zip(groups, self._table.cut_by, strict=True):
             _check_there(group, GROUP_OPTIONS)
             check_options(group, GROUP_OPTIONS, " in a parameter group")
@@ -187,13 +199,6 @@ class Intake:
                 "local_update may change to a rule that needs no state but what there is, or to the one it "
                 f"was built with; got {group['local_update']!r}; construct a new optimizer for it"
             )
-
-
-def _changed(how: str) -> str:
-    return (
-        "requires_grad must not change between synchronize() and step(), where there are several ranks; it "
-        f"was switched {how}; change it on every rank, and call opt.synchronize() there before the next step"
-    )
 
 
 def _check_there(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -111,9 +111,14 @@ def check_states(
         spare = RIGHT_FACTORS if unused else frozenset[str]()
         missing, unknown = sorted(set(own) - set(saved) - spare), sorted(set(saved) - set(own) - spare)
         if missing or unknown:
+            hint = "load one that CurvaDion saved for the same groups"
+            if not saved:
+                hint = (
+                    "if it was frozen when that was saved, load with requires_grad=False, set it afterwards"
+                )
             raise ValueError(
                 f"a checkpoint must hold exactly {sorted(own)} for {name!r}; missing {missing}, unknown "
-                f"{unknown}; load one that CurvaDion saved for the same groups"
+                f"{unknown}; {hint}"
             )
         for key in saved.keys() & own.keys():
             check_value(name, key, saved[key], own[key])

@@ -83,7 +83,7 @@ def low_rank_apply_(
 
 @torch.library.custom_op("curvadion::column_sumsq", mutates_args=())
 def column_sumsq(R: Tensor) -> Tensor:
-    """Return the squared norms of the columns, (B, n, r) -> (B, r)."""
+    """Return the squared norms of the columns, (B, n, r) -> (B, r) float64."""
     return (
         _ops(R).column_sumsq(R).clone()
     )  # an output must not be a view of what the allocator gave out for something else
@@ -91,7 +91,7 @@ def column_sumsq(R: Tensor) -> Tensor:
 
 @column_sumsq.register_fake
 def _(R: Tensor) -> Tensor:
-    return R.new_empty(R.shape[0], R.shape[2])
+    return R.new_empty(R.shape[0], R.shape[2], dtype=torch.float64)
 
 
 @torch.library.custom_op("curvadion::symmetric_product", mutates_args=())

@@ -281,8 +281,9 @@ def low_rank_apply_(
 
 
 def column_sumsq(R: Tensor) -> Tensor:
-    """Return the squared norms of the columns: (B, n, r) -> (B, r), in R's dtype. Bytes: one read of R."""
-    return R.square().sum(dim=-2)
+    """Return the squared norms of the columns: (B, n, r) -> (B, r) float64, so that they are right for
+    entries of 1e-38 as for those of 1e38. Bytes: one read of R."""
+    return R.to(torch.float64, copy=True).square_().sum(dim=-2)
 
 
 def symmetric_product(A: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
@@ -319,10 +320,10 @@ def sign_encode_(residual: Tensor, x: Tensor) -> Tensor:
     wide = upcast([residual])[0]
     wide[: x.numel()].add_(x)
     s = wide.view(-1, SIGN_BLOCK)
-    sums = s.abs()
+    sums = s.abs().mul_(2 / SIGN_BLOCK)  # a power of two; before the sum, which would overflow from 1e36 on
     while sums.shape[-1] > 1:
         sums = sums[:, 0::2] + sums[:, 1::2]
-    step = sums.mul_(2 / SIGN_BLOCK).to(torch.bfloat16)
+    step = sums.to(torch.bfloat16)
     step.masked_fill_(step.isnan(), torch.nan)  # of all NaNs always the same one
     positive = s >= 0
     # Eight bytes of 0 or 1 as one little-endian number: this product gathers them, without a carry, in the

@@ -373,19 +373,18 @@ def column_sumsq_kernel(
     rows,
     r,
     blocks,
-    TYPE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     COLS: tl.constexpr,
 ):
     batch = tl.program_id(2)
     k = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((TILE, COLS), TYPE)
+    total = tl.zeros((TILE, COLS), tl.float64)
     for begin in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, rows), TILE):
         i = begin + tl.arange(0, TILE)
         inside = (i < rows)[:, None] & (k < r)[None, :]
         at = (batch.to(tl.int64) * rows + i)[:, None] * r + k[None, :]
-        value = tl.load(R + at, mask=inside, other=0.0).to(TYPE)
+        value = tl.load(R + at, mask=inside, other=0.0).to(tl.float64)
         total += value * value
     at = (batch * blocks + tl.program_id(0)).to(tl.int64) * r + k
     tl.store(partial + at, tl.sum(total, axis=0), mask=k < r)
@@ -408,12 +407,12 @@ def sign_encode_kernel(
     else:
         s = tl.where(i < x_size, s + tl.load(x + i, mask=i < x_size, other=0.0).to(tl.float32), s)
 
-    sums = tl.abs(s)
+    sums = tl.abs(s) * (2.0 / _SIGN_BLOCK)  # before the sum, which would overflow
     for level in tl.static_range(7):
         a, b = tl.split(tl.reshape(sums, ((ROWS * _SIGN_BLOCK) >> (level + 1), 2)))
         sums = a + b
     # To bfloat16, to the nearest even: the upper half of the bits, which are not negative.
-    bits = (sums * (2.0 / _SIGN_BLOCK)).to(tl.int32, bitcast=True)
+    bits = sums.to(tl.int32, bitcast=True)
     scale = tl.where(sums == sums, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
     half = (scale << 16).to(tl.float32, bitcast=True) * 0.5
 
@@ -869,7 +868,7 @@ def apply_tile(precision: str) -> dict[str, int]:
 
 
 def column_sumsq(R: Tensor) -> Tensor:
-    """Return the squared norms of the columns, (B, n, r) -> (B, r); see `reference.column_sumsq`.
+    """Return the squared norms of the columns, (B, n, r) -> (B, r) float64; see `reference.column_sumsq`.
 
     Two launches, deterministic. Bytes: one read of R. Where R's rows are spread over ranks, sum the results
     over them.
@@ -877,8 +876,8 @@ def column_sumsq(R: Tensor) -> Tensor:
     B, rows, r = R.shape
     blocks = triton.cdiv(rows, COLUMN_ROWS)
     if not R.numel():
-        return R.new_zeros(B, r)
-    partials = R.new_empty(B, blocks, r)
+        return R.new_zeros(B, r, dtype=torch.float64)
+    partials = R.new_empty(B, blocks, r, dtype=torch.float64)
     height, width = COLUMN_TILE
     with _on(R.device):
         column_sumsq_kernel[(blocks, triton.cdiv(r, width), B)](
@@ -887,7 +886,6 @@ def column_sumsq(R: Tensor) -> Tensor:
             rows,
             r,
             blocks,
-            _TYPES[compute_dtype(R.dtype)],
             COLUMN_ROWS,
             height,
             width,

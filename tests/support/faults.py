@@ -30,7 +30,8 @@ class Told:
     """What became of a rank.
 
     Attributes:
-        kind: "ok", the name of an exception, "killed", "aborted", "stopped" or "hung".
+        kind: "ok", the name of an exception, "killed", "aborted", "stopped" or "hung"; "not begun" where the
+            fault never came, as on a machine too busy to connect ranks within the timeout.
         message: of the exception.
         seconds: from the fault to the outcome; NaN if there is none.
         value: what the function returned.
@@ -109,7 +110,7 @@ def run_faulty(
     for process in [*ranks, server]:
         process.kill()
         process.join()
-    return told
+    return told if fault is not None else [Told("not begun", f"{t.kind}: {t.message}") for t in told]
 
 
 def _stopped(pid: int | None) -> bool:

@@ -315,6 +315,8 @@ class Run:
                     local(p).nan_to_num_(0.0, 0.0, 0.0)
         for group in self.opt.param_groups:
             group["lr"] = BASE["lr"]
+        self.set_gradients()  # whatever had been done to them, and to the closure, before the next step
+        self.closure = None
         self.opt.discard_divergence()
         state = self.checkpoint()
         self.may_raise = True
