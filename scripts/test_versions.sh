@@ -23,7 +23,7 @@ for torch in "${versions[@]}"; do
   if "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$torch" \
     --editable ".[kernels,report]" pytest pytest-xdist numpy setuptools wheel; then
     "$folder/bin/python" -c 'import torch; print("== torch", torch.__version__)'
-    "$folder/bin/python" -m pytest -q -n 2 --dist loadgroup "${subset[@]}" "${flags[@]}" || failed+=("torch $torch")
+    "$folder/bin/python" -m pytest -q -n 2 --dist loadgroup "${subset[@]}" ${flags[@]+"${flags[@]}"} || failed+=("torch $torch")
   else
     failed+=("torch $torch: pip could not install it")
   fi
