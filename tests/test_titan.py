@@ -307,7 +307,7 @@ def test_untested_versions_are_named() -> None:
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1"])
 def test_a_torch_in_which_torchtitan_dies_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    words = rf"needs torch 2\.13 or newer; this is {re.escape(version)}; .* pip"
+    words = rf"needs torch 2\.13 or newer; this is {re.escape(version)}, in which .* try pip"
     with pytest.raises(ImportError, match=words):
         compat.prepare()
 
