@@ -49,7 +49,9 @@ def param_groups_for(
     or ``proj_out``, and all that come after the numbered blocks (after the convolutions, where there are no
     blocks), are heads if nothing takes their outputs: no layer has so many inputs, and they do not have a few
     times as many outputs as inputs. Those in the blocks with as many outputs as the largest embedding has
-    entries are heads too, if nothing takes them.
+    entries are heads too, if nothing takes them. In a model with none of these, and no more than layers that
+    feed each other by their widths, the last is the head, unless x may go around all of them as around a
+    block: then it gives as many outputs as the first takes inputs, and the model is no plain Sequential.
 
     Gates are linear layers with one row or column; with as many outputs as there are experts beside them; and
     those called ``router``, or ``gate`` if they have no more than half as many outputs as inputs.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -228,6 +229,8 @@ def _heads(parameters: list[Placed], parts: list[nn.Module]) -> list[tuple[Place
     inside = [p for p in wide if p.outputs == vocabulary and any(map(_is_numbered, p.places))]
     inside = [p for p in inside if p.kind == MATRICES and not _is_taken(p, parameters)]
     heads += [(p, "in a block, with as many outputs as the largest embedding has entries") for p in inside]
+    if not heads and not tied:
+        heads += [(p, "the last of layers that feed each other") for p in _ends_a_chain(parameters)]
     return heads
 
 
@@ -303,6 +306,23 @@ def _after_blocks(parameters: list[Placed]) -> list[Placed]:
     layers, inside = _layers(parameters)
     after = layers[max(inside, default=len(layers)) + 1 :]
     return [p for p in after if p.kind == MATRICES and p.tensor.ndim == 2]
+
+
+def _ends_a_chain(parameters: list[Placed]) -> list[Placed]:
+    """Find the last layer of a perceptron: what comes before it are linear layers, each with as many inputs
+    as the one before has outputs, and before these convolutions or embeddings only; and what ends the model
+    is this layer. It must not give as many outputs as the first linear one takes inputs, as what goes around
+    a block does, but in a Sequential, which has no way around."""
+    layers = [p for p in parameters if p.kind not in (VECTORS, UNPLACED)]
+    linear = [p for p in layers if p.kind in (MATRICES, GATES)]
+    first = len(layers) - len(linear)
+    if len(layers) < 2 or not linear or any(p.kind not in (MATRICES, GATES) for p in layers[first:]):
+        return []
+    if any(p.tensor.ndim > 2 for p in linear) or parameters[-1].owners[-1] is not linear[-1].owners[-1]:
+        return []
+    feed = all(a.outputs == b.inputs for a, b in pairwise(linear))
+    in_sequence = all(word.isdigit() for p in layers for path in p.places for word in path)
+    return linear[-1:] if feed and (in_sequence or linear[-1].outputs != linear[0].inputs) else []
 
 
 def _by_vocabulary(wide: list[Placed], embeddings: list[Placed]) -> list[Placed]:

@@ -176,6 +176,23 @@ def fsdp_and_tp(model: Model, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh["fsdp"])
 
 
+def expert_parallel(model: Model, mesh: DeviceMesh, dim: int) -> None:
+    """Whole experts over "ep", then FSDP over a dimension of what is left of them and over all else."""
+    experts = {name for name, p in model.named_parameters() if p.ndim > 2}
+    for name in experts:
+        value = distribute_tensor(getattr(model, name).detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
+        model.register_parameter(name, nn.Parameter(value))
+    fully_shard(model, mesh=mesh["fsdp"], shard_placement_fn=lambda p: Shard(dim if p.ndim > 2 else 0))
+
+
+def expert_parallel_rows(model: Model, mesh: DeviceMesh) -> None:
+    expert_parallel(model, mesh, 1)
+
+
+def expert_parallel_twice(model: Model, mesh: DeviceMesh) -> None:
+    expert_parallel(model, mesh, 0)
+
+
 # Name: sizes of the shard mesh, how it is laid out, replicas, and the cases that run there: each rule on
 # some layouts, with owners and without.
 LAYOUTS: dict[str, tuple[dict[str, int], Callable[[Model, DeviceMesh], None] | None, int, list[str]]] = {
@@ -185,6 +202,8 @@ LAYOUTS: dict[str, tuple[dict[str, int], Callable[[Model, DeviceMesh], None] | N
     "columns": ({"tp": 2}, columns, 2, ["dion", "normuon"]),
     "rows_of_experts": ({"shard": 2}, rows_of_experts, 1, ["dion", "muon", "dion2"]),
     "fsdp2_tp2": ({"fsdp": 2, "tp": 2}, fsdp_and_tp, 1, ["dion", "muon_together", "normuon", "dion2"]),
+    "fsdp2_ep2": ({"fsdp": 2, "ep": 2}, expert_parallel_rows, 1, ["dion", "muon", "normuon"]),
+    "fsdp2_ep2_whole": ({"fsdp": 2, "ep": 2}, expert_parallel_twice, 1, ["dion_together", "muon"]),
 }
 
 

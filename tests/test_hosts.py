@@ -490,6 +490,16 @@ def test_a_group_that_is_no_group_or_has_no_rows_is_refused() -> None:
     assert len(opt.param_groups) == 1
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("algorithm", ["dion", "adamw"])
+def test_a_parameter_that_stands_twice_in_a_group_is_refused(algorithm: str) -> None:
+    opt, p = CurvaDion([weight()]), weight(4, 3)
+    for add in (lambda group: CurvaDion([group]), opt.add_param_group):
+        with pytest.raises(ValueError, match="must stand once in a group.* number 1 again"):
+            add({"params": [p, p], "algorithm": algorithm})
+    assert len(opt.param_groups) == 1
+
+
 SCHEDULERS: dict[str, Callable[[CurvaDion], Any]] = {
     "one_cycle": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.02, total_steps=20),
     "cyclic": lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, base_lr=0.01, max_lr=0.02, step_size_up=5),

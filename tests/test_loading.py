@@ -373,3 +373,38 @@ def test_names_stay_with_their_parameters_where_torch_puts_the_state_in_order(fl
     third.load_state_dict(copy.deepcopy(other.state_dict()))
     for p, q in zip(opt.param_groups[0]["params"], third.param_groups[0]["params"], strict=True):
         assert torch.equal(opt.state[p]["momentum"], third.state[q]["momentum"])
+
+
+@pytest.mark.parametrize("given_by", ["all ranks", "rank 0"])
+def test_a_full_state_dict_is_loaded_on_shards(given_by: str) -> None:
+    broadcast = given_by == "rank 0"
+
+    def worker() -> tuple[bool, str, str]:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(local_update="muon"), replicate_mesh=replicate, consensus="outer")
+        for step in range(3):
+            toy.set_gradients(step, replicate.get_local_rank())
+            opt.step()
+        opt.synchronize()
+        other_toy = Toy(mesh, seed=1)
+        other = CurvaDion(other_toy.groups(local_update="muon"), replicate_mesh=replicate, consensus="outer")
+        full = StateDictOptions(full_state_dict=True, cpu_offload=broadcast, broadcast_from_rank0=False)
+        state = get_optimizer_state_dict(module_of(toy), opt, options=full)
+        full.broadcast_from_rank0 = broadcast
+        set_optimizer_state_dict(module_of(other_toy), other, state, options=full)
+        for p, q in zip(toy.params.values(), other_toy.params.values(), strict=True):
+            local(q).data.copy_(local(p).data)
+        return bool(state), state_digest(opt), state_digest(other)
+
+    results = run_ranks(4, worker)
+    assert [given for given, *_ in results] == [True, *[not broadcast] * 3]
+    for _, saved, loaded in results:
+        assert saved == loaded
+
+
+def module_of(toy: Toy) -> nn.Module:
+    module = nn.Module()
+    for name, p in toy.params.items():
+        module.register_parameter(name.replace(".", "_"), p)
+    return module

@@ -275,12 +275,63 @@ def test_byte_level_model_that_multiplies_by_the_embedding_has_no_head() -> None
     assert len(groups["matrices"]) == 8
 
 
-def test_embedding_free_model_has_only_matrices() -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    assert placed(param_groups_for(model)) == {
-        "matrices": ["0.weight", "2.weight"],
-        "norms_and_biases": ["0.bias", "2.bias"],
-    }
+def nested_perceptron() -> nn.Module:
+    """Of widths that divide each other, so that no width alone tells what takes the last layer's outputs."""
+    hidden = lambda inputs: nn.Sequential(nn.Linear(inputs, 8), nn.ReLU())  # noqa: E731
+    return nn.Sequential(hidden(4), hidden(8), nn.Sequential(nn.Linear(8, 16), nn.Softmax(-1)))
+
+
+def perceptron_of_named_layers() -> nn.Module:
+    return Plain(lin1=linear(12, 24), norm=nn.LayerNorm(24), lin2=linear(24, 24), lin3=linear(24, 5))
+
+
+CHAINS: dict[str, tuple[Any, list[str]]] = {
+    "sequential": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), ["2.weight"]),
+    "an activation at the end": (
+        lambda: nn.Sequential(linear(4, 8), nn.Tanh(), linear(8, 3), nn.Sigmoid()),
+        ["2.weight"],
+    ),
+    "equal widths": (lambda: nn.Sequential(linear(8, 8), nn.ReLU(), linear(8, 8)), ["2.weight"]),
+    "an autoencoder": (lambda: nn.Sequential(linear(8, 3), nn.ReLU(), linear(3, 8)), ["2.weight"]),
+    "nested": (nested_perceptron, ["2.0.weight"]),
+    "compiled": (
+        lambda: torch.compile(nn.Sequential(linear(4, 8), nn.ReLU(), linear(8, 16))),
+        ["_orig_mod.2.weight"],
+    ),
+    "inside a module": (
+        lambda: Plain(net=nn.Sequential(nn.Flatten(), linear(4, 8), nn.ReLU(), linear(8, 16))),
+        ["net.3.weight"],
+    ),
+    "a list": (
+        lambda: Plain(layers=nn.ModuleList([linear(4, 8), linear(8, 8), linear(8, 16)])),
+        ["layers.2.weight"],
+    ),
+    "named layers": (perceptron_of_named_layers, ["lin3.weight"]),
+    "a bag of words": (lambda: Plain(bag=nn.EmbeddingBag(30, 8), out=linear(8, 16)), ["out.weight"]),
+    "of words and layers": (
+        lambda: nn.Sequential(nn.Embedding(30, 8), linear(8, 8), nn.ReLU(), linear(8, 4)),
+        ["3.weight"],
+    ),
+    # What may be a block around which x goes on: nothing tells.
+    "a block's two layers": (lambda: mlp(8), []),
+    "a block's two layers in a sequential": (
+        lambda: Plain(net=nn.Sequential(linear(8, 32), linear(32, 8))),
+        [],
+    ),
+    "an attention": (lambda: attention(8), []),
+    "a gated block": (lambda: swiglu(8), []),
+    "two towers": (lambda: Plain(image=linear(12, 6), text=linear(10, 6)), []),
+    "one layer": (lambda: nn.Linear(4, 2), []),
+    "ends in a norm": (lambda: nn.Sequential(linear(4, 8), linear(8, 6), nn.LayerNorm(6)), []),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_last_of_layers_that_feed_each_other_is_a_head(chain: str) -> None:
+    make, wanted = CHAINS[chain]
+    groups = placed(param_groups_for(make()))
+    assert groups.get("head", []) == wanted
+    assert groups.get("matrices") or chain == "a bag of words"
 
 
 @pytest.mark.parametrize("vocabulary", [WIDTH, VOCABULARY])

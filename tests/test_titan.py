@@ -10,9 +10,11 @@ import functools
 import inspect
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,9 +301,22 @@ def test_other_parallelisms_are_refused(axis: str) -> None:
 
 def test_untested_versions_are_named() -> None:
     assert compat.untested("0.3.0", "2.13.0+cpu") == []
-    [older] = compat.untested("0.3.0", "2.12.1")
-    assert "tested with torch 2.13; this is 2.12.1" in older
-    assert len(compat.untested("0.4.0", "2.14.0")) == 2
+    assert len(compat.untested("0.4.0", "2.16.0")) == 2
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1"])
+def test_a_torch_in_which_torchtitan_dies_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    words = rf"needs torch 2\.13 or newer; this is {re.escape(version)}, in which .* try pip"
+    with pytest.raises(ImportError, match=words):
+        compat.prepare()
+
+
+def test_the_extra_and_the_page_say_which_torch_is_needed() -> None:
+    oldest = ".".join(map(str, compat.TESTED_TORCH[0]))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"torch>={oldest}" in extras["torchtitan"]
+    assert f"torch >= {oldest}" in (ROOT / "docs" / "torchtitan.md").read_text()
 
 
 def first_gradients(config: str, options: Sequence[object]) -> dict[str, Any]:

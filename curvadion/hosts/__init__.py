@@ -79,6 +79,18 @@ class Replicas:
             if opt.diverged:
                 opt.synchronize()
 
+    @contextmanager
+    def common(self) -> Iterator[None]:
+        """Hold what replicas were equal in last, so that any rank may save it, alone or with others; where
+        nobody has kept that, make replicas equal, for which all ranks must come."""
+        with ExitStack() as held:
+            for opt in self.all:
+                if opt.diverged and opt.replicas > 1 and opt.keeps_common_state:
+                    held.enter_context(opt.common_state())
+                elif opt.diverged:
+                    opt.synchronize()
+            yield
+
     def enter(self) -> None:
         """Hold the mean of the replicas, from the first `enter` to the last `leave`."""
         self._entered += 1

@@ -25,7 +25,10 @@ class CurvaDionCallback(TrainerCallback):
         trainer.add_callback(CurvaDionCallback(trainer))
         trainer.train()
 
-    - Replicas become equal before anything is saved, and at the end of training: saving is part of the run.
+    - Replicas become equal before a checkpoint, and at the end of training: saving is part of the run.
+    - `save_model` of your own in the middle of it may be of one rank alone: with consensus="outer" it saves
+      what replicas agreed on last, and the run goes on as if nothing had happened. With "average" nobody has
+      kept that, and replicas become equal, so call it on all ranks.
     - `evaluate` and `predict`, whoever calls them, see the mean of the replicas; the run goes on as if
       nothing had happened, also where they fail.
     - What is logged with the loss has CurvaDion's metrics beside it.
@@ -39,7 +42,7 @@ class CurvaDionCallback(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         self._replicas = Replicas(lambda: [trainer.optimizer])
-        trainer.save_model = self._after(self._replicas.synchronize, trainer.save_model)
+        trainer.save_model = self._saving(trainer.save_model)
         trainer.evaluation_loop = self._inside(self._replicas.consensus, trainer.evaluation_loop)
         trainer.log = self._with_metrics(trainer.log)
 
@@ -51,14 +54,15 @@ class CurvaDionCallback(TrainerCallback):
         """Leave one model."""
         self._replicas.synchronize()
 
-    @staticmethod
-    def _after(first: Callable[[], None], call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def after(*args: Any, **kwargs: Any) -> Any:
-            first()
-            return call(*args, **kwargs)
+    def _saving(self, save_model: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(save_model)
+        def saving(output_dir: str | None = None, _internal_call: bool = False) -> Any:
+            if _internal_call:  # of a checkpoint, on all ranks
+                self._replicas.synchronize()
+            with self._replicas.common():
+                return save_model(output_dir, _internal_call)
 
-        return after
+        return saving
 
     @staticmethod
     def _inside(

@@ -257,9 +257,16 @@ class Table:
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
-    """Raise if a parameter of the group cannot be updated by its algorithm."""
+    """Raise if a parameter of the group cannot be updated by its algorithm, or stands there twice."""
+    seen = set[int]()
     for position, p in enumerate(group["params"]):
         name = group.get("param_names", {position: f"number {position}"})[position]
+        if id(p) in seen:
+            raise ValueError(
+                f"a parameter must stand once in a group, or it takes its step twice; got {name} again; pass "
+                "each tied parameter once, as model.parameters() does"
+            )
+        seen.add(id(p))
         _check_parameter(name, p, group)
 
 

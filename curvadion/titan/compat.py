@@ -23,14 +23,15 @@ from curvadion.sharding.layout import Layout, ShardMesh, canonical_name
 logger = logging.getLogger(__name__)
 
 TESTED_TORCHTITAN = "0.3.0"
-TESTED_TORCH = ((2, 13), (2, 13))  # first and last minor version; older ones die in backward on a CPU
+TESTED_TORCH = ((2, 13), (2, 13))  # first and last minor version
 
 
 def prepare() -> None:
     """Make torchtitan importable and runnable here. Call it before anything imports torchtitan.
 
     Raises:
-        ImportError: torchtitan, or triton, which it imports and does not declare, is missing.
+        ImportError: torchtitan, or triton, which it imports and does not declare, is missing; or torch is so
+            old that a run would die.
         RuntimeError: there is no accelerator, and torchtitan was imported first.
     """
     for package, why in (
@@ -44,6 +45,13 @@ def prepare() -> None:
                 f"curvadion.titan needs {package}, {why}; it is not installed; try pip install "
                 "'curvadion[torchtitan]'"
             ) from error
+    oldest = TESTED_TORCH[0]
+    if minor_version(torch.__version__) < oldest:
+        raise ImportError(
+            f"curvadion.titan needs torch {_text(oldest)} or newer; this is {torch.__version__}, in which "
+            f"torchtitan {TESTED_TORCHTITAN} dies in backward on a CPU, with its own AdamW too; try pip "
+            f"install 'torch>={_text(oldest)}'"
+        )
     for complaint in untested(version("torchtitan"), torch.__version__):
         logger.warning(complaint)
     supply_names()
@@ -59,12 +67,21 @@ def untested(torchtitan: str, torch_version: str) -> list[str]:
             "may not fit"
         )
     first, last = TESTED_TORCH
-    if not first <= tuple(map(int, torch_version.split(".")[:2])) <= last:
-        tested = " to ".join(dict.fromkeys(".".join(map(str, v)) for v in TESTED_TORCH))
+    if not first <= minor_version(torch_version) <= last:
+        tested = " to ".join(dict.fromkeys(map(_text, TESTED_TORCH)))
         complaints.append(
             f"curvadion.titan is tested with torch {tested}; this is {torch_version}, which may not fit"
         )
     return complaints
+
+
+def minor_version(torch_version: str) -> tuple[int, ...]:
+    """Return (2, 13) of "2.13.0+cpu"."""
+    return tuple(map(int, torch_version.split(".")[:2]))
+
+
+def _text(minor: tuple[int, ...]) -> str:
+    return ".".join(map(str, minor))
 
 
 def supply_names() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.models import outcome
 from support.ranks import run_ranks
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from curvadion import LOW_COMMUNICATION, CurvaDion, param_groups_for
 from curvadion.hosts import curvadion_of
@@ -153,6 +154,52 @@ def refuse(folder: str) -> tuple[str, str]:
 def test_a_trainer_that_averages_gradients_is_refused(tmp_path: Path) -> None:
     for error, message in run_ranks(2, refuse, str(tmp_path), deadline=DEADLINE, group=False):
         assert error == "RuntimeError" and "replicate_mesh_of(accelerator)" in message, message
+
+
+def save_alone(folder: str) -> dict[str, Any]:
+    """Rank 0 saves in the middle, when replicas are apart; the others go on."""
+    trainer, replicate = trainer_of(folder)
+    trainer.optimizer = opt = optimizer(trainer.model, replicate, **LOW)
+    trainer.add_callback(CurvaDionCallback(trainer))
+    told: dict[str, Any] = {}
+
+    class Alone(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                told["apart"] = weights(trainer.model)
+                if args.process_index == 0:
+                    before = opt.metrics()["curvadion/wire_total/replicate"]
+                    trainer.save_model(f"{folder}/alone")
+                    told["sent"] = opt.metrics()["curvadion/wire_total/replicate"] - before
+                assert weights(trainer.model) == told["apart"], "it goes on with its own"
+
+    trainer.add_callback(Alone())
+    trainer.train()
+    told["end"] = weights(trainer.model)
+
+    saved, other = Net(), Net()
+    saved.load_state_dict(load_file(f"{folder}/alone/model.safetensors"))
+    told["saved"] = weights(saved)
+    expected = optimizer(other, replicate, **LOW)
+
+    def after(step: int) -> None:
+        if step == 5:
+            with expected.common_state():
+                told["common"] = weights(other)
+
+    plain(other, expected, in_steps(trainer.model.seen, 2), clip=0.5, after=after)
+    expected.synchronize()
+    told["expected"] = weights(other)
+    return told
+
+
+def test_one_rank_alone_saves_what_replicas_agreed_on_last(tmp_path: Path) -> None:
+    results = run_ranks(2, save_alone, str(tmp_path), deadline=DEADLINE, group=False)
+    assert len({told["apart"] for told in results}) == 2, "replicas are apart when it is saved"
+    assert results[0]["sent"] == 0
+    for told in results:
+        assert told["saved"] == told["common"] and told["saved"] not in (told["apart"], told["end"])
+        assert told["end"] == told["expected"], "the run does not notice"
 
 
 def best(folder: str) -> dict[str, Any]:
