@@ -18,6 +18,7 @@ from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion, param_groups_for
@@ -376,3 +377,35 @@ def as_one_process() -> tuple[dict[str, torch.Tensor], int]:
         placed.set_gradients({n: torch.randn(p.shape) for n, p in placed.bag.named_parameters()})
         opt.step()
     return {name: whole(p) for name, p in placed.bag.named_parameters()}, 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(layout: Layout, count: int, rule: str) -> int:
+    """How many operations a local step of so many equal matrices takes on this rank."""
+    _, opt, take_step = laid_out(layout, [(24, 16)] * count, local_update=rule, owners="always")
+    for _ in range(3):
+        take_step()
+    with Operations() as counter:
+        opt.step()
+    return counter.number
+
+
+@pytest.mark.parametrize("rule", ["muon", "dion"])
+def test_equal_matrices_travel_as_one(rule: str) -> None:
+    """So that four times as many take no more operations to pack, but those of the rules themselves."""
+    layout = LAYOUTS[2]
+    few, many = (run_ranks(layout.world_size(1), operations, layout, count, rule) for count in (8, 32))
+    own = 24 * {"muon": 0, "dion": 1}[rule]  # each matrix takes its own update of low rank
+    for a, b in zip(few, many, strict=True):
+        assert b <= a + own, (a, b)

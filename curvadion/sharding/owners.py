@@ -15,8 +15,9 @@ that about two of them are in memory.
 
 import heapq
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -89,26 +90,44 @@ class Stack:
         return stacked[self.start : self.stop]
 
 
-class _Item(NamedTuple):
-    """A part of a tensor that travels: of which matrix of which stack, to or from which rank, and which
-    tensor of an errand it is."""
+class _Block(NamedTuple):
+    """A part of a tensor of some matrices of a stack, from `start` to `stop`, that travels to or from a rank;
+    `tensor` counts those of an errand."""
 
     stack: int
-    place: int
-    rank: int
     tensor: int
+    rank: int
+    start: int
+    stop: int
+    region: Region
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.region.shape)
 
 
-@dataclass
 class _Leg:
-    """What this rank sends and receives, in the order of ranks, and to each in the order of matrices."""
+    """What this rank sends and receives, in the order of ranks, and to each in the order of stacks.
 
-    sent: list[_Item] = field(default_factory=list)
-    received: list[_Item] = field(default_factory=list)
+    Attributes:
+        sent_counts, received_counts: how many elements of it, for each rank.
+    """
 
-    def sort(self) -> None:
-        self.sent.sort(key=lambda item: item.rank)
-        self.received.sort(key=lambda item: item.rank)
+    def __init__(self, sent: Iterable[_Block], received: Iterable[_Block], ranks: int):
+        self.sent, self.received = self._ordered(sent), self._ordered(received)
+        self.sent_counts = self._counts(self.sent, ranks)
+        self.received_counts = self._counts(self.received, ranks)
+
+    @staticmethod
+    def _ordered(blocks: Iterable[_Block]) -> list[_Block]:
+        return sorted((b for b in blocks if math.prod(b.shape)), key=lambda block: block.rank)
+
+    @staticmethod
+    def _counts(blocks: Sequence[_Block], ranks: int) -> list[int]:
+        counts = [0] * ranks
+        for block in blocks:
+            counts[block.rank] += math.prod(block.shape)
+        return counts
 
 
 @dataclass
@@ -117,13 +136,13 @@ class _Bucket:
 
     Attributes:
         stacks: which they are.
-        mine: for each stack, the places in it of those that this rank owns.
+        mine: for each stack, from where to where those are that this rank owns.
         coming, going: shards to their owners, and what came out of the work to all.
         split: whether there is something to come at all, on whichever rank.
     """
 
     stacks: list[Stack]
-    mine: list[list[int]]
+    mine: list[tuple[int, int]]
     coming: _Leg
     going: _Leg
     split: bool
@@ -135,7 +154,8 @@ class Plan:
 
     Attributes:
         errands, wire: of each stack, and its dtype on the way.
-        owners: for each stack, the owners of its matrices, as indices of the replica's ranks.
+        owners: for each stack, the owners of its matrices, as indices of the replica's ranks. Those of one
+            owner in a bucket follow one another, so that they travel as one.
         load: the work of each rank, in FLOPs.
         buckets: in which they travel.
     """
@@ -229,10 +249,11 @@ class Owners:
         if key not in self.plans:
             counts, errands = [len(m) for m in members], [Errand.of(s) for s in spreads]
             owners, load = assign(errands, counts, self.ranks)
-            buckets = [
-                self._bucket(errands, stacks, owners)
-                for stacks in self._cut(errands, counts, wire, bucket_elements or BUCKET_ELEMENTS)
-            ]
+            buckets = []
+            for stacks in self._cut(errands, counts, wire, bucket_elements or BUCKET_ELEMENTS):
+                for s in stacks:  # equal matrices: which is whose makes no difference
+                    owners[s.index][s.start : s.stop] = sorted(owners[s.index][s.start : s.stop])
+                buckets.append(self._bucket(errands, stacks, owners))
             self.plans[key] = Plan(errands, wire, owners, load, buckets)
             for some, owned in zip(members, owners, strict=True):
                 self.owner_of |= zip(some, owned, strict=True)
@@ -261,30 +282,23 @@ class Owners:
                 yield stacks
 
     def _bucket(self, errands: Sequence[Errand], stacks: list[Stack], owners: list[list[int]]) -> _Bucket:
-        me, coming, going = self.crew.index, _Leg(), _Leg()
-        mine: list[list[int]] = []
+        me, ranks = self.crew.index, range(self.ranks)
+        coming_out, coming_in, going_out, going_in = (list[_Block]() for _ in range(4))
+        mine: list[tuple[int, int]] = []
         for s, stack in enumerate(stacks):
-            takes, gives = errands[stack.index].takes, errands[stack.index].gives
             owned = owners[stack.index][stack.start : stack.stop]
-            mine.append([k for k, owner in enumerate(owned) if owner == me])
-            for k, owner in enumerate(owned):
-                others = [r for r in range(self.ranks) if r != me] if owner == me else [me]
-                for tensor, spread in enumerate(takes):
-                    for rank in others:
-                        if spread.regions[rank].numel and self._sends(rank, owner, spread.split):
-                            if owner == me:
-                                coming.received.append(_Item(s, k, rank, tensor))
-                            else:
-                                coming.sent.append(_Item(s, k, owner, tensor))
-                for tensor, spread in enumerate(gives):
-                    for rank in others:
-                        if spread.regions[rank].numel:
-                            if owner == me:
-                                going.sent.append(_Item(s, k, rank, tensor))
-                            else:
-                                going.received.append(_Item(s, k, owner, tensor))
-        coming.sort()
-        going.sort()
+            runs = [(bisect_left(owned, rank), bisect_right(owned, rank)) for rank in ranks]
+            mine.append(runs[me])
+            for rank, run in ((rank, run) for rank, run in enumerate(runs) if rank != me):
+                for tensor, spread in enumerate(errands[stack.index].takes):
+                    if self._sends(me, rank, spread.split):
+                        coming_out.append(_Block(s, tensor, rank, *run, spread.regions[me]))
+                    if self._sends(rank, me, spread.split):
+                        coming_in.append(_Block(s, tensor, rank, *runs[me], spread.regions[rank]))
+                for tensor, spread in enumerate(errands[stack.index].gives):
+                    going_out.append(_Block(s, tensor, rank, *runs[me], spread.regions[rank]))
+                    going_in.append(_Block(s, tensor, rank, *run, spread.regions[me]))
+        coming, going = _Leg(coming_out, coming_in, self.ranks), _Leg(going_out, going_in, self.ranks)
         split = any(spread.split for stack in stacks for spread in errands[stack.index].takes)
         return _Bucket(stacks, mine, coming, going, split)
 
@@ -364,43 +378,35 @@ class _Trip:
         self._takes = [plan.errands[stack.index].takes for stack in bucket.stacks]
         self._gives = [plan.errands[stack.index].gives for stack in bucket.stacks]
         self._wire = plan.wire[bucket.stacks[0].index]
-        self._place = [{k: place for place, k in enumerate(places)} for places in bucket.mine]
         self._own: list[Tensors] = []  # this rank's part of the matrices that it owns
         self._received: Tensors = []
         self._work: Work | None = None
 
-    def _start(self, leg: _Leg, parts: Tensors, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Send parts, which are kept no longer, and prepare to receive parts of these shapes."""
+    def _start(self, leg: _Leg, parts: Tensors) -> None:
+        """Send parts, which are kept no longer, and prepare to receive."""
         device = self._owners.exchange.device
-        sent = [p.numel() for p in parts]
-        out = torch.empty(sum(sent), dtype=self._wire, device=device)
+        out, into = (
+            torch.empty(sum(counts), dtype=self._wire, device=device)
+            for counts in (leg.sent_counts, leg.received_counts)
+        )
         if parts:
-            torch._foreach_copy_(
-                [v.view(p.shape) for v, p in zip(out.split(sent), parts, strict=True)], parts
-            )
+            torch._foreach_copy_(_views(out, leg.sent), parts)
         parts.clear()
-        received = [math.prod(shape) for shape in shapes]
-        into = torch.empty(sum(received), dtype=self._wire, device=device)
-        self._received = [v.view(s) for v, s in zip(into.split(received), shapes, strict=True)]
-        counts = [[0] * self._owners.ranks for _ in range(2)]
-        for count, items, sizes in zip(counts, (leg.sent, leg.received), (sent, received), strict=True):
-            for item, size in zip(items, sizes, strict=True):
-                count[item.rank] += size
+        self._received = _views(into, leg.received)
         self._work = self._owners.exchange.start_all_to_all(
-            self._owners.crew, out, counts[0], into, counts[1], self._owners.purpose
+            self._owners.crew, out, leg.sent_counts, into, leg.received_counts, self._owners.purpose
         )
 
     def come(self, shards: Callable[[Stack], Tensors]) -> None:
         """Send this rank's shards to the owners."""
         local = [shards(stack) for stack in self._bucket.stacks]
-        self._own = [  # not x[places], which uploads the indices and makes the host wait for the device
-            [torch.stack([x[k] for k in places]) if places else x[:0] for x in tensors]
-            for tensors, places in zip(local, self._bucket.mine, strict=True)
+        self._own = [
+            [x[start:stop].clone() for x in tensors]
+            for tensors, (start, stop) in zip(local, self._bucket.mine, strict=True)
         ]
         if self._bucket.split:
             leg = self._bucket.coming
-            shapes = [self._takes[i.stack][i.tensor].regions[i.rank].shape for i in leg.received]
-            self._start(leg, [local[i.stack][i.tensor][i.place] for i in leg.sent], shapes)
+            self._start(leg, [local[b.stack][b.tensor][b.start : b.stop] for b in leg.sent])
 
     def go(self, work: Callable[[int, Tensors], Tensors]) -> None:
         """Wait for the matrices, work on them, and send all their parts."""
@@ -411,24 +417,25 @@ class _Trip:
         self._own = []
         if self._work is not None:
             self._work.wait()
-            targets = [self._part(whole, self._takes, item) for item in self._bucket.coming.received]
+            targets = [b.region.of(whole[b.stack][b.tensor]) for b in self._bucket.coming.received]
             if targets:
                 torch._foreach_copy_(targets, self._received)
             del targets
             self._received = []
         done = list[Tensors]()
-        for stack, places, gives in zip(self._bucket.stacks, self._bucket.mine, self._gives, strict=True):
+        for stack, (start, stop), gives in zip(
+            self._bucket.stacks, self._bucket.mine, self._gives, strict=True
+        ):
             tensors = whole.pop(0)
-            done.append(work(stack.index, tensors) if places else self._none(gives))
+            done.append(work(stack.index, tensors) if start < stop else self._none(gives))
         self._own = [
             [spread.regions[self._me].of(d).clone() for d, spread in zip(tensors, spreads, strict=True)]
             for tensors, spreads in zip(done, self._gives, strict=True)
         ]
         leg = self._bucket.going
-        shapes = [self._gives[i.stack][i.tensor].regions[self._me].shape for i in leg.received]
-        parts = [self._part(done, self._gives, item) for item in leg.sent]
+        parts = [b.region.of(done[b.stack][b.tensor]) for b in leg.sent]
         del done
-        self._start(leg, parts, shapes)
+        self._start(leg, parts)
 
     def _place_own(self, own: Tensor, spread: Spread) -> Tensor:
         """Return whole matrices that have this rank's part of them, and nothing yet of the others'."""
@@ -443,30 +450,39 @@ class _Trip:
         device = self._owners.exchange.device
         return [torch.empty((0, *spread.shape), dtype=self._wire, device=device) for spread in gives]
 
-    def _part(self, whole: Sequence[Tensors], spreads: Sequence[Sequence[Spread]], item: _Item) -> Tensor:
-        """Return a rank's part of a tensor of a matrix that this rank owns."""
-        place, spread = self._place[item.stack][item.place], spreads[item.stack][item.tensor]
-        return spread.regions[item.rank].of(whole[item.stack][item.tensor][place])
-
     def arrive(self, at_once: int | None) -> Iterator[tuple[Stack, Tensors]]:
         """Wait for this rank's parts of all matrices, and yield them, at most so many elements at a time."""
         assert self._work is not None, "it has gone"
         self._work.wait()
         self._work = None
-        received: list[list[tuple[int, int, Tensor]]] = [[] for _ in self._bucket.stacks]
-        for item, part in zip(self._bucket.going.received, self._received, strict=True):
-            received[item.stack].append((item.place, item.tensor, part))
+        there: list[list[tuple[_Block, Tensor]]] = [[] for _ in self._bucket.stacks]
+        for block, part in zip(self._bucket.going.received, self._received, strict=True):
+            there[block.stack].append((block, part))
         own, self._own, self._received = self._own, [], []
         for s, (stack, spreads) in enumerate(zip(self._bucket.stacks, self._gives, strict=True)):
-            shapes, count = [spread.regions[self._me].shape for spread in spreads], stack.stop - stack.start
-            mine = zip(self._bucket.mine[s], *own[s], strict=True)
-            arrived = received[s] + [(k, tensor, x) for k, *xs in mine for tensor, x in enumerate(xs)]
-            step = max(1, at_once // max(1, sum(map(math.prod, shapes)))) if at_once else count
+            regions, count = [spread.regions[self._me] for spread in spreads], stack.stop - stack.start
+            for tensor, (x, region) in enumerate(zip(own[s], regions, strict=True)):
+                there[s].append((_Block(s, tensor, self._me, *self._bucket.mine[s], region), x))
+            elements = sum(region.numel for region in regions)
+            step = max(1, at_once // max(1, elements)) if at_once else count
             for start in range(0, count, step):
                 stop = min(start + step, count)
-                local = [x.new_empty((stop - start, *shape)) for x, shape in zip(own[s], shapes, strict=True)]
-                some = [item for item in arrived if start <= item[0] < stop]
-                if some:
-                    targets = [local[tensor][k - start] for k, tensor, _ in some]
-                    torch._foreach_copy_(targets, [x for _, _, x in some])
+                local = [
+                    x.new_empty((stop - start, *region.shape))
+                    for x, region in zip(own[s], regions, strict=True)
+                ]
+                targets, parts = Tensors(), Tensors()
+                for block, part in there[s]:
+                    low, high = max(start, block.start), min(stop, block.stop)
+                    if low < high:
+                        targets.append(local[block.tensor][low - start : high - start])
+                        parts.append(part[low - block.start : high - block.start])
+                if parts:
+                    torch._foreach_copy_(targets, parts)
                 yield Stack(stack.index, stack.start + start, stack.start + stop), local
+
+
+def _views(flat: Tensor, blocks: Sequence[_Block]) -> Tensors:
+    """Return the parts of a flat buffer that blocks have, one after the other."""
+    parts = flat.split([math.prod(block.shape) for block in blocks])
+    return [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)]
