@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from curvadion.explain import assert_routing
     from curvadion.gate.trouble import NonFiniteError
     from curvadion.optimizer import CurvaDion
-    from curvadion.options import LOW_COMMUNICATION
+    from curvadion.options import LOW_COMMUNICATION, LOWER_COMMUNICATION, LOWEST_COMMUNICATION
     from curvadion.param_groups import param_groups_for
     from curvadion.sharding.agreement import ReplicaMismatchError
     from curvadion.sharding.elastic import ElasticGroup
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from curvadion.sharding.membership import LeftBehindError
 
 __all__ = [
+    "LOWER_COMMUNICATION",
+    "LOWEST_COMMUNICATION",
     "LOW_COMMUNICATION",
     "CurvaDion",
     "ElasticGroup",
@@ -31,6 +33,8 @@ __all__ = [
 
 # Where each name is from: imported when it is asked for, so that the command answers without torch.
 _HOMES = {
+    "LOWER_COMMUNICATION": "options",
+    "LOWEST_COMMUNICATION": "options",
     "LOW_COMMUNICATION": "options",
     "CurvaDion": "optimizer",
     "ElasticGroup": "sharding.elastic",

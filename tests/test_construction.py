@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 
-from curvadion import LOW_COMMUNICATION, CurvaDion, ReplicaMismatchError
+from curvadion import (
+    LOW_COMMUNICATION,
+    LOWER_COMMUNICATION,
+    LOWEST_COMMUNICATION,
+    CurvaDion,
+    ReplicaMismatchError,
+)
+from curvadion.consensus.codec import bits_per_value
 
 
 def matrix(*shape: int) -> nn.Parameter:
@@ -425,6 +433,16 @@ def test_a_preset_takes_changes() -> None:
     assert [step for step, s in enumerate(synchronized) if s] == [0, 3, 6], (
         "nothing else has to be kept in step with it"
     )
+
+
+@pytest.mark.parametrize(("preset", "most"), [(LOWER_COMMUNICATION, 0.004), (LOWEST_COMMUNICATION, 0.001)])
+def test_presets_of_fewer_bytes_are_as_rare_as_they_say(preset: Mapping[str, Any], most: float) -> None:
+    """Bits there and back, with K replicas each way (K - 1) / K of the parameters, against bf16 there and
+    back."""
+    bits = bits_per_value(preset["outer_bits"])
+    assert bits / 16 / (preset["max_local_steps"] + 1) <= most
+    opt = CurvaDion([nn.Parameter(torch.ones(4, 3))], **preset)
+    assert opt.param_groups[0]["nesterov"] and "outer_residual_kept" in preset
 
 
 def test_a_preset_refuses_what_is_no_option() -> None:

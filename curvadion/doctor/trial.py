@@ -15,13 +15,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from curvadion import LOW_COMMUNICATION, CurvaDion, param_groups_for
+from curvadion import (
+    LOW_COMMUNICATION,
+    LOWER_COMMUNICATION,
+    LOWEST_COMMUNICATION,
+    CurvaDion,
+    param_groups_for,
+)
 from curvadion.doctor.findings import FAULT, FINE, WARNING, Finding
 from curvadion.sharding.group import gather
 from curvadion.sharding.layout import local_tensor
 from curvadion.sharding.survey import finish
 
-PRESETS: dict[str, Any] = {"low-communication": LOW_COMMUNICATION, "none": {}}
+PRESETS: dict[str, Any] = {
+    "low-communication": LOW_COMMUNICATION,
+    "lower-communication": LOWER_COMMUNICATION,
+    "lowest-communication": LOWEST_COMMUNICATION,
+    "none": {},
+}
 MOST_STEPS = 40
 
 
