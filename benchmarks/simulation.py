@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from variants import codec_of, outer_of
+from variants import codec_of, outer_of, pair_of
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
@@ -45,6 +45,7 @@ class Setting:
         threshold_power: of the learning rate, to which the threshold is proportional.
         bits, mean_bits: of the pseudo-gradient, and of its mean on the way back (None: the same); negative:
             so many of 4096 values, at 14 bits each.
+        codec, mean_codec: in place of `bits` and `mean_bits`, codecs as `rounding` names them.
         tau, warmup: a fixed threshold in place of a steered one, and the first steps, all synchronized.
         two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
         error_feedback: keep what rounding leaves out, and send it later.
@@ -82,6 +83,8 @@ class Setting:
     at_synchronization: str = "keep"
     fragments: int = 1
     delay: int = 0
+    codec: str = ""
+    mean_codec: str = ""
 
 
 def options_of(setting: Setting) -> dict[str, Any]:
@@ -118,11 +121,13 @@ def options_of(setting: Setting) -> dict[str, Any]:
         options |= {"gate": s.gate, "tau": every}
     if s.consensus != "outer":
         return options | {"consensus": s.consensus}
-    back = None if s.mean_bits in (None, s.bits) else codec_of(s.mean_bits)
+    there = codec_of(s.bits, s.codec)
+    back = codec_of(s.mean_bits or s.bits, s.mean_codec) if s.mean_codec or s.mean_bits else there
+    two = back != there and s.two_stages
     odd: Any = {"two_stages": s.two_stages, "feedback": s.error_feedback, "momenta": s.at_synchronization}
     return options | {
-        "consensus": outer_of(back, **odd),
-        "outer_bits": codec_of(s.bits),
+        "consensus": outer_of(two_codecs=two, **odd, turning=bool(s.codec or s.mean_codec)),
+        "outer_bits": pair_of(there, back) if two else there,
         "outer_lr": s.outer_lr,
         "outer_momentum": s.outer_momentum,
         "outer_fragments": s.fragments,

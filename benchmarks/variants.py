@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rounding import ThereAndBack, at, codec_named
 from torch import Tensor
 
 from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
@@ -144,13 +145,24 @@ class TopK:
         return values.new_zeros(len(payload), self.block).scatter_(-1, codes >> 2, values).view(-1)
 
 
-def codec_of(bits: int) -> int | str:
-    """Return the name of a codec: of so many bits, or if negative of so many of 4096 values."""
-    if bits > 0:
+def codec_of(bits: int, named: str = "") -> int | str:
+    """Return the name of a codec: the one that is named in `rounding`; without, of so many bits, or if
+    negative of so many of 4096 values."""
+    if not named and bits > 0:
         return bits
-    name = f"{-bits} of {TopK.block}"
+    name = named or f"{-bits} of {TopK.block}"
     if name not in CODECS:
-        register_codec(name, TopK(-bits))
+        register_codec(name, codec_named(named) if named else TopK(-bits))
+    return name
+
+
+def pair_of(there: int | str, back: int | str) -> int | str:
+    """Return the name of a codec that is one for what each replica sends and another for the mean."""
+    name, first, second = f"{there} | {back}", CODECS[there], CODECS[back]
+    if first is None or second is None:
+        raise ValueError(f"both ways have to be rounded if one is otherwise; got {name}; try 16 bits")
+    if name not in CODECS:
+        register_codec(name, ThereAndBack(first, second))
     return name
 
 
@@ -165,16 +177,16 @@ class Alone(Consensus):
 
 
 class OtherBitsBack(RoundedMean):
-    """Rounds the mean with a codec of its own."""
+    """Rounds the mean with the second codec of a `ThereAndBack`."""
 
-    back: Codec
+    _codec: Any
 
     def next_leg(self) -> Tensor | None:
         if self._received is None:
             return super().next_leg()
         self._work.wait()
         parts = self._codec.decode(self._received, self._dtype)
-        self._received, self._codec = None, self.back
+        self._received, self._codec = None, self._codec.back
         self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
         part = self._codec.encode(self._ours)
         self._ours.sub_(self._codec.decode(part, self._dtype))
@@ -214,6 +226,15 @@ class OuterVariant(Outer):
 
     feedback, momenta = True, "keep"
 
+    def __init__(self, options: Mapping[str, Any]):
+        super().__init__(options)
+        self._turning = self._codec
+
+    def _depart(self, step: Step, fragment: int) -> None:
+        # What it sends may depend on which outer step of the fragment it is.
+        self._codec = at(self._turning, step.schedule.synchronized_steps // self._o.fragments)
+        super()._depart(step, fragment)
+
     def step(self, step: Step, *, synchronize: bool) -> None:
         super().step(step, synchronize=synchronize)
         for kept in self._residuals if not self.feedback else ():
@@ -227,20 +248,22 @@ class OuterVariant(Outer):
                 b.momentum.zero_()
 
 
-def outer_of(back: int | str | None, *, two_stages: bool, feedback: bool, momenta: str) -> str:
+def outer_of(
+    *, two_codecs: bool, two_stages: bool, feedback: bool, momenta: str, turning: bool = False
+) -> str:
     """Return the name of an outer step with these attributes of `OuterVariant`.
 
     Args:
-        back: the name of the codec that rounds the mean; None for that of what each replica sends.
+        two_codecs: the codec is a pair, see `pair_of`.
         two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
+        turning: what the codec sends may depend on which outer step it is.
     """
-    if (back, two_stages, feedback, momenta) == (None, True, OuterVariant.feedback, OuterVariant.momenta):
+    plain = False, True, OuterVariant.feedback, OuterVariant.momenta, False
+    if (two_codecs, two_stages, feedback, momenta, turning) == plain:
         return "outer"
-    name = f"outer: {back=}, {two_stages=}, {feedback=}, {momenta=}"
+    name = f"outer: {two_codecs=}, {two_stages=}, {feedback=}, {momenta=}"
     if name not in CONSENSUS:
-        journey: type[RoundedMean] = RoundedMean if two_stages else OneStage
-        if two_stages and back is not None:
-            journey = type("OtherBitsBack", (OtherBitsBack,), {"back": CODECS[back]})
+        journey = OneStage if not two_stages else OtherBitsBack if two_codecs else RoundedMean
         values = {"journey": journey, "feedback": feedback, "momenta": momenta}
         register_consensus(name, type("OuterVariant", (OuterVariant,), values))
     return name
