@@ -7,6 +7,7 @@ A codec is named by its stages from the outermost to the one that packs bytes, w
     lloyd:LEVELS:BLOCK[:laplace]  the best levels for a normal (a Laplace) distribution; 4 or 16 of them
     stochastic:BLOCK:REACH      -s, s at random, so that the mean is x where |x| < s = REACH rms; or "max"
     top:K/N:BITS[:BLOCK]        the K largest of each N values: place and sign, and (2 bits) one of two sizes
+    vector:BITS/N[:BLOCK]       of N values the nearest of 2^BITS vectors that normal values were clustered to
     hadamard:N>..., dct:N>..., dct2:N>...  an orthogonal transform of N (N x N) values before the rest
     part:COUNT>...              of each block only one of COUNT parts, another one in each outer step
 
@@ -16,9 +17,10 @@ All scales are bfloat16. A block of zeros is exact, one with a NaN or an infinit
 finite. What a codec leaves out is the caller's to keep and send later (error feedback).
 
 Source: Max, "Quantizing for minimum distortion", 1960, and Jayant and Noll, "Digital Coding of Waveforms",
-1984, for levels; Vargaftik et al., "DRIVE: One-bit Distributed Mean Estimation", arXiv:2105.08339, for
-rotations; Peng et al., "DeMo: Decoupled Momentum Optimization", arXiv:2411.19870, for the cosine transform;
-Sarfi et al., "SparseLoCo", arXiv:2508.15706, for the largest of chunks at 2 bits.
+1984, for levels; Linde, Buzo and Gray, "An Algorithm for Vector Quantizer Design", 1980, for vectors;
+Vargaftik et al., "DRIVE: One-bit Distributed Mean Estimation", arXiv:2105.08339, for rotations; Peng et al.,
+"DeMo: Decoupled Momentum Optimization", arXiv:2411.19870, for the cosine transform; Sarfi et al.,
+"SparseLoCo", arXiv:2508.15706, for the largest of chunks at 2 bits.
 """
 
 import functools
@@ -41,7 +43,7 @@ SEED = 20261127
 
 def both(positive: tuple[float, ...]) -> tuple[float, ...]:
     """Return levels on both sides of zero, in ascending order."""
-    return tuple(sorted({sign * level for level in positive for sign in (-1.0, 1.0)}))
+    return tuple(sorted({sign * level + 0.0 for level in positive for sign in (-1, 1)}))
 
 
 def pack(codes: Tensor, base: int) -> Tensor:
@@ -125,7 +127,7 @@ class Levels(Stage):
     @property
     def bits_per_value(self) -> float:
         """Bits on the wire, the scale included."""
-        return 8 / per_byte(len(self.levels)) + 16 / self.block
+        return (8 * (self.block // per_byte(len(self.levels))) + 16) / self.block
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the bytes, uint8, of a flat tensor whose length is a multiple of block; each block's are
@@ -192,7 +194,7 @@ def uniform(x: Tensor) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # as SplitMix64 mixes
         h = (h ^ (h >> shift & (1 << 64 - shift) - 1)) * factor
     h = h ^ (h >> 31 & (1 << 33) - 1)
-    return ((h & (1 << 53) - 1).to(torch.float64) / (1 << 53)).to(x.dtype).view(x.shape)
+    return ((h & (1 << 24) - 1).to(x.dtype) / (1 << 24)).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,77 @@ class Top(Stage):
         # Zeros, and NaN where a block is not finite.
         rest = (scales * 0).sum(-1, keepdim=True).repeat(1, self.block).view(-1, self.chunk)
         return rest.scatter_(-1, (codes >> self.bits).view(-1, self.kept), values).view(-1)
+
+
+@dataclass(frozen=True)
+class Vectors(Stage):
+    """Rounds each `length` values to the nearest of 2^bits vectors, times a scale for each block.
+
+    The scale is fitted as that of `Levels`.
+
+    Attributes:
+        bits: of the vectors' number.
+        block: values that share a scale, a multiple of length; the codes must fill whole bytes.
+    """
+
+    bits: int
+    length: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.bits < 1 or self.length < 1 or self.block % self.length or self._bits_of_block % 8:
+            raise ValueError(
+                f"a block must be a multiple of the vectors, whose codes fill whole bytes; got {self}; try "
+                "vector:8/16"
+            )
+
+    @property
+    def _bits_of_block(self) -> int:
+        return self.block // self.length * self.bits
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits on the wire, the scale included."""
+        return (self._bits_of_block + 16) / self.block
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the bytes, uint8, of a flat tensor whose length is a multiple of block; each block's are
+        together."""
+        x = x.view(-1, self.block)
+        book = codebook(self.bits, self.length).to(x)
+        scale = x.square().mean(-1, keepdim=True).sqrt()
+        codes = nearest(_over(x, scale).view(-1, self.length), book).view(len(x), -1)
+        fitted = book[codes].view(x.shape)
+        scale = (x * fitted).sum(-1, keepdim=True) / fitted.square().sum(-1, keepdim=True)
+        return torch.cat([as_bytes(scale), pack_bits(codes, self.bits)], -1).view(-1)
+
+    def decode(self, payload: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values, flat, in `dtype`."""
+        payload = payload.view(-1, 2 + self._bits_of_block // 8)
+        book = codebook(self.bits, self.length).to(payload.device, dtype)
+        values = book[unpack_bits(payload[:, 2:], self.bits)].view(len(payload), self.block)
+        return (values * as_scales(payload, 1, dtype)).view(-1)
+
+
+def nearest(x: Tensor, book: Tensor) -> Tensor:
+    """Return the places of the nearest vectors of a codebook, (k, n), to the rows of x, (m, n)."""
+    offset = book.square().sum(-1) / 2
+    return torch.cat([(part @ book.T - offset).argmax(-1) for part in x.split(1 << 14)])
+
+
+@functools.cache
+def codebook(bits: int, length: int) -> Tensor:
+    """Return 2^bits vectors, (2^bits, length), by k-means of normal ones; rounded, so that what the last bits
+    of a sum are does not matter."""
+    generator = torch.Generator().manual_seed(SEED)
+    samples = torch.randn((128 << bits, length), generator=generator)
+    book = samples[: 1 << bits].clone()
+    for _ in range(20):
+        codes = nearest(samples, book)
+        count = torch.bincount(codes, minlength=len(book)).unsqueeze(-1)
+        sums = torch.zeros_like(book).index_add_(0, codes, samples)
+        book = torch.where(count > 0, sums / count.clamp(min=1), book)
+    return book.mul(256).round().div(256).to(torch.float64)
 
 
 # ---- before the rest
@@ -506,6 +579,11 @@ def _top(of: str, bits: str = "2", block: str = "") -> Top:
     return Top(kept, chunk, int(bits), int(block) if block else max(chunk, 1024))
 
 
+def _vector(of: str, block: str = "512") -> Vectors:
+    bits, length = map(int, of.split("/"))
+    return Vectors(bits, length, int(block))
+
+
 def _part(count: str, inner: Codec) -> Part:
     return Part(inner, int(count))
 
@@ -520,6 +598,7 @@ PACKING: dict[str, Callable[..., Codec]] = {
     "lloyd": _lloyd,
     "stochastic": _stochastic,
     "top": _top,
+    "vector": _vector,
 }
 BEFORE: dict[str, Callable[[str, Codec], Codec]] = {
     "part": _part,
