@@ -170,7 +170,8 @@ class Stochastic(Levels):
     the same in a repetition, and another in another replica.
 
     Attributes:
-        reach: s in root mean squares; None for max |x|, with which nothing is cut off.
+        reach: s in root mean squares; None for max |x|, with which nothing is cut off. From about 1.25 on it
+            adds more than it leaves out, and with error feedback the residual grows without bound.
     """
 
     levels: tuple[float, ...] = (-1.0, 1.0)
