@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from variants import codec_of, outer_of
+from variants import codec_of, outer_of, pair_of
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
@@ -45,10 +45,14 @@ class Setting:
         threshold_power: of the learning rate, to which the threshold is proportional.
         bits, mean_bits: of the pseudo-gradient, and of its mean on the way back (None: the same); negative:
             so many of 4096 values, at 14 bits each.
+        codec, mean_codec: in place of `bits` and `mean_bits`, codecs as `rounding` names them.
         tau, warmup: a fixed threshold in place of a steered one, and the first steps, all synchronized.
         two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
         error_feedback: keep what rounding leaves out, and send it later.
         outer_lr, outer_momentum: as in the optimizer.
+        outer_lr_end: what the outer learning rate comes to as the learning rate falls to 0; None: the same.
+        shrink: of each value's mean, by how little replicas agree, see `variants.OtherBack`.
+        sawtooth: the share by which the learning rate is higher after a synchronization, and lower before.
         at_synchronization: what happens to momentum: "keep", "average" (in full) or "reset".
         fragments: synchronize one of so many parts of the parameters at a time, so many times as often.
         delay: steps for which a synchronization is under way.
@@ -80,10 +84,15 @@ class Setting:
     error_feedback: bool = True
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+    outer_lr_end: float | None = None
+    shrink: float = 0.0
+    sawtooth: float = 0.0
     at_synchronization: str = "keep"
     fragments: int = 1
     delay: int = 0
     kept: float = 0.0
+    codec: str = ""
+    mean_codec: str = ""
 
 
 def options_of(setting: Setting) -> dict[str, Any]:
@@ -120,11 +129,14 @@ def options_of(setting: Setting) -> dict[str, Any]:
         options |= {"gate": s.gate, "tau": every}
     if s.consensus != "outer":
         return options | {"consensus": s.consensus}
-    back = None if s.mean_bits in (None, s.bits) else codec_of(s.mean_bits)
+    there = codec_of(s.bits, s.codec)
+    back = codec_of(s.mean_bits or s.bits, s.mean_codec) if s.mean_codec or s.mean_bits else there
+    two = back != there and s.two_stages
     odd: Any = {"two_stages": s.two_stages, "feedback": s.error_feedback, "momenta": s.at_synchronization}
+    odd |= {"shrink": s.shrink, "turning": bool(s.codec or s.mean_codec)}
     return options | {
-        "consensus": outer_of(back, **odd),
-        "outer_bits": codec_of(s.bits),
+        "consensus": outer_of(two_codecs=two, **odd),
+        "outer_bits": pair_of(there, back) if two else there,
         "outer_lr": s.outer_lr,
         "outer_momentum": s.outer_momentum,
         "outer_fragments": s.fragments,
@@ -159,11 +171,18 @@ class Replica:
     def step(self, factor: float = 1.0, *, last: bool = False) -> None:
         """Take one step; the arguments are those of `Replicas.step`."""
         opt, schedule = self.opt, self.opt._schedule
+        if self.setting.sawtooth:
+            along = min(1.0, schedule.local_steps / max(1, self.setting.interval - 1))
+            factor *= 1 + self.setting.sawtooth * (1 - 2 * along)
         moved = (factor / self._factor) ** self.setting.threshold_power
         self._factor = factor
         for group in opt.param_groups:
             group["lr"] = group["initial_lr"] * factor
             group["tau"] *= moved
+        if self.setting.outer_lr_end is not None:
+            end = self.setting.outer_lr_end
+            outer: Any = opt._consensus
+            outer._o = replace(outer._o, lr=end + factor * (self.setting.outer_lr - end))
         if last:  # as in the warm-up: of all fragments
             schedule.options = replace(schedule.options, warmup_steps=schedule.steps + 1)
         opt.step()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rounding import ThereAndBack, at, codec_named
 from torch import Tensor
 
 from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
@@ -103,6 +104,13 @@ class Late(Clock):
         return max(1.0, most * factor)
 
 
+class Early(Clock):
+    """Interval ~ 1.25 - lr: short while the learning rate is high."""
+
+    def interval(self, most: float, factor: float) -> float:
+        return max(1.0, most * (1.25 - factor))
+
+
 # ---- outer_bits
 
 
@@ -144,13 +152,24 @@ class TopK:
         return values.new_zeros(len(payload), self.block).scatter_(-1, codes >> 2, values).view(-1)
 
 
-def codec_of(bits: int) -> int | str:
-    """Return the name of a codec: of so many bits, or if negative of so many of 4096 values."""
-    if bits > 0:
+def codec_of(bits: int, named: str = "") -> int | str:
+    """Return the name of a codec: the one that is named in `rounding`; without, of so many bits, or if
+    negative of so many of 4096 values."""
+    if not named and bits > 0:
         return bits
-    name = f"{-bits} of {TopK.block}"
+    name = named or f"{-bits} of {TopK.block}"
     if name not in CODECS:
-        register_codec(name, TopK(-bits))
+        register_codec(name, codec_named(named) if named else TopK(-bits))
+    return name
+
+
+def pair_of(there: int | str, back: int | str) -> int | str:
+    """Return the name of a codec that is one for what each replica sends and another for the mean."""
+    name, first, second = f"{there} | {back}", CODECS[there], CODECS[back]
+    if first is None or second is None:
+        raise ValueError(f"both ways have to be rounded if one is otherwise; got {name}; try 16 bits")
+    if name not in CODECS:
+        register_codec(name, ThereAndBack(first, second))
     return name
 
 
@@ -164,18 +183,26 @@ class Alone(Consensus):
         local_step(step, begun=not synchronize)
 
 
-class OtherBitsBack(RoundedMean):
-    """Rounds the mean with a codec of its own."""
+class OtherBack(RoundedMean):
+    """Sends something else back than the rounded mean: with the second codec of a `ThereAndBack`, and each
+    value smaller the less the replicas agree on it (a Wiener filter).
 
-    back: Codec
+        mean <- mean mean^2 / (mean^2 + shrink var / K)
+    """
+
+    shrink = 0.0
 
     def next_leg(self) -> Tensor | None:
         if self._received is None:
             return super().next_leg()
         self._work.wait()
-        parts = self._codec.decode(self._received, self._dtype)
-        self._received, self._codec = None, self.back
-        self._ours.add_(parts.view(self._exchange.replicas, -1).mean(0))
+        parts = self._codec.decode(self._received, self._dtype).view(self._exchange.replicas, -1)
+        self._received, self._codec = None, getattr(self._codec, "back", self._codec)
+        mean = parts.mean(0)
+        if self.shrink:
+            square, noise = mean.square(), parts.var(0) / len(parts)
+            mean = mean * (square / (square + self.shrink * noise).clamp_min(1e-38))
+        self._ours.add_(mean)
         part = self._codec.encode(self._ours)
         self._ours.sub_(self._codec.decode(part, self._dtype))
         self._sent = part.new_empty(len(part) * self._exchange.replicas)
@@ -214,6 +241,15 @@ class OuterVariant(Outer):
 
     feedback, momenta = True, "keep"
 
+    def __init__(self, options: Mapping[str, Any]):
+        super().__init__(options)
+        self._turning = self._codec
+
+    def _depart(self, step: Step, fragment: int) -> None:
+        # What it sends may depend on which outer step of the fragment it is.
+        self._codec = at(self._turning, step.schedule.synchronized_steps // self._o.fragments)
+        super()._depart(step, fragment)
+
     def step(self, step: Step, *, synchronize: bool) -> None:
         super().step(step, synchronize=synchronize)
         for kept in self._residuals if not self.feedback else ():
@@ -227,25 +263,36 @@ class OuterVariant(Outer):
                 b.momentum.zero_()
 
 
-def outer_of(back: int | str | None, *, two_stages: bool, feedback: bool, momenta: str) -> str:
+def outer_of(
+    *,
+    two_codecs: bool,
+    two_stages: bool,
+    feedback: bool,
+    momenta: str,
+    shrink: float = 0.0,
+    turning: bool = False,
+) -> str:
     """Return the name of an outer step with these attributes of `OuterVariant`.
 
     Args:
-        back: the name of the codec that rounds the mean; None for that of what each replica sends.
+        two_codecs: the codec is a pair, see `pair_of`.
         two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
+        shrink: see `OtherBack`.
+        turning: what the codec sends may depend on which outer step it is.
     """
-    if (back, two_stages, feedback, momenta) == (None, True, OuterVariant.feedback, OuterVariant.momenta):
+    plain = False, True, OuterVariant.feedback, OuterVariant.momenta, 0.0, False
+    if (two_codecs, two_stages, feedback, momenta, shrink, turning) == plain:
         return "outer"
-    name = f"outer: {back=}, {two_stages=}, {feedback=}, {momenta=}"
+    name = f"outer: {two_codecs=}, {two_stages=}, {feedback=}, {momenta=}, {shrink=}, {turning=}"
     if name not in CONSENSUS:
-        journey: type[RoundedMean] = RoundedMean if two_stages else OneStage
-        if two_stages and back is not None:
-            journey = type("OtherBitsBack", (OtherBitsBack,), {"back": CODECS[back]})
+        journey = RoundedMean if two_stages else OneStage
+        if two_stages and (two_codecs or shrink):
+            journey = type("OtherBack", (OtherBack,), {"shrink": shrink})
         values = {"journey": journey, "feedback": feedback, "momenta": momenta}
         register_consensus(name, type("OuterVariant", (OuterVariant,), values))
     return name
 
 
-for gate in (Directional, Distance, Qsr, Late):
+for gate in (Directional, Distance, Qsr, Late, Early):
     register_signal(gate.__name__.lower(), gate)
 register_consensus("alone", Alone)
