@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shlex
 import statistics
 import subprocess
@@ -72,6 +73,46 @@ POLAR = {"newton_schulz": "polar_express"}
 def variant(name: str, of: Setting = OURS, **changes: Any) -> Setting:
     return replace(of, name=name, **changes)
 
+
+NESTEROV = variant("1 bit, Nesterov", nesterov=True)
+KEPT = variant("1 bit, Nesterov, residual kept by half", NESTEROV, kept=0.5)
+
+
+def trials(of: Setting, count: int = 10) -> list[Setting]:
+    """Return `count` settings whose learning rates and momentum are drawn at random, the same for all; one
+    that is no baseline also draws its outer learning rate."""
+    draw = random.Random(2026)
+    found = []
+    for i in range(count):
+        lr, adamw_lr = 0.03 * 2 ** draw.uniform(-1, 1), 0.01 * 2 ** draw.uniform(-1, 1)
+        momentum, outer_lr = 1 - 0.18 * 2 ** draw.uniform(-1.2, 1.2), draw.uniform(1.0, 1.8)
+        numbers = {"lr": lr, "adamw_lr": adamw_lr, "momentum": momentum}
+        numbers |= {} if of.baseline else {"outer_lr": outer_lr}
+        rounded = {key: float(f"{value:.3g}") for key, value in numbers.items()}
+        found.append(variant(f"{of.name}, trial {i}", of, **rounded))
+    return found
+
+
+# The best of the random search.
+SEARCHED = trials(BEST)[2]
+LLOYD = "lloyd:4:128"
+# What the random search found for KEPT.
+FAST = {"lr": 0.058, "adamw_lr": 0.018, "momentum": 0.7}
+
+
+def long(name: str, codec: str, interval: float, outer: tuple[float, float], **changes: Any) -> Setting:
+    """Return KEPT with this codec, interval, and outer learning rate and momentum."""
+    lr, momentum = outer
+    name = f"{name}, outer {lr} / {momentum}"
+    return variant(
+        name, KEPT, codec=codec, interval=interval, outer_lr=lr, outer_momentum=momentum, **changes
+    )
+
+
+RARE = variant("", KEPT, bits=2, outer_lr=1.0, outer_momentum=0.5)
+KEPT_FAST = trials(KEPT)[6]
+HALF_PERCENT = variant("2 bits every 36 steps, outer 1.0 / 0.5", RARE, interval=36)
+TENTH_PERCENT = variant("2 bits every 144 steps, outer 1.0 / 0.5", RARE, interval=144)
 
 TABLES: dict[str, list[Setting]] = {
     "controls": [],
@@ -148,6 +189,70 @@ TABLES: dict[str, list[Setting]] = {
         )
         for method in ("gram", "standard")
     ],
+    "search": [KEPT, *trials(BEST), *trials(KEPT)],
+    "levers": [
+        NESTEROV,
+        KEPT,
+        *(variant(f"1 bit, Nesterov, {n} rounds", NESTEROV, newton_schulz_steps=n) for n in (2, 3, 4)),
+        variant("Muon every step, Nesterov, 3 rounds", BEST, newton_schulz_steps=3),
+        variant("1 bit, Nesterov, outer 1.8 to 1.0", NESTEROV, outer_lr=1.8, outer_lr_end=1.0),
+        variant("1 bit, Nesterov, outer 1.2 to 1.6", NESTEROV, outer_lr=1.2, outer_lr_end=1.6),
+        *(variant(f"1 bit, Nesterov, agreement {s}", NESTEROV, shrink=s) for s in (0.5, 1.0)),
+        variant("1 bit, Nesterov, early gate", NESTEROV, gate="early", interval=12),
+    ],
+    "codecs": [
+        *(
+            variant(f"{codec} every {interval} steps", KEPT, codec=codec, interval=interval)
+            for codec, interval in (
+                ("top:1/8:1", 4),
+                ("hadamard:1024>sign:128", 8),
+                ("lloyd:4:128", 16),
+                ("top:1/8:1", 8),
+                ("sign:128", 18),
+                ("top:1/16:1", 3),
+                ("ternary:1280", 12),
+                ("top:1/16:1", 5),
+                ("top:1/8:1", 32),
+                ("sign:128", 72),
+                ("top:64/4096:2", 16),
+                ("part:2>sign:128", 4),
+                ("dct2:64>top:64/4096:2", 4),
+                ("stochastic:128:1", 8),
+                ("top:1/64:1", 8),
+                ("lloyd:4:128", 30),
+            )
+        ),
+    ],
+    "frontier": [
+        variant("2 bits every 36 steps", KEPT, codec=LLOYD, interval=36),
+        variant("2 bits every 36 steps, outer 1.7", KEPT, codec=LLOYD, interval=36, outer_lr=1.7),
+        long("2 bits every 36 steps", LLOYD, 36, (1.0, 0.5)),
+        long("2 bits every 16 steps", LLOYD, 16, (1.0, 0.5)),
+        long("2 bits every 36 steps", LLOYD, 36, (1.0, 0.7)),
+        long("2 bits every 16 steps, lr 0.058", LLOYD, 16, (1.2, 0.3), **FAST),
+        long("2 bits every 36 steps, lr 0.058", LLOYD, 36, (1.0, 0.5), **FAST),
+        long("1 bit every 8 steps, lr 0.058", "", 8, (1.2, 0.2), **FAST),
+        long("4 bits every 30 steps", "lloyd:16:128", 30, (1.0, 0.5)),
+        long("2 bits every 144 steps", LLOYD, 144, (1.0, 0.5)),
+        long("1 bit of vectors every 8 steps, lr 0.058", "vector:8/8", 8, (1.4, 0.0), **FAST),
+        long("2 bits every 36 steps", LLOYD, 36, (0.7, 0.8)),
+        long("2 bits every 100 steps", LLOYD, 100, (1.0, 0.7)),
+        *(
+            variant(f"{name}, nothing kept", of, kept=0.0)
+            for name, of in (
+                ("2 bits every 16 steps", long("", LLOYD, 16, (1.0, 0.5))),
+                ("2 bits every 36 steps", long("", LLOYD, 36, (1.0, 0.5))),
+            )
+        ),
+        long("4 bits every 30 steps, lr 0.058", "lloyd:16:128", 30, (1.0, 0.5), **FAST),
+        long("1 bit every 18 steps", "", 18, (1.0, 0.5)),
+        variant("1 bit, sawtooth", KEPT, sawtooth=0.4),
+        variant("1.6 bits every 27 steps", KEPT, codec="ternary:1280", interval=27),
+    ],
+    # Of scripts/gpu_study.sh.
+    "gpu": [BEST, OURS, KEPT],
+    # To be run on text that nothing was tuned on, with other seeds: --held-out, --seeds 10 11 12.
+    "final": [SEARCHED, BEST, OURS, KEPT, KEPT_FAST, HALF_PERCENT, TENTH_PERCENT],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),
         replace(MUON, name="Muon every step, lr 0.014", lr=0.014),
@@ -179,6 +284,7 @@ class Run:
     text: str
     backend: str
     parts: bool = False
+    held_out: str = ""
 
     @property
     def identity(self) -> str:
@@ -188,6 +294,8 @@ class Run:
         values = asdict(self) | {
             "setting": {k: v for k, v in asdict(self.setting).items() if v != plain[k] and k != "name"}
         }
+        if not self.held_out:
+            del values["held_out"]
         return json.dumps(values, sort_keys=True)
 
 
@@ -199,11 +307,13 @@ def simulate(run: Run, device: str, count: Any = None, evaluations: float = math
         evaluations: stop after so many of the run's, the one before its first step not counted.
     """
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     torch.manual_seed(run.seed)
     text = ByteText(Path(run.text) if run.text else None, max_bytes=20_000_000)
     model = GPT(dim=run.dim, layers=run.layers, heads=run.heads, max_seq=run.seq).to(device)
     replicas = Replicas(model, run.setting, run.replicas)
-    held_out = text.held_out_batches(tokens=65536, batch=32, seq=run.seq, rank=0, ranks=1)
+    unseen = ByteText.whole(Path(run.held_out)) if run.held_out else text
+    held_out = unseen.held_out_batches(tokens=65536, batch=32, seq=run.seq, rank=0, ranks=1)
 
     @torch.no_grad()
     def held_out_loss() -> float:
@@ -411,6 +521,7 @@ def execute(run: Run, device: str, count: Any = None, evaluations: float = math.
         "model": {"dim": run.dim, "layers": run.layers, "heads": run.heads},
         "text": Path(run.text).name if run.text else "standard library",
         "parts": run.parts,
+        **({"held_out": Path(run.held_out).name} if run.held_out else {}),
         "identity": run.identity,
     }
 
@@ -479,6 +590,11 @@ def parse_args() -> argparse.Namespace:
         help="one process for all replicas, or one each",
     )
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each setting for each")
+    add(
+        "--controls-once",
+        action="store_true",
+        help="controls for the first of the seeds only, where a leak shows",
+    )
     add("--replicas", nargs="+", type=int, default=[4], help="K")
     add("--batch", nargs="+", type=int, default=[16], help="sequences in each replica's step")
     add(
@@ -496,6 +612,12 @@ def parse_args() -> argparse.Namespace:
         "--text",
         default="",
         help="file or folder to train on; none: the Python standard library's own source",
+    )
+    add(
+        "--held-out",
+        default="",
+        help="file or folder to take the loss of, with --backend simulation; none: a part of --text that is "
+        "not trained on, which settings are tuned on",
     )
     add("--parts", action="store_true", help="each replica reads a part of the text of its own")
     add(
@@ -537,7 +659,7 @@ def main() -> None:
     settings = [
         s for table in args.tables for s in TABLES[table] if not args.settings or s.name in args.settings
     ]
-    data = {"text": args.text, "backend": args.backend, "parts": args.parts}
+    data = {"text": args.text, "backend": args.backend, "parts": args.parts, "held_out": args.held_out}
     shape = {"seq": args.seq, "dim": args.dim, "layers": args.layers, "heads": args.heads}
     runs = [
         Run(setting, seed, replicas=replicas, batch=batch, steps=steps, **shape, **data)
@@ -545,7 +667,7 @@ def main() -> None:
         for replicas in args.replicas
         for batch in args.batch
         for steps in args.steps
-        for setting in with_controls(settings)
+        for setting in (settings if args.controls_once and seed != args.seeds[0] else with_controls(settings))
         if args.backend == "simulation" or runs_in_processes(setting)
     ]
     done = {line["identity"] for line in read(args.out)}

@@ -35,6 +35,14 @@ class ByteText:
         self.train = torch.frombuffer(bytearray(b"\n".join(documents)) or bytearray(1), dtype=torch.uint8)
         self.held_out = torch.frombuffer(bytearray(b"\n".join(held_out)) or bytearray(1), dtype=torch.uint8)
 
+    @classmethod
+    def whole(cls, path: Path) -> "ByteText":
+        """Return the bytes of `path`, all of them held out."""
+        text = cls.__new__(cls)
+        text.name, text.train = str(path), torch.zeros(0, dtype=torch.uint8)
+        text.held_out = torch.frombuffer(bytearray(b"\n".join(read_documents(path))), dtype=torch.uint8)
+        return text
+
     def batch(
         self, *, batch: int, seq: int, seed: int, rank: int, step: int, part: tuple[int, int] = (0, 1)
     ) -> tuple[Tensor, Tensor]:

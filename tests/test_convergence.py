@@ -18,6 +18,8 @@ pytest.importorskip("rich", reason="the benchmark shows its progress with rich: 
 
 import convergence  # noqa: E402
 from convergence import (  # noqa: E402
+    BEST,
+    KEPT,
     MUON,
     NEVER,
     OURS,
@@ -26,11 +28,12 @@ from convergence import (  # noqa: E402
     execute,
     runs_in_processes,
     train_flags,
+    trials,
     validate,
     with_controls,
 )
 
-from curvadion.report.studies import STUDY_KEYS  # noqa: E402
+from curvadion.report.studies import STUDY_KEYS, aggregate  # noqa: E402
 
 SHAPE = {"replicas": 2, "batch": 2, "seq": 16, "steps": 7, "dim": 16, "layers": 1, "heads": 1}
 
@@ -114,6 +117,25 @@ def test_a_line_says_what_the_report_needs() -> None:
     check, gate, payload = 8 + 48, 8 * 3, padded * 1.125 / 8 * 3
     assert line["wire"] == pytest.approx(check + gate + payload), "two replicas: 2 (K - 1) / K = 1"
     assert math.isfinite(line["loss"]) and line["curve"][0][1] == pytest.approx(math.log(256), abs=0.2)
+
+
+def test_loss_can_be_of_a_text_that_nothing_was_tuned_on(tmp_path: Path) -> None:
+    """The same training, another loss, and another identity; without it, identities are as they were."""
+    (tmp_path / "unseen.txt").write_text("what nobody saw " * 400)
+    own = execute(run_of(MUON), "cpu")
+    unseen = execute(run_of(MUON, held_out=str(tmp_path / "unseen.txt")), "cpu")
+    assert "held_out" not in json.loads(own["identity"]) and unseen["held_out"] == "unseen.txt"
+    assert unseen["identity"] != own["identity"] and unseen["wire"] == own["wire"]
+    assert unseen["loss"] != own["loss"]
+    assert len(aggregate([own, unseen])) == 2, "they are not compared"
+
+
+def test_both_sides_draw_as_many_trials_of_the_same_numbers() -> None:
+    ours, theirs = trials(KEPT), trials(BEST)
+    assert len(ours) == len(theirs) > 5
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.lr, a.adamw_lr, a.momentum) == (b.lr, b.adamw_lr, b.momentum)
+        assert b.outer_lr == BEST.outer_lr != a.outer_lr
 
 
 def test_published_runs_are_still_known() -> None:

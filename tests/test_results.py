@@ -22,8 +22,9 @@ Row = list[str]
 def cells() -> list[Cell]:
     """Return the cells of the conditions that the tables are for; they differ in their steps alone."""
     found = read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
-    conditions = (4, 16, 64, 133_440, False, "simulation")
-    found = [c for c in found if (c.replicas, c.batch, c.seq, c.parameters, c.parts, c.backend) == conditions]
+    conditions = (4, 16, 64, 133_440, False, "simulation", "")
+    keys = ("replicas", "batch", "seq", "parameters", "parts", "backend", "held_out")
+    found = [c for c in found if tuple(getattr(c, key) for key in keys) == conditions]
     assert len({cell.steps for cell in found}) == len(found) > 1
     return found
 

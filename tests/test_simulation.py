@@ -193,13 +193,19 @@ def in_processes(settings: list[Setting]) -> list[tuple[list[dict[str, Tensor]],
     return results
 
 
+def kind_of(s: Setting) -> Setting:
+    """Return the setting with the numbers of all others, and intervals that fit into a few steps."""
+    numbers: dict[str, Any] = {"lr": 0.02, "adamw_lr": 3e-3, "momentum": 0.8, "tau": s.tau and 0.3}
+    numbers["outer_lr"] = 1.4 if s.outer_lr > 1 else s.outer_lr
+    return replace(s, **numbers, interval=4 if math.isfinite(s.interval) else s.interval)
+
+
 def test_all_that_is_published_comes_out_the_same_in_real_processes() -> None:
     pytest.importorskip("rich", reason="the study shows its progress with rich: install the [report] extra")
     from convergence import TABLES, with_controls
 
     named = [setting for table in TABLES.values() for setting in with_controls(table)]
-    kinds = {replace(s, name="", lr=0.02, adamw_lr=3e-3, tau=s.tau and 0.3): s for s in named}
-    settings = list(kinds.values())
+    settings = list({replace(kind_of(s), name=""): kind_of(s) for s in named}.values())
     assert len(settings) > 30
     ranks = run_ranks(2, in_processes, settings)
     for number, setting in enumerate(settings):

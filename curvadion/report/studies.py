@@ -112,6 +112,7 @@ class Cell:
     text: str
     parts: bool  # each replica has a part of the text of its own
     backend: str
+    held_out: str = ""  # the text that the loss is of, if it is not a part of the first
     settings: list[Setting] = field(default_factory=list)
 
     @property
@@ -119,6 +120,7 @@ class Cell:
         model = f"{self.parameters / 1e6:.3g}M parameters"
         parts = ", a part of the text each" if self.parts else ""
         how = f", by {self.backend}" if self.backend == "processes" else ""
+        how += f", loss on {self.held_out}" if self.held_out else ""
         size = f"batch {self.batch}, {self.steps:,} steps, {model}"
         return f"{self.study}: {self.replicas} replicas{parts}, {size}{how}"
 
@@ -169,7 +171,7 @@ def aggregate(records: Iterable[Record]) -> list[Cell]:
         key = tuple(
             run[name] for name in ("study", "label", "replicas", "batch", "seq", "steps", "parameters")
         )
-        key += (run.get("text", ""), bool(run.get("parts")), run.get("backend", ""))
+        key += (run.get("text", ""), bool(run.get("parts")), run.get("backend", ""), run.get("held_out", ""))
         cells.setdefault(key, {}).setdefault(run["setting"], {})[run["seed"]] = run
         places = order.setdefault(run["study"], {})
         places.setdefault(run["setting"], len(places))
@@ -243,7 +245,7 @@ def sensitivity(cells: Sequence[Cell]) -> tuple[str, dict[str, list[tuple[float,
             points = varied.setdefault(OPTIONS[changed[0]], [(number(options[changed[0]]), middle, best)])
             points.append((number(theirs[changed[0]]), setting, best))
     for key, name in CONDITIONS.items():
-        same = [k for k in (*CONDITIONS, "text", "parts", "backend") if k != key]
+        same = [k for k in (*CONDITIONS, "text", "parts", "backend", "held_out") if k != key]
         alike = [cell for cell in cells if all(getattr(cell, k) == getattr(main, k) for k in same)]
         found = [
             (getattr(cell, key), s, cell.baselines)
@@ -288,6 +290,7 @@ def study_table(cells: Sequence[Cell]) -> Table:
                     [cell.text] * (cell.text in odd)
                     + ["in parts"] * cell.parts
                     + [cell.backend] * (cell.backend == "processes")
+                    + [f"loss on {cell.held_out}"] * bool(cell.held_out)
                 )
                 row[0] += f" ({', '.join(what)})" if what else ""
                 row[1:1] = [

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains the study's best baseline and the recommended setting on one GPU, four replicas in one process, and shows the gap.
+# Needs a text of a few 100 MB (one file or a folder of UTF-8); nothing is downloaded but for installing.
+#     scripts/gpu_study.sh TEXT                   # 25M parameters, 600 steps, three seeds: about 15 minutes on an H100 (projected)
+#     scripts/gpu_study.sh TEXT --size 151m       # one seed: about 15 minutes on an H100 (projected)
+#     scripts/gpu_study.sh TEXT --no-install ...  # with the environment that is active; other arguments go to the study
+# Lines go to benchmarks/results/convergence_gpu.jsonl; a run that is there already is not run again, so a second call goes on.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+usage() {
+  sed -n '2,7s/^# \{0,1\}//p' "$0"
+}
+if (($# == 0)) || [[ "$1" == -h || "$1" == --help ]]; then usage && exit "$((! $#))"; fi
+text="$1"
+shift
+size=25m
+install=1
+arguments=()
+while (($#)); do
+  case "$1" in
+    --size) size="${2:?--size needs 25m or 151m}" && shift ;;
+    --no-install) install=0 ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+case "$size" in
+  25m) model=(--dim 512 --layers 8 --heads 8 --seq 256 --batch 16 --seeds 0 1 2) ;;
+  151m) model=(--dim 1024 --layers 12 --heads 16 --seq 512 --batch 16 --seeds 0) ;;
+  *) echo "--size must be 25m or 151m; got $size" >&2 && exit 2 ;;
+esac
+if ((install)); then
+  source "$root/scripts/setup_env.sh"
+  ensure_venv "kernels,report"
+fi
+exec python "$root/benchmarks/convergence.py" --device cuda --tables gpu --text "$text" --replicas 4 --steps 600 "${model[@]}" \
+  --out "${RESULTS:-$root/benchmarks/results}/convergence_gpu.jsonl" ${arguments[@]+"${arguments[@]}"}
