@@ -50,8 +50,9 @@ def param_groups_for(
     blocks), are heads if nothing takes their outputs: no layer has so many inputs, and they do not have a few
     times as many outputs as inputs. Those in the blocks with as many outputs as the largest embedding has
     entries are heads too, if nothing takes them. In a model with none of these, and no more than layers that
-    feed each other by their widths, the last is the head, unless x may go around all of them as around a
-    block: then it gives as many outputs as the first takes inputs, and the model is no plain Sequential.
+    feed each other by their widths, the last is the head (or the last ones, side by side; or those of each
+    part, as of actor and critic), unless x may go around all of them as around a block: then it gives as many
+    outputs as the first takes inputs, and the model is no plain Sequential.
 
     Gates are linear layers with one row or column; with as many outputs as there are experts beside them; and
     those called ``router``, or ``gate`` if they have no more than half as many outputs as inputs.
@@ -235,8 +236,9 @@ def _pattern(p: Placed) -> str:
 
 def _suggested(p: Placed) -> str:
     """Return an override in writing: positions, class tokens, decay rates and the like are no weights, and
-    have no weight decay; those of experts are."""
+    have no weight decay; those of experts, of recurrent layers and of projections are."""
     named = f"{p.names[0]} {type(p.owners[0]).__name__}"
-    if "expert" in named.lower() and p.tensor.ndim > 2:
+    of_experts = "expert" in named.lower() and p.tensor.ndim > 2
+    if of_experts or re.search(r"(^|[._])(weight_[ih]h|proj|projection)[^.]*$", p.names[0]):
         return '"adamw"'
     return '{"algorithm": "adamw", "weight_decay": 0.0}'

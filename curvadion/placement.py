@@ -309,20 +309,46 @@ def _after_blocks(parameters: list[Placed]) -> list[Placed]:
 
 
 def _ends_a_chain(parameters: list[Placed]) -> list[Placed]:
-    """Find the last layer of a perceptron: what comes before it are linear layers, each with as many inputs
-    as the one before has outputs, and before these convolutions or embeddings only; and what ends the model
-    is this layer. It must not give as many outputs as the first linear one takes inputs, as what goes around
-    a block does, but in a Sequential, which has no way around."""
+    """Find the last layers of a perceptron; or, where several stand side by side, as of actor and critic, or
+    one behind the other, as encoder and decoder, those of each part whose outputs nothing takes."""
+    if found := _last_layers(parameters):
+        return found
+    parts: dict[str, list[Placed]] = {}
+    for p in parameters:
+        parts.setdefault("".join(p.places[0][:1]), []).append(p)
+    owners = {
+        name: [p.owners[-1] for p in part if p.kind in (MATRICES, GATES)] for name, part in parts.items()
+    }
+    layered = [name for name in parts if owners[name]]
+    if len(layered) < 2 or parameters[-1].owners[-1] not in owners[layered[-1]]:
+        return []
+    return [p for name in layered for p in _last_layers(parts[name]) if not _is_taken(p, parameters)]
+
+
+def _last_layers(parameters: list[Placed]) -> list[Placed]:
+    """Find the last layer of a perceptron, or the last ones, whose outputs nothing takes: what comes before
+    are linear layers, each with as many inputs as one before has outputs (the one just before, in numbered
+    blocks), and before these convolutions or embeddings only; and what ends the model is this layer. It must
+    not give as many outputs as the first linear one takes inputs, as what goes around a block does, but in a
+    Sequential, which has no way around."""
     layers = [p for p in parameters if p.kind not in (VECTORS, UNPLACED)]
     linear = [p for p in layers if p.kind in (MATRICES, GATES)]
     first = len(layers) - len(linear)
     if len(layers) < 2 or not linear or any(p.kind not in (MATRICES, GATES) for p in layers[first:]):
         return []
-    if any(p.tensor.ndim > 2 for p in linear) or parameters[-1].owners[-1] is not linear[-1].owners[-1]:
+    last = linear[-1]
+    if any(p.tensor.ndim > 2 for p in linear) or parameters[-1].owners[-1] is not last.owners[-1]:
         return []
-    feed = all(a.outputs == b.inputs for a, b in pairwise(linear))
     in_sequence = all(word.isdigit() for p in layers for path in p.places for word in path)
-    return linear[-1:] if feed and (in_sequence or linear[-1].outputs != linear[0].inputs) else []
+    if not in_sequence and last.outputs == linear[0].inputs:
+        return []
+    if all(a.outputs == b.inputs for a, b in pairwise(linear)):
+        return [last]
+    given = [{q.outputs for q in linear[:k]} for k in range(len(linear))]
+    fed = all(p.inputs in some for p, some in zip(linear[1:], given[1:], strict=True))
+    if not fed or _is_taken(last, parameters) or any(_is_numbered(path[:-1]) for path in last.places):
+        return []
+    return [p for p in linear if not _is_taken(p, parameters)]
 
 
 def _by_vocabulary(wide: list[Placed], embeddings: list[Placed]) -> list[Placed]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -281,6 +282,10 @@ def nested_perceptron() -> nn.Module:
     return nn.Sequential(hidden(4), hidden(8), nn.Sequential(nn.Linear(8, 16), nn.Softmax(-1)))
 
 
+def perceptron(*widths: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))
+
+
 def perceptron_of_named_layers() -> nn.Module:
     return Plain(lin1=linear(12, 24), norm=nn.LayerNorm(24), lin2=linear(24, 24), lin3=linear(24, 5))
 
@@ -312,6 +317,30 @@ CHAINS: dict[str, tuple[Any, list[str]]] = {
         lambda: nn.Sequential(nn.Embedding(30, 8), linear(8, 8), nn.ReLU(), linear(8, 4)),
         ["3.weight"],
     ),
+    "heads side by side": (
+        lambda: Plain(trunk=nn.Sequential(linear(8, 32), linear(32, 32)), pi=linear(32, 5), v=linear(32, 1)),
+        ["pi.weight", "v.weight"],
+    ),
+    "actor and critic": (
+        lambda: Plain(actor=perceptron(8, 32, 32, 5), critic=perceptron(8, 32, 32, 1)),
+        ["actor.2.weight", "critic.2.weight"],
+    ),
+    "a dueling network": (
+        lambda: Plain(
+            features=perceptron(8, 32, 32), advantage=perceptron(32, 16, 5), value=perceptron(32, 16, 1)
+        ),
+        ["advantage.1.weight", "value.1.weight"],
+    ),
+    "encoder and decoder": (
+        lambda: Plain(encoder=perceptron(20, 16, 4), decoder=perceptron(4, 16, 20)),
+        ["decoder.1.weight"],
+    ),
+    "mean and variance on the way": (
+        lambda: Plain(
+            fc1=linear(20, 16), mu=linear(16, 4), var=linear(16, 4), up=linear(4, 16), to=linear(16, 27)
+        ),
+        ["to.weight"],
+    ),
     # What may be a block around which x goes on: nothing tells.
     "a block's two layers": (lambda: mlp(8), []),
     "a block's two layers in a sequential": (
@@ -322,6 +351,18 @@ CHAINS: dict[str, tuple[Any, list[str]]] = {
     "a gated block": (lambda: swiglu(8), []),
     "two towers": (lambda: Plain(image=linear(12, 6), text=linear(10, 6)), []),
     "one layer": (lambda: nn.Linear(4, 2), []),
+    "blocks of two parts": (
+        lambda: Plain(tokens=perceptron(9, 32, 9), channels=perceptron(8, 32, 8)),
+        [],
+    ),
+    "parts that end in a norm": (
+        lambda: Plain(a=perceptron(4, 8, 6), b=perceptron(6, 12, 9), norm=nn.LayerNorm(9)),
+        [],
+    ),
+    "grouped queries": (
+        lambda: Plain(q=linear(16, 16), k=linear(16, 8), v=linear(16, 8), o=linear(16, 16)),
+        [],
+    ),
     "ends in a norm": (lambda: nn.Sequential(linear(4, 8), linear(8, 6), nn.LayerNorm(6)), []),
 }
 
@@ -1040,3 +1081,22 @@ def test_suggested_overrides_give_weight_decay_to_weights_alone() -> None:
     decays = {name: group.get("weight_decay") for group in groups for name, _ in group["params"]}
     assert decays["positions"] == 0.0
     assert decays["layers.0.experts.w1"] is None
+
+
+def test_suggested_overrides_give_weight_decay_to_recurrent_layers_and_projections() -> None:
+    model = Plain(
+        rnn=nn.GRU(8, 8),
+        cell=nn.LSTMCell(8, 8),
+        text_projection=nn.Parameter(torch.zeros(8, 4)),
+        positions=nn.Parameter(torch.zeros(6, 8)),
+    )
+    with pytest.raises(ValueError, match="could not be placed") as caught:
+        param_groups_for(model)
+    suggestion = str(caught.value).splitlines()[-1]
+    groups = eval(suggestion, {"param_groups_for": param_groups_for, "model": model})
+    decays = {name: group.get("weight_decay") for group in groups for name, _ in group["params"]}
+    assert {name for name, decay in decays.items() if decay is None} == {
+        "text_projection",
+        *(f"rnn.weight_{kind}_l0" for kind in ("ih", "hh")),
+        *(f"cell.weight_{kind}" for kind in ("ih", "hh")),
+    }
