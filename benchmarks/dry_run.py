@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion
-from curvadion.projection.formulas import Decoder
+from curvadion.projection.nominal import Decoder
 
 
 class Weights(nn.Module):

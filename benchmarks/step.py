@@ -64,7 +64,7 @@ from timing import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from curvadion.projection.formulas import Decoder
+from curvadion.projection.nominal import Decoder
 
 FRACTIONS = ("1/4", "1", "1/2", "1/8")
 OPERATIONS = ("local", "local_muon", "local_branch", "synchronized", "local_dion", "outer", "peer")

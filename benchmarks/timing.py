@@ -37,7 +37,7 @@ from torch import Tensor
 # The packages of this checkout, also where they are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-from curvadion.projection.formulas import SIZES, Decoder
+from curvadion.projection.nominal import SIZES, Decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_CACHE = 64 << 20

@@ -11,7 +11,7 @@ from curvadion import __version__
 # Each module has add_arguments(parser) and main(args).
 COMMANDS = {
     "doctor": ("curvadion.doctor", "look at versions, ranks, links and options before a run does"),
-    "project": ("curvadion.projection.command", "project bytes and seconds per step over a link"),
+    "project": ("curvadion.projection", "project bytes and seconds per step over a link"),
     "report": ("curvadion.report", "show runs and studies: tables, and one HTML page with pictures"),
     "rendezvous": (
         "curvadion.rendezvous",

@@ -3,8 +3,6 @@
 import argparse
 import signal
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its stubs
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -14,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the store until the process is ended."""
+    # Here, so that `curvadion rendezvous --help` is without torch; not in its stubs.
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     store = TCPStore(args.host, args.port, is_master=True, wait_for_workers=False)
     print(f"replicas meet at port {store.port} of this machine, until this process ends", flush=True)
     signal.pause()

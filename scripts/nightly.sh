@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What takes too long for scripts/test.sh: random runs, faults with real processes, replicas that die at random
-# operations, a run that is killed and restarted, checkpoints on every mesh, a long run in bfloat16.
+# What takes too long for scripts/test.sh: random runs, faults with real processes, replicas that die at
+# random operations, a run that is killed and restarted, checkpoints on every mesh, a long run in bfloat16.
 set -euo pipefail
 help="scripts/nightly.sh [--minutes N]
 
-N is what the whole pass may take on two idle cores, by default 240. Half of it goes to random runs, a quarter to
-faults; with fewer faults are tried less often, bfloat16 takes 25 steps for each minute up to 3,000, and
+N is what the whole pass may take on two idle cores, by default 240. Half of it goes to random runs, a quarter
+to faults; with fewer faults are tried less often, bfloat16 takes 25 steps for each minute up to 3,000, and
 checkpoints are moved between all meshes from 60 minutes on, in all modes from 240 on. 30 is a whole pass of
-everything else. A random run prints the seed with which \`python tests/fuzz.py --first SEED --count 1\` does it
-again."
+everything else. A random run prints the seed with which \`python tests/fuzz.py --first SEED --count 1\` does
+it again."
 minutes=240
 while (($#)); do
   case "$1" in

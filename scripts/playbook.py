@@ -6,9 +6,11 @@ python scripts/playbook.py --check    # ends with 1 if they would change, and sa
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
-from curvadion.projection.command import Case, add_arguments
+from curvadion.projection import add_arguments
+from curvadion.projection.command import Case
 from curvadion.projection.formulas import wire_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,13 +65,11 @@ def generated() -> str:
         at = case(model, "ethernet-25")
         dense = wire_bytes(at.dense, 4) / 1e6
         sent = wire_bytes(at.sent, 4) / 1e6 / at.interval
-        lines += [
+        about = (
             f"**{words} parameters**, seconds a step, of which forward and backward {at.compute:.3g}; a "
-            f"replica sends {dense:,.0f} MB a step for dense gradients, {sent:,.1f} MB with a bit every 8th:",
-            "",
-            *table(model),
-            "",
-        ]
+            f"replica sends {dense:,.0f} MB a step for dense gradients, {sent:,.1f} MB with a bit every 8th:"
+        )
+        lines += [*textwrap.wrap(about, 110, break_on_hyphens=False), "", *table(model), ""]
     return "\n".join(lines)
 
 

@@ -14,7 +14,8 @@ find_python() {
       return
     fi
   done
-  echo "CurvaDion needs Python 3.11 or newer; got ${PYTHON:-none on the PATH}; install one, or set PYTHON to its path." >&2
+  echo "CurvaDion needs Python 3.11 or newer; got ${PYTHON:-none on the PATH}; install one, or set PYTHON" \
+    "to its path." >&2
   return 1
 }
 
@@ -27,16 +28,18 @@ ensure_venv() {
     python="$(find_python)" || return
     echo "Making $venv with $("$python" --version)"
     if ! "$python" -m venv --clear "$venv"; then
-      echo "$python must be able to make a virtual environment, and cannot; install its venv package (python3-venv), or set PYTHON." >&2
+      echo "$python must be able to make a virtual environment, and cannot; install its venv package" \
+        "(python3-venv), or set PYTHON." >&2
       return 1
     fi
   fi
   wanted="$root"$'\n'"$(cat "$root/pyproject.toml" "$root/scripts/constraints.txt")"
   if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
     echo "Installing CurvaDion[$extras] into $venv; the first time torch comes along, which is large"
-    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$root/scripts/constraints.txt" \
-      --editable "$root[$extras]"; then
-      echo "pip could not install CurvaDion[$extras]; the lines above say why (no network, no torch for this Python?)." >&2
+    if ! "$venv/bin/python" -m pip install --disable-pip-version-check \
+      --constraint "$root/scripts/constraints.txt" --editable "$root[$extras]"; then
+      echo "pip could not install CurvaDion[$extras]; the lines above say why (no network, no torch for" \
+        "this Python?)." >&2
       return 1
     fi
     printf '%s\n' "$wanted" >"$stamp"

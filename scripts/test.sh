@@ -23,7 +23,8 @@ check "options" python scripts/options.py --check
 check "pytest" python -m pytest -n 2 --dist loadfile "$@"
 if (($# == 0)); then
   on_kernels=(tests/test_{communication,equations,gate,lifecycle,mesh_parity,nonfinite}.py)
-  check "pytest on the Triton kernels" python -m pytest -n 2 --dist loadfile --kernels triton --each-once "${on_kernels[@]}"
+  check "pytest on the Triton kernels" python -m pytest -n 2 --dist loadfile --kernels triton --each-once \
+    "${on_kernels[@]}"
 fi
 
 if ((${#failed[@]})); then

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Train with torchtitan on this machine. Flags go to torchtitan:
-#     scripts/train_torchtitan.sh                                                  # the debug config, 2 processes
+#     scripts/train_torchtitan.sh                  # the debug config, 2 processes
 #     NGPU=8 CONFIG=gpt_160m scripts/train_torchtitan.sh --parallelism.data_parallel_replicate_degree 2
 #     NGPU=64 COMM_MODE=fake_backend scripts/train_torchtitan.sh \
-#         --parallelism.data_parallel_replicate_degree 8                           # a dry run: one process
+#         --parallelism.data_parallel_replicate_degree 8    # a dry run: one process
 # NGPU, MODULE, CONFIG, LOG_RANK and COMM_MODE are those of torchtitan's run_train.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

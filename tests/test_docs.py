@@ -101,9 +101,12 @@ def test_the_playbooks_tables_are_what_the_formulas_say(monkeypatch: pytest.Monk
     playbook.main()
 
 
-def test_every_page_is_in_the_sites_menu_and_the_menu_has_no_others() -> None:
+def test_every_page_is_in_the_menu_and_on_the_start_page_and_no_others_are() -> None:
     menu = re.findall(r"^ .*?: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(menu) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    # Who reads the files without the site has no menu.
+    linked = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text())
+    assert {*linked} == {*menu} - {"index.md"}
 
 
 def test_pages_link_to_nothing_outside_the_site() -> None:

@@ -12,8 +12,9 @@ import pytest
 from support.ranks import run_ranks
 
 from curvadion import LOW_COMMUNICATION, CurvaDion
-from curvadion.cli import main
+from curvadion.cli import COMMANDS, main
 from curvadion.doctor import machine, trial
+from curvadion.projection.nominal import KNOWN_RULES
 
 SMALL = ["--dim", "32", "--ffn", "64", "--layers", "1", "--vocabulary", "64"]
 
@@ -88,6 +89,13 @@ def another_version_on_rank_1() -> tuple[int | None, str]:
     return doctor()
 
 
+def test_a_rule_whose_work_is_not_known_is_no_fault() -> None:
+    (code, said), _ = on_ranks(2, "--timeout", "47", "--set", "local_update=dion2", "max_local_steps=3")
+    assert code == 0 and "FAULT" not in said
+    assert "wait 0:00:47 for a rank" in said, "that of the shards, one rank each, is nobody's"
+    assert re.search(r"projected: nothing: --local-update must be one of .*; got dion2", said)
+
+
 def test_versions_that_differ_are_named() -> None:
     (code, said), (other, _) = run_ranks(2, another_version_on_rank_1, group=False)
     assert code == other == 1
@@ -117,11 +125,23 @@ def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"curvadion {__version__}\n"
 
 
-def test_the_command_answers_without_torch() -> None:
-    code = (
-        "import sys; from curvadion.cli import main\n"
-        "try: main(['--help'])\n"
-        "finally: assert 'torch' not in sys.modules, 'a second to wait for'"
-    )
+HELP = {
+    "": ("doctor", "project", "report", "rendezvous"),
+    "doctor": ("--preset {low-communication,none}", "--model {160m,"),
+    "project": ("--link {infiniband-per-gpu,", "--hardware {h100,cpu}", *KNOWN_RULES),
+    "rendezvous": ("--port",),
+    "report": ("--out",),
+}
+
+
+def test_every_command_has_a_page() -> None:
+    assert {*HELP} == {"", *COMMANDS}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_the_command_answers_without_torch(command: str) -> None:
+    """An import takes a second or more, and a laptop may have no torch."""
+    words = [*command.split(), "--help"]
+    code = f"import sys; sys.modules['torch'] = None; from curvadion.cli import main; main({words})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert all(name in said for name in ("doctor", "project", "report", "rendezvous"))
+    assert all(name in said for name in HELP[command])

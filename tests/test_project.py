@@ -16,17 +16,13 @@ from support.ranks import run_ranks
 
 from curvadion import CurvaDion, cli
 from curvadion.consensus import codec
-from curvadion.projection import command
+from curvadion.projection import add_arguments, main
 from curvadion.projection import points as measured
 from curvadion.projection.formulas import (
     BITS,
     BLOCK,
     GATE_BYTES,
-    LINKS,
     PAYLOADS,
-    SIZES,
-    Decoder,
-    Model,
     Projection,
     Sent,
     bits_per_value,
@@ -34,6 +30,7 @@ from curvadion.projection.formulas import (
     payload,
     wire_bytes,
 )
+from curvadion.projection.nominal import LINKS, SIZES, Decoder, Model
 from curvadion.projection.published import PUBLISHED_RANGE, published
 
 PARAMETERS = {"160m": 162_220_800, "350m": 359_965_696, "720m": 720_827_904, "1b3": 1_336_502_272}
@@ -57,8 +54,8 @@ POINT = {
 
 def run(*arguments: str) -> None:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.main(parser.parse_args(arguments))
+    add_arguments(parser)
+    main(parser.parse_args(arguments))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -337,6 +334,8 @@ def test_a_picture_without_a_baseline() -> None:
     [
         ("--replicas 1", "replicas must be >= 2.*got 1; try 2"),
         ("--shards 0", "--shards must be >= 1; got 0"),
+        ("--local-update dion2", "--local-update must be one of gradient, .*; got dion2; try muon"),
+        ("--payload outer-3", "a payload must be one of average, .*outer-1; got 'outer-3'"),
         ("--interval 0.5", r"--interval must be finite and >= 1.*got 0.5"),
         ("--rate 0", r"--rate in \(0, 1\]"),
         ("--rate 2", r"--rate in \(0, 1\].*got 2"),

@@ -89,6 +89,11 @@ def test_a_run_learns_and_says_so(finished):
     assert (summary["replicas"], summary["shards"]) == (2, 2)
     for expected in ("held-out loss after", "synchronized steps", "dense bf16 gradients", "RMMC"):
         assert expected in output
+    # Of 4 ranks one speaks, in whole lines.
+    shown = [line for line in output.splitlines() if "step " in line and "loss" in line]
+    starts = [f"step {k:>2}/{STEPS}  loss " for k in range(1, STEPS + 1)]
+    starts += [f"step {k:>2}/{STEPS}  held-out loss " for k in steps]
+    assert sorted(line[: line.index("loss") + 5] for line in shown) == sorted(starts)
     assert (folder / "report" / "loss_against_tokens.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "report" / "index.html").exists()
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from curvadion import CurvaDion
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.algebra.power_iteration import orthogonalize
-from curvadion.projection.formulas import SIZES, Model
+from curvadion.projection.nominal import SIZES, Model
 from curvadion.projection.rates import RATES, Rates
 from curvadion.projection.work import (
     Settings,

@@ -12,7 +12,7 @@ from torchtitan.models.llama3.parallelize import parallelize_llama
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 
-from curvadion.projection.formulas import SIZES, Decoder
+from curvadion.projection.nominal import SIZES, Decoder
 
 SHAPES = {"debug": Decoder(dim=64, layers=2, heads=4, ffn=192, vocabulary=512), **SIZES}
 

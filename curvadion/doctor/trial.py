@@ -15,24 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from curvadion import (
-    LOW_COMMUNICATION,
-    LOWER_COMMUNICATION,
-    LOWEST_COMMUNICATION,
-    CurvaDion,
-    param_groups_for,
-)
+import curvadion
+from curvadion import CurvaDion, param_groups_for
+from curvadion.doctor import PRESETS
 from curvadion.doctor.findings import FAULT, FINE, WARNING, Finding
 from curvadion.sharding.group import gather
 from curvadion.sharding.layout import local_tensor
 from curvadion.sharding.survey import finish
 
-PRESETS: dict[str, Any] = {
-    "low-communication": LOW_COMMUNICATION,
-    "lower-communication": LOWER_COMMUNICATION,
-    "lowest-communication": LOWEST_COMMUNICATION,
-    "none": {},
-}
 MOST_STEPS = 40
 
 
@@ -100,7 +90,7 @@ def options_of(preset: str, given: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             values[name] = math.inf if text == "inf" else text
     chosen = PRESETS[preset]
-    return chosen(**values) if chosen else values
+    return getattr(curvadion, chosen)(**values) if chosen else values
 
 
 class Steps:

@@ -18,20 +18,15 @@ import torch
 
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.projection.formulas import (
-    BLOCK,
     FORMULA,
     GATE_BYTES,
-    LINKS,
-    PAYLOADS,
-    SIZES,
-    Link,
-    Model,
     Projection,
     Sent,
     break_even,
     payload,
     wire_bytes,
 )
+from curvadion.projection.nominal import KNOWN_RULES, LINKS, SIZES, Link, Model
 from curvadion.projection.points import curves_and_markers, print_points, read_points
 from curvadion.projection.published import PUBLISHED_ASSUMPTIONS, published
 from curvadion.projection.rates import RATES, Rates
@@ -47,111 +42,10 @@ from curvadion.projection.work import (
 )
 from curvadion.rules import RULES
 
-RATE_HELP = {
-    "bfloat16": "FLOPs of bfloat16 products",
-    "float32": "FLOPs of float32 products",
-    "float64": "FLOPs of float64 products",
-    "cholesky": "FLOPs of Cholesky factors",
-    "memory": "bytes of memory read and written",
-    "inside": "bytes that leave it in an all-reduce, and in an all-to-all inside a machine",
-    "across": "bytes that leave it in an all-to-all across machines",
-}
-
 # ---- the command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `curvadion project`."""
-    _add_model_and_link(parser)
-    _add_schedule_and_payload(parser)
-    _add_work(parser)
-    add = parser.add_argument
-    add(
-        "--overlap",
-        type=float,
-        default=0.0,
-        help="fraction of the dense all-reduce that the backward hides (default %(default)s)",
-    )
-    add("--faster", type=float, default=10.0, help="percent, for the break-even link (default %(default)g)")
-    add(
-        "--published",
-        action="store_true",
-        help="print the published range, the assumptions that give it, and nothing else",
-    )
-    add(
-        "--measured",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines of emulated runs, to set beside the projection of each, and nothing else",
-    )
-    add("--picture", type=Path, metavar="FILE.png", help="draw speed-up over bandwidth")
-
-
-def _add_model_and_link(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    about = f"Llama-style decoder, untied, vocabulary {SIZES['160m'].vocabulary} (default %(default)s)"
-    add("--model", choices=SIZES, default="160m", help=about)
-    for name in ("dim", "layers", "ffn", "vocabulary"):
-        add(f"--{name}", type=int, help="in place of that of --model")
-    add("--replicas", type=int, default=2, help="K, the copies of the model (default %(default)s)")
-    add("--shards", type=int, default=8, help="GPUs in a replica (default %(default)s)")
-    add("--tokens", type=float, default=524288, help="per replica and step (default %(default)s)")
-    add("--flops-per-gpu", type=float, default=4e14, help="effective FLOP/s of a GPU (default %(default)g)")
-    add("--compute-seconds", type=float, help="T_compute, in place of --tokens and --flops-per-gpu")
-    about = "nominal bandwidth and round trip (default %(default)s)"
-    add("--link", choices=LINKS, default="cross-datacentre", help=about)
-    add("--gbit", type=float, help="of one NIC, each way, in place of the link's")
-    add("--rtt-ms", type=float, help="round trip, in place of the link's")
-    about = (
-        "NICs of a replica: its bandwidth is nics * gbit "
-        "(default: --shards where each GPU has its own, else 1)"
-    )
-    add("--nics", type=int, help=about)
-
-
-def _add_schedule_and_payload(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    rate = parser.add_mutually_exclusive_group()
-    rate.add_argument(
-        "--interval", type=float, default=8, help="steps per synchronized step (default %(default)g)"
-    )
-    rate.add_argument("--rate", type=float, help="synchronized steps per step, in place of --interval")
-    about = "steps from one exchange of the gate to the next (default %(default)s)"
-    add("--gate-every", type=int, default=8, help=about)
-    about = "outer_delay: steps for which a synchronization is under way (default %(default)s)"
-    add("--delay", type=int, default=0, help=about)
-    add("--payload", choices=PAYLOADS, default="outer-1", help="of a synchronized step (default %(default)s)")
-    about = "Dion steps move Q, sent then (default %(default)s)"
-    add("--local-update", choices=sorted(RULES), default="muon", help=about)
-    add("--rank-fraction", type=float, default=0.25, help="of P and R (default %(default)s)")
-    add("--rank-multiple-of", type=int, default=1, help="rank is rounded up to it (default %(default)s)")
-    about = "of an element of P, R and AdamW gradients (default %(default)s)"
-    add("--payload-bytes", type=int, choices=(2, 4), default=4, help=about)
-    about = "elements that share a scale in outer-8 and fewer (default %(default)s)"
-    add("--block", type=int, default=BLOCK, help=about)
-
-
-def _add_work(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--hardware", choices=RATES, default="h100", help="rates of the optimizer's own work (default h100)")
-    for name, about in RATE_HELP.items():
-        add(f"--{name}-per-second", type=float, metavar="RATE", help=f"{about}, of a GPU")
-    about = "GPUs of a machine; in a replica of more, all-to-all is across machines (default %(default)s)"
-    add("--gpus-per-node", type=int, default=8, help=about)
-    about = (
-        "of Muon steps: whole matrices have owners (default %(default)s: where the optimizer finds it faster)"
-    )
-    add("--owners", choices=("auto", "always", "never"), default="auto", help=about)
-    about = "of a GPU to other replicas: print what owners of P among all of them save (replica_gbit)"
-    add("--replica-gbit", type=float, help=about)
-    add("--newton-schulz-steps", type=int, default=5, help="rounds of Muon steps (default %(default)s)")
-    about = "time of a symmetric product, of which one triangle is enough, to that of a full one (default 1)"
-    add("--symmetric-share", type=float, default=1.0, help=about)
-    about = "of Newton-Schulz and on the way to owners (default %(default)s)"
-    add("--newton-schulz-dtype", choices=("bfloat16", "float32"), default="bfloat16", help=about)
-
-
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Run `curvadion project`."""
     try:
         if args.published:
@@ -229,7 +123,7 @@ class Case:
             interval,
             dense=payload(model, "dense"),
             dion=payload(model, "low-rank", moves_Q=False, **low_rank),
-            sent=payload(model, args.payload, moves_Q=moves_Q, block=args.block, **low_rank),
+            sent=payload(model, args.payload, moves_Q=moves_Q, **given(args, "block"), **low_rank),
             rates=rates,
             work=work_of(args, model, rates),
         )
@@ -336,8 +230,14 @@ def check(args: argparse.Namespace, sizes: Sequence[int], interval: float) -> No
             f"--payload {args.payload}",
             "--payload outer-1",
         ),
+        (
+            args.local_update in KNOWN_RULES,
+            f"--local-update must be one of {', '.join(KNOWN_RULES)}, whose work is known",
+            args.local_update,
+            "muon",
+        ),
         (args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1"),
-        (args.block >= 1, "--block must be >= 1", args.block, "128"),
+        (args.block is None or args.block >= 1, "--block must be >= 1", args.block, "128"),
         (0 < args.symmetric_share <= 1, "--symmetric-share must be in (0, 1]", args.symmetric_share, "1"),
         (
             args.replica_gbit is None or args.replica_gbit > 0,

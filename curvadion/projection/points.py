@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from curvadion.projection.formulas import Model, Projection, Sent, payload
+from curvadion.projection.formulas import Projection, Sent, payload
+from curvadion.projection.nominal import Model
 from curvadion.projection.show import BANDWIDTHS, Curves, print_table
 from curvadion.sharding.ledger import WIRE
 

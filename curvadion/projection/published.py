@@ -1,6 +1,7 @@
 """The published range of speed-ups, and the assumptions under which the formulas give it."""
 
-from curvadion.projection.formulas import LINKS, SIZES, Projection, payload
+from curvadion.projection.formulas import Projection, payload
+from curvadion.projection.nominal import LINKS, SIZES
 
 PUBLISHED_ASSUMPTIONS = """\
 The range of 1.02x on fast InfiniBand to 4.36x across datacentres is that of the CurvaDion paper \

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 from curvadion.algebra.power_iteration import rank_of
-from curvadion.projection.formulas import Model
+from curvadion.projection.nominal import Model
 from curvadion.projection.work import counts_of, spread_of
 from curvadion.rules import left_factor
 from curvadion.rules.orthonormal import RATES

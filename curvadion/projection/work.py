@@ -36,7 +36,7 @@ import torch
 
 from curvadion.algebra.newton_schulz import Iteration
 from curvadion.algebra.power_iteration import rank_of
-from curvadion.projection.formulas import Model
+from curvadion.projection.nominal import KNOWN_RULES, Model
 from curvadion.projection.rates import KERNELS, Rates
 from curvadion.rules import factors, left_factor
 from curvadion.rules.orthonormal import RATES as CHOICE
@@ -399,12 +399,10 @@ def gradient(model: Model, s: Settings) -> list[Work]:
     return [Work() for _ in range(s.shards)]
 
 
-LOCAL: dict[str, Callable[[Model, Settings], list[Work]]] = {
-    "gradient": gradient,
-    "dion": dion,
-    "muon": muon,
-    "normuon": muon,  # two sums of norms more
-}
+# NorMuon: two sums of norms more than Muon.
+LOCAL: dict[str, Callable[[Model, Settings], list[Work]]] = dict(
+    zip(KNOWN_RULES, (gradient, dion, muon, muon), strict=True)
+)
 
 
 def busiest(works: list[Work], rates: Rates, gpus_per_node: int) -> Work:
