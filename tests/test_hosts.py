@@ -615,6 +615,8 @@ UNDER_WAY = {
     "delay": (2, 1, LOW_COMMUNICATION(max_local_steps=2, outer_delay=2, outer_momentum=0.5)),
     "kept_back": (2, 2, LOW_COMMUNICATION(max_local_steps=2)),
     "fragments": (2, 1, LOW_COMMUNICATION(max_local_steps=1, outer_fragments=2, outer_delay=1, outer_lr=0.5)),
+    "own_share": (2, 2, LOW_COMMUNICATION(max_local_steps=2, outer_residual_kept=0.5)),
+    "own_share_delay": (2, 1, LOW_COMMUNICATION(max_local_steps=2, outer_delay=2, outer_residual_kept=1.0)),
 }
 
 

@@ -140,6 +140,8 @@ class Draft:
         options = options_of(draw) | only_runs(draw)
         if options["consensus"] == "outer":
             options["outer_bits"] = draw.choice([32, 16, 8, 4, 2, 1])
+            if options["outer_bits"] != 32:
+                options["outer_residual_kept"] = draw.choice([0.0, 0.5, 1.0])
         if replicas == 1 and options["consensus"] == "none":
             options["consensus"] = "average"
         draft = Draft(seed, layout, replicas, options, torch.float32, draw.randint(8, 20))
@@ -418,6 +420,21 @@ def look_at_consensus(run: Run, event: Event) -> None:
             pass
 
     run.call("consensus()", look)
+
+
+@_event
+def look_at_common_state(run: Run, event: Event) -> None:
+    """Bitwise the same in all replicas, whatever each has kept or has under way."""
+    if not run.opt.keeps_common_state or run.may_raise:
+        return
+    held: list[Tensor] = []
+
+    def look() -> None:
+        with run.opt.common_state():
+            held.extend(local(p).clone() for p in run.params.values())
+
+    if run.call("common_state()", look):
+        run.compare_replicas("parameters in common_state()", held)
 
 
 @_event
