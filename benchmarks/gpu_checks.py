@@ -372,7 +372,7 @@ SINGLE: list[dict[str, Any]] = [
     {"local_update": "muon", "newton_schulz_dtype": torch.float32, "owner_dtype": torch.bfloat16},
     {**OUTER, "outer_lr": 0.7, "outer_momentum": 0.6},
     {**OUTER, "outer_fragments": 3},
-    {**OUTER, "outer_delay": 3, "outer_bits": 1},
+    {**OUTER, "outer_delay": 3, "outer_bits": 1, "outer_residual_kept": 0.5},
     {**OUTER, "outer_on_host": True, "outer_fragments": 2, "outer_delay": 1},
 ]
 EXACT = {torch.float64: 1e-6, torch.float32: 2e-3}  # rounding, times the condition of P

@@ -7,7 +7,7 @@ help="scripts/nightly.sh [--minutes N]
 N is what the whole pass may take on two idle cores, by default 240. Half of it goes to random runs, a quarter
 to faults; with fewer faults are tried less often, bfloat16 takes 25 steps for each minute up to 3,000, and
 checkpoints are moved between all meshes from 60 minutes on, in all modes from 240 on. 30 is a whole pass of
-everything else. A random run prints the seed with which \`python tests/fuzz.py --first SEED --count 1\` does
+everything else. A random run prints the seed with which 'python tests/fuzz.py --first SEED --count 1' does
 it again."
 minutes=240
 while (($#)); do
