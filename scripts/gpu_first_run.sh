@@ -16,8 +16,8 @@ for argument in "$@"; do
 done
 
 python="$(command -v python || command -v python3 || true)"
-usable='import torch, triton, numpy; assert torch.cuda.is_available()'
-if ((install)) && ! "$python" -c "$usable" 2>/dev/null; then
+if ((install)) &&
+  ! "$python" -c 'import torch, triton, numpy; assert torch.cuda.is_available()' 2>/dev/null; then
   source "$root/scripts/setup_env.sh"
   ensure_venv dev
   python=python

@@ -127,7 +127,7 @@ def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> Non
 
 HELP = {
     "": ("doctor", "project", "report", "rendezvous"),
-    "doctor": ("--preset {low-communication,none}", "--model {160m,"),
+    "doctor": ("--preset {low-communication,", "--model {160m,"),
     "project": ("--link {infiniband-per-gpu,", "--hardware {h100,cpu}", *KNOWN_RULES),
     "rendezvous": ("--port",),
     "report": ("--out",),
