@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from curvadion.explain import assert_routing
     from curvadion.gate.trouble import NonFiniteError
     from curvadion.optimizer import CurvaDion
-    from curvadion.options import LOW_COMMUNICATION, LOWER_COMMUNICATION, LOWEST_COMMUNICATION
+    from curvadion.options import (
+        LOW_COMMUNICATION,
+        LOW_COMMUNICATION_KEPT,
+        LOWER_COMMUNICATION,
+        LOWEST_COMMUNICATION,
+    )
     from curvadion.param_groups import param_groups_for
     from curvadion.sharding.agreement import ReplicaMismatchError
     from curvadion.sharding.elastic import ElasticGroup
@@ -20,6 +25,7 @@ __all__ = [
     "LOWER_COMMUNICATION",
     "LOWEST_COMMUNICATION",
     "LOW_COMMUNICATION",
+    "LOW_COMMUNICATION_KEPT",
     "CurvaDion",
     "ElasticGroup",
     "LeftBehindError",
@@ -36,6 +42,7 @@ _HOMES = {
     "LOWER_COMMUNICATION": "options",
     "LOWEST_COMMUNICATION": "options",
     "LOW_COMMUNICATION": "options",
+    "LOW_COMMUNICATION_KEPT": "options",
     "CurvaDion": "optimizer",
     "ElasticGroup": "sharding.elastic",
     "LeftBehindError": "sharding.membership",

@@ -19,11 +19,14 @@ pytest.importorskip("rich", reason="the benchmark shows its progress with rich: 
 import convergence  # noqa: E402
 from convergence import (  # noqa: E402
     BEST,
+    HALF_PERCENT,
     KEPT,
+    KEPT_FAST,
     MUON,
     NEVER,
     OURS,
     TABLES,
+    TENTH_PERCENT,
     Run,
     execute,
     runs_in_processes,
@@ -32,7 +35,14 @@ from convergence import (  # noqa: E402
     validate,
     with_controls,
 )
+from simulation import options_of  # noqa: E402
 
+from curvadion import (  # noqa: E402
+    LOW_COMMUNICATION,
+    LOW_COMMUNICATION_KEPT,
+    LOWER_COMMUNICATION,
+    LOWEST_COMMUNICATION,
+)
 from curvadion.report.studies import STUDY_KEYS, aggregate  # noqa: E402
 
 SHAPE = {"replicas": 2, "batch": 2, "seq": 16, "steps": 7, "dim": 16, "layers": 1, "heads": 1}
@@ -136,6 +146,21 @@ def test_both_sides_draw_as_many_trials_of_the_same_numbers() -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert (a.lr, a.adamw_lr, a.momentum) == (b.lr, b.adamw_lr, b.momentum)
         assert b.outer_lr == BEST.outer_lr != a.outer_lr
+
+
+@pytest.mark.parametrize(
+    ("setting", "preset"),
+    [
+        (OURS, LOW_COMMUNICATION),
+        (KEPT_FAST, LOW_COMMUNICATION_KEPT),
+        (HALF_PERCENT, LOWER_COMMUNICATION),
+        (TENTH_PERCENT, LOWEST_COMMUNICATION),
+    ],
+)
+def test_presets_are_the_settings_that_were_measured(setting: convergence.Setting, preset: dict) -> None:
+    measured = options_of(setting)
+    for name, value in preset.items():
+        assert measured[name] == (pytest.approx(value, rel=2e-3) if isinstance(value, float) else value), name
 
 
 def test_published_runs_are_still_known() -> None:

@@ -14,6 +14,7 @@ from curvadion.projection.nominal import SIZES
 # By name on the command line: an attribute of `curvadion`, or none of its options.
 PRESETS = {
     "low-communication": "LOW_COMMUNICATION",
+    "low-communication-kept": "LOW_COMMUNICATION_KEPT",
     "lower-communication": "LOWER_COMMUNICATION",
     "lowest-communication": "LOWEST_COMMUNICATION",
     "none": None,
