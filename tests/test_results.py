@@ -85,7 +85,7 @@ def check(text: str) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/results.md", 8)])
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/results.md", 10)])
 def test_tables_say_what_was_measured(page: str, count: int) -> None:
     assert check((ROOT / page).read_text()) == count, "what has another head is not checked: count it here"
 
@@ -106,6 +106,31 @@ def test_a_figure_that_is_off_by_its_last_digit_is_found() -> None:
         new = f"{old[:digit]}{(int(old[digit]) + 1) % 10}{old[digit + 1 :]}"
         with pytest.raises(AssertionError):
             check(text[:at] + new + text[at + len(old) :])
+
+
+UNSEEN = "on text and seeds that nothing was tuned on"
+FINAL = f"| {UNSEEN} | seeds | loss | gap, 95 % interval | bytes | synchronized steps |"
+STUDENT = {2: 12.706, 3: 4.303}  # two-sided 95 % quantiles for so many seeds
+
+
+def test_the_final_table_says_what_was_measured() -> None:
+    found = read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
+    [cell] = [c for c in found if c.held_out]
+    best = cell.best
+    rows = (ROOT / "docs" / "results.md").read_text().split(f"{FINAL}\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert best is not None and len(rows) == len(cell.settings) > 5
+    for row in rows:
+        name, seeds, loss, gap, share, _ = [word.strip() for word in row.strip("|").split("|")]
+        setting = setting_of(cell, name)
+        assert setting is not None and setting.share is not None
+        assert (seeds, loss) == (f"{len(setting.runs)}", f"{setting.loss.mean:.3f}")
+        assert share == f"{100 * setting.share.mean:.2f} %"
+        values = setting.gap(best).values  # type: ignore[union-attr]
+        expected_gap = f"{statistics.fmean(values):+.3f}"
+        if len(values) > 1:
+            half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+            expected_gap += f" ± {half:.3f}"
+        assert gap == ("" if setting is best else expected_gap)
 
 
 COST = r"saves (\S+) % of the bytes and costs (\S+) nats in a short run, (\S+) in one three times as\s"
