@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Trains the study's best baseline and the recommended setting on one GPU, four replicas in one process, and shows the gap.
-# Needs a text of a few 100 MB (one file or a folder of UTF-8); nothing is downloaded but for installing.
-#     scripts/gpu_study.sh TEXT                   # 25M parameters, 600 steps, three seeds: about 15 minutes on an H100 (projected)
-#     scripts/gpu_study.sh TEXT --size 151m       # one seed: about 15 minutes on an H100 (projected)
-#     scripts/gpu_study.sh TEXT --no-install ...  # with the environment that is active; other arguments go to the study
-# Lines go to benchmarks/results/convergence_gpu.jsonl; a run that is there already is not run again, so a second call goes on.
+# Trains the study's best baseline and two settings on one GPU, four replicas in one process, and prints their
+# losses. Needs a text of some 100 MB, a file or a folder of UTF-8; no network but for installing.
+#     scripts/gpu_study.sh TEXT                   # 25M parameters, 600 steps, three seeds
+#     scripts/gpu_study.sh TEXT --size 151m       # one seed; each about 15 minutes on an H100 (projected)
+#     scripts/gpu_study.sh TEXT --no-install      # with the environment that is active
+# Other arguments go to benchmarks/convergence.py. Lines go to benchmarks/results/convergence_gpu.jsonl, or to
+# the folder in $RESULTS; a run that is there already is not run again, so a second call goes on.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 usage() {
-  sed -n '2,7s/^# \{0,1\}//p' "$0"
+  sed -n '2,8s/^# \{0,1\}//p' "$0"
 }
 if (($# == 0)) || [[ "$1" == -h || "$1" == --help ]]; then usage && exit "$((! $#))"; fi
 text="$1"
@@ -33,5 +34,7 @@ if ((install)); then
   source "$root/scripts/setup_env.sh"
   ensure_venv "kernels,report"
 fi
-exec python "$root/benchmarks/convergence.py" --device cuda --tables gpu --text "$text" --replicas 4 --steps 600 "${model[@]}" \
-  --out "${RESULTS:-$root/benchmarks/results}/convergence_gpu.jsonl" ${arguments[@]+"${arguments[@]}"}
+exec python "$root/benchmarks/convergence.py" --device cuda --tables gpu --replicas 4 --steps 600 \
+  "${model[@]}" \
+  --text "$text" --out "${RESULTS:-$root/benchmarks/results}/convergence_gpu.jsonl" \
+  ${arguments[@]+"${arguments[@]}"}
