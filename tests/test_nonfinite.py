@@ -18,7 +18,7 @@ from support.models import MATRICES, Shapes, Toy, digest, grid, local, outcome, 
 from support.ranks import run_ranks
 from torch import Tensor, nn
 
-from curvadion import LOW_COMMUNICATION, CurvaDion, NonFiniteError
+from curvadion import CurvaDion, NonFiniteError
 from curvadion.sharding.group import ThreadGroup
 
 BAD = {"nan": math.nan, "+inf": math.inf, "-inf": -math.inf}
@@ -397,32 +397,6 @@ def test_no_zero_makes_a_rule_divide_by_it(local_update: str, dtype: torch.dtype
         torch.testing.assert_close(
             toy.params[name].detach().float(), decayed, rtol=0.03, atol=0.03, msg=f"{name} moved"
         )
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [{"max_local_steps": 0}, {"tau": math.inf}, {**LOW_COMMUNICATION, "max_local_steps": 20}],
-    ids=["synchronized", "local", "outer"],
-)
-def test_lion_takes_no_step_without_a_gradient(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """The sign of a momentum is as large as ever: only weight decay moves what has had a gradient once."""
-    toy = Toy(dtype=dtype)
-    opt = CurvaDion(toy.groups("lion"), lr=0.02, weight_decay=0.0, **options)
-    name = next(name for name in toy.params if name.startswith("norm"))
-    for step in range(3):
-        toy.set_gradients(step, 0)
-        opt.step()
-    before, momentum = toy.whole()[name].clone(), opt.state[toy.params[name]]["exp_avg"].clone()
-    for step in range(3, 9):
-        toy.set_gradients(step, 0)
-        toy.params[name].grad = None
-        opt.step()
-    assert torch.equal(toy.whole()[name], before)
-    assert (opt.state[toy.params[name]]["exp_avg"].norm() < momentum.norm()).item()
-    toy.set_gradients(9, 0)
-    opt.step()
-    assert not torch.equal(toy.whole()[name], before)
 
 
 def test_a_gradient_missing_on_one_replica_alone() -> None:

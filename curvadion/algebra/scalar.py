@@ -60,7 +60,7 @@ def adamw_(
 
 def lion_(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
     moments: dict[str, list[Tensor]],
     *,
     lr: float,
@@ -72,18 +72,11 @@ def lion_(
         X <- (1 - lr wd) X - lr sign(b1 m + (1 - b1) g)
         m <- b2 m + (1 - b2) g
 
-    A sign is as large as ever where m has all but gone. So what has no gradient (None) takes no step along
-    it, and X and m decay.
-
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
     """
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
-    x, g, m = _alike(params, filled, moments["exp_avg"])
+    x, g, m = _alike(params, grads, moments["exp_avg"])
     direction = torch._foreach_lerp(m, g, 1 - betas[0])
     torch._foreach_sign_(direction)
-    for d, given in zip(direction, grads, strict=True):
-        if given is None:
-            d.zero_()
     torch._foreach_mul_(x, 1 - lr * weight_decay)
     torch._foreach_add_(x, direction, alpha=-lr)
     torch._foreach_lerp_(m, g, 1 - betas[1])

@@ -18,6 +18,7 @@ def scalar_step(step: Step, G: Sequence[Tensor | None]) -> None:
         if not members:
             continue
         x = [step.X[i] for i in members]
+        g = [or_zeros(G[i], step.X[i]) for i in members]
         moments = {key: [step.store.moments[i][key] for i in members] for key in MOMENTS[group["algorithm"]]}
         common = {
             "lr": float(group["lr"]),
@@ -25,17 +26,13 @@ def scalar_step(step: Step, G: Sequence[Tensor | None]) -> None:
             "weight_decay": group["weight_decay"],
         }
         if group["algorithm"] == "adamw":
-            g = [or_zeros(G[i], step.X[i]) for i in members]
             adamw_(x, g, moments, step.store.counters[0, members], eps=group["eps"], **common)
         else:
-            lion_(x, [G[i] for i in members], moments, **common)
+            lion_(x, g, moments, **common)
 
 
 def mean_gradients(step: Step) -> list[Tensor | None]:
-    """Return the gradients with those of AdamW and Lion parameters averaged over the replicas. With several
-    replicas a missing one counts as zero, for another may have it."""
-    if step.exchange.replicas == 1:
-        return list(step.G)
+    """Return the gradients with those of AdamW and Lion parameters averaged over the replicas."""
     mean, scalars = list(step.G), step.table.scalars
     local = [or_zeros(step.G[i], step.X[i]) for i in scalars]
     copied = [step.table.copied[i] for i in scalars]
