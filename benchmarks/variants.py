@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rounding import ThereAndBack, at, codec_named
+from rounding import ThereAndBack, as_bytes, as_scales, at, codec_named, pack_bits, unpack_bits
 from torch import Tensor
 
 from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
@@ -137,16 +137,11 @@ class TopK:
         levels = torch.where(large, self.levels[1], self.levels[0]).to(x.dtype)
         scale = (levels * values.abs()).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
         codes = places << 2 | (values < 0) << 1 | large
-        bits = codes.unsqueeze(-1) >> torch.arange(14, device=x.device) & 1
-        weights = 1 << torch.arange(8, device=x.device)
-        packed = (bits.view(len(chunks), -1, 8) * weights).sum(-1).to(torch.uint8)
-        return torch.cat([scale.to(torch.bfloat16).view(torch.uint8), packed], -1).view(-1)
+        return torch.cat([as_bytes(scale), pack_bits(codes, 14)], -1).view(-1)
 
     def decode(self, payload: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         payload = payload.view(-1, 2 + self.kept * 14 // 8)
-        scale = payload[:, :2].contiguous().view(torch.bfloat16).to(dtype)
-        bits = payload[:, 2:].unsqueeze(-1).to(torch.int64) >> torch.arange(8, device=payload.device) & 1
-        codes = (bits.view(len(payload), self.kept, 14) << torch.arange(14, device=payload.device)).sum(-1)
+        scale, codes = as_scales(payload, 1, dtype), unpack_bits(payload[:, 2:], 14)
         sizes = torch.where((codes & 1).bool(), self.levels[1], self.levels[0]).to(dtype)
         values = torch.where((codes & 2).bool(), -sizes, sizes) * scale
         return values.new_zeros(len(payload), self.block).scatter_(-1, codes >> 2, values).view(-1)
