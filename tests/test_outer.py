@@ -19,6 +19,7 @@ from support.cases import (
     gradients,
     initial_values,
     make_optimizer,
+    rounded_case,
     run_case,
     trajectory,
 )
@@ -201,27 +202,10 @@ def test_newton_schulz_in_float32_is_accurate_to_its_rounding() -> None:
 
 
 ROUNDED = [
-    Case(
-        f"{bits} bits, delay {delay}",
-        {**OUTER, "outer_bits": bits, "outer_lr": 0.8, "outer_momentum": 0.5, "outer_delay": delay},
-        synchronize_after=5,  # after a local step, with something kept back
-    )
-    for bits, delay in [*((bits, 0) for bits in BITS), (1, 1), (1, 2), (4, 5)]
+    rounded_case(bits, delay) for bits, delay in [*((bits, 0) for bits in BITS), (1, 1), (1, 2), (4, 5)]
 ]
 ROUNDED_AND_KEPT = [
-    Case(
-        f"{bits} bits, {fragments} fragments, delay {delay}, {kept} of the residuals kept",
-        {
-            **OUTER,
-            "outer_bits": bits,
-            "outer_lr": 0.8,
-            "outer_momentum": 0.5,
-            "outer_fragments": fragments,
-            "outer_delay": delay,
-            "outer_residual_kept": kept,
-        },
-        synchronize_after=5,
-    )
+    rounded_case(bits, delay, fragments, kept)
     for bits, fragments, delay, kept in [
         *((1, 1, 0, 0.5), (1, 1, 0, 1.0), (4, 1, 0, 0.25), (2, 3, 0, 0.5)),
         *((1, 1, 1, 0.5), (1, 1, 2, 1.0), (4, 2, 5, 0.5)),

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Case, gradients, initial_values, make_optimizer, run_case, trajectory
+from support.cases import (
+    Case,
+    gradients,
+    initial_values,
+    make_optimizer,
+    rounded_case,
+    run_case,
+    trajectory,
+)
 from support.layouts import LAYOUTS, Layout, local
 from support.models import Toy, outcome
 from support.ranks import run_ranks
@@ -24,22 +32,7 @@ OPTIONS: Mapping[str, Any] = LOW_COMMUNICATION(max_local_steps=2, weight_decay=0
 
 # bfloat16 rounds each element by itself, so that its residuals are the same on every layout.
 KEPT = [
-    Case(
-        f"{fragments} fragments, delay {delay}, {kept} kept",
-        {
-            "consensus": "outer",
-            "local_update": "muon",
-            "tau": math.inf,
-            "max_local_steps": 1,
-            "outer_bits": 16,
-            "outer_lr": 0.8,
-            "outer_momentum": 0.5,
-            "outer_fragments": fragments,
-            "outer_delay": delay,
-            "outer_residual_kept": kept,
-        },
-        synchronize_after=5,
-    )
+    rounded_case(16, delay, fragments, kept, local_steps=1)
     for fragments, delay, kept in [(1, 0, 0.5), (3, 1, 1.0)]
 ]
 

@@ -76,6 +76,25 @@ class Case:
         return hash(self.name)
 
 
+def rounded_case(bits: int, delay: int, fragments: int = 1, kept: float = 0.0, local_steps: int = 2) -> Case:
+    """Return local Muon steps, and pseudo-gradients of so many bits; common after a local step, with
+    something kept back."""
+    options = {
+        "consensus": "outer",
+        "local_update": "muon",
+        "tau": math.inf,
+        "max_local_steps": local_steps,
+        "outer_bits": bits,
+        "outer_lr": 0.8,
+        "outer_momentum": 0.5,
+        "outer_fragments": fragments,
+        "outer_delay": delay,
+        "outer_residual_kept": kept,
+    }
+    name = f"{bits} bits, {fragments} fragments, delay {delay}, {kept} of the residuals kept"
+    return Case(name, options, synchronize_after=5)
+
+
 BASE = {"lr": 0.05, "tau": 0.4, "momentum": 0.9, "weight_decay": 0.1, "rank_fraction": 0.5}
 CASES = [
     Case("gradient", everywhere=True),
