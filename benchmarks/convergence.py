@@ -249,6 +249,15 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit, sawtooth", KEPT, sawtooth=0.4),
         variant("1.6 bits every 27 steps", KEPT, codec="ternary:1280", interval=27),
     ],
+    # The rules that the optimizer has beside Muon, with the numbers of the four best trials of Muon.
+    "local": [
+        variant(f"{of.name}, {name}", of, rule=rule, rank_fraction=fraction, nesterov=fraction == 1)
+        for name, rule, fraction in (("NorMuon", "normuon", 1.0), ("Dion2 of 1/2", "dion2", 0.5))
+        for i in (0, 2, 5, 6)
+        for of in (trials(BEST)[i], trials(KEPT)[i])
+    ],
+    # Of how the gap goes with length, size, replicas and batch.
+    "law": [BEST, OURS, KEPT_FAST, HALF_PERCENT],
     # Of scripts/gpu_study.sh.
     "gpu": [BEST, OURS, KEPT],
     # To be run on text that nothing was tuned on, with other seeds: --held-out, --seeds 10 11 12.
@@ -526,11 +535,13 @@ def execute(run: Run, device: str, count: Any = None, evaluations: float = math.
     }
 
 
-def with_controls(settings: Iterable[Setting]) -> list[Setting]:
+def with_controls(
+    settings: Iterable[Setting], controls: Sequence[Setting] = tuple(CONTROLS)
+) -> list[Setting]:
     """Return the settings, the controls, and for each gate that is steered to a rate the fixed interval of
     that rate; each once."""
     wanted: dict[str, Setting] = {}
-    for setting in [*CONTROLS, *settings]:
+    for setting in [*controls, *settings]:
         steered = setting.gate in ("rmmc", "directional", "drift") and setting.tau is None
         fixed = (
             [replace(setting, gate="interval", threshold_power=0, name=f"{setting.name}: fixed interval")]
@@ -594,6 +605,11 @@ def parse_args() -> argparse.Namespace:
         "--controls-once",
         action="store_true",
         help="controls for the first of the seeds only, where a leak shows",
+    )
+    add(
+        "--leak-control",
+        action="store_true",
+        help="of the controls take only the one where a leak shows, no synchronization",
     )
     add("--replicas", nargs="+", type=int, default=[4], help="K")
     add("--batch", nargs="+", type=int, default=[16], help="sequences in each replica's step")
@@ -659,6 +675,7 @@ def main() -> None:
     settings = [
         s for table in args.tables for s in TABLES[table] if not args.settings or s.name in args.settings
     ]
+    controls = [NEVER] if args.leak_control else CONTROLS
     data = {"text": args.text, "backend": args.backend, "parts": args.parts, "held_out": args.held_out}
     shape = {"seq": args.seq, "dim": args.dim, "layers": args.layers, "heads": args.heads}
     runs = [
@@ -667,7 +684,9 @@ def main() -> None:
         for replicas in args.replicas
         for batch in args.batch
         for steps in args.steps
-        for setting in (settings if args.controls_once and seed != args.seeds[0] else with_controls(settings))
+        for setting in with_controls(
+            settings, () if args.controls_once and seed != args.seeds[0] else controls
+        )
         if args.backend == "simulation" or runs_in_processes(setting)
     ]
     done = {line["identity"] for line in read(args.out)}
