@@ -249,6 +249,18 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit, sawtooth", KEPT, sawtooth=0.4),
         variant("1.6 bits every 27 steps", KEPT, codec="ternary:1280", interval=27),
     ],
+    # Fewer bits more often, at equal bytes, with the numbers of trial 6.
+    "often": [
+        variant(f"{codec} every {interval} steps, trial 6, outer {outer}", KEPT_FAST, **changes)
+        for codec, interval, outer in (
+            ("vector:8/16", 4, 1.8),
+            ("vector:8/16", 4, 1.4),
+            ("part:2>sign:128", 4, 1.8),
+            ("vector:8/32", 2, 1.4),
+            ("part:4>sign:128", 2, 1.8),
+        )
+        for changes in [{"codec": codec, "interval": interval, "outer_lr": outer}]
+    ],
     # The rules that the optimizer has beside Muon, with the numbers of the four best trials of Muon.
     "local": [
         variant(f"{of.name}, {name}", of, rule=rule, rank_fraction=fraction, nesterov=fraction == 1)
