@@ -261,6 +261,16 @@ TABLES: dict[str, list[Setting]] = {
         )
         for changes in [{"codec": codec, "interval": interval, "outer_lr": outer}]
     ],
+    # Short intervals while the learning rate is high, with the numbers of trial 6.
+    "early": [
+        variant(f"{name}, early gate, trial 6", KEPT_FAST, gate="early", interval=interval, codec=codec)
+        for name, codec, interval in (
+            ("1 bit", "", 12.5),
+            ("half of the values", "part:2>sign:128", 6.5),
+            ("a quarter of the values", "part:4>sign:128", 3.5),
+            ("2 bits", LLOYD, 25),
+        )
+    ],
     # The rules that the optimizer has beside Muon, with the numbers of the four best trials of Muon.
     "local": [
         variant(f"{of.name}, {name}", of, rule=rule, rank_fraction=fraction, nesterov=fraction == 1)
