@@ -78,19 +78,31 @@ NESTEROV = variant("1 bit, Nesterov", nesterov=True)
 KEPT = variant("1 bit, Nesterov, residual kept by half", NESTEROV, kept=0.5)
 
 
-def trials(of: Setting, count: int = 10) -> list[Setting]:
+def trials(
+    of: Setting, count: int = 10, around: tuple[float, float, float, float] = (0.03, 0.01, 0.18, 1.4)
+) -> list[Setting]:
     """Return `count` settings whose learning rates and momentum are drawn at random, the same for all; one
-    that is no baseline also draws its outer learning rate."""
+    that is no baseline also draws its outer learning rate. `around`: the learning rate, AdamW's, 1 - momentum
+    and the outer learning rate in the middle."""
     draw = random.Random(2026)
+    middle_lr, middle_adamw, middle_new, middle_outer = around
     found = []
     for i in range(count):
-        lr, adamw_lr = 0.03 * 2 ** draw.uniform(-1, 1), 0.01 * 2 ** draw.uniform(-1, 1)
-        momentum, outer_lr = 1 - 0.18 * 2 ** draw.uniform(-1.2, 1.2), draw.uniform(1.0, 1.8)
+        lr, adamw_lr = middle_lr * 2 ** draw.uniform(-1, 1), middle_adamw * 2 ** draw.uniform(-1, 1)
+        momentum = 1 - middle_new * 2 ** draw.uniform(-1.2, 1.2)
+        outer_lr = draw.uniform(middle_outer - 0.4, middle_outer + 0.4)
         numbers = {"lr": lr, "adamw_lr": adamw_lr, "momentum": momentum}
         numbers |= {} if of.baseline else {"outer_lr": outer_lr}
         rounded = {key: float(f"{value:.3g}") for key, value in numbers.items()}
         found.append(variant(f"{of.name}, trial {i}", of, **rounded))
     return found
+
+
+def second(of: Setting) -> list[Setting]:
+    """Return the trials of a second search, of NorMuon, around what the first found for it."""
+    side = "NorMuon every step" if of.baseline else "1 bit, NorMuon"
+    found = trials(of, 8, (0.07, 0.016, 0.25, 1.8))
+    return [replace(s, name=f"{side}, second trial {i}", rule="normuon") for i, s in enumerate(found)]
 
 
 # The best of the random search.
@@ -278,6 +290,7 @@ TABLES: dict[str, list[Setting]] = {
         for i in (0, 2, 5, 6)
         for of in (trials(BEST)[i], trials(KEPT)[i])
     ],
+    "normuon": [one for pair in zip(second(BEST), second(KEPT), strict=True) for one in pair],
     # Of how the gap goes with length, size, replicas and batch.
     "law": [BEST, OURS, KEPT_FAST, HALF_PERCENT],
     # Of scripts/gpu_study.sh.
