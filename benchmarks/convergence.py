@@ -249,6 +249,26 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit, sawtooth", KEPT, sawtooth=0.4),
         variant("1.6 bits every 27 steps", KEPT, codec="ternary:1280", interval=27),
     ],
+    # Each matrix is sent when it has the largest score, or with the most bits; "staleness" is the clock.
+    "chosen": [
+        *(
+            variant(f"1 bit, a half every 4 steps by {score}", KEPT_FAST, fragments=2, choice=score)
+            for score in ("staleness", "drift", "rmmc", "change")
+        ),
+        *(
+            variant(f"2 bits or none every 8 steps by {score}", KEPT_FAST, choice=score, rich=0.5)
+            for score in ("staleness", "drift", "change")
+        ),
+        *(
+            variant(f"1 bit, an eighth every step by {score}", KEPT_FAST, fragments=8, choice=score)
+            for score in ("staleness", "change")
+        ),
+        variant("2 bits, 1 or none every 8 steps by drift", KEPT_FAST, choice="drift", rich=0.25),
+        *(
+            variant(f"1 bit, a half every 4 steps by {score}", KEPT_FAST, fragments=2, choice=score)
+            for score in ("spread", "chance", "rmmc*staleness")
+        ),
+    ],
     # The rules that the optimizer has beside Muon, with the numbers of the four best trials of Muon.
     "local": [
         variant(f"{of.name}, {name}", of, rule=rule, rank_fraction=fraction, nesterov=fraction == 1)
