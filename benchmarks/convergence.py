@@ -274,14 +274,18 @@ TABLES: dict[str, list[Setting]] = {
         for changes in [{"codec": codec, "interval": interval, "outer_lr": outer}]
     ],
     # Short intervals while the learning rate is high, with the numbers of trial 6.
-    "early": [
-        variant(f"{name}, early gate, trial 6", KEPT_FAST, gate="early", interval=interval, codec=codec)
-        for name, codec, interval in (
-            ("1 bit", "", 12.5),
-            ("half of the values", "part:2>sign:128", 6.5),
-            ("a quarter of the values", "part:4>sign:128", 3.5),
-            ("2 bits", LLOYD, 25),
-        )
+    "early": [variant("1 bit, early gate, trial 6", KEPT_FAST, gate="early", interval=12.5)],
+    # Each matrix is sent when it has the largest score, or with the most bits; "staleness" is the clock.
+    "chosen": [
+        *(
+            variant(f"1 bit, a half every 4 steps by {score}", KEPT_FAST, fragments=2, choice=score)
+            for score in ("staleness", "drift", "rmmc", "change")
+        ),
+        *(
+            variant(f"2 bits or none every 8 steps by {score}", KEPT_FAST, choice=score, rich=0.5)
+            for score in ("staleness", "drift", "change")
+        ),
+        variant("1 bit, an eighth every step by staleness", KEPT_FAST, fragments=8, choice="staleness"),
     ],
     # The rules that the optimizer has beside Muon, with the numbers of the four best trials of Muon.
     "local": [

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from choosing import choosing
 from torch import nn
 from variants import codec_of, outer_of, pair_of
 
@@ -57,6 +58,9 @@ class Setting:
         fragments: synchronize one of so many parts of the parameters at a time, so many times as often.
         delay: steps for which a synchronization is under way.
         kept: outer_residual_kept; in the end all replicas go back to X_0.
+        choice: the score by which matrices are chosen, see `choosing.Choosing`: of 1 / fragments of all
+            elements at a time. "": fragments are the same share of every matrix, and take turns.
+        rich: with `choice`, the share of these elements that gets 2 bits.
     """
 
     name: str
@@ -93,6 +97,8 @@ class Setting:
     kept: float = 0.0
     codec: str = ""
     mean_codec: str = ""
+    choice: str = ""
+    rich: float = 0.0
 
 
 def options_of(setting: Setting) -> dict[str, Any]:
@@ -134,6 +140,7 @@ def options_of(setting: Setting) -> dict[str, Any]:
     two = back != there and s.two_stages
     odd: Any = {"two_stages": s.two_stages, "feedback": s.error_feedback, "momenta": s.at_synchronization}
     odd |= {"shrink": s.shrink, "turning": bool(s.codec or s.mean_codec)}
+    odd |= {"of": choosing(s.choice, s.rich)} if s.choice or s.rich else {}
     return options | {
         "consensus": outer_of(two_codecs=two, **odd),
         "outer_bits": pair_of(there, back) if two else there,

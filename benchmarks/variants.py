@@ -266,6 +266,7 @@ def outer_of(
     momenta: str,
     shrink: float = 0.0,
     turning: bool = False,
+    of: type[OuterVariant] = OuterVariant,
 ) -> str:
     """Return the name of an outer step with these attributes of `OuterVariant`.
 
@@ -274,17 +275,18 @@ def outer_of(
         two_stages: the mean is rounded and sent back; without, everybody sends to everybody.
         shrink: see `OtherBack`.
         turning: what the codec sends may depend on which outer step it is.
+        of: the variant that gets them, whose name says which one it is.
     """
-    plain = False, True, OuterVariant.feedback, OuterVariant.momenta, 0.0, False
-    if (two_codecs, two_stages, feedback, momenta, shrink, turning) == plain:
+    plain = False, True, OuterVariant.feedback, OuterVariant.momenta, 0.0, False, OuterVariant
+    if (two_codecs, two_stages, feedback, momenta, shrink, turning, of) == plain:
         return "outer"
-    name = f"outer: {two_codecs=}, {two_stages=}, {feedback=}, {momenta=}, {shrink=}, {turning=}"
+    name = f"{of.__name__}: {two_codecs=}, {two_stages=}, {feedback=}, {momenta=}, {shrink=}, {turning=}"
     if name not in CONSENSUS:
         journey = RoundedMean if two_stages else OneStage
         if two_stages and (two_codecs or shrink):
             journey = type("OtherBack", (OtherBack,), {"shrink": shrink})
         values = {"journey": journey, "feedback": feedback, "momenta": momenta}
-        register_consensus(name, type("OuterVariant", (OuterVariant,), values))
+        register_consensus(name, type(of.__name__, (of,), values))
     return name
 
 

@@ -1,7 +1,7 @@
 """consensus="outer": replicas send each other how far they have come since they were last equal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -162,9 +162,17 @@ class Outer(Consensus):
         with record_function("curvadion::outer_step"):
             self._advance(step)
             if synchronize:
-                turn = step.schedule.synchronized_steps % self._o.fragments
-                for fragment in range(self._o.fragments) if step.schedule.warming_up else [turn]:
+                for fragment in self._due(step):
                     self._depart(step, fragment)
+
+    def _due(self, step: Step) -> Iterable[int]:
+        """Return the fragments that a synchronized step sends, the same on all ranks of all replicas."""
+        count = self._o.fragments
+        return range(count) if step.schedule.warming_up else [step.schedule.synchronized_steps % count]
+
+    def _parts(self, step: Step, fragment: int) -> list[Part]:
+        """Return what belongs to a fragment, one part of each parameter."""
+        return parts_of(step.table, fragment, self._o.fragments)
 
     def stand_still(self, step: Step) -> None:
         self._advance(step)
@@ -175,7 +183,7 @@ class Outer(Consensus):
         for fragment, residuals in enumerate(self._residuals):
             if not residuals.in_use:
                 continue
-            parts = parts_of(step.table, fragment, self._o.fragments)
+            parts = self._parts(step, fragment)
             X = take_all(parts, step.X, range(len(parts)))
             wide = [x.to(compute_dtype(x.dtype), copy=True) for x in X]
             step.exchange.settle_residuals_(
@@ -216,7 +224,7 @@ class Outer(Consensus):
         """Send a fragment's pseudo-gradients on their way; without a delay also arrive."""
         for flight in [flight for flight in self._flights if flight.fragment == fragment]:
             self._arrive(step, flight)
-        parts = parts_of(step.table, fragment, self._o.fragments)
+        parts = self._parts(step, fragment)
         if fragment not in self._like:
             self._like[fragment] = [part.like(step.X[part.index]) for part in parts]
         like = self._like[fragment]
