@@ -425,7 +425,7 @@ SHARED = (
         "bits",
         "outer_lr",
     ),
-    *("outer_momentum", "gate", "tau", "warmup", "delay", "kept"),
+    *("outer_momentum", "gate", "tau", "warmup", "delay", "kept", "nesterov"),
 )
 
 
@@ -471,7 +471,7 @@ def train_flags(setting: Setting) -> list[str]:
         flags |= {"--tau": 0.1, "--target-sync-rate": 1 / setting.interval}
     else:
         flags |= {"--tau": setting.tau}
-    return words(flags)
+    return [*words(flags), "--nesterov" if setting.nesterov else "--no-nesterov"]
 
 
 def words(flags: dict[str, Any]) -> list[str]:

@@ -40,7 +40,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from curvadion import LOW_COMMUNICATION, CurvaDion, param_groups_for
+import curvadion
+from curvadion import CurvaDion, param_groups_for
 from curvadion.consensus import CODECS, CONSENSUS
 from curvadion.options import OPTIMIZER_OPTIONS
 from curvadion.report.display import Display, hardware
@@ -48,10 +49,32 @@ from curvadion.report.page import write_report
 from curvadion.rules import RULES
 from curvadion.state.newest import load_newest, saved_steps
 
+PRESETS = ("LOW_COMMUNICATION", "LOW_COMMUNICATION_KEPT", "LOWER_COMMUNICATION", "LOWEST_COMMUNICATION")
+# The options that a preset has and a flag changes.
+OF_PRESETS = (
+    *("tau", "local_update", "momentum", "nesterov", "consensus", "max_local_steps", "gate_every"),
+    *("outer_bits", "outer_lr", "outer_momentum", "outer_delay", "outer_residual_kept"),
+)
+
 
 def codec_name(text: str) -> int | str:
     """Return the name of a codec: a number of bits, or what `register_codec` was given."""
     return int(text) if text.isdigit() else text
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the preset's options with what flags change, without what these leave no use for."""
+    preset = dict(getattr(curvadion, args.preset))
+    given = {name: getattr(args, name) for name in OF_PRESETS if getattr(args, name) is not None}
+    if args.optimizer != "curvadion":  # replicas never differ
+        kept = {name: preset[name] for name in ("tau", "local_update", "momentum")}
+        return kept | {"max_local_steps": 0} | given
+    if given.get("tau", float("inf")) < float("inf"):
+        preset |= {"max_local_steps": None, "gate_every": 1}
+    left_out = {"nesterov"} if given.get("local_update", "muon") not in ("muon", "normuon") else set()
+    if given.get("consensus", "outer") != "outer":
+        left_out |= {name for name in preset if name.startswith("outer")}
+    return {name: value for name, value in preset.items() if name not in left_out} | given
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,25 +84,24 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("optimizer").add_argument
     optimizer_help = "dion and adamw are the controls: CurvaDion's own code, synchronized every step"
     add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
-    add(
-        "--tau",
-        type=float,
-        default=float("inf"),
-        help="synchronize when the momentum's relative change exceeds this",
-    )
+    preset_help = "curvadion's settings; the options below that say so change them"
+    add("--preset", choices=PRESETS, default=PRESETS[0], help=preset_help)
+    add("--tau", type=float, help="synchronize when the momentum's relative change exceeds this; none: never")
     add("--target-sync-rate", type=float, help="steer tau so that this share of the steps is synchronized")
-    local_help = "what a matrix does on a local step; gradient, the paper's text, is CurvaDion's own default"
-    add("--local-update", choices=tuple(RULES), default="muon", help=local_help)
-    add("--consensus", choices=tuple(CONSENSUS), default="outer", help="how replicas become equal again")
-    add("--outer-lr", type=float, help="learning rate of --consensus outer; none: 1.4 with it")
-    add("--outer-momentum", type=float, help="Nesterov momentum of --consensus outer; none: 0")
-    bits_help = "bits per parameter of --consensus outer; none: 1 with it"
+    local_help = "what a matrix does on a local step; gradient is the paper's text; none: the preset's"
+    add("--local-update", choices=tuple(RULES), help=local_help)
+    consensus_help = "how replicas become equal again; none: outer, as the preset has it"
+    add("--consensus", choices=tuple(CONSENSUS), help=consensus_help)
+    add("--outer-lr", type=float, help="learning rate of --consensus outer; none: the preset's")
+    momentum_help = "Nesterov momentum of --consensus outer; none: the preset's"
+    add("--outer-momentum", type=float, help=momentum_help)
+    bits_help = "bits per parameter of --consensus outer; none: the preset's"
     add("--outer-bits", type=codec_name, choices=tuple(CODECS), help=bits_help)
     delay_help = (
         "steps for which a synchronization of --consensus outer is under way; none: 0, which waits for it"
     )
     add("--outer-delay", type=int, help=delay_help)
-    kept_help = "share of its rounding residual that a replica keeps in its parameters; none: 0"
+    kept_help = "share of its rounding residual that a replica keeps in its parameters; none: the preset's"
     add("--outer-residual-kept", type=float, help=kept_help)
     add(
         "--local-lr-scale",
@@ -94,17 +116,19 @@ def parse_args() -> argparse.Namespace:
         help="rank of the update relative to the matrix's shorter side",
     )
     add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
-    most_help = "synchronize after this many local steps in a row; none: 7 with --tau inf, else no bound"
+    most_help = "synchronize after this many local steps in a row; none: the preset's, no bound with --tau"
     add("--max-local-steps", type=int, help=most_help)
     every_help = (
-        "ask the gate on every n-th step; none: with --tau inf where --max-local-steps says so, else 1"
+        "ask the gate on every n-th step; none: where --max-local-steps says so, 1 with --tau"
     )
     add("--gate-every", type=int, help=every_help)
     lag_help = "1: local steps do not wait for the gate's answer, the next one reads it"
     add("--gate-lag", type=int, default=0, choices=OPTIMIZER_OPTIONS["gate_lag"].choices, help=lag_help)
     add("--lr", type=float, default=0.02, help="peak learning rate of matrices")
     add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
-    add("--momentum", type=float, default=0.8, help="mu")
+    add("--momentum", type=float, help="mu; none: the preset's")
+    nesterov_help = "G + mu m for m, with --local-update muon or normuon; none: the preset's"
+    add("--nesterov", action=argparse.BooleanOptionalAction, help=nesterov_help)
     add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
 
     add = parser.add_argument_group("model and data").add_argument
@@ -158,7 +182,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--resume needs --checkpoint, the folder to resume from")
     if not args.timeout > 0:
         parser.error(f"--timeout must be positive, in seconds; got {args.timeout:g}")
-    name = args.optimizer if args.optimizer != "curvadion" else f"curvadion-{args.local_update}"
+    args.options = options_of(args)
+    name = args.optimizer if args.optimizer != "curvadion" else f"curvadion-{args.options['local_update']}"
     args.out = args.out or Path("runs") / name
     return args
 
@@ -208,43 +233,18 @@ def build_model(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh
     return fully_shard(model, mesh=mesh["shard"], mp_policy=policy)  # FSDP2 never sees the replicate axis
 
 
-def between_replicas(args: argparse.Namespace) -> dict[str, Any]:
-    """Return when replicas synchronize, and how."""
-    if args.optimizer != "curvadion":
-        return {"max_local_steps": 0}
-    most, every = args.max_local_steps, args.gate_every
-    if args.tau == float("inf"):  # a fixed interval; nobody asks in between
-        most = LOW_COMMUNICATION["max_local_steps"] if most is None else most
-    else:
-        every = every or 1
-    options: dict[str, Any] = {"max_local_steps": most, "gate_every": every, "consensus": args.consensus}
-    outer = {
-        "outer_lr": args.outer_lr,
-        "outer_momentum": args.outer_momentum,
-        "outer_bits": args.outer_bits,
-        "outer_delay": args.outer_delay,
-        "outer_residual_kept": args.outer_residual_kept,
-    }
-    if args.consensus == "outer":
-        options |= {"outer_lr": LOW_COMMUNICATION["outer_lr"], "outer_bits": LOW_COMMUNICATION["outer_bits"]}
-    return options | {name: value for name, value in outer.items() if value is not None}
-
-
 def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh) -> CurvaDion:
     everything = {"": "adamw"} if args.optimizer == "adamw" else None
     return CurvaDion(
         param_groups_for(model, adamw_lr=args.adamw_lr, overrides=everything),
         lr=args.lr,
         replicate_mesh=mesh["replicate"],
-        tau=args.tau,
         warmup_steps=args.warmup_steps,
         target_sync_rate=args.target_sync_rate,
         gate_lag=args.gate_lag,
-        local_update=args.local_update,
         local_lr_scale=args.local_lr_scale,
-        **between_replicas(args),
+        **args.options,
         rank_fraction=args.rank_fraction,
-        momentum=args.momentum,
         weight_decay=args.weight_decay,
     )
 
@@ -372,14 +372,15 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
     schedule = LambdaLR(opt, lambda step: learning_rate(step, args.steps))
     first = load_last(args.checkpoint, model, opt, schedule) if args.resume else 0
     if args.save_async and not opt.keeps_common_state:
-        raise SystemExit(
-            f"--save-async needs --consensus outer, or --max-local-steps 0; got {args.consensus}"
-        )
+        got = args.options.get("consensus")
+        raise SystemExit(f"--save-async needs --consensus outer, or --max-local-steps 0; got {got}")
     saver = AsyncSaver() if args.checkpoint and args.save_async else None
 
     summary = {
         "arguments": {
-            k: str(v) if isinstance(v, Path) or v == float("inf") else v for k, v in vars(args).items()
+            k: str(v) if isinstance(v, Path) or v == float("inf") else v
+            for k, v in (vars(args) | args.options).items()
+            if k != "options"
         },
         "replicas": mesh["replicate"].size(),
         "shards": mesh["shard"].size(),
@@ -389,9 +390,8 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "held_out": [],
     }
-    display = (
-        Display(args.out, steps=args.steps, tau=args.tau, start=first, summary=summary) if rank == 0 else None
-    )
+    tau = args.options["tau"]
+    display = Display(args.out, steps=args.steps, tau=tau, start=first, summary=summary) if rank == 0 else None
 
     def held_out_loss(step: int) -> None:
         loss = evaluate(model, opt, held_out, device)

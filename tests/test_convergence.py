@@ -109,8 +109,9 @@ def test_settings_are_told_apart(table: str) -> None:
 
 
 def test_what_the_optimizer_lacks_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"got fragments, nesterov|got nesterov, fragments"):
-        train_flags(replace(OURS, nesterov=True, fragments=2))
+    with pytest.raises(ValueError, match=r"got shrink, fragments|got fragments, shrink"):
+        train_flags(replace(OURS, shrink=0.5, fragments=2))
+    assert train_flags(KEPT)[-1] == "--nesterov" and train_flags(OURS)[-1] == "--no-nesterov"
     assert runs_in_processes(OURS) and not runs_in_processes(MUON)
     flags = train_flags(OURS)
     assert (

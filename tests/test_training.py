@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.ranks import RankFailed, run_program, run_ranks
 
+import curvadion
 from curvadion import CurvaDion
 from curvadion.sharding.survey import timeout_of
 
@@ -216,6 +217,28 @@ def with_timeout(seconds: float) -> list[str]:
 
 def test_the_job_has_the_timeout_that_it_was_given():
     assert run_ranks(1, with_timeout, 77.0) == [["0:01:17"] * 2]
+
+
+def options_of(monkeypatch, *flags):
+    import train as script
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    return script.parse_args().options
+
+
+@pytest.mark.parametrize("name", ["LOW_COMMUNICATION", "LOW_COMMUNICATION_KEPT", "LOWER_COMMUNICATION"])
+def test_a_preset_is_what_no_flag_changes(monkeypatch, name):
+    """And of what is changed, only that, and what has no use then, is missing."""
+    preset = dict(getattr(curvadion, name))
+    assert options_of(monkeypatch, "--preset", name) == preset
+    changed = options_of(monkeypatch, "--preset", name, "--momentum", "0.6", "--outer-residual-kept", "0")
+    assert changed == preset | {"momentum": 0.6, "outer_residual_kept": 0.0}
+    gated = options_of(monkeypatch, "--preset", name, "--tau", "0.3", "--no-nesterov")
+    assert gated == preset | {"tau": 0.3, "max_local_steps": None, "gate_every": 1, "nesterov": False}
+    paper = options_of(monkeypatch, "--preset", name, "--consensus", "average", "--local-update", "gradient")
+    assert paper["consensus"] == "average" and not [key for key in paper if "outer" in key or "nest" in key]
+    control = options_of(monkeypatch, "--preset", name, "--optimizer", "dion", "--momentum", "0.95")
+    assert control["max_local_steps"] == 0 and control["momentum"] == 0.95 and "consensus" not in control
 
 
 def test_text_is_split_and_drawn_reproducibly(tmp_path, monkeypatch):
