@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -70,5 +71,14 @@ def replicate_mesh_of(accelerator: "Accelerator") -> DeviceMesh | ProcessGroup |
     if accelerator.num_processes == 1:
         return None
     # `prepare` does the same for a model that is only evaluated, but for DistributedDataParallel.
-    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+    prepare_model = accelerator.prepare_model
+    signature = inspect.signature(prepare_model)
+
+    @functools.wraps(prepare_model)
+    def prepare_alone(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.arguments["evaluation_mode"] = True
+        return prepare_model(*given.args, **given.kwargs)
+
+    accelerator.prepare_model = prepare_alone
     return dist.group.WORLD

@@ -1,6 +1,7 @@
 """CurvaDion under transformers' Trainer, and under what inherits from it."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -55,12 +56,14 @@ class CurvaDionCallback(TrainerCallback):
         self._replicas.synchronize()
 
     def _saving(self, save_model: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(save_model)
+
         @functools.wraps(save_model)
-        def saving(output_dir: str | None = None, _internal_call: bool = False) -> Any:
-            if _internal_call:  # of a checkpoint, on all ranks
-                self._replicas.synchronize()
+        def saving(*args: Any, **kwargs: Any) -> Any:
+            if {**signature.bind(*args, **kwargs).arguments, **kwargs}.get("_internal_call"):
+                self._replicas.synchronize()  # of a checkpoint, on all ranks
             with self._replicas.common():
-                return save_model(output_dir, _internal_call)
+                return save_model(*args, **kwargs)
 
         return saving
 
@@ -76,12 +79,16 @@ class CurvaDionCallback(TrainerCallback):
         return inside
 
     def _with_metrics(self, log: Callable[..., Any]) -> Callable[..., Any]:
+        first = next(iter(inspect.signature(log).parameters))
+
         @functools.wraps(log)
-        def with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        def with_metrics(*args: Any, **kwargs: Any) -> Any:
+            name = first if first in kwargs else "logs"
+            logs = args[0] if args else kwargs[name]
             if "train_runtime" in logs:  # the last line, before the best model is loaded over this one
                 self._replicas.synchronize()
             if "loss" in logs:
                 logs = {**logs, **self._replicas.metrics()}
-            return log(logs, *args, **kwargs)
+            return log(logs, *args[1:], **kwargs) if args else log(**{**kwargs, name: logs})
 
         return with_metrics

@@ -22,7 +22,9 @@ from hosts.loops import DEADLINE, Net, Tokens, in_steps, mean_of, optimizer, pla
 LOW = LOW_COMMUNICATION(max_local_steps=2)
 
 
-def trainer_of(folder: str, net: Net | None = None, **more: Any) -> tuple[Trainer, Any]:
+def trainer_of(
+    folder: str, net: Net | None = None, cls: type[Trainer] = Trainer, **more: Any
+) -> tuple[Trainer, Any]:
     """A Trainer without an optimizer, and the replicate_mesh."""
     settings: dict[str, Any] = {
         "output_dir": folder,
@@ -38,7 +40,7 @@ def trainer_of(folder: str, net: Net | None = None, **more: Any) -> tuple[Traine
         "use_cpu": True,
     }
     settings.update(more)
-    trainer = Trainer(
+    trainer = cls(
         model=net or Net(),
         args=TrainingArguments(**settings),
         train_dataset=Tokens(96),
@@ -200,6 +202,59 @@ def test_one_rank_alone_saves_what_replicas_agreed_on_last(tmp_path: Path) -> No
     for told in results:
         assert told["saved"] == told["common"] and told["saved"] not in (told["apart"], told["end"])
         assert told["end"] == told["expected"], "the run does not notice"
+
+
+class Custom(Trainer):
+    """Its methods have other arguments than Trainer's."""
+
+    def save_model(self, folder: str | None = None, *, tag: str = "", **more: Any) -> None:
+        self.saved.append((tag, more, weights(self.model)))
+        super().save_model(folder, **more)
+
+    def log(self, values: dict[str, float], start_time: float | None = None, *, note: str = "") -> None:
+        super().log(values, start_time)
+
+
+class Passing(Trainer):
+    """Its methods pass on what they get."""
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self.saved.append(("", kwargs, weights(self.model)))
+        super().save_model(*args, **kwargs)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        super().log(*args, **kwargs)
+
+
+def custom(folder: str, cls: type[Trainer]) -> dict[str, Any]:
+    trainer, replicate = trainer_of(folder, cls=cls, save_steps=5)
+    trainer.saved = []
+    trainer.optimizer = optimizer(trainer.model, replicate, **LOW)
+    trainer.add_callback(CurvaDionCallback(trainer))
+    trainer.train()
+    if cls is Custom:
+        trainer.save_model(folder=f"{folder}/own", tag="mine")
+        trainer.log(values={"loss": 1.0}, note="mine")
+    else:
+        trainer.save_model(output_dir=f"{folder}/own")
+        trainer.log(logs={"loss": 1.0})
+    last = trainer.state.log_history[-1]
+    alone = trainer.accelerator.prepare_model(Net(), None, True)
+    return {"saved": trainer.saved, "logged": last, "alone": type(alone).__name__}
+
+
+@pytest.mark.parametrize("cls", [Custom, Passing])
+def test_a_trainer_may_have_other_arguments(cls: type[Trainer], tmp_path: Path) -> None:
+    """Of `save_model` and `log`, by position or by name; a checkpoint is told from a save of one's own."""
+    first, second = run_ranks(2, custom, str(tmp_path), cls, deadline=DEADLINE, group=False)
+    assert first["saved"] == second["saved"], "replicas are equal when a checkpoint is saved"
+    *checkpoints, (tag, more, _) = first["saved"]
+    assert checkpoints and all(kwargs["_internal_call"] for _, kwargs, _ in checkpoints)
+    assert tag == ("mine" if cls is Custom else "") and not more.get("_internal_call")
+    assert (tmp_path / "own" / "model.safetensors").exists()
+    for told in (first, second):
+        assert told["logged"]["loss"] == 1.0 and "curvadion/sync_rate" in told["logged"]
+        assert told["alone"] == "Net", "not in DistributedDataParallel"
 
 
 def best(folder: str) -> dict[str, Any]:
