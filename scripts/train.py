@@ -118,9 +118,7 @@ def parse_args() -> argparse.Namespace:
     add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
     most_help = "synchronize after this many local steps in a row; none: the preset's, no bound with --tau"
     add("--max-local-steps", type=int, help=most_help)
-    every_help = (
-        "ask the gate on every n-th step; none: where --max-local-steps says so, 1 with --tau"
-    )
+    every_help = "ask the gate on every n-th step; none: where --max-local-steps says so, 1 with --tau"
     add("--gate-every", type=int, help=every_help)
     lag_help = "1: local steps do not wait for the gate's answer, the next one reads it"
     add("--gate-lag", type=int, default=0, choices=OPTIMIZER_OPTIONS["gate_lag"].choices, help=lag_help)
@@ -391,7 +389,8 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
         "held_out": [],
     }
     tau = args.options["tau"]
-    display = Display(args.out, steps=args.steps, tau=tau, start=first, summary=summary) if rank == 0 else None
+    shown = {"steps": args.steps, "tau": tau, "start": first, "summary": summary}
+    display = Display(args.out, **shown) if rank == 0 else None
 
     def held_out_loss(step: int) -> None:
         loss = evaluate(model, opt, held_out, device)
