@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What takes too long for scripts/test.sh: random runs, faults with real processes, replicas that die at
-# random operations, a run that is killed and restarted, checkpoints on every mesh, a long run in bfloat16.
+# random operations, a run that is killed and restarted, all of the cases that scripts/test.sh takes a sample
+# of, checkpoints on every mesh, a long run in bfloat16.
 set -euo pipefail
 help="scripts/nightly.sh [--minutes N]
 
@@ -37,6 +38,7 @@ check python tests/fuzz.py --minutes "$((minutes / 2))"
 check python tests/faults.py --times 3 --minutes "$((minutes / 4))" --strict
 check env ROUNDS="$((minutes / 10 + 1))" SEED="$((SECONDS + $$))" python -m pytest -q tests/nightly_elastic.py
 check python tests/restarts.py
+check python -m pytest -q -n 2 --dist loadfile --whole tests/test_mesh_parity.py tests/test_simulation.py
 check python tests/long_bf16.py --steps "$((minutes < 120 ? minutes * 25 : 3000))"
 if ((minutes >= 60)); then
   all=()

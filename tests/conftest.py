@@ -31,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="every test with the first of its parameter sets only, long ones cut short",
     )
+    parser.addoption(
+        "--whole",
+        action="store_true",
+        help="every case of tests that take a sample of them otherwise; scripts/nightly.sh does",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,6 +60,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = set(map(id, first.values()))
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
         items[:] = [item for item in items if id(item) in kept]
+
+
+@pytest.fixture
+def complete(request: pytest.FixtureRequest) -> bool:
+    """Whether a test should take all of its cases, not a sample."""
+    return bool(request.config.getoption("--whole"))
 
 
 @pytest.fixture

@@ -44,27 +44,29 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from curvadion import CurvaDion
 
 
-def runs_on(layout: Layout, replicas: int) -> list[Case]:
-    """The cases of a layout. All of them where tensors are plain and with FSDP2; each on half of the layouts
-    of tensor parallelism; on the layouts of 8 ranks, where a run takes longest, and with another layout's
-    code alone, those that run everywhere. One replica has no use for a consensus."""
+def runs_on(layout: Layout, replicas: int, complete: bool) -> list[Case]:
+    """The cases of a layout. All of them where tensors are plain and with FSDP2; each on one of the four
+    layouts of tensor parallelism, if complete on two; on the layouts of 8 ranks, where a run takes longest,
+    and with another layout's code alone, those that run everywhere. With three replicas one in four, if
+    complete all. One replica has no use for a consensus."""
     if layout.name in ("plain_mesh", "fsdp2") and replicas == 2:
         return CASES
+    every = 2 if complete else 4
     some = replicas == 2 and layout.world_size(2) == 4
     number = LAYOUTS.index(layout)
     return [
         case
         for k, case in enumerate(CASES)
         if (case.everywhere and (replicas > 1 or "consensus" not in case.options))
-        or (some and not case.gate_only and k % 2 == number % 2)
-        or (replicas == 3 and not case.gate_only)
+        or (some and not case.gate_only and k % every == number % every)
+        or (replicas == 3 and not case.gate_only and (complete or k % every == 0))
     ]
 
 
-def run_cases(layout: Layout, replicas: int, quick: bool) -> list[str]:
+def run_cases(layout: Layout, replicas: int, complete: bool, quick: bool) -> list[str]:
     placed = layout.build(initial_values(), replicas)
     parts = [placed.parts_of(G[placed.replica]) for G in gradients(replicas)]
-    cases = [case for case in runs_on(layout, replicas) if case.everywhere or not quick]
+    cases = [case for case in runs_on(layout, replicas, complete) if case.everywhere or not quick]
     return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
@@ -78,10 +80,12 @@ LAYOUTS_AND_REPLICAS = [
 
 
 @pytest.mark.parametrize(("layout", "replicas"), LAYOUTS_AND_REPLICAS, ids=str)
-def test_layout_computes_what_one_process_computes(layout: Layout, replicas: int, quick: bool) -> None:
-    for case in runs_on(layout, replicas):
+def test_layout_computes_what_one_process_computes(
+    layout: Layout, replicas: int, complete: bool, quick: bool
+) -> None:
+    for case in runs_on(layout, replicas, complete):
         trajectory(case, replicas)  # here, not in every forked rank
-    problems = run_ranks(layout.world_size(replicas), run_cases, layout, replicas, quick)
+    problems = run_ranks(layout.world_size(replicas), run_cases, layout, replicas, complete, quick)
     lines = [f"rank {rank}: {problem}" for rank, of_rank in enumerate(problems) for problem in of_rank]
     assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
 
