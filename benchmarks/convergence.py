@@ -98,11 +98,15 @@ def trials(
     return found
 
 
+def by_rule(of: Setting, trial: int | str, rule: str = "NorMuon") -> Setting:
+    """Return a trial's setting with another rule."""
+    side = f"{rule} every step" if of.baseline else f"1 bit, {rule}"
+    return replace(of, name=f"{side}, trial {trial}", rule=rule.lower())
+
+
 def second(of: Setting) -> list[Setting]:
     """Return the trials of a second search, of NorMuon, around what the first found for it."""
-    side = "NorMuon every step" if of.baseline else "1 bit, NorMuon"
-    found = trials(of, 8, (0.07, 0.016, 0.25, 1.8))
-    return [replace(s, name=f"{side}, second trial {i}", rule="normuon") for i, s in enumerate(found)]
+    return [by_rule(one, f"2.{i}") for i, one in enumerate(trials(of, 8, (0.07, 0.016, 0.25, 1.8)))]
 
 
 # The best of the random search.
@@ -123,7 +127,10 @@ def long(name: str, codec: str, interval: float, outer: tuple[float, float], **c
 
 RARE = variant("", KEPT, bits=2, outer_lr=1.0, outer_momentum=0.5)
 KEPT_FAST = trials(KEPT)[6]
+# The best of NorMuon's two searches, on either side.
+NORMUON, KEPT_NORMUON = by_rule(trials(BEST)[6], 6), second(KEPT)[0]
 HALF_PERCENT = variant("2 bits every 36 steps, outer 1.0 / 0.5", RARE, interval=36)
+HALF_NORMUON = variant("2 bits every 36 steps, NorMuon", HALF_PERCENT, rule="normuon")
 TENTH_PERCENT = variant("2 bits every 144 steps, outer 1.0 / 0.5", RARE, interval=144)
 
 TABLES: dict[str, list[Setting]] = {
@@ -287,20 +294,18 @@ TABLES: dict[str, list[Setting]] = {
         ),
         variant("1 bit, an eighth every step by staleness", KEPT_FAST, fragments=8, choice="staleness"),
     ],
-    # The rules that the optimizer has beside Muon, with the numbers of the four best trials of Muon.
-    "local": [
-        variant(f"{of.name}, {name}", of, rule=rule, rank_fraction=fraction, nesterov=fraction == 1)
-        for name, rule, fraction in (("NorMuon", "normuon", 1.0), ("Dion2 of 1/2", "dion2", 0.5))
-        for i in (0, 2, 5, 6)
-        for of in (trials(BEST)[i], trials(KEPT)[i])
-    ],
+    # NorMuon, with the numbers of the four best trials of Muon, and a second search around the best.
+    "local": [by_rule(trials(of)[i], i) for i in (0, 2, 5, 6) for of in (BEST, KEPT)],
     "normuon": [one for pair in zip(second(BEST), second(KEPT), strict=True) for one in pair],
     # Of how the gap goes with length, size, replicas and batch.
     "law": [BEST, OURS, KEPT_FAST, HALF_PERCENT],
     # Of scripts/gpu_study.sh.
     "gpu": [BEST, OURS, KEPT],
     # To be run on text that nothing was tuned on, with other seeds: --held-out, --seeds 10 11 12.
-    "final": [SEARCHED, BEST, OURS, KEPT, KEPT_FAST, HALF_PERCENT, TENTH_PERCENT],
+    "final": [
+        *(NORMUON, SEARCHED, BEST, KEPT_NORMUON, KEPT_FAST, KEPT, OURS),
+        *(HALF_NORMUON, HALF_PERCENT, TENTH_PERCENT),
+    ],
     "tuning": [
         replace(MUON, name="Muon every step, momentum 0.8", momentum=0.8),
         replace(MUON, name="Muon every step, lr 0.014", lr=0.014),
