@@ -1,11 +1,11 @@
-r"""How the gap goes with length, size, replicas and batch: a power law through the study's runs.
+r"""How the gap goes with length, size and replicas: a power law through the study's runs.
 
     python benchmarks/law.py benchmarks/results/convergence.jsonl --out docs/images/law.png
 
 The gap is that of a setting to "Muon every step, Nesterov", of the same seeds and conditions; T steps, N
-parameters, K replicas, B sequences in each replica's step:
+parameters, K replicas, each with 16 sequences in a step:
 
-    gap = c (T / 600)^t (N / 133,440)^n (K / 4)^k (B / 16)^b
+    gap = c (T / 600)^t (N / 133,440)^n (K / 4)^k
 
 fitted by least squares on its logarithm, one value for each condition: the mean over its seeds. An exponent's
 error is the jackknife's over conditions, and "off" is by what factor a condition is missed, at most, when it
@@ -24,7 +24,8 @@ from convergence import BEST, HALF_PERCENT, KEPT_FAST, OURS
 
 from curvadion.report.studies import Cell, read_studies
 
-BASE = {"steps": 600, "parameters": 133_440, "replicas": 4, "batch": 16}
+BASE = {"steps": 600, "parameters": 133_440, "replicas": 4}
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def solve(points: Sequence[Point]) -> np.ndarray:
 
 
 def fit(points: Sequence[Point]) -> Law:
-    """Fit the law. Each of the four conditions must vary in two points at least, or one could not be left
-    out: ValueError."""
+    """Fit the law. Each of BASE must differ from it in two points at least, or one could not be left out:
+    ValueError."""
     found, count = solve(points), len(points)
     without = [solve([*points[:i], *points[i + 1 :]]) for i in range(count)]
     spread = np.array(without) - np.mean(without, 0)
@@ -92,12 +93,12 @@ def draw(settings: dict[str, tuple[list[Point], Law]], out: Path) -> None:
     """Draw one panel for each of BASE: the points that differ from it in that alone, and the law there."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 4, figsize=(13, 3.6), layout="constrained", sharey=True)
-    words = ("steps", "parameters", "replicas K", "sequences in a replica's step")
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
+    words = ("steps", "parameters", "replicas K")
     base = tuple(float(x) for x in BASE.values())
     for i, (axes, label) in enumerate(zip(panels, words, strict=True)):
         for k, (name, (found, law)) in enumerate(settings.items()):
-            shown = [p for p in found if all(p.at[j] == base[j] for j in range(4) if j != i)]
+            shown = [p for p in found if all(p.at[j] == base[j] for j in range(3) if j != i)]
             axes.plot([p.at[i] for p in shown], [p.gap for p in shown], "osD"[k], color=f"C{k}", label=name)
             x = np.geomspace(min(p.at[i] for p in found), max(p.at[i] for p in found), 20)
             axes.plot(x, [law.gap((*base[:i], one, *base[i + 1 :])) for one in x], color=f"C{k}")
@@ -117,11 +118,11 @@ def main() -> None:
     add = parser.add_argument
     add("files", type=Path, nargs="+", help="of benchmarks/convergence.py")
     add("--out", type=Path, default=Path("docs/images/law.png"), help="the picture")
-    for key, value in {"steps": 20_000, "parameters": 160_000_000, "replicas": 4, "batch": 16}.items():
+    for key, value in {"steps": 20_000, "parameters": 160_000_000, "replicas": 4}.items():
         add(f"--{key}", type=float, default=value, help="to extrapolate to")
     args = parser.parse_args()
-    cells = [c for c in read_studies(args.files) if not (c.held_out or c.parts) and c.seq == 64]
-    cells = [c for c in cells if c.backend == "simulation"]
+    cells = [c for c in read_studies(args.files) if not (c.held_out or c.parts) and c.batch == BATCH]
+    cells = [c for c in cells if c.seq == 64 and c.backend == "simulation"]
     settings = {}
     for name in (OURS.name, KEPT_FAST.name, HALF_PERCENT.name):
         found = points(cells, name)
