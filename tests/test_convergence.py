@@ -21,7 +21,7 @@ from convergence import (  # noqa: E402
     BEST,
     HALF_PERCENT,
     KEPT,
-    KEPT_FAST,
+    KEPT_NORMUON,
     MUON,
     NEVER,
     OURS,
@@ -153,7 +153,7 @@ def test_both_sides_draw_as_many_trials_of_the_same_numbers() -> None:
     ("setting", "preset"),
     [
         (OURS, LOW_COMMUNICATION),
-        (KEPT_FAST, LOW_COMMUNICATION_KEPT),
+        (KEPT_NORMUON, LOW_COMMUNICATION_KEPT),
         (HALF_PERCENT, LOWER_COMMUNICATION),
         (TENTH_PERCENT, LOWEST_COMMUNICATION),
     ],
