@@ -11,4 +11,4 @@ cd "$root"
 export NO_MKDOCS_2_WARNING=1 # of its maintainers, about a successor
 if (($#)); then exec mkdocs "$@"; fi
 mkdocs build --quiet
-echo "The start page is runs/site/index.html"
+echo "The start page is runs/site/index.html; scripts/docs.sh serve has a search as well"

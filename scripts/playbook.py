@@ -30,7 +30,7 @@ LINKS = {
     "internet": "internet, 100 Mbit/s, 100 ms",
 }
 # By column: what differs from the recommended settings.
-SETTINGS = {"every 8th step": {}, "every 16th": {"interval": 16, "gate-every": 16}}
+SETTINGS = {"every 8th step": {}, "every 16th": {"interval": 16}}
 SETTINGS["every 8th, 4 under way"] = {"delay": 4}
 
 

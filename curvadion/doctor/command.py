@@ -182,7 +182,7 @@ def projected(args: argparse.Namespace, steps: Steps) -> Finding:
         "nics": 1,
         "rtt-ms": f"{args.rtt_ms:.3g}",
         "interval": f"{steps.interval:g}",
-        "gate-every": options.get("gate_every", 1) or max(1, round(steps.interval)),
+        "gate-every": options.get("gate_every", 1),  # None: as seldom as synchronized steps
         "payload": next(name for name in payloads if name in PAYLOADS),
         "local-update": options.get("local_update", "gradient"),
         "compute-seconds": args.compute_seconds,

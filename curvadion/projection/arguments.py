@@ -73,8 +73,8 @@ def _add_schedule_and_payload(parser: argparse.ArgumentParser) -> None:
         "--interval", type=float, default=8, help="steps per synchronized step (default %(default)g)"
     )
     rate.add_argument("--rate", type=float, help="synchronized steps per step, in place of --interval")
-    about = "steps from one exchange of the gate to the next (default %(default)s)"
-    add("--gate-every", type=int, default=8, help=about)
+    about = "steps from one exchange of the gate to the next (default: the same as --interval)"
+    add("--gate-every", type=int, help=about)
     about = "outer_delay: steps for which a synchronization is under way (default %(default)s)"
     add("--delay", type=int, default=0, help=about)
     about = f"of a synchronized step: {', '.join(WHOLE_PAYLOADS)}, or {OUTER}BITS (default %(default)s)"

@@ -75,6 +75,7 @@ class Case:
         compute, how: T_compute in seconds, and where it is from.
         link: the one that was asked for.
         interval: steps per synchronized step.
+        gate_every: steps per exchange of the gate.
         dense, dion, sent: what a dense step, a Dion step and a synchronized step of CurvaDion send.
         rates: of the optimizer's own work.
         work: that of the busiest GPU in each kind of step.
@@ -86,6 +87,7 @@ class Case:
     how: str
     link: Link
     interval: float
+    gate_every: float
     dense: dict[str, Sent]
     dion: dict[str, Sent]
     sent: dict[str, Sent]
@@ -121,6 +123,7 @@ class Case:
             how,
             replace(LINKS[args.link], **given(args, "gbit", "rtt_ms")),
             interval,
+            interval if args.gate_every is None else args.gate_every,
             dense=payload(model, "dense"),
             dion=payload(model, "low-rank", moves_Q=False, **low_rank),
             sent=payload(model, args.payload, moves_Q=moves_Q, **given(args, "block"), **low_rank),
@@ -153,7 +156,7 @@ class Case:
 
     def times(self, at: Projection) -> tuple[float, float, float]:
         """Return T_dense, T_dion and T_curvadion."""
-        T_curvadion = at.gated(self.sent, self.interval, self.args.gate_every, self.args.delay)
+        T_curvadion = at.gated(self.sent, self.interval, self.gate_every, self.args.delay)
         dion = replace(at, own=sum(self.seconds(self.work[DION]).values()))
         return at.dense(self.dense), dion.gated(self.dion), T_curvadion
 
@@ -217,7 +220,7 @@ def check(args: argparse.Namespace, sizes: Sequence[int], interval: float) -> No
             "--interval 8",
         ),
         (0 < args.rank_fraction <= 1, "--rank-fraction must be in (0, 1]", args.rank_fraction, "0.25"),
-        (args.gate_every >= 1, "--gate-every must be >= 1", args.gate_every, "1"),
+        (args.gate_every is None or args.gate_every >= 1, "--gate-every must be >= 1", args.gate_every, "1"),
         (
             0 <= args.delay <= interval and even,
             "--delay must be an even number >= 0, at most --interval",
@@ -286,7 +289,7 @@ def print_case(case: Case) -> None:
     print(f"{nics} x {link.gbit:g} Gbit/s a replica, round trip {link.rtt_ms:g} ms;")
     print(
         f"payload {case.args.payload} on 1 step in {case.interval:g}, under way for {case.args.delay}, "
-        f"the gate on 1 in {case.args.gate_every};"
+        f"the gate on 1 in {case.gate_every:g};"
     )
     print(f"overlap {case.args.overlap:g}\n\n{FORMULA}\n")
 
@@ -303,7 +306,7 @@ def print_bytes(case: Case) -> None:
     rows = [[p, *(f"{c[p].bytes:,.0f}" if p in c else "" for c in columns.values())] for p in purposes]
     wires = [wire_bytes(column, case.args.replicas) for column in columns.values()]
     gates, syncs = wire_bytes(gate, case.args.replicas), wire_bytes(case.sent, case.args.replicas)
-    means = [*wires[:2], gates / case.args.gate_every + syncs / case.interval]
+    means = [*wires[:2], gates / case.gate_every + syncs / case.interval]
     rows.append(["leave a replica", *(f"{w:,.0f}" for w in wires)])
     rows.append(["... per step, mean", *(f"{w:,.0f}" for w in means)])
     rows.append(["... of dense", *(f"{w / wires[0]:.2%}" for w in means)])
@@ -347,7 +350,7 @@ def print_break_even(case: Case, at: Projection, faster: float) -> None:
     print(f"projected: break-even at {rtt}, in Gbit/s of a replica")
     for percent in sorted({0.0, faster, 100.0}):
         speedup = 1 + percent / 100
-        gbit = break_even(at, case.dense, case.sent, case.interval, speedup, args.gate_every, args.delay)
+        gbit = break_even(at, case.dense, case.sent, case.interval, speedup, case.gate_every, args.delay)
         where = {0.0: "on no link", math.inf: "on every link"}.get(gbit, f"below {gbit:.4g} Gbit/s")
         print(f"  CurvaDion is {f'{percent:g} % ' if percent else ''}faster than dense {where}")
     print()

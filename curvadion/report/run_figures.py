@@ -4,6 +4,7 @@ the files hold nothing to draw."""
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import linear_regression
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,8 +18,12 @@ from curvadion.report.runs import Run, number, sent_keys, sent_words
 
 def smooth(values: Sequence[float]) -> list[float]:
     """Average each value with as many neighbours on either side, a thirtieth of all at most; fewer near the
-    ends, so that a steep start is followed and not trailed. Gaps stay gaps, and count for nothing."""
+    start, so that a steep one is followed and not trailed. The end, where there are fewer too, follows the
+    line of least squares through the last values, not the noise of the very last. Gaps stay gaps, and count
+    for nothing."""
     reach = max(2, len(values) // 30)
+    last = [(i, value) for i, value in enumerate(values) if not math.isnan(value)][-2 * reach - 1 :]
+    slope, intercept = linear_regression(*zip(*last, strict=True)) if len(last) > 2 * reach else (0.0, 0.0)
     sums, counts = [0.0], [0]
     for value in values:
         gap = math.isnan(value)
@@ -28,8 +33,12 @@ def smooth(values: Sequence[float]) -> list[float]:
     for i, value in enumerate(values):
         side = min(reach, i, len(values) - 1 - i)
         low, high = i - side, i + side + 1
-        missing = math.isnan(value)
-        means.append(math.nan if missing else (sums[high] - sums[low]) / (counts[high] - counts[low]))
+        if math.isnan(value):
+            means.append(math.nan)
+        elif len(last) > 2 * reach and high == len(values):
+            means.append(slope * i + intercept)
+        else:
+            means.append((sums[high] - sums[low]) / (counts[high] - counts[low]))
     return means
 
 
