@@ -180,7 +180,7 @@ def test_every_size_has_every_method() -> None:
         f"{size}{method}"
         for size in ("debug", *(f"gpt_{s}" for s in SHAPES if s != "debug"))
         for method in METHODS
-    }
+    } | {"debug_recommended"}
 
 
 METHODS = ("", "_paper", "_dion", "_adamw")

@@ -6,6 +6,7 @@ for the rest.
     ..._dion                                  Dion, synchronized every step
     ..._adamw                                 AdamW on gradients averaged over all ranks
     debug, debug_paper, debug_dion, debug_adamw     a toy of the same shape, on local text, for a CPU
+    debug_recommended                               the same; debug itself has a gate that opens often
 
 All runs of one size see the same tokens in the same batches. Layouts are flags:
 `--parallelism.data_parallel_replicate_degree` is the number of replicas (nodes, or groups of nodes), the rest
@@ -252,6 +253,11 @@ def gpt_1b3_adamw() -> Trainer.Config:
 def debug() -> Trainer.Config:
     """A toy for a CPU, CurvaDion."""
     return _debug(CurvaDionOptimizer.Config(local_update="dion", tau=0.3, max_local_steps=4))
+
+
+def debug_recommended() -> Trainer.Config:
+    """A toy, CurvaDion, recommended settings."""
+    return _debug(_recommended())
 
 
 def debug_paper() -> Trainer.Config:
