@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from convergence import BEST, HALF_PERCENT, KEPT_FAST, OURS
+from convergence import BEST, OURS
 
 from curvadion.report.studies import Cell, read_studies
 
@@ -99,7 +99,9 @@ def draw(settings: dict[str, tuple[list[Point], Law]], out: Path) -> None:
     for i, (axes, label) in enumerate(zip(panels, words, strict=True)):
         for k, (name, (found, law)) in enumerate(settings.items()):
             shown = [p for p in found if all(p.at[j] == base[j] for j in range(3) if j != i)]
-            axes.plot([p.at[i] for p in shown], [p.gap for p in shown], "osD"[k], color=f"C{k}", label=name)
+            axes.plot(
+                [p.at[i] for p in shown], [p.gap for p in shown], "osD^v"[k % 5], color=f"C{k}", label=name
+            )
             x = np.geomspace(min(p.at[i] for p in found), max(p.at[i] for p in found), 20)
             axes.plot(x, [law.gap((*base[:i], one, *base[i + 1 :])) for one in x], color=f"C{k}")
         axes.set_xscale("log")
@@ -117,6 +119,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("files", type=Path, nargs="+", help="of benchmarks/convergence.py")
+    add("--settings", nargs="+", default=[OURS.name], metavar="NAME", help="of the study")
     add("--out", type=Path, default=Path("docs/images/law.png"), help="the picture")
     for key, value in {"steps": 20_000, "parameters": 160_000_000, "replicas": 4}.items():
         add(f"--{key}", type=float, default=value, help="to extrapolate to")
@@ -124,7 +127,7 @@ def main() -> None:
     cells = [c for c in read_studies(args.files) if not (c.held_out or c.parts) and c.batch == BATCH]
     cells = [c for c in cells if c.seq == 64 and c.backend == "simulation"]
     settings = {}
-    for name in (OURS.name, KEPT_FAST.name, HALF_PERCENT.name):
+    for name in args.settings:
         found = points(cells, name)
         law = fit(found)
         settings[name] = found, law
