@@ -220,14 +220,13 @@ LOW_COMMUNICATION_KEPT = Preset(
 # For 0.4 % and 0.13 %: two bits on every 36th and 144th step, and outer momentum.
 LOWER_COMMUNICATION = Preset(
     LOW_COMMUNICATION_KEPT,
-    local_update="muon",
     momentum=0.8,
     outer_bits=2,
     outer_lr=1.0,
     outer_momentum=0.5,
     max_local_steps=35,
 )
-LOWEST_COMMUNICATION = Preset(LOWER_COMMUNICATION, max_local_steps=143)
+LOWEST_COMMUNICATION = Preset(LOWER_COMMUNICATION, local_update="muon", max_local_steps=143)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ pytest.importorskip("rich", reason="the benchmark shows its progress with rich: 
 import convergence  # noqa: E402
 from convergence import (  # noqa: E402
     BEST,
-    HALF_PERCENT,
+    HALF_NORMUON,
     KEPT,
     KEPT_NORMUON,
     MUON,
@@ -154,7 +154,7 @@ def test_both_sides_draw_as_many_trials_of_the_same_numbers() -> None:
     [
         (OURS, LOW_COMMUNICATION),
         (KEPT_NORMUON, LOW_COMMUNICATION_KEPT),
-        (HALF_PERCENT, LOWER_COMMUNICATION),
+        (HALF_NORMUON, LOWER_COMMUNICATION),
         (TENTH_PERCENT, LOWEST_COMMUNICATION),
     ],
 )
