@@ -52,6 +52,12 @@ class Law:
         return self.c * math.prod(factors)
 
 
+def conditions(files: Sequence[Path]) -> list[Cell]:
+    """Return the study's cells that differ in BASE alone."""
+    cells = [c for c in read_studies(files) if not (c.held_out or c.parts) and c.batch == BATCH]
+    return [c for c in cells if c.seq == 64 and c.backend == "simulation"]
+
+
 def points(cells: Sequence[Cell], name: str) -> list[Point]:
     """Return a setting's gaps, a condition each, where BEST has the same seeds."""
     found = []
@@ -128,8 +134,7 @@ def main() -> None:
     for key, value in {"steps": 20_000, "parameters": 160_000_000, "replicas": 4}.items():
         add(f"--{key}", type=float, default=value, help="to extrapolate to")
     args = parser.parse_args()
-    cells = [c for c in read_studies(args.files) if not (c.held_out or c.parts) and c.batch == BATCH]
-    cells = [c for c in cells if c.seq == 64 and c.backend == "simulation"]
+    cells = conditions(args.files)
     settings = {}
     for name in args.settings:
         found = points(cells, name)
