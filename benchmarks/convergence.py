@@ -300,7 +300,7 @@ TABLES: dict[str, list[Setting]] = {
     # Of how the gap goes with length, size, replicas and batch.
     "law": [BEST, OURS, KEPT_FAST, HALF_PERCENT],
     # Of scripts/gpu_study.sh.
-    "gpu": [BEST, OURS, KEPT],
+    "gpu": [BEST, OURS, NORMUON, KEPT_NORMUON],
     # To be run on text that nothing was tuned on, with other seeds: --held-out, --seeds 10 11 12.
     "final": [
         *(NORMUON, by_rule(trials(BEST)[6], 6), SEARCHED, BEST, KEPT_NORMUON, KEPT_FAST, KEPT, OURS),

@@ -72,6 +72,7 @@ def draw(cells: Sequence[Cell], names: Sequence[str], out: Path) -> None:
             f"measured: {cell.parameters / 1e6:.2g}M parameters, K = {cell.replicas}, {cell.steps:,} steps"
         )
         label += ", unseen text" if cell.held_out else ", the text that was tuned on"
+        label += f"; gap to {cell.best.name.split(',')[0]}" if cell.best else ""
         bars = [0.0 if math.isnan(one) else one for one in e]
         axes.errorbar([100 * one for one in x], y, bars, fmt=marker, capsize=3, label=label)
     for k, point in enumerate(PUBLISHED):

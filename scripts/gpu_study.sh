@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains the study's best baseline and two settings on one GPU, four replicas in one process, and prints their
+# Trains Muon and NorMuon on every step and two presets on one GPU, four replicas in one process, and prints their
 # losses. Needs a text of some 100 MB, a file or a folder of UTF-8; no network but for installing.
 #     scripts/gpu_study.sh TEXT                   # 25M parameters, 600 steps, three seeds
-#     scripts/gpu_study.sh TEXT --size 151m       # one seed; each about 15 minutes on an H100 (projected)
+#     scripts/gpu_study.sh TEXT --size 151m       # one seed; each about 20 minutes on an H100 (projected)
 #     scripts/gpu_study.sh TEXT --no-install      # with the environment that is active
 # Other arguments go to benchmarks/convergence.py. Lines go to benchmarks/results/convergence_gpu.jsonl, or to
 # the folder in $RESULTS; a run that is there already is not run again, so a second call goes on.

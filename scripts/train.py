@@ -68,7 +68,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in OF_PRESETS if getattr(args, name) is not None}
     if args.optimizer != "curvadion":  # replicas never differ
         kept = {name: preset[name] for name in ("tau", "local_update", "momentum")}
-        return kept | {"max_local_steps": 0} | given
+        return kept | {name: given[name] for name in kept if name in given} | {"max_local_steps": 0}
     if given.get("tau", float("inf")) < float("inf"):
         preset |= {"max_local_steps": None, "gate_every": 1}
     left_out = {"nesterov"} if given.get("local_update", "muon") not in ("muon", "normuon") else set()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("numpy", reason="the law is fitted with numpy: install the [dev] extra")
+pytest.importorskip("rich", reason="the study shows its progress with rich: install the [report] extra")
 
 from law import BASE, OURS, Law, Point, conditions, fit, points
 

@@ -582,6 +582,8 @@ def test_a_smoothed_curve_follows_a_steep_start_and_averages_noise() -> None:
     assert math.isnan(run_figures.smooth([1.0, math.nan, 3.0])[1])
     spike = [1.0] * 300 + [3.0]
     assert run_figures.smooth(spike)[-1] < 1.5, "the last value alone is no trend"
+    assert run_figures.smooth([5.0, 0.1, 0.1, 0.1, 0.1])[-1] >= 0.1, "nor is a steep start"
+    assert len(run_figures.smooth([1.0, 2.0, 3.0, 4.0, 5.0, math.inf])) == 6
 
 
 def without_tau(folder: Path) -> Path:

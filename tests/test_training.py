@@ -237,8 +237,10 @@ def test_a_preset_is_what_no_flag_changes(monkeypatch, name):
     assert gated == preset | {"tau": 0.3, "max_local_steps": None, "gate_every": 1, "nesterov": False}
     paper = options_of(monkeypatch, "--preset", name, "--consensus", "average", "--local-update", "gradient")
     assert paper["consensus"] == "average" and not [key for key in paper if "outer" in key or "nest" in key]
-    control = options_of(monkeypatch, "--preset", name, "--optimizer", "dion", "--momentum", "0.95")
-    assert control["max_local_steps"] == 0 and control["momentum"] == 0.95 and "consensus" not in control
+    flags = ("--optimizer", "dion", "--momentum", "0.95", "--max-local-steps", "7", "--outer-bits", "1")
+    control = options_of(monkeypatch, "--preset", name, *flags)
+    assert control["max_local_steps"] == 0 and control["momentum"] == 0.95, "it never takes a local step"
+    assert not [key for key in control if "outer" in key or key == "consensus"]
 
 
 def test_text_is_split_and_drawn_reproducibly(tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ Where the values come from:
   375M tokens, cosine to 10 %: appendix B of the same paper.
 - `adamw_lr` of embeddings, head and norms beside Dion: 3e-3, CurvaDion's default; not tuned.
 - CurvaDion's recommended settings: `curvadion.LOW_COMMUNICATION`, one bit per parameter on every eighth step,
-  with 1.5 times the learning rate of synchronous training. They were best for a byte-level model of 0.13M
-  parameters (docs/results.md), and have not been tuned at these sizes.
+  with the learning rate that was best for Muon on every step of a byte-level model of 0.13M parameters
+  (docs/results.md). Nothing has been tuned at these sizes.
 """
 
 from dataclasses import dataclass

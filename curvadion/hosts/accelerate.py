@@ -76,6 +76,8 @@ def replicate_mesh_of(accelerator: "Accelerator") -> DeviceMesh | ProcessGroup |
 
     @functools.wraps(prepare_model)
     def prepare_alone(*args: Any, **kwargs: Any) -> Any:
+        if "evaluation_mode" not in signature.parameters:  # a subclass passes on what it is given
+            return prepare_model(*args, **kwargs | {"evaluation_mode": True})
         given = signature.bind(*args, **kwargs)
         given.arguments["evaluation_mode"] = True
         return prepare_model(*given.args, **given.kwargs)

@@ -22,7 +22,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     line of least squares through the last values, not the noise of the very last. Gaps stay gaps, and count
     for nothing."""
     reach = max(2, len(values) // 30)
-    last = [(i, value) for i, value in enumerate(values) if not math.isnan(value)][-2 * reach - 1 :]
+    last = [(i, value) for i, value in enumerate(values) if math.isfinite(value)][-2 * reach - 1 :]
     slope, intercept = linear_regression(*zip(*last, strict=True)) if len(last) > 2 * reach else (0.0, 0.0)
     sums, counts = [0.0], [0]
     for value in values:
@@ -36,7 +36,8 @@ def smooth(values: Sequence[float]) -> list[float]:
         if math.isnan(value):
             means.append(math.nan)
         elif len(last) > 2 * reach and high == len(values):
-            means.append(slope * i + intercept)
+            of_last = [one for _, one in last]
+            means.append(min(max(slope * i + intercept, min(of_last)), max(of_last)))
         else:
             means.append((sums[high] - sums[low]) / (counts[high] - counts[low]))
     return means
