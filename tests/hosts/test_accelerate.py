@@ -138,3 +138,21 @@ def test_what_averages_gradients_is_refused() -> None:
     for late, ddp in run_ranks(2, refused, deadline=DEADLINE, group=False):
         assert late[0] == "RuntimeError" and "before a model is prepared" in late[1], late
         assert ddp[0] == "ReplicaMismatchError" and "bit for bit" in ddp[1], ddp
+
+
+class Passing(Accelerator):
+    """Its method passes on what it gets."""
+
+    def prepare_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
+        return super().prepare_model(model, **kwargs)
+
+
+def alone(cls: type[Accelerator]) -> str:
+    accelerator = cls(cpu=True)
+    replicate_mesh_of(accelerator)
+    return type(accelerator.prepare(Net())).__name__
+
+
+@pytest.mark.parametrize("cls", [Accelerator, Passing])
+def test_an_accelerator_may_pass_its_arguments_on(cls: type[Accelerator]) -> None:
+    assert run_ranks(2, alone, cls, deadline=DEADLINE, group=False) == ["Net"] * 2, "not in DDP"
