@@ -157,7 +157,8 @@ class Choosing(OuterVariant):
             return
         states = [step.store.states[p] for p in step.table.params]
         momenta = [local_tensor(s["momentum" if "momentum" in s else "exp_avg"]) for s in states]
-        before, self._norms = self._norms, self._squares(step, momenta).sqrt()
+        norms = self._squares(step, momenta).sqrt()
+        before, self._norms = self._norms.to(norms), norms  # those it begins with are on the CPU
         self._rmmc = torch.where(before > 0, (self._norms - before).abs() / before, 0.0)
         self._change = self._change.to(self._rmmc) + self._rmmc
 

@@ -98,15 +98,15 @@ def trials(
     return found
 
 
-def by_rule(of: Setting, trial: int | str, rule: str = "NorMuon") -> Setting:
-    """Return a trial's setting with another rule."""
-    side = f"{rule} every step" if of.baseline else f"1 bit, {rule}"
-    return replace(of, name=f"{side}, trial {trial}", rule=rule.lower())
+def normuon(of: Setting, trial: int | str) -> Setting:
+    """Return a trial's setting with NorMuon for Muon."""
+    side = "NorMuon every step" if of.baseline else "1 bit, NorMuon"
+    return variant(f"{side}, trial {trial}", of, rule="normuon")
 
 
 def second(of: Setting) -> list[Setting]:
     """Return the trials of a second search, of NorMuon, around what the first found for it."""
-    return [by_rule(one, f"2.{i}") for i, one in enumerate(trials(of, 8, (0.07, 0.016, 0.25, 1.8)))]
+    return [normuon(one, f"2.{i}") for i, one in enumerate(trials(of, 8, (0.07, 0.016, 0.25, 1.8)))]
 
 
 # The best of the random search.
@@ -295,7 +295,7 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit, an eighth every step by staleness", KEPT_FAST, fragments=8, choice="staleness"),
     ],
     # NorMuon, with the numbers of the four best trials of Muon, and a second search around the best.
-    "local": [by_rule(trials(of)[i], i) for i in (0, 2, 5, 6) for of in (BEST, KEPT)],
+    "local": [normuon(trials(of)[i], i) for i in (0, 2, 5, 6) for of in (BEST, KEPT)],
     "normuon": [one for pair in zip(second(BEST), second(KEPT), strict=True) for one in pair],
     # Of how the gap goes with length, size, replicas and batch.
     "law": [BEST, OURS, KEPT_FAST, HALF_PERCENT],
@@ -303,7 +303,7 @@ TABLES: dict[str, list[Setting]] = {
     "gpu": [BEST, OURS, NORMUON, KEPT_NORMUON],
     # To be run on text that nothing was tuned on, with other seeds: --held-out, --seeds 10 11 12.
     "final": [
-        *(NORMUON, by_rule(trials(BEST)[6], 6), SEARCHED, BEST, KEPT_NORMUON, KEPT_FAST, KEPT, OURS),
+        *(NORMUON, normuon(trials(BEST)[6], 6), SEARCHED, BEST, KEPT_NORMUON, KEPT_FAST, KEPT, OURS),
         *(HALF_NORMUON, HALF_PERCENT, TENTH_PERCENT),
     ],
     "tuning": [

@@ -86,8 +86,8 @@ def draw(cells: Sequence[Cell], names: Sequence[str], out: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(0.03, 2)
     axes.set_xlabel("bytes that leave a replica, % of bf16 gradients averaged on every step")
-    axes.set_ylabel("gap to the best synchronous baseline, nats")
-    axes.legend(fontsize=8, loc="center left")
+    axes.set_ylabel("gap to the synchronous baseline, nats")
+    figure.legend(fontsize=8, loc="outside upper left")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains Muon and NorMuon on every step and two presets on one GPU, four replicas in one process, and prints their
-# losses. Needs a text of some 100 MB, a file or a folder of UTF-8; no network but for installing.
+# Trains Muon and NorMuon on every step and two presets on one GPU, four replicas in one process, and prints
+# their losses. Needs a text of some 100 MB, a file or a folder of UTF-8; no network but for installing.
 #     scripts/gpu_study.sh TEXT                   # 25M parameters, 600 steps, three seeds
 #     scripts/gpu_study.sh TEXT --size 151m       # one seed; each about 20 minutes on an H100 (projected)
 #     scripts/gpu_study.sh TEXT --no-install      # with the environment that is active

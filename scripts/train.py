@@ -67,8 +67,8 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     preset = dict(getattr(curvadion, args.preset))
     given = {name: getattr(args, name) for name in OF_PRESETS if getattr(args, name) is not None}
     if args.optimizer != "curvadion":  # replicas never differ
-        kept = {name: preset[name] for name in ("tau", "local_update", "momentum")}
-        return kept | {name: given[name] for name in kept if name in given} | {"max_local_steps": 0}
+        kept = {name: given.get(name, preset[name]) for name in ("tau", "local_update", "momentum")}
+        return kept | {"max_local_steps": 0}
     if given.get("tau", float("inf")) < float("inf"):
         preset |= {"max_local_steps": None, "gate_every": 1}
     left_out = {"nesterov"} if given.get("local_update", "muon") not in ("muon", "normuon") else set()
@@ -389,8 +389,9 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
         "held_out": [],
     }
     tau = args.options["tau"]
-    shown = {"steps": args.steps, "tau": tau, "start": first, "summary": summary}
-    display = Display(args.out, **shown) if rank == 0 else None
+    display = (
+        Display(args.out, steps=args.steps, tau=tau, start=first, summary=summary) if rank == 0 else None
+    )
 
     def held_out_loss(step: int) -> None:
         loss = evaluate(model, opt, held_out, device)

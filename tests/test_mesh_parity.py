@@ -63,10 +63,9 @@ def runs_on(layout: Layout, replicas: int, complete: bool) -> list[Case]:
     ]
 
 
-def run_cases(layout: Layout, replicas: int, complete: bool, quick: bool) -> list[str]:
+def run_cases(layout: Layout, replicas: int, cases: list[Case]) -> list[str]:
     placed = layout.build(initial_values(), replicas)
     parts = [placed.parts_of(G[placed.replica]) for G in gradients(replicas)]
-    cases = [case for case in runs_on(layout, replicas, complete) if case.everywhere or not quick]
     return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
@@ -83,9 +82,10 @@ LAYOUTS_AND_REPLICAS = [
 def test_layout_computes_what_one_process_computes(
     layout: Layout, replicas: int, complete: bool, quick: bool
 ) -> None:
-    for case in runs_on(layout, replicas, complete):
+    cases = [case for case in runs_on(layout, replicas, complete) if case.everywhere or not quick]
+    for case in cases:
         trajectory(case, replicas)  # here, not in every forked rank
-    problems = run_ranks(layout.world_size(replicas), run_cases, layout, replicas, complete, quick)
+    problems = run_ranks(layout.world_size(replicas), run_cases, layout, replicas, cases)
     lines = [f"rank {rank}: {problem}" for rank, of_rank in enumerate(problems) for problem in of_rank]
     assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
 

@@ -209,7 +209,7 @@ def test_all_that_is_published_comes_out_the_same_in_real_processes(complete: bo
     tables = TABLES if complete else SAMPLE
     named = [setting for table in tables for setting in with_controls(TABLES[table])]
     settings = list({replace(kind_of(s), name=""): kind_of(s) for s in named}.values())
-    assert len(settings) > 25
+    assert len(settings) > 30
     ranks = run_ranks(2, in_processes, settings, deadline=4 * DEADLINE if complete else DEADLINE)
     for number, setting in enumerate(settings):
         traces = [results[number][0] for results in ranks]

@@ -22,8 +22,6 @@ def smooth(values: Sequence[float]) -> list[float]:
     line of least squares through the last values, not the noise of the very last. Gaps stay gaps, and count
     for nothing."""
     reach = max(2, len(values) // 30)
-    last = [(i, value) for i, value in enumerate(values) if math.isfinite(value)][-2 * reach - 1 :]
-    slope, intercept = linear_regression(*zip(*last, strict=True)) if len(last) > 2 * reach else (0.0, 0.0)
     sums, counts = [0.0], [0]
     for value in values:
         gap = math.isnan(value)
@@ -35,11 +33,13 @@ def smooth(values: Sequence[float]) -> list[float]:
         low, high = i - side, i + side + 1
         if math.isnan(value):
             means.append(math.nan)
-        elif len(last) > 2 * reach and high == len(values):
-            of_last = [one for _, one in last]
-            means.append(min(max(slope * i + intercept, min(of_last)), max(of_last)))
         else:
             means.append((sums[high] - sums[low]) / (counts[high] - counts[low]))
+    last = [(i, value) for i, value in enumerate(values) if math.isfinite(value)][-2 * reach - 1 :]
+    if len(last) > 2 * reach and not math.isnan(values[-1]):
+        places, ends = zip(*last, strict=True)
+        slope, intercept = linear_regression(places, ends)
+        means[-1] = min(max(slope * (len(values) - 1) + intercept, min(ends)), max(ends))
     return means
 
 
