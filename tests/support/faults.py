@@ -22,6 +22,8 @@ import torch._dynamo  # DTensor imports it on first use: here, not in every rank
 import torch.distributed as dist
 import torch.multiprocessing
 
+from support.ranks import serve_store
+
 TIMEOUT = 4.0  # seconds, of the job's process group
 
 
@@ -66,10 +68,7 @@ def run_faulty(
 ) -> list[Told]:
     """Run fn(reporter, *args) on every rank; a rank that raised goes, or lives on until the deadline."""
     context = torch.multiprocessing.get_context("fork")
-    ask, answer = context.Pipe()
-    server = context.Process(target=_serve, args=(answer,))
-    server.start()
-    port = ask.recv()
+    server, port = serve_store()
     ranks, receivers = [], {}
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -119,12 +118,6 @@ def _stopped(pid: int | None) -> bool:
             return stat.read().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
-
-
-def _serve(answer: Connection) -> None:
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    answer.send(store.port)
-    signal.pause()
 
 
 def _rank_main(

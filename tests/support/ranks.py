@@ -71,6 +71,25 @@ def run_ranks(
                 process.join()
 
 
+def serve_store() -> tuple[ForkProcess, int]:
+    """Start a TCPStore in a process of its own, to be killed; return it and its port.
+
+    Never in the parent of ranks: the store's thread asks for the name of each peer, and a fork meanwhile
+    leaves the C library's lock of that held for ever in the child, which then cannot connect to anything.
+    """
+    context = torch.multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender,), daemon=True)
+    process.start()
+    return process, receiver.recv()
+
+
+def _serve(sender: Connection) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    sender.send(store.port)
+    signal.pause()
+
+
 def run_program(program: Path | str, *arguments: object, processes: int = 1) -> None:
     """Run a file, or text, as the main program of so many forked processes."""
 

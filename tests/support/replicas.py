@@ -34,18 +34,18 @@ from torch.distributed import TCPStore
 
 from curvadion.sharding.group import TorchGroup
 from curvadion.sharding.membership import Board
+from support.ranks import serve_store
 
 DEADLINE = 90.0  # seconds for all of it
-_STORES: list[TCPStore] = []  # a child that destroyed one would wait for a thread that only the parent has
 
 
 class Jobs:
     """Jobs by name; all are ended at the end."""
 
     def __init__(self, deadline: float = DEADLINE) -> None:
-        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        _STORES.append(self.store)
-        self.address = f"localhost:{self.store.port}"
+        self._server, port = serve_store()
+        self.store = TCPStore("localhost", port, is_master=False, wait_for_workers=False)
+        self.address = f"localhost:{port}"
         self._jobs: dict[str, list[tuple[ForkProcess, Connection]]] = {}
         self._ended: list[ForkProcess] = []
         self._folder = tempfile.TemporaryDirectory()
@@ -58,7 +58,8 @@ class Jobs:
     def __exit__(self, *_: object) -> None:
         for name in list(self._jobs):
             self.kill(name)
-        for process in self._ended:
+        self._server.kill()
+        for process in [*self._ended, self._server]:
             process.join()
         self._folder.cleanup()
 
