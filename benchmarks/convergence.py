@@ -279,6 +279,16 @@ TABLES: dict[str, list[Setting]] = {
             ("part:4>sign:128", 2, 1.8),
         )
         for changes in [{"codec": codec, "interval": interval, "outer_lr": outer}]
+    ]
+    + [
+        variant(
+            f"part:2>sign:128 every 4 steps, NorMuon, outer {outer}",
+            KEPT_NORMUON,
+            codec="part:2>sign:128",
+            interval=4,
+            outer_lr=outer,
+        )
+        for outer in (2.09, 2.5)
     ],
     # Short intervals while the learning rate is high, with the numbers of trial 6.
     "early": [variant("1 bit, early gate, trial 6", KEPT_FAST, gate="early", interval=12.5)],
