@@ -1,11 +1,11 @@
-r"""How the gap goes with length, size and replicas: a power law through the study's runs.
+r"""How the gap goes with length, size, replicas and batch: a power law through the study's runs.
 
     python benchmarks/law.py benchmarks/results/convergence.jsonl --out docs/images/law.png
 
 The gap is that of a setting to "Muon every step, Nesterov", of the same seeds and conditions; T steps, N
-parameters, K replicas, each with 16 sequences in a step:
+parameters, K replicas, each with B sequences in a step:
 
-    gap = c (T / 600)^t (N / 133,440)^n (K / 4)^k
+    gap = c (T / 600)^t (N / 133,440)^n (K / 4)^k (B / 16)^b
 
 fitted by least squares on its logarithm, one value for each condition: the mean over its seeds. An exponent's
 error is the jackknife's over conditions, and "off" is by what factor a condition is missed, at most, when it
@@ -24,8 +24,7 @@ from convergence import BEST, OURS
 
 from curvadion.report.studies import Cell, read_studies
 
-BASE = {"steps": 600, "parameters": 133_440, "replicas": 4}
-BATCH = 16
+BASE = {"steps": 600, "parameters": 133_440, "replicas": 4, "batch": 16}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Law:
 
 def conditions(files: Sequence[Path]) -> list[Cell]:
     """Return the study's cells that differ in BASE alone."""
-    cells = [c for c in read_studies(files) if not (c.held_out or c.parts) and c.batch == BATCH]
+    cells = [c for c in read_studies(files) if not (c.held_out or c.parts)]
     return [c for c in cells if c.seq == 64 and c.backend == "simulation"]
 
 
@@ -99,12 +98,13 @@ def draw(settings: dict[str, tuple[list[Point], Law]], out: Path) -> None:
     """Draw one panel for each of BASE: the points that differ from it in that alone, and the law there."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
-    words = ("steps", "parameters", "replicas K")
+    count = len(BASE)
+    figure, panels = pyplot.subplots(1, count, figsize=(3.4 * count, 3.6), layout="constrained", sharey=True)
+    words = ("steps", "parameters", "replicas K", "sequences in a replica's step")
     base = tuple(float(x) for x in BASE.values())
     for i, (axes, label) in enumerate(zip(panels, words, strict=True)):
         for k, (name, (found, law)) in enumerate(settings.items()):
-            shown = [p for p in found if all(p.at[j] == base[j] for j in range(3) if j != i)]
+            shown = [p for p in found if all(p.at[j] == base[j] for j in range(count) if j != i)]
             axes.plot(
                 [p.at[i] for p in shown], [p.gap for p in shown], "osD^v"[k % 5], color=f"C{k}", label=name
             )
@@ -131,7 +131,7 @@ def main() -> None:
     add("files", type=Path, nargs="+", help="of benchmarks/convergence.py")
     add("--settings", nargs="+", default=[OURS.name], metavar="NAME", help="of the study")
     add("--out", type=Path, default=Path("docs/images/law.png"), help="the picture")
-    for key, value in {"steps": 20_000, "parameters": 160_000_000, "replicas": 4}.items():
+    for key, value in (BASE | {"steps": 20_000, "parameters": 160_000_000}).items():
         add(f"--{key}", type=float, default=value, help="to extrapolate to")
     args = parser.parse_args()
     cells = conditions(args.files)

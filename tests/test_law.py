@@ -15,8 +15,8 @@ pytest.importorskip("rich", reason="the study shows its progress with rich: inst
 
 from law import BASE, OURS, Law, Point, conditions, fit, points
 
-TRUE = Law(0.04, (-0.9, 0.1, 0.4), (), 0.0)
-OTHERS = {0: (300.0, 1800.0, 5400.0), 1: (400_000.0, 900_000.0), 2: (2.0, 8.0, 16.0)}
+TRUE = Law(0.04, (-0.9, 0.1, 0.4, -0.3), (), 0.0)
+OTHERS = {0: (300.0, 1800.0, 5400.0), 1: (400_000.0, 900_000.0), 2: (2.0, 8.0, 16.0), 3: (4.0, 64.0)}
 
 
 def around_base() -> list[tuple[float, ...]]:
@@ -29,7 +29,7 @@ def test_a_power_law_is_found_again() -> None:
     law = fit([Point(at, TRUE.gap(at), 1) for at in around_base()])
     assert law.c == pytest.approx(TRUE.c) and law.exponents == pytest.approx(TRUE.exponents)
     assert max(law.errors) < 1e-9 and law.off == pytest.approx(1)
-    far = (20_000.0, 160e6, 4.0)
+    far = (20_000.0, 160e6, 4.0, 16.0)
     assert law.gap(far) == pytest.approx(0.04 * (20_000 / 600) ** -0.9 * (160e6 / 133_440) ** 0.1)
 
 
@@ -58,7 +58,7 @@ def test_the_law_that_is_published_is_that_of_the_runs() -> None:
     law = fit(points(conditions([root / "benchmarks" / "results" / "convergence.jsonl"]), OURS.name))
     [line] = re.findall(r"^    gap = .*$", (root / "docs" / "results.md").read_text(), re.MULTILINE)
     powers = [f"^({e:.2f} ± {error:.2f})" for e, error in zip(law.exponents, law.errors, strict=True)]
-    names = ("(steps / 600)", "(parameters / 133,440)", "(K / 4)")
+    names = ("(steps / 600)", "(parameters / 133,440)", "(K / 4)", "(batch / 16)")
     factors = " ".join(name + power for name, power in zip(names, powers, strict=True))
     assert line.strip() == f"gap = {law.c:.3f} {factors}"
     assert f"factor of {law.off:.2f} at most" in " ".join((root / "docs" / "results.md").read_text().split())

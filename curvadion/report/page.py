@@ -128,7 +128,8 @@ pre {{ overflow-x: auto; font-size: 0.8rem; background: var(--code); padding: 0.
 </html>
 """
 
-# Sorts a table by the column whose head is pressed, numbers by size; without it the page lacks nothing else.
+# Sorts a table by the column whose head is pressed, the first by name, others by size where they are numbers;
+# without it the page lacks nothing else.
 SCRIPT = """
 for (const head of document.querySelectorAll("th")) {
   const button = document.createElement("button");
@@ -141,10 +142,11 @@ for (const head of document.querySelectorAll("th")) {
       const text = row.cells[place].textContent.replace(/,/g, "");
       const unit = {k: 1e3, M: 1e6, G: 1e9}[(/^[-+]?[\\d.]+ ([kMG])B/.exec(text) || [])[1]] || 1;
       const number = parseFloat(text) * unit;
-      return Number.isNaN(number) ? text : number;
+      return place === 0 || Number.isNaN(number) ? text : number;
     };
+    const byName = new Intl.Collator(undefined, {numeric: true}).compare;
     const compare = (a, b) =>
-      typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+      typeof a === "number" && typeof b === "number" ? a - b : byName(String(a), String(b));
     const body = head.closest("table").tBodies[0], rows = [...body.rows];
     rows.sort((a, b) => (up ? 1 : -1) * compare(value(a), value(b)));
     body.append(...rows);
