@@ -307,6 +307,28 @@ TABLES: dict[str, list[Setting]] = {
     # NorMuon, with the numbers of the four best trials of Muon, and a second search around the best.
     "local": [normuon(trials(of)[i], i) for i in (0, 2, 5, 6) for of in (BEST, KEPT)],
     "normuon": [one for pair in zip(second(BEST), second(KEPT), strict=True) for one in pair],
+    # Dion2 with the numbers of Muon's best trials; Dion of rank 1/2 that forgets what it leaves out.
+    "dion2": [
+        variant(
+            f"{'Dion2 every step' if of.baseline else '1 bit, Dion2'}, trial {i}",
+            trials(of)[i],
+            rule="dion2",
+            rank_fraction=0.5,
+            nesterov=False,
+        )
+        for i in (6, 2)
+        for of in (BEST, KEPT)
+    ],
+    "retention": [
+        variant(
+            f"1 bit, Dion of rank 1/2, retention {retention}",
+            KEPT,
+            rule=f"dion, retention {retention}",
+            rank_fraction=0.5,
+            nesterov=False,
+        )
+        for retention in (0.95, 0.9)
+    ],
     # Of how the gap goes with length, size, replicas and batch.
     "law": [BEST, OURS, KEPT_FAST, HALF_PERCENT],
     # Of scripts/gpu_study.sh.

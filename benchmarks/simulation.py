@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from choosing import choosing
 from torch import nn
-from variants import codec_of, outer_of, pair_of
+from variants import codec_of, outer_of, pair_of, rule_of
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
@@ -33,7 +33,7 @@ class Setting:
 
     Attributes:
         baseline: gradients are averaged in every step, so replicas never differ.
-        rule: of matrices: "muon", "dion", "gradient" or "adamw".
+        rule: of matrices: `local_update`, "dion, retention 0.9" (`variants.Retained`) or "adamw".
         momentum, nesterov: mu, and whether Muon takes G + mu m for m.
         newton_schulz, newton_schulz_steps: Muon's polynomials and the number of their rounds.
         newton_schulz_dtype, newton_schulz_method: the name of a dtype, and "gram" or "standard".
@@ -110,7 +110,7 @@ def options_of(setting: Setting) -> dict[str, Any]:
         "momentum": s.momentum,
         "weight_decay": s.weight_decay,
         "rank_fraction": s.rank_fraction,
-        "local_update": "muon" if s.rule == "adamw" else s.rule,  # with AdamW there are no matrices
+        "local_update": "muon" if s.rule == "adamw" else rule_of(s.rule),  # with AdamW there are no matrices
         "nesterov": s.nesterov,
         "newton_schulz": s.newton_schulz,
         "newton_schulz_steps": s.newton_schulz_steps,

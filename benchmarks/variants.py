@@ -1,6 +1,7 @@
 """What the study tries and the optimizer has not: rules, gates, a codec and outer steps, registered by name.
 
-`import variants` makes the names known, but for those that `codec_of` and `outer_of` register when asked.
+`import variants` makes the names known, but for those that `codec_of`, `rule_of` and `outer_of` register when
+asked.
 """
 
 import math
@@ -14,10 +15,12 @@ from torch import Tensor
 from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
 from curvadion.consensus.outer import Outer
 from curvadion.gate.schedule import Plan
-from curvadion.rules import Step, local_step
+from curvadion.rules import RULES, Step, local_step, register_rule
+from curvadion.rules.dion import Dion
 from curvadion.sharding.flat import pad
 from curvadion.sharding.journey import Codec, RoundedMean
 from curvadion.signals import Reading, Signal, measure, register_signal
+from curvadion.state.batch import Batch
 from curvadion.state.store import or_zeros
 from curvadion_kernels.reference import FAILED_KEY, INDEX_BITS, INDEX_MASK, SYNCHRONIZE_BIT
 
@@ -165,6 +168,45 @@ def pair_of(there: int | str, back: int | str) -> int | str:
         raise ValueError(f"both ways have to be rounded if one is otherwise; got {name}; try 16 bits")
     if name not in CODECS:
         register_codec(name, ThereAndBack(first, second))
+    return name
+
+
+# ---- local_update
+
+
+class Retained(Dion):
+    """Dion whose momentum also decays where the factors have left it out.
+
+        M_i <- beta (m_i - P R_i^T) + mu P R_i^T
+
+    Dion itself is beta = 1. Source: Orth-Dion, arXiv:2605.16341.
+    """
+
+    def __init__(self, retention: float):
+        self.retention = retention
+
+    def end(self, step: Step, batches: list[Batch], *, begun: bool) -> None:
+        # beta (m - (1 - mu / beta) P R^T): Dion's own step with another mu, and a decay.
+        groups = [step.groups[b] for b in {b.group for b in batches}]
+        momenta = [group["momentum"] for group in groups]
+        try:
+            for group, mu in zip(groups, momenta, strict=True):
+                group["momentum"] = mu / self.retention
+            super().end(step, batches, begun=begun)
+        finally:
+            for group, mu in zip(groups, momenta, strict=True):
+                group["momentum"] = mu
+        for batch in batches:
+            batch.momentum.mul_(self.retention)
+
+
+def rule_of(name: str) -> str:
+    """Return the name of a local rule; "dion, retention 0.9" is `Retained`."""
+    if name not in RULES:
+        _, found, retention = name.partition("dion, retention ")
+        if not found:
+            raise ValueError(f"a rule is one of {list(RULES)} or 'dion, retention 0.9'; got {name!r}")
+        register_rule(name, Retained(float(retention)))
     return name
 
 

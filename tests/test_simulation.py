@@ -14,7 +14,7 @@ from simulation import Replica, Replicas, Setting
 from support.layouts import local
 from support.ranks import DEADLINE, run_ranks
 from torch import Tensor, nn
-from variants import TopK
+from variants import TopK, rule_of
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
@@ -252,3 +252,24 @@ def test_top_k_keeps_the_largest(dtype: torch.dtype) -> None:
     assert (got[large].sign() == x[large].sign()).all()
     assert (got - x).norm() < 0.9 * x.norm()
     assert not codec.decode(codec.encode(torch.zeros(codec.block))).any()
+
+
+def test_what_is_left_out_decays_by_the_retention() -> None:
+    """M' = beta (m - A) + mu A, where A, P R^T, is m projected on the columns of a matrix of that rank."""
+    mu, beta, rank = 0.7, 0.9, 3
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(12, 8, generator=generator, dtype=torch.float64))
+    options = {"local_update": rule_of("dion, retention 0.9"), "momentum": mu, "rank_fraction": rank / 8}
+    opt = CurvaDion([("weight", p)], orthogonalization="qr", tau=math.inf, consensus="alone", **options)
+    M = torch.zeros_like(p)
+    for _ in range(3):
+        p.grad = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+        m = M + p.grad
+        opt.step()
+        M = opt.state[p]["momentum"].clone()
+        A = (beta * m - M) / (beta - mu)
+        assert torch.linalg.matrix_rank(A) == rank
+        torch.testing.assert_close(A.T @ (m - A), torch.zeros(8, 8, dtype=torch.float64))
+    assert opt.param_groups[0]["momentum"] == mu
+    with pytest.raises(ValueError, match="a rule is one of"):
+        rule_of("dion, retained")
