@@ -79,17 +79,21 @@ KEPT = variant("1 bit, Nesterov, residual kept by half", NESTEROV, kept=0.5)
 
 
 def trials(
-    of: Setting, count: int = 10, around: tuple[float, float, float, float] = (0.03, 0.01, 0.18, 1.4)
+    of: Setting,
+    count: int = 10,
+    around: tuple[float, float, float, float] = (0.03, 0.01, 0.18, 1.4),
+    spread: float = 1.0,
+    seed: int = 2026,
 ) -> list[Setting]:
     """Return `count` settings whose learning rates and momentum are drawn at random, the same for all; one
     that is no baseline also draws its outer learning rate. `around`: the learning rate, AdamW's, 1 - momentum
-    and the outer learning rate in the middle."""
-    draw = random.Random(2026)
-    middle_lr, middle_adamw, middle_new, middle_outer = around
+    and the outer learning rate in the middle; the first two are drawn within 2^spread of it."""
+    draw = random.Random(seed)
+    _, _, middle_new, middle_outer = around
     found = []
     for i in range(count):
-        lr, adamw_lr = middle_lr * 2 ** draw.uniform(-1, 1), middle_adamw * 2 ** draw.uniform(-1, 1)
-        momentum = 1 - middle_new * 2 ** draw.uniform(-1.2, 1.2)
+        lr, adamw_lr = (m * 2 ** draw.uniform(-spread, spread) for m in around[:2])
+        momentum = 1 - middle_new * 2 ** draw.uniform(-1.2 * spread, 1.2 * spread)
         outer_lr = draw.uniform(middle_outer - 0.4, middle_outer + 0.4)
         numbers = {"lr": lr, "adamw_lr": adamw_lr, "momentum": momentum}
         numbers |= {} if of.baseline else {"outer_lr": outer_lr}
@@ -107,6 +111,12 @@ def normuon(of: Setting, trial: int | str) -> Setting:
 def second(of: Setting) -> list[Setting]:
     """Return the trials of a second search, of NorMuon, around what the first found for it."""
     return [normuon(one, f"2.{i}") for i, one in enumerate(trials(of, 8, (0.07, 0.016, 0.25, 1.8)))]
+
+
+def third(of: Setting) -> list[Setting]:
+    """Return the trials of a third: closer around what was best, with higher outer learning rates."""
+    found = trials(of, 8, (0.04, 0.018, 0.27, 2.5), spread=0.6, seed=2027)
+    return [normuon(one, f"3.{i}") for i, one in enumerate(found)]
 
 
 # The best of the random search.
@@ -307,6 +317,7 @@ TABLES: dict[str, list[Setting]] = {
     # NorMuon, with the numbers of the four best trials of Muon, and a second search around the best.
     "local": [normuon(trials(of)[i], i) for i in (0, 2, 5, 6) for of in (BEST, KEPT)],
     "normuon": [one for pair in zip(second(BEST), second(KEPT), strict=True) for one in pair],
+    "third": [one for pair in zip(third(BEST), third(KEPT), strict=True) for one in pair],
     # Dion2 with the numbers of Muon's best trials; Dion of rank 1/2 that forgets what it leaves out.
     "dion2": [
         variant(
