@@ -338,7 +338,7 @@ TABLES: dict[str, list[Setting]] = {
             rank_fraction=0.5,
             nesterov=False,
         )
-        for retention in (0.95, 0.9)
+        for retention in (1.0, 0.95, 0.9)
     ],
     # Of how the gap goes with length, size, replicas and batch.
     "law": [BEST, OURS, KEPT_FAST, HALF_PERCENT],

@@ -22,7 +22,7 @@ check "mypy" python -m mypy
 check "options" python scripts/options.py --check
 check "pytest" python -m pytest -n 2 --dist loadfile "$@"
 if (($# == 0)); then
-  on_kernels=(tests/test_{communication,equations,gate,lifecycle,mesh_parity,nonfinite}.py)
+  on_kernels=(tests/test_{equations,gate,lifecycle,mesh_parity,nonfinite}.py)
   check "pytest on the Triton kernels" python -m pytest -n 2 --dist loadfile --kernels triton --each-once \
     "${on_kernels[@]}"
 fi
