@@ -18,7 +18,6 @@ import os
 import pickle
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -50,7 +49,7 @@ def run_ranks(
     """Return [fn(*args) on rank 0, on rank 1, ...]; inside, torch.distributed is initialized with gloo, or
     without `group` the environment says what torchrun would."""
     context = torch.multiprocessing.get_context("fork")
-    port = None if group else _free_port()
+    store, port = (None, None) if group else serve_store()
     with tempfile.TemporaryDirectory() as folder:
         receivers: dict[Connection, int] = {}
         processes: list[ForkProcess] = []
@@ -66,7 +65,7 @@ def run_ranks(
                 processes.append(process)
             return _collect(receivers, processes, Path(folder), time.monotonic() + (deadline or DEADLINE))
         finally:
-            for process in processes:
+            for process in [*processes, *([store] if store else [])]:
                 process.kill()
                 process.join()
 
@@ -101,12 +100,6 @@ def run_program(program: Path | str, *arguments: object, processes: int = 1) -> 
             exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
 
     run_ranks(processes, run, group=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def _collect(
@@ -167,6 +160,7 @@ def _rank_main(
                 )
             else:
                 os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+                os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # which waits at that port
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
                 os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
             message = (True, fn(*args))
