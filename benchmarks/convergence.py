@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -89,10 +89,10 @@ def trials(
     that is no baseline also draws its outer learning rate. `around`: the learning rate, AdamW's, 1 - momentum
     and the outer learning rate in the middle; the first two are drawn within 2^spread of it."""
     draw = random.Random(seed)
-    _, _, middle_new, middle_outer = around
+    *rates, middle_new, middle_outer = around
     found = []
     for i in range(count):
-        lr, adamw_lr = (m * 2 ** draw.uniform(-spread, spread) for m in around[:2])
+        lr, adamw_lr = (m * 2 ** draw.uniform(-spread, spread) for m in rates)
         momentum = 1 - middle_new * 2 ** draw.uniform(-1.2 * spread, 1.2 * spread)
         outer_lr = draw.uniform(middle_outer - 0.4, middle_outer + 0.4)
         numbers = {"lr": lr, "adamw_lr": adamw_lr, "momentum": momentum}
@@ -117,6 +117,11 @@ def third(of: Setting) -> list[Setting]:
     """Return the trials of a third: closer around what was best, with higher outer learning rates."""
     found = trials(of, 8, (0.04, 0.018, 0.27, 2.5), spread=0.6, seed=2027)
     return [normuon(one, f"3.{i}") for i, one in enumerate(found)]
+
+
+def in_turn(search: Callable[[Setting], list[Setting]]) -> list[Setting]:
+    """Return the trials of a search, of the baseline and of ours in turn."""
+    return [one for pair in zip(search(BEST), search(KEPT), strict=True) for one in pair]
 
 
 # The best of the random search.
@@ -278,27 +283,24 @@ TABLES: dict[str, list[Setting]] = {
         variant("1 bit, sawtooth", KEPT, sawtooth=0.4),
         variant("1.6 bits every 27 steps", KEPT, codec="ternary:1280", interval=27),
     ],
-    # Fewer bits more often, at equal bytes, with the numbers of trial 6.
+    # Fewer bits more often, at equal bytes, with the numbers of trial 6 and of NorMuon's preset.
     "often": [
-        variant(f"{codec} every {interval} steps, trial 6, outer {outer}", KEPT_FAST, **changes)
-        for codec, interval, outer in (
-            ("vector:8/16", 4, 1.8),
-            ("vector:8/16", 4, 1.4),
-            ("part:2>sign:128", 4, 1.8),
-            ("vector:8/32", 2, 1.4),
-            ("part:4>sign:128", 2, 1.8),
-        )
-        for changes in [{"codec": codec, "interval": interval, "outer_lr": outer}]
-    ]
-    + [
         variant(
-            f"part:2>sign:128 every 4 steps, NorMuon, outer {outer}",
-            KEPT_NORMUON,
-            codec="part:2>sign:128",
-            interval=4,
+            f"{codec} every {interval} steps, {numbers}, outer {outer}",
+            of,
+            codec=codec,
+            interval=interval,
             outer_lr=outer,
         )
-        for outer in (2.09, 2.5)
+        for of, numbers, codec, interval, outer in (
+            (KEPT_FAST, "trial 6", "vector:8/16", 4, 1.8),
+            (KEPT_FAST, "trial 6", "vector:8/16", 4, 1.4),
+            (KEPT_FAST, "trial 6", "part:2>sign:128", 4, 1.8),
+            (KEPT_FAST, "trial 6", "vector:8/32", 2, 1.4),
+            (KEPT_FAST, "trial 6", "part:4>sign:128", 2, 1.8),
+            (KEPT_NORMUON, "NorMuon", "part:2>sign:128", 4, 2.09),
+            (KEPT_NORMUON, "NorMuon", "part:2>sign:128", 4, 2.5),
+        )
     ],
     # Short intervals while the learning rate is high, with the numbers of trial 6.
     "early": [variant("1 bit, early gate, trial 6", KEPT_FAST, gate="early", interval=12.5)],
@@ -314,10 +316,10 @@ TABLES: dict[str, list[Setting]] = {
         ),
         variant("1 bit, an eighth every step by staleness", KEPT_FAST, fragments=8, choice="staleness"),
     ],
-    # NorMuon, with the numbers of the four best trials of Muon, and a second search around the best.
+    # NorMuon, with the numbers of the four best trials of Muon, and two more searches around the best.
     "local": [normuon(trials(of)[i], i) for i in (0, 2, 5, 6) for of in (BEST, KEPT)],
-    "normuon": [one for pair in zip(second(BEST), second(KEPT), strict=True) for one in pair],
-    "third": [one for pair in zip(third(BEST), third(KEPT), strict=True) for one in pair],
+    "normuon": in_turn(second),
+    "third": in_turn(third),
     # Dion2 with the numbers of Muon's best trials; Dion of rank 1/2 that forgets what it leaves out.
     "dion2": [
         variant(

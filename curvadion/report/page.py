@@ -131,6 +131,7 @@ pre {{ overflow-x: auto; font-size: 0.8rem; background: var(--code); padding: 0.
 # Sorts a table by the column whose head is pressed, the first by name, others by size where they are numbers;
 # without it the page lacks nothing else.
 SCRIPT = """
+const byName = new Intl.Collator(undefined, {numeric: true}).compare;
 for (const head of document.querySelectorAll("th")) {
   const button = document.createElement("button");
   button.type = "button";
@@ -144,7 +145,6 @@ for (const head of document.querySelectorAll("th")) {
       const number = parseFloat(text) * unit;
       return place === 0 || Number.isNaN(number) ? text : number;
     };
-    const byName = new Intl.Collator(undefined, {numeric: true}).compare;
     const compare = (a, b) =>
       typeof a === "number" && typeof b === "number" ? a - b : byName(String(a), String(b));
     const body = head.closest("table").tBodies[0], rows = [...body.rows];
