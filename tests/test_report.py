@@ -621,3 +621,9 @@ def test_each_table_can_be_taken_along(tmp_path: Path) -> None:
     assert (runs[0], purposes[0]) == ("runs", "bytes_by_purpose")
     lines = b64decode(runs[1]).decode().splitlines()
     assert "processes,2 x 2" in lines and 'parameters,"400,000"' in lines
+
+
+def test_ticks_are_short() -> None:
+    """Two that are neighbours on a narrow panel must not run into each other."""
+    said = [drawing.plain(value) for value in (5e-5, 0.02, 1.0, 5_000.0, 50_000.0, 2e5, 1e6, 2e9)]
+    assert said == ["0.00005", "0.02", "1", "5,000", "50,000", "200k", "1M", "2,000M"]

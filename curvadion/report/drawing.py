@@ -60,6 +60,10 @@ def panels(
 
 
 def plain(value: float) -> str:
+    """Return a number as a tick says it: 0.00005, 5,000, 200k, 2M."""
+    for least, unit, letter in ((1e6, 1e6, "M"), (1e5, 1e3, "k")):
+        if value >= least:
+            return f"{value / unit:,.10g}{letter}"
     return f"{value:,.10g}" if value >= 1e-4 else f"{value:.10f}".rstrip("0").rstrip(".")
 
 
