@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ from typing import Any
 
 import torch
 from simulation import Replicas, Setting
+from torch import nn
 from torch.nn import functional as F
 
 from curvadion.gate.trouble import NonFiniteError
@@ -117,6 +119,21 @@ def third(of: Setting) -> list[Setting]:
     """Return the trials of a third: closer around what was best, with higher outer learning rates."""
     found = trials(of, 8, (0.04, 0.018, 0.27, 2.5), spread=0.6, seed=2027)
     return [normuon(one, f"3.{i}") for i, one in enumerate(found)]
+
+
+def again(of: Setting) -> list[Setting]:
+    """Return a setting and four around it, for conditions that may want other numbers: learning rates lower
+    or higher, alone or with as much less or more that is new in the momentum, and a lower outer one."""
+    found = [of]
+    scales = ((0.6, 1, 1), (0.6, 0.6, 0.75), (1.6, 1, 0.75), (1.6, 1.4, 1))
+    for i, (rate, new, outer) in enumerate(scales):
+        numbers = {"lr": of.lr * rate, "adamw_lr": of.adamw_lr * rate}
+        numbers["momentum"] = 1 - (1 - of.momentum) * new
+        numbers |= {} if of.baseline else {"outer_lr": of.outer_lr * outer}
+        rounded = {key: float(f"{value:.3g}") for key, value in numbers.items()}
+        side = "NorMuon every step" if of.baseline else "1 bit, NorMuon"
+        found.append(variant(f"{side}, again {i}", of, **rounded))
+    return found
 
 
 def in_turn(search: Callable[[Setting], list[Setting]]) -> list[Setting]:
@@ -320,6 +337,19 @@ TABLES: dict[str, list[Setting]] = {
     "local": [normuon(trials(of)[i], i) for i in (0, 2, 5, 6) for of in (BEST, KEPT)],
     "normuon": in_turn(second),
     "third": in_turn(third),
+    # Both sides tuned again, where conditions are not those of the searches: --steps, --replicas, --batch.
+    "again": [one for pair in zip(again(NORMUON), again(KEPT_NORMUON), strict=True) for one in pair],
+    # The mean of the last consensus models, with a shorter and later decay.
+    "averages": [
+        variant(
+            f"{'NorMuon every step' if of.baseline else '1 bit, NorMuon'}, decay {decay}, mean of {averaged}",
+            of,
+            decay=decay,
+            averaged=averaged,
+        )
+        for decay, averaged in ((1.0, 4), (0.5, 8), (0.25, 16), (0.25, 0))
+        for of in (NORMUON, KEPT_NORMUON)
+    ],
     # Dion2 with the numbers of Muon's best trials; Dion of rank 1/2 that forgets what it leaves out.
     "dion2": [
         variant(
@@ -397,6 +427,16 @@ class Run:
         return json.dumps(values, sort_keys=True)
 
 
+def decayed(step: int, steps: int, decay: float) -> float:
+    """Return the factor of the learning rates: scripts/train.py's, whose fall takes the last `decay` of the
+    steps after the warm-up."""
+    warmup = max(1, steps // 20)
+    late = max(warmup, steps - decay * (steps - warmup))
+    return min(
+        learning_rate(min(step, warmup), steps), 1 - 0.9 * max(0, step - late) / max(1, steps - late)
+    )
+
+
 def simulate(run: Run, device: str, count: Any = None, evaluations: float = math.inf) -> dict[str, Any]:
     """Train all replicas in this process and return what came out.
 
@@ -413,9 +453,15 @@ def simulate(run: Run, device: str, count: Any = None, evaluations: float = math
     unseen = ByteText.whole(Path(run.held_out)) if run.held_out else text
     held_out = unseen.held_out_batches(tokens=65536, batch=32, seq=run.seq, rank=0, ranks=1)
 
+    setting = run.setting
+    recent: deque[nn.Module] = deque(maxlen=max(1, setting.averaged))
+
     @torch.no_grad()
     def held_out_loss() -> float:
         mean = replicas.consensus()
+        if len(recent) > 1:
+            for p, *others in zip(mean.parameters(), *(m.parameters() for m in recent), strict=True):
+                p.copy_(torch.stack(others).mean(0))
         losses = [
             F.cross_entropy(mean(x.to(device)).flatten(0, 1), y.to(device).flatten()) for x, y in held_out
         ]
@@ -432,9 +478,9 @@ def simulate(run: Run, device: str, count: Any = None, evaluations: float = math
                 batch=run.batch, seq=run.seq, seed=run.seed, rank=k, step=step, part=part
             )
             F.cross_entropy(replica(inputs.to(device)).flatten(0, 1), targets.to(device).flatten()).backward()
-        last = step == run.steps and not math.isinf(run.setting.interval)
+        last = step == run.steps and not math.isinf(setting.interval)
         try:
-            synchronized = replicas.step(learning_rate(step - 1, run.steps), last=last)
+            synchronized = replicas.step(decayed(step - 1, run.steps, setting.decay), last=last)
         except NonFiniteError:
             curve.append([step, math.nan])
             break
@@ -442,6 +488,8 @@ def simulate(run: Run, device: str, count: Any = None, evaluations: float = math
             drift.append([step, replicas.drift])
         if replicas.signal is not None:
             signals.append([step, replicas.signal, synchronized])
+        if setting.averaged and (step % 8 == 1 if setting.baseline else synchronized):
+            recent.append(replicas.consensus())
         if step % max(1, run.steps // 6) == 0 or step == run.steps:
             curve.append([step, held_out_loss()])
             if not math.isfinite(curve[-1][1]) or len(curve) > evaluations:

@@ -61,6 +61,9 @@ class Setting:
         choice: the score by which matrices are chosen, see `choosing.Choosing`: of 1 / fragments of all
             elements at a time. "": fragments are the same share of every matrix, and take turns.
         rich: with `choice`, the share of these elements that gets 2 bits.
+        decay: the share of the steps, the last ones, over which the learning rate falls.
+        averaged: the final loss is that of the mean of the last so many consensus models, 8 steps apart; 0:
+            of the last alone.
     """
 
     name: str
@@ -99,6 +102,8 @@ class Setting:
     mean_codec: str = ""
     choice: str = ""
     rich: float = 0.0
+    decay: float = 1.0
+    averaged: int = 0
 
 
 def options_of(setting: Setting) -> dict[str, Any]:
