@@ -87,10 +87,10 @@ class CurvaDion(Elastic):
         newton_schulz [g]: polynomials of Newton-Schulz in "muon", "normuon" and "dion2": "jordan" is Muon's,
             "polar_express" makes singular values equal within 1 % in six rounds.
         newton_schulz_steps [g]: number of rounds.
-        newton_schulz_dtype [g]: dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs
-            that have units for it if the momentum is bfloat16 too; else the momentum's, at least float32.
-        newton_schulz_method [g]: "gram" takes several rounds on one Gram matrix where one side is 1.5 times
-            the other, for fewer FLOPs; "standard" takes all on the matrix itself.
+        newton_schulz_dtype [g]: dtype in which they are computed; None takes the momentum's, at least
+            float32; but bfloat16 on GPUs for all but float64, and on CPUs with units for it for bfloat16.
+        newton_schulz_method [g]: "gram" takes several rounds on one Gram matrix where one side is more than
+            1.5 times the other, for fewer FLOPs; "standard" takes all on the matrix itself.
         consensus: how replicas become equal on a synchronized step: "average", by means of all they hold;
             "outer", by pseudo-gradients. "none" is the published formula as it stands, and drifts.
         outer_lr: outer learning rate; 1 without outer_momentum is plain averaging.

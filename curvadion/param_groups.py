@@ -36,8 +36,8 @@ def param_groups_for(
     head                the untied output projection                         ``"adamw"``
     gates               routers, and linear layers of one row or column      ``"adamw"``
     convolutions        convolution kernels                                  ``"adamw"``
-    norms_and_biases    0- and 1-D parameters, and others that have one      ``"adamw"``, no weight decay
-                        dimension only that is longer than 1
+    norms_and_biases    0- and 1-D parameters, others that have one          ``"adamw"``, no weight decay
+                        dimension only that is longer than 1, and biases
     ==================  ===================================================  ==============================
 
     The head is what ``get_output_embeddings()`` returns where a model has it, and any 2-D weight of a module

@@ -104,8 +104,8 @@ class Stateful(View):
         For checkpoints without `synchronize()`: bitwise the same whatever replica loads them. Inside,
         `state_dict()` is the outer momenta, the counters and, on the first replica alone, its own momenta and
         moments, with which all go on; so save with torch.distributed.checkpoint, which puts together what
-        ranks have, or the files of the first replica. Lost after a load are this context's local steps since
-        X_0, at most max_local_steps + outer_delay, and what rounding has kept back; with fragments the steps
+        ranks have, or the files of the first replica. Lost after a load are the local steps since X_0, at
+        most max_local_steps + outer_delay, and what rounding has kept back; with fragments the steps
         since each one's turn. Leave it when the values have been copied, as they have when async_save returns
         without a stager of your own. No communication; costs the memory of the largest parameter.
 

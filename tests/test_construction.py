@@ -221,6 +221,23 @@ def test_an_integer_dtype(option: str) -> None:
         CurvaDion([matrix()], **{option: torch.int64})
 
 
+@pytest.mark.parametrize(
+    ("dtype", "momentum_dtype"), [(torch.float16, None), (torch.float32, torch.float16)], ids=str
+)
+def test_a_second_moment_in_float16_is_refused(
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None
+) -> None:
+    """After one gradient of 1e-5 it is 0, and the first moment over eps a step of a hundred times lr."""
+    p = nn.Parameter(torch.ones(4, dtype=dtype))
+    with pytest.raises(ValueError, match="second moment must not be float16.*momentum_dtype=torch.float32"):
+        CurvaDion([{"params": [p], "algorithm": "adamw"}], momentum_dtype=momentum_dtype)
+    opt = CurvaDion([{"params": [p], "algorithm": "adamw"}], momentum_dtype=torch.float32, lr=1e-3)
+    for gradient in (1e-5, 0.0, 0.0):
+        p.grad = torch.full_like(p, gradient)
+        opt.step()
+    assert bool(((p - 1).abs() < 0.01).all())
+
+
 def test_integer_and_complex_parameters_are_refused() -> None:
     for dtype in (torch.complex64,):
         with pytest.raises((TypeError, ValueError), match="complex"):

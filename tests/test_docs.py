@@ -101,6 +101,25 @@ def test_the_playbooks_tables_are_what_the_formulas_say(monkeypatch: pytest.Monk
     playbook.main()
 
 
+def test_changes_of_a_preset_that_pages_name_can_be_made() -> None:
+    """Calls of presets on all pages, and what the README's table of settings has a preset called with."""
+    import torch
+
+    import curvadion
+
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    calls = re.findall(r"LOW\w*_COMMUNICATION\w*\([^()]+\)", text)
+    [table] = re.findall(
+        r"^\| what you want \|.*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    calls += [f"LOW_COMMUNICATION({changes})" for changes in re.findall(r"`(\w+=[^`]+)`", table)]
+    assert len(calls) > 7
+    for call in calls:
+        preset = eval(call, {**{name: getattr(curvadion, name) for name in curvadion.__all__}, "n": 4})
+        opt = curvadion.CurvaDion([torch.nn.Parameter(torch.eye(4))], **preset)
+        assert isinstance(opt, curvadion.CurvaDion), call
+
+
 def test_every_page_is_in_the_menu_and_on_the_start_page_and_no_others_are() -> None:
     menu = re.findall(r"^ .*?: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(menu) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))

@@ -8,7 +8,7 @@ support/reference.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -295,16 +295,38 @@ def run_two_norms(first: float, second: float, tau: float) -> tuple[CurvaDion, b
 # ---- AdamW and Lion
 
 
+def column_major(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if x.ndim > 1 else x
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    return torch.stack([x, torch.full_like(x, 7.0)], dim=-1)[..., 0]
+
+
+ORDERS: list[Callable[[Tensor], Tensor]] = [Tensor.contiguous, column_major, with_gaps]
+
+
+@pytest.mark.parametrize("order_of_G", ORDERS)
+@pytest.mark.parametrize("order_of_X", ORDERS)
 @pytest.mark.parametrize("branch", [ALWAYS_OPEN, ALWAYS_CLOSED], ids=["synchronized", "local"])
-def test_adamw_is_torch_adamw(branch: dict) -> None:
+def test_adamw_is_torch_adamw(
+    branch: dict, order_of_X: Callable[[Tensor], Tensor], order_of_G: Callable[[Tensor], Tensor]
+) -> None:
+    """In whatever order X and G lie in memory, as where a model is in channels_last; moments are as X is
+    read."""
     values = {"embedding": draw(7, 3), "bias": draw(5)}
     options = {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-6, "weight_decay": 0.2}
     optimizer, parameters = build(values, algorithms=dict.fromkeys(values, "adamw"), **options, **branch)
     theirs = {name: nn.Parameter(value.clone()) for name, value in values.items()}
     torch_adamw = torch.optim.AdamW(theirs.values(), **options)
+    for parameter in parameters.values():
+        parameter.data = order_of_X(parameter.data)
     for t in range(5):
         gradients = {"embedding": draw(7, 3, seed=t), "bias": draw(5, seed=t) if t != 2 else None}
-        step(optimizer, parameters, **gradients)
+        for name, parameter in parameters.items():
+            G = gradients[name]
+            parameter.grad = None if G is None else order_of_G(G)
+        optimizer.step()
         for name, parameter in theirs.items():  # where torch skips a missing gradient, here it counts as zero
             parameter.grad = torch.zeros_like(parameter) if gradients[name] is None else gradients[name]
         torch_adamw.step()

@@ -791,6 +791,19 @@ def test_a_changed_shape_is_refused() -> None:
     assert (p == 1).all()
 
 
+@pytest.mark.parametrize(("before", "after"), [("adamw", "lion"), ("lion", "adamw"), ("adamw", "dion")])
+def test_another_algorithm_is_refused_before_anything_moves(before: str, after: str) -> None:
+    matrix, other = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    opt = CurvaDion([{"params": [matrix]}, {"params": [other], "algorithm": before}])
+    matrix.grad, other.grad = torch.ones_like(matrix), torch.ones_like(other)
+    opt.step()
+    opt.param_groups[1]["algorithm"] = after
+    here = matrix.detach().clone()
+    with pytest.raises(ValueError, match="algorithm of a group must stay"):
+        opt.step()
+    assert torch.equal(matrix, here)
+
+
 @pytest.mark.parametrize("key", ["tau", "lr", "weight_decay", "rank_fraction", "local_update"])
 @pytest.mark.parametrize("change", ["none", "gone"])
 def test_options_spoiled_on_one_rank_fail_on_every_rank(key: str, change: str) -> None:

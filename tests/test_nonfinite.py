@@ -509,11 +509,13 @@ def test_matrix_options_of_a_group_are_used() -> None:
     )
 
 
-def test_dense_shapes_are_any() -> None:
-    """AdamW and Lion take scalars, vectors and higher dimensions."""
-    params = [nn.Parameter(torch.ones(shape)) for shape in ((), (3,), (2, 3, 4), (0,))]
+@pytest.mark.parametrize("fragments", [None, 1, 3])
+def test_dense_shapes_are_any(fragments: int | None) -> None:
+    """AdamW and Lion take scalars, vectors and higher dimensions, empty ones too."""
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((), (3,), (2, 3, 4), (0,), (2, 0, 3))]
+    options = {} if fragments is None else {"consensus": "outer", "outer_fragments": fragments}
     for algorithm in ("adamw", "lion"):
-        opt = CurvaDion([{"params": params, "algorithm": algorithm}], lr=0.1)
+        opt = CurvaDion([{"params": params, "algorithm": algorithm}], lr=0.1, **options)
         for param in params:
             param.grad = torch.ones_like(param)
         before = [param.detach().clone() for param in params]

@@ -34,7 +34,9 @@ def adamw_(
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
     """
-    x, g, first, second = _alike(params, grads, moments["exp_avg"], moments["exp_avg_sq"])
+    alike = _alike(params, grads, moments["exp_avg"], moments["exp_avg_sq"])
+    # The kernel pairs elements as they lie in memory, in whatever order that is.
+    x, g, first, second = ([t.contiguous() for t in tensors] for tensors in alike)
     # The fused kernel wants the counters beside the parameters; they are read, and the caller counts.
     on_gpu = x[0].is_cuda
     counters = (steps.pin_memory().to(x[0].device, non_blocking=True) if on_gpu else steps.clone()).unbind()

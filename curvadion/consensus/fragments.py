@@ -136,6 +136,8 @@ def _places(parts: Sequence[Part], tensors: Fixed[Tensor]) -> list[Tensor | None
 
 def _part(index: int, layout: Layout, wanted: int, stride: int) -> Part:
     """Return the elements of a shard whose index in the whole parameter is `wanted` modulo the stride."""
+    if 0 in layout.local_shape:
+        return Part(index, layout.local_shape, ())
     # The shard as runs: a dimension that is whole here goes on where the one before it ends.
     shape, steps, first = [1], [1], 0
     for length, size, offset in zip(layout.local_shape, layout.shape, layout.offset, strict=True):

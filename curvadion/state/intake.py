@@ -40,6 +40,7 @@ class Intake:
     ):
         self._table, self._batches, self._exchange = table, batches, exchange
         self._layouts = [group["weight_layout"] for group in groups]
+        self._algorithms = [group["algorithm"] for group in groups]
         self._X: Fixed[Tensor] | None = None
         self._reshaped: list[str] = []  # names of parameters that changed shape
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
@@ -164,9 +165,14 @@ class Intake:
             )
         if any(p.requires_grad for p in self._table.frozen):
             raise RuntimeError(self._changed("on for some parameter"))
-        for group, cut in zip(groups, self._table.cut_by, strict=True):
+        for group, cut, algorithm in zip(groups, self._table.cut_by, self._algorithms, strict=True):
             _check_there(group, GROUP_OPTIONS)
             check_options(group, GROUP_OPTIONS, " in a parameter group")
+            if group["algorithm"] != algorithm:
+                raise ValueError(
+                    "the algorithm of a group must stay as it was at construction, for its state is of that: "
+                    f"{algorithm!r}; got {group['algorithm']!r}; construct a new optimizer to change it"
+                )
             if cut_by(group) != cut:
                 raise ValueError(
                     "splits, the dimension that they cut, and batch_dims must stay as they were at "

@@ -97,9 +97,15 @@ class Store:
                 self._set(i, before, last_norm=norms[0] if blocks.single else norms, **tensors)
         for i in table.scalars:
             layout, dtype = table.layouts[i], momentum_dtype or table.params[i].dtype
+            keys = MOMENTS[groups[table.group_of[i]]["algorithm"]]
+            if dtype == torch.float16 and "exp_avg_sq" in keys:
+                raise ValueError(
+                    "AdamW's second moment must not be float16, where squares of gradients below 1e-4 are 0 "
+                    f"and those above 255 infinite; got float16 for {table.names[i]!r}; pass "
+                    "momentum_dtype=torch.float32"
+                )
             self.moments[i] = {
-                key: torch.zeros(layout.local_shape, dtype=dtype, device=table.device)
-                for key in MOMENTS[groups[table.group_of[i]]["algorithm"]]
+                key: torch.zeros(layout.local_shape, dtype=dtype, device=table.device) for key in keys
             }
             self._set(i, before, **{key: layout.wrap(value) for key, value in self.moments[i].items()})
 

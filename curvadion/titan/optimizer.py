@@ -102,11 +102,11 @@ class CurvaDionOptimizer(OptimizersContainer):
         newton_schulz_steps: int = 5
         """Number of rounds."""
         newton_schulz_dtype: Literal["float32", "bfloat16"] | None = None
-        """Dtype in which they are computed; None takes bfloat16 on GPUs, and on CPUs that have units for it
-        if the momentum is bfloat16 too; else the momentum's, at least float32."""
+        """Dtype in which they are computed; None takes the momentum's, at least float32; but bfloat16 on GPUs
+        for all but float64, and on CPUs with units for it for bfloat16."""
         newton_schulz_method: Literal["gram", "standard"] = "gram"
-        """"gram" takes several rounds on one Gram matrix where one side is 1.5 times the other, for fewer
-        FLOPs; "standard" takes all on the matrix itself."""
+        """"gram" takes several rounds on one Gram matrix where one side is more than 1.5 times the other, for
+        fewer FLOPs; "standard" takes all on the matrix itself."""
         consensus: Literal["average", "outer", "none"] | str = "average"
         """How replicas become equal on a synchronized step: "average", by means of all they hold; "outer", by
         pseudo-gradients. "none" is the published formula as it stands, and drifts."""
