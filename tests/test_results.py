@@ -133,6 +133,46 @@ def test_the_final_table_says_what_was_measured() -> None:
         assert gap == ("" if setting is best else expected_gap)
 
 
+AGAIN = "| conditions | NorMuon every step | tuned again | 1 bit, NorMuon | tuned again | gap | tuned again |"
+TRIALS = ("NorMuon every step, trial 2.4", "1 bit, NorMuon, trial 2.0")
+
+
+def conditions_of(words: str) -> tuple[int, int, int, str]:
+    """Return K, sequences in a batch, steps and millions of parameters, of the first column of a table."""
+
+    def number(pattern: str, otherwise: str) -> str:
+        found = re.search(pattern, words)
+        return found[1].replace(",", "") if found else otherwise
+
+    counts = (number(r"K = (\d+)", "4"), number(r"(\d+) x 64", "16"), number(r"([\d,]+) steps", "600"))
+    return *map(int, counts), number(r"(\S+)M parameters", "0.13")  # type: ignore[return-value]
+
+
+def test_the_table_of_what_was_tuned_again_says_what_was_measured() -> None:
+    found = [
+        cell
+        for cell in read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
+        if not cell.parts and not cell.held_out and cell.backend == "simulation"
+    ]
+    text = (ROOT / "docs" / "results.md").read_text()
+    rows = text.split(f"{AGAIN}\n")[1].split("\n\n")[0].splitlines()[1:]
+    for row in rows:
+        words, *numbers = [word.strip() for word in row.strip("|").split("|")]
+        wanted = conditions_of(words)
+        [cell] = [c for c in found if (c.replicas, c.batch, c.steps, f"{c.parameters / 1e6:.2f}") == wanted]
+        known, again = [], []
+        for trial in TRIALS:
+            side = trial.rsplit(", ", 1)[0]
+            losses = [s.runs[0]["loss"] for s in cell.settings if s.name.startswith(f"{side}, again ")]
+            setting = setting_of(cell, trial)
+            assert setting is not None and len(losses) == 4
+            known.append(setting.runs[0]["loss"])
+            again.append(min(known[-1], *losses))
+        pairs = [f"{loss:.3f}" for pair in zip(known, again, strict=True) for loss in pair]
+        assert numbers == [*pairs, *(f"{ours - best:+.3f}" for best, ours in (known, again))]
+    assert len(rows) > 3
+
+
 COST = r"saves (\S+) % of the bytes and costs (\S+) nats in a short run, (\S+) in one three times as\s"
 FIRST = (
     r"\| \*\*Muon steps on each replica.*?\| (\S+ ± \S+) \| \*\*\+(\S+ ± \S+)\*\* \| (\S+ ± \S+) "
