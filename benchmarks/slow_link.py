@@ -518,7 +518,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--settings", help=f"comma-separated, of {', '.join(SETTINGS)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every setting on every link")
     parser.add_argument("--dim", type=int, default=160, help="width of the model, a multiple of 32")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the model")
     parser.add_argument("--batch", type=int, default=4, help="sequences a site and step")
     parser.add_argument("--seq", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--json", type=Path, help="JSON lines are appended to this file")

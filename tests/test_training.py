@@ -4,6 +4,7 @@ behind."""
 import json
 import math
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,30 @@ def test_bytes_are_those_of_a_whole_replica(finished):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_interrupted_run_ends_with_one_line_and_gives_the_cursor_back(tmp_path):
+    """In a terminal, where rich hides the cursor; torchrun would wait 30 seconds for a rank that hangs."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--steps", "100000", "--text", str(SCRIPTS), "--out", str(tmp_path)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(OMP_NUM_THREADS="1", TERM="xterm")
+        os.execv(sys.executable, [*torchrun, str(SCRIPTS / "train.py"), *SMALL, *options])
+    said, interrupted = b"", False
+    while True:
+        try:
+            said += os.read(terminal, 65536)
+        except OSError:  # the end, on Linux
+            break
+        if not interrupted and b" 3/100000" in said:
+            os.write(terminal, b"\x03")
+            interrupted = True
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 and interrupted
+    shown = said.decode()
+    assert shown.count("interrupted; ") == 1 and "forcefully" not in shown
+    assert "rank0]: Traceback" not in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
 def test_resume_starts_where_there_is_no_checkpoint_yet(tmp_path):
     """One command line for the first launch and for all later ones; saving while training goes on."""
     options = ["--steps", 4, "--eval-every", 0, "--checkpoint", tmp_path / "none", "--resume"]
