@@ -138,7 +138,6 @@ def test_bytes_are_those_of_a_whole_replica(finished):
             assert record["curvadion/bytes/replicate"] == 2 * 8, "8 bytes from each of the 2 shards"
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_interrupted_run_ends_with_one_line_and_gives_the_cursor_back(tmp_path):
     """In a terminal, where rich hides the cursor; torchrun would wait 30 seconds for a rank that hangs."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -163,6 +162,7 @@ def test_an_interrupted_run_ends_with_one_line_and_gives_the_cursor_back(tmp_pat
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_resume_starts_where_there_is_no_checkpoint_yet(tmp_path):
     """One command line for the first launch and for all later ones; saving while training goes on."""
     options = ["--steps", 4, "--eval-every", 0, "--checkpoint", tmp_path / "none", "--resume"]
