@@ -16,16 +16,14 @@ from support.ranks import run_ranks
 
 from curvadion import CurvaDion, cli
 from curvadion.consensus import codec
+from curvadion.formats import BLOCK, OUTER_BITS, bits_per_value
 from curvadion.projection import add_arguments, main
 from curvadion.projection import points as measured
 from curvadion.projection.formulas import (
-    BITS,
-    BLOCK,
     GATE_BYTES,
     PAYLOADS,
     Projection,
     Sent,
-    bits_per_value,
     break_even,
     payload,
     wire_bytes,
@@ -79,7 +77,7 @@ def test_bytes_by_hand() -> None:
     assert {purpose: s.bytes for purpose, s in halves.items()} == {"factors": 64, "gradients": 20}
     assert payload(TINY, "dense") == {"gradients": Sent(100)}
     assert payload(TINY, "parameters") == {"parameters": Sent(200)}
-    outer = [payload(TINY, f"outer-{bits}", block=32)["pseudo_gradients"].bytes for bits in BITS]
+    outer = [payload(TINY, f"outer-{bits}", block=32)["pseudo_gradients"].bytes for bits in OUTER_BITS]
     assert outer == [200, 100, 50 * 8.5 / 8, 50 * 4.5 / 8, 50 * 2.5 / 8, 50 * 1.5 / 8]
 
 
@@ -145,7 +143,7 @@ def test_bytes_of_pseudo_gradients_are_the_ledgers() -> None:
     def worker() -> list[dict[tuple[str, str], float]]:
         replicate, _ = grid(2, 1)
         found = []
-        for bits in BITS:
+        for bits in OUTER_BITS:
             toy = Toy(matrices=matrices, dense=dense)
             options: dict[str, Any] = {"consensus": "outer", "outer_bits": bits}
             opt = CurvaDion(
@@ -160,7 +158,7 @@ def test_bytes_of_pseudo_gradients_are_the_ledgers() -> None:
     model = Model(
         tuple((m, n) for m, n in matrices.values()), sum(math.prod(shape) for shape in dense.values())
     )
-    for bits, counted in zip(BITS, run_ranks(2, worker)[0], strict=True):
+    for bits, counted in zip(OUTER_BITS, run_ranks(2, worker)[0], strict=True):
         sent = {purpose: wire for (axis, purpose), wire in counted.items() if axis == "replicate" and wire}
         assert sent == {"gate": GATE_BYTES} | {
             p: s.wire(2) for p, s in payload(model, f"outer-{bits}").items()

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import Shard
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion
-from curvadion.algebra.newton_schulz import Iteration
+from curvadion.algebra.iteration import Iteration
 from curvadion.algebra.power_iteration import orthogonalize
 from curvadion.projection.nominal import SIZES, Model
 from curvadion.projection.rates import RATES, Rates
