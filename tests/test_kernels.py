@@ -1233,10 +1233,11 @@ def test_newton_schulz_by_symmetric_products(device: torch.device, dtype: torch.
     products."""
     from curvadion.algebra.iteration import Iteration
     from curvadion.algebra.newton_schulz import newton_schulz
+    from curvadion.formats import name_of
 
     batches = [draw(2, 150, 70, device=device), draw(2, 70, 150, seed=1, device=device).mT]
     exact = newton_schulz([M.double() for M in batches], Iteration("polar_express", 6))
-    how = Iteration("polar_express", 6, dtype)
+    how = Iteration("polar_express", 6, name_of(dtype))
     fused = newton_schulz(batches, how, product=triton_ops.fused_symmetric_product)
     whole = newton_schulz(batches, how)
     for got, other, expected in zip(fused, whole, exact, strict=True):

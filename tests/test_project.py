@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from support.models import DENSE, MATRICES, Shapes, Toy, grid
 from support.ranks import run_ranks
 
 from curvadion import CurvaDion, cli
-from curvadion.consensus import codec
-from curvadion.formats import BLOCK, OUTER_BITS, bits_per_value
+from curvadion.consensus import CODECS, codec
+from curvadion.formats import BLOCK, FORMATS, OUTER_BITS, Format, bits_per_value, name_of
 from curvadion.projection import add_arguments, main
 from curvadion.projection import points as measured
 from curvadion.projection.formulas import (
@@ -28,9 +30,11 @@ from curvadion.projection.formulas import (
     payload,
     wire_bytes,
 )
-from curvadion.projection.nominal import LINKS, SIZES, Decoder, Model
+from curvadion.projection.nominal import KNOWN_RULES, LINKS, MOVES_Q, SIZES, Decoder, Model
 from curvadion.projection.published import PUBLISHED_RANGE, published
+from curvadion.rules import RULES
 
+ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {"160m": 162_220_800, "350m": 359_965_696, "720m": 720_827_904, "1b3": 1_336_502_272}
 TINY = Model(((4, 6), (8, 2)), scalars=10)  # 50 parameters
 BLOCKS: tuple[Shapes, Shapes] = (
@@ -364,7 +368,49 @@ def test_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4.36x" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("bits", [8, 1])
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # what is None there cannot be imported
+from curvadion.cli import main
+for words in {}:
+    main(["project", *words])
+"""
+FLAGS = (
+    "",
+    "--published",
+    f"--measured {ROOT / 'benchmarks' / 'results' / 'slow_link.jsonl'}",
+    "--model 1b3 --shards 64 --local-update dion --owners always",
+    "--model 350m --shards 8 --local-update dion --owners never --payload average",
+    "--model 1b3 --local-update normuon --newton-schulz-dtype float32 --payload outer-8 --block 64",
+    "--model 160m --local-update gradient --payload low-rank --replica-gbit 400 --rank-multiple-of 16",
+    "--hardware cpu --shards 2 --delay 4 --rate 0.1 --payload outer-16 --link internet",
+)
+
+
+def test_it_runs_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings are chosen on laptops, that may have none."""
+    words = [flags.split() for flags in FLAGS]
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(words)]
+    without = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not without.returncode, without.stderr
+    for some in words:
+        cli.main(["project", *some])
+    assert without.stdout == capsys.readouterr().out
+
+
+def test_formats_are_torchs() -> None:
+    for name, known in FORMATS.items():
+        dtype = getattr(torch, name)
+        assert name_of(dtype) == name
+        assert known == Format(dtype.itemsize, torch.finfo(dtype).eps)
+
+
+def test_what_stands_for_tables_with_torch() -> None:
+    assert {bits for bits in CODECS if isinstance(bits, int)} == {*OUTER_BITS}
+    assert {name for name in KNOWN_RULES if RULES[name].uses_Q} == {*MOVES_Q}
+
+
+@pytest.mark.parametrize("bits", OUTER_BITS)
 def test_half_the_block_is_twice_the_scales(bits: int) -> None:
     own, half = bits_per_value(bits), bits_per_value(bits, BLOCK // 2)
     assert own == codec.bits_per_value(bits)
