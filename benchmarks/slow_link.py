@@ -178,13 +178,11 @@ class Training:
         self._record = self.optimizer.ledger.record
         self.optimizer.ledger.record = self._overhear  # type: ignore[method-assign]
 
-    def _overhear(self, collective: str, ranks: int, axis: str, purpose: str, sent: torch.Tensor) -> None:
+    def _overhear(self, collective: str, ranks: int, axis: str, purpose: str, nbytes: int) -> None:
         before = self._sent()
-        self._record(collective, ranks, axis, purpose, sent)
+        self._record(collective, ranks, axis, purpose, nbytes)
         if axis == "replicate":
-            self.messages.append(
-                Message(collective, sent.numel() * sent.element_size(), self._sent() - before)
-            )
+            self.messages.append(Message(collective, nbytes, self._sent() - before))
 
     def _sent(self) -> float:
         return sum(nbytes for (axis, _), nbytes in self.optimizer.ledger.wire.items() if axis == "replicate")

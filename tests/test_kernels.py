@@ -1231,11 +1231,13 @@ def test_the_symmetric_product_refuses_what_does_not_fit(device: torch.device) -
 def test_newton_schulz_by_symmetric_products(device: torch.device, dtype: torch.dtype) -> None:
     """Of tall and wide matrices, where M is a transposed view: as far from float64 as with two whole
     products."""
-    from curvadion.algebra.newton_schulz import Iteration, newton_schulz
+    from curvadion.algebra.iteration import Iteration
+    from curvadion.algebra.newton_schulz import newton_schulz
+    from curvadion.formats import name_of
 
     batches = [draw(2, 150, 70, device=device), draw(2, 70, 150, seed=1, device=device).mT]
     exact = newton_schulz([M.double() for M in batches], Iteration("polar_express", 6))
-    how = Iteration("polar_express", 6, dtype)
+    how = Iteration("polar_express", 6, name_of(dtype))
     fused = newton_schulz(batches, how, product=triton_ops.fused_symmetric_product)
     whole = newton_schulz(batches, how)
     for got, other, expected in zip(fused, whole, exact, strict=True):

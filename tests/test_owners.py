@@ -21,19 +21,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvadion import CurvaDion, param_groups_for
-from curvadion.algebra import power_iteration
-from curvadion.algebra.newton_schulz import Iteration
+from curvadion import CurvaDion, costs, param_groups_for
+from curvadion.algebra import sizes
+from curvadion.algebra.iteration import Iteration
 from curvadion.sharding import crew
+from curvadion.sharding.dealing import Spread, assign
 from curvadion.sharding.group import Pairwise
-from curvadion.sharding.owners import Spread, assign
 from curvadion.sharding.region import Region
 
 INF = float("inf")
 
 
 def flops(rows: int, columns: int) -> float:
-    return Iteration().flops(rows, columns, torch.float32)
+    return Iteration().flops(rows, columns, "float32")
 
 
 # (rows, columns): how many of them.
@@ -204,10 +204,8 @@ Moved = tuple[dict[str, torch.Tensor], dict[str, float], dict[str, int], int]
 
 def dion_steps(layout: Layout, replicas: int, options: dict[str, Any]) -> Moved:
     """Parameters after three steps on shards; what a step sent over them, in how many calls; owners."""
-    from curvadion.rules import factors
-
-    factors.PIECES = 1  # with pieces of 400 elements, so that there are several buckets
-    power_iteration.PIECE_ELEMENTS["cpu"] = 400
+    costs.PIECES = 1  # with pieces of 400 elements, so that there are several buckets
+    sizes.PIECE_ELEMENTS["cpu"] = 400
     torch.manual_seed(0)
     values = {f"layer{i}.weight": torch.randn(shape) for i, shape in enumerate(TALL_AND_WIDE * 2)}
     placed = layout.build(values, replicas)

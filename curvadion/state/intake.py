@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.algebra.power_iteration import rank_of
+from curvadion.algebra.sizes import rank_of
 from curvadion.allowed import check_options
 from curvadion.options import GROUP_OPTIONS, follow_schedulers
 from curvadion.rules import RULES
 from curvadion.sharding.blocks import cut_by
 from curvadion.sharding.exchange import Exchange
-from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
+from curvadion.sharding.layout import local_tensor, local_tensors, partial_axes, usual_gradients
+from curvadion.sharding.region import Axes
 from curvadion.state.batch import Batch
 from curvadion.state.store import or_zeros
 from curvadion.state.table import Table
