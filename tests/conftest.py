@@ -8,6 +8,9 @@ Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels
 of every test on them.
 """
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from support import interpreter
@@ -40,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make `--kernels` the constructor's default."""
+    config.addinivalue_line("markers", "sample: of all sets of parameters a sample, see `in_sample`")
     from curvadion import CurvaDion
 
     defaults = CurvaDion.__init__.__kwdefaults__
@@ -51,15 +55,44 @@ def pytest_configure(config: pytest.Config) -> None:
         )  # not before the interpreter is on: it imports much of torch, and that triton
 
         ranks.DEADLINE *= 5
+        if not torch.cuda.is_available():
+            from curvadion_kernels import triton_ops
+
+            # What Triton imports when a kernel first runs: here, not in every forked rank.
+            triton_ops.momentum_norm_([torch.zeros(1)], [None])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Obey `--each-once`."""
+    """Obey `--each-once`, and take a sample of what is marked so."""
     if config.getoption("--each-once"):
         first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(items)}
         kept = set(map(id, first.values()))
-        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-        items[:] = [item for item in items if id(item) in kept]
+    elif not config.getoption("--whole"):
+        numbers: Counter[tuple[Path, str]] = Counter()
+        kept = {id(item) for item in items if item.get_closest_marker("sample") is None}
+        for item in items:
+            test = item.path, getattr(item, "originalname", item.name)
+            if id(item) not in kept and in_sample(item, numbers[test]):
+                kept.add(id(item))
+            numbers[test] += 1
+    else:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def in_sample(item: pytest.Item, number: int) -> bool:
+    """Whether the places in their lists, of the parameters that this number of the product has, add up to a
+    multiple of the shortest list's length.
+
+    Of the product of two lists that leaves each value at least once, of three every pair of values.
+    """
+    sizes = [len(mark.args[1]) for mark in item.iter_markers("parametrize")]
+    total = 0
+    for size in reversed(sizes):
+        number, place = divmod(number, size)
+        total += place
+    return total % min(sizes) == 0
 
 
 @pytest.fixture
