@@ -9,6 +9,7 @@ of every test on them.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,6 @@ def pytest_configure(config: pytest.Config) -> None:
         )  # not before the interpreter is on: it imports much of torch, and that triton
 
         ranks.DEADLINE *= 5
-        if not torch.cuda.is_available():
-            from curvadion_kernels import triton_ops
-
-            # What Triton imports when a kernel first runs: here, not in every forked rank.
-            triton_ops.momentum_norm_([torch.zeros(1)], [None])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,9 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif not config.getoption("--whole"):
         numbers: Counter[tuple[Path, str]] = Counter()
         kept = {id(item) for item in items if item.get_closest_marker("sample") is None}
-        for item in items:
+        for item in [item for item in items if id(item) not in kept]:
             test = item.path, getattr(item, "originalname", item.name)
-            if id(item) not in kept and in_sample(item, numbers[test]):
+            sizes = [len(mark.args[1]) for mark in item.iter_markers("parametrize")]
+            if in_sample(sizes, numbers[test]):
                 kept.add(id(item))
             numbers[test] += 1
     else:
@@ -81,13 +78,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if id(item) in kept]
 
 
-def in_sample(item: pytest.Item, number: int) -> bool:
+def in_sample(sizes: Sequence[int], number: int) -> bool:
     """Whether the places in their lists, of the parameters that this number of the product has, add up to a
     multiple of the shortest list's length.
 
     Of the product of two lists that leaves each value at least once, of three every pair of values.
     """
-    sizes = [len(mark.args[1]) for mark in item.iter_markers("parametrize")]
     total = 0
     for size in reversed(sizes):
         number, place = divmod(number, size)
