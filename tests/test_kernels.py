@@ -488,6 +488,7 @@ def test_a_momentum_that_is_not_finite_shows_in_its_norm(
     assert not sums[0].isfinite() and sums[1:].tolist() == [CHUNK + 5, 0, 0, 1, 0]
 
 
+@pytest.mark.sample
 @needs_triton
 @packed
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
@@ -1071,6 +1072,7 @@ def test_sign_encode_of_mixed_dtypes(guard: Guard, device: torch.device, packed:
         assert same_bits(e, expected)
 
 
+@pytest.mark.sample
 @needs_triton
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)

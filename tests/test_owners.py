@@ -149,8 +149,9 @@ def muon_steps(layout: Layout, when: str, dtype: torch.dtype | None) -> dict[str
     return {name: whole(p) - before[name] for name, p in placed.bag.named_parameters()}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[8]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[7]], ids=str)
 def test_owners_and_all_ranks_together_take_the_same_step(layout: Layout, dtype: torch.dtype | None) -> None:
     """In bfloat16 on the way, to its rounding of momenta and updates."""
     [alone] = run_ranks(1, muon_steps, LAYOUTS[0], "auto", None)
@@ -193,7 +194,7 @@ def buckets(layout: Layout) -> None:
     assert local(q).numel() <= 24 * 16
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[3]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[9]], ids=str)
 def test_matrices_travel_in_buckets(layout: Layout) -> None:
     run_ranks(layout.world_size(1), buckets, layout)
 
@@ -229,6 +230,7 @@ def rows_of(shape: tuple[int, int], ranks: int, rank: int) -> tuple[int, int, in
     return (m, n, rows, n) if shape[0] >= shape[1] else (m, n, m, rows)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("right_factor", ["column_norm", "qr"])
 @pytest.mark.parametrize("method", ["cholesky_qr", "qr"])
 def test_whole_matrices_go_to_their_owners_and_rows_of_the_factors_come_back(

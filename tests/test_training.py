@@ -1,5 +1,5 @@
-"""The training script from end to end: torchrun, 2 replicas x 2 shards, a tiny model, and what a run leaves
-behind."""
+"""The training script from end to end: 2 replicas x 2 shards in forked ranks, one process through torchrun, a
+tiny model, and what a run leaves behind."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -38,16 +39,15 @@ pytest.importorskip(
 )
 
 
-def train(out: Path, *options: object) -> str:
-    """Train through torchrun, on this tree, and return the output."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+def train(out: Path, *options: object) -> None:
+    """Train one process through torchrun, on this tree."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     arguments = ["--text", SCRIPTS, "--out", out, *options]
     command = [*torchrun, str(SCRIPTS / "train.py"), *SMALL, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def train_forked(out: Path, *options: object, processes: int = 4) -> None:
@@ -78,7 +78,11 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
         "--layers-every",
         4,
     )
-    return folder, train(folder, *options)
+    with open(folder / "output", "a+", buffering=1) as output:
+        with redirect_stdout(output):
+            train_forked(folder, *options)
+        output.seek(0)
+        return folder, output.read()
 
 
 def test_a_run_learns_and_says_so(finished):
@@ -212,7 +216,7 @@ def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
 
 
 def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path, capsys):
-    train_forked(tmp_path / "adamw", "--optimizer", "adamw", processes=1)
+    train(tmp_path / "adamw", "--optimizer", "adamw")
     records = lines(tmp_path / "adamw")
     assert all(record["curvadion/synchronized"] for record in records)
     assert records[-1]["loss"] < records[0]["loss"]
