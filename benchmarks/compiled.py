@@ -25,11 +25,17 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated
 
 import torch
-import triton
-import triton.backends.nvidia
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+try:
+    import triton
+    import triton.backends.nvidia
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ImportError as error:
+    raise SystemExit(
+        f"kernels are compiled with {error.name}, which is missing: pip install 'curvadion[kernels]'"
+    ) from None
 
 from curvadion_kernels import triton_ops as T
 

@@ -1,5 +1,4 @@
-r"""Loss against bytes: K replicas of a small GPT under a list of settings, at equal tokens, with the controls
-that keep it honest.
+r"""Loss against bytes: K replicas of a small GPT under a list of settings, at equal tokens, and controls.
 
     python benchmarks/convergence.py --tables headline --seeds 0 1 2 --text FOLDER
     python benchmarks/convergence.py --tables headline --seeds 0 --backend processes    # scripts/train.py's

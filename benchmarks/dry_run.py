@@ -1,5 +1,4 @@
-"""What a local step holds, sends and computes at any scale, without hardware: shapes only, in a world of
-ranks that are not there.
+"""What a local step holds, sends and computes at any scale: shapes only, ranks that are not there.
 
     python benchmarks/dry_run.py                                   # 160m and 1b3 on 8, 64 and 1024 shards
     python benchmarks/dry_run.py --models 1b3 --shards 64 --rules muon dion
@@ -91,11 +90,13 @@ def count(model: Decoder, shards: int, rule: str, rank_fraction: float) -> dict[
 
 def main() -> None:
     """Print a table, and write a line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["160m", "1b3"])
-    parser.add_argument("--shards", nargs="+", type=int, default=[8, 64, 1024])
-    parser.add_argument("--rules", nargs="+", default=["muon", "dion"])
-    parser.add_argument("--rank-fraction", type=float, default=0.25)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["160m", "1b3"], help="which decoders")
+    parser.add_argument("--shards", nargs="+", type=int, default=[8, 64, 1024], help="ranks of a replica")
+    parser.add_argument("--rules", nargs="+", default=["muon", "dion"], help="of local steps")
+    parser.add_argument("--rank-fraction", type=float, default=0.25, help="of Dion's P and R")
     parser.add_argument("--out", type=Path, help="a .jsonl file to append to")
     args = parser.parse_args()
     print("model  shards  rule   parameters  state    transient  wire over shards  calls  TFLOP")

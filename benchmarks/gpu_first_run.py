@@ -211,7 +211,7 @@ def run_tests(arguments: argparse.Namespace, deadline: float, folder: Path) -> l
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-n0"] if find_spec("xdist") is not None else []
     file = str(timing.ROOT / "tests" / "test_kernels.py")
-    command += [f"--rootdir={timing.ROOT}", "-c", str(timing.ROOT / "pyproject.toml"), file]
+    command += ["--whole", f"--rootdir={timing.ROOT}", "-c", str(timing.ROOT / "pyproject.toml"), file]
     seconds = max(5.0, deadline - time.time())
     return [run_command(name, command, seconds, folder / "tests.log", hang=False)]
 

@@ -1,7 +1,7 @@
-"""Emulate 2 to 4 sites joined by slow links on one Linux machine, and count what crosses them.
+r"""Emulate 2 to 4 sites joined by slow links on one Linux machine, and count what crosses them.
 
-    sudo python benchmarks/netlab.py run --sites 2 --mbit 200 --delay-ms 20 -- python scripts/train.py --steps
-    50
+    sudo python benchmarks/netlab.py run --sites 2 --mbit 200 --delay-ms 20 -- \
+        python scripts/train.py --steps 50
     sudo python benchmarks/netlab.py clean      # namespaces that a killed run left behind
 
 `run` starts the command once in each site with what torch.distributed and gloo want to find in the
@@ -14,10 +14,9 @@ environment. From Python:
         print(lab.wire.counts().payload)        # bytes[from][to]
 
 A site is a network namespace whose only way out is a TUN device; the wire between them is a thread of this
-process. Each site has one
-uplink: packets leave it one after the other at `mbit`, wait in a buffer of `buffer_ms` (what does not fit is
-dropped) and arrive `delay_ms` later, give or take `jitter_ms`, in order. Downlinks are not limited, which a
-ring does not notice. No tc qdisc is needed.
+process. Each site has one uplink: packets leave it one after the other at `mbit`, wait in a buffer of
+`buffer_ms` (what does not fit is dropped) and arrive `delay_ms` later, give or take `jitter_ms`, in order.
+Downlinks are not limited, which a ring does not notice. No tc qdisc is needed.
 
 TCP segments cross in the large pieces in which the kernel hands them to a device that segments by itself, so
 that a thread of Python carries 1 Gbit/s and more; rate and counts are those of the packets of `mtu` bytes

@@ -47,9 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=768)
-    parser.add_argument("--rank", type=int, default=512)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=768, help="of the matrices")
+    parser.add_argument("--rank", type=int, default=512, help="columns of P")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"| {args.rows} x {args.rank}, float32 | way | P^T P - I | not in the span | live columns |")

@@ -62,7 +62,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvadion.algebra.newton_schulz import Iteration
+from curvadion.algebra.iteration import Iteration
+from curvadion.formats import name_of
 from curvadion.projection.rates import Rates
 from curvadion.projection.work import LOCAL, local_step
 from curvadion.projection.work import Settings as WorkSettings
@@ -245,9 +246,10 @@ def projected(entry: Entry, model: str, ranks: int, rates: Rates) -> float | Non
     rule = options.get("local_update")
     if rule not in LOCAL or entry.build.func is not curvadion:
         return None
-    names = {"owners", "owner_dtype", "rank_fraction"} & options.keys()
-    how = Iteration(dtype=options.get("newton_schulz_dtype"))
-    settings = WorkSettings(ranks, how, device=rates.device, **{name: options[name] for name in names})
+    named = {k: name_of(v) if isinstance(v, torch.dtype) else v for k, v in options.items()}
+    names = {"owners", "owner_dtype", "rank_fraction"} & named.keys()
+    how = Iteration(dtype=named.get("newton_schulz_dtype"))
+    settings = WorkSettings(ranks, how, device=rates.device, **{name: named[name] for name in names})
     works = local_step(MODELS[model].model, rule, settings)
     return 1e3 * statistics.mean(sum(w.seconds(rates, ranks, ranks).values()) for w in works)
 
@@ -303,7 +305,7 @@ def microsoft_muon(weights: Weights, mesh: dist.DeviceMesh, float32: bool) -> Op
 
     from curvadion.algebra.newton_schulz import newton_schulz
 
-    how = Iteration(dtype=torch.float32)
+    how = Iteration(dtype="float32")
 
     def ours(x: Tensor, epsilon: Any) -> Tensor:
         flat = x.size(-2) < x.size(-1)

@@ -178,13 +178,11 @@ class Training:
         self._record = self.optimizer.ledger.record
         self.optimizer.ledger.record = self._overhear  # type: ignore[method-assign]
 
-    def _overhear(self, collective: str, ranks: int, axis: str, purpose: str, sent: torch.Tensor) -> None:
+    def _overhear(self, collective: str, ranks: int, axis: str, purpose: str, nbytes: int) -> None:
         before = self._sent()
-        self._record(collective, ranks, axis, purpose, sent)
+        self._record(collective, ranks, axis, purpose, nbytes)
         if axis == "replicate":
-            self.messages.append(
-                Message(collective, sent.numel() * sent.element_size(), self._sent() - before)
-            )
+            self.messages.append(Message(collective, nbytes, self._sent() - before))
 
     def _sent(self) -> float:
         return sum(nbytes for (axis, _), nbytes in self.optimizer.ledger.wire.items() if axis == "replicate")
@@ -518,7 +516,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--settings", help=f"comma-separated, of {', '.join(SETTINGS)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every setting on every link")
     parser.add_argument("--dim", type=int, default=160, help="width of the model, a multiple of 32")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the model")
     parser.add_argument("--batch", type=int, default=4, help="sequences a site and step")
     parser.add_argument("--seq", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--json", type=Path, help="JSON lines are appended to this file")

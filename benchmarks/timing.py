@@ -266,7 +266,7 @@ def add_common_arguments(
         help="JSON lines are appended to this file",
     )
     parser.add_argument("--commit", help="what to note as the commit; none: ask git")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
     parser.add_argument(
         "--interpret",
         action="store_true",

@@ -32,5 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
             module = import_module(where)
             module.add_arguments(command)
             command.set_defaults(main=module.main)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:  # with the usage of the subcommand, where argparse would show that of `curvadion` alone
+        commands.choices.get(arguments[0], parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     return args.main(args)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import METHODS, POLYNOMIALS
+from curvadion.algebra.iteration import METHODS, POLYNOMIALS
 from curvadion.allowed import Allowed, Option, check_options
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions

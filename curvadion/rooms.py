@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import Iteration
+from curvadion.algebra.newton_schulz import iteration_of
 from curvadion.options import Options, group_options
 from curvadion.rules import RULES, Step
 from curvadion.sharding.crew import Crew
@@ -142,7 +142,7 @@ class Rooms:
         own = [sorted((k, v) for k, v in group.items() if k in known) for group in groups]
         plain = [[(k, float(v) if k == "lr" else v) for k, v in group] for group in own]
         iterates = ["newton_schulz" in RULES[group["local_update"]].own_options for group in groups]
-        found = [Iteration.of(groups[b.group], b.momentum) for b in self.store.kinds if iterates[b.group]]
+        found = [iteration_of(groups[b.group], b.momentum) for b in self.store.kinds if iterates[b.group]]
         spacing = self.common_owners.crew.spacing if self.common_owners is not None else []
         return repr((options, plain, found, self.table.describe(), self.exchange.replicas, spacing))
 

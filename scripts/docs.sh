@@ -6,6 +6,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/scripts/setup_env.sh"
+end_with_help "$@"
 ensure_venv docs
 cd "$root"
 export NO_MKDOCS_2_WARNING=1 # of its maintainers, about a successor

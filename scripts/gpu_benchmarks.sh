@@ -7,6 +7,8 @@
 #     scripts/gpu_benchmarks.sh --commit abc123   # what to note as the commit, where there is no git
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/scripts/setup_env.sh"
+end_with_help "$@"
 results="${RESULTS:-$root/benchmarks/results}"
 install=1
 compile=(--no-compile)
@@ -16,13 +18,12 @@ while (($#)); do
     --no-install) install=0 ;;
     --compile) compile=() ;;
     --commit) common+=(--commit "${2:?--commit needs a value}") && shift ;;
-    *) echo "unknown argument $1; see the beginning of $0" >&2 && exit 2 ;;
+    *) echo "unknown argument $1; see $0 --help" >&2 && exit 2 ;;
   esac
   shift
 done
 
 if ((install)); then
-  source "$root/scripts/setup_env.sh"
   ensure_venv "kernels,report"
   python=python
 else

@@ -9,6 +9,8 @@
 #     scripts/gpu_first_run.sh --device cpu --quick   # a rehearsal
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/scripts/setup_env.sh"
+end_with_help "$@"
 install=1
 arguments=()
 for argument in "$@"; do
@@ -18,7 +20,6 @@ done
 python="$(command -v python || command -v python3 || true)"
 if ((install)) &&
   ! "$python" -c 'import torch, triton, numpy; assert torch.cuda.is_available()' 2>/dev/null; then
-  source "$root/scripts/setup_env.sh"
   ensure_venv dev
   python=python
 fi

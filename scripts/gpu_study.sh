@@ -8,10 +8,9 @@
 # the folder in $RESULTS; a run that is there already is not run again, so a second call goes on.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-usage() {
-  sed -n '2,8s/^# \{0,1\}//p' "$0"
-}
-if (($# == 0)) || [[ "$1" == -h || "$1" == --help ]]; then usage && exit "$((! $#))"; fi
+source "$root/scripts/setup_env.sh"
+end_with_help "$@"
+if (($# == 0)); then print_help >&2 && exit 2; fi
 text="$1"
 shift
 size=25m
@@ -31,7 +30,6 @@ case "$size" in
   *) echo "--size must be 25m or 151m; got $size" >&2 && exit 2 ;;
 esac
 if ((install)); then
-  source "$root/scripts/setup_env.sh"
   ensure_venv "kernels,report"
 fi
 exec python "$root/benchmarks/convergence.py" --device cuda --tables gpu --replicas 4 --steps 600 \

@@ -38,7 +38,8 @@ check python tests/fuzz.py --minutes "$((minutes / 2))"
 check python tests/faults.py --times 3 --minutes "$((minutes / 4))" --strict
 check env ROUNDS="$((minutes / 10 + 1))" SEED="$((SECONDS + $$))" python -m pytest -q tests/nightly_elastic.py
 check python tests/restarts.py
-check python -m pytest -q -n 2 --dist loadfile --whole tests/test_mesh_parity.py tests/test_simulation.py
+check python -m pytest -q -n 2 --dist loadfile --whole tests/test_{faults,mesh_parity,nonfinite,outer,simulation}.py
+check python -m pytest -q -n 2 --dist loadfile --whole -m sample
 check python -m pytest -q -n 2 --dist loadfile --kernels triton --each-once tests/test_communication.py
 check python tests/long_bf16.py --steps "$((minutes < 120 ? minutes * 25 : 3000))"
 if ((minutes >= 60)); then

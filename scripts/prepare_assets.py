@@ -15,7 +15,12 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+try:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as error:
+    raise SystemExit(
+        f"a tokenizer is built with {error.name}, which is missing: pip install 'curvadion[torchtitan]'"
+    ) from None
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 

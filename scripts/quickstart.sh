@@ -5,12 +5,14 @@
 #     scripts/quickstart.sh
 #     scripts/quickstart.sh --optimizer dion
 #     scripts/quickstart.sh --tau 0.3 --consensus average --local-update gradient --text ~/books
-#     scripts/quickstart.sh --help
+#     scripts/quickstart.sh --help    # this; with train.py's arguments, once the environment is there
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_env.sh"
+if [[ ! -f "$here/../.venv/installed-report" ]]; then end_with_help "$@"; fi
 ensure_venv report
 if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  print_help && echo
   exec python "$here/train.py" --help # once, not from every process
 fi
 

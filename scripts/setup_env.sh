@@ -1,10 +1,21 @@
 # Sourced by the other scripts. `ensure_venv EXTRAS` makes the environment .venv in the project root, installs
 # the project there with those extras if pyproject.toml or constraints.txt changed since the last time, and
-# activates it.
+# activates it. `end_with_help "$@"` answers --help before anything is installed.
 #
 # The interpreter is $PYTHON, or the first one on the PATH that is new enough. pip's own settings are
 # respected: where the default torch is larger than a machine without a GPU needs, add the index of its CPU
 # builds to pip's own (PIP_EXTRA_INDEX_URL, pip.conf).
+
+print_help() {  # the comment at the beginning of the script that runs
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+}
+
+end_with_help() {  # ARGUMENTS...: if one of them is --help or -h
+  local argument
+  for argument in "$@"; do
+    if [[ "$argument" == -h || "$argument" == --help ]]; then print_help && exit; fi
+  done
+}
 
 find_python() {
   local candidate

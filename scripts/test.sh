@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
+end_with_help "$@"
 ensure_venv dev
 # Ranks are forked and on the CPU, and autograd refuses backward in forks of a process that has met a GPU:
 # scripts/gpu_first_run.sh is for those.

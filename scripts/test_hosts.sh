@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
+end_with_help "$@"
 
 hosts=(transformers==5.24.0 accelerate==1.15.0 lightning==2.6.6)
 venv="$PWD/.venv-hosts"

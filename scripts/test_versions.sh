@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
+end_with_help "$@"
 
 subset=(tests/test_{equations,mesh_parity,communication,lifecycle,loading}.py)
 subset+=(tests/test_{outer,owners,kernels,compiled,options}.py)

@@ -22,6 +22,7 @@ import argparse
 import os
 import time
 from concurrent.futures import Future
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -354,7 +355,12 @@ def load(folder: Path, model: nn.Module, opt: CurvaDion, schedule: LambdaLR) -> 
 def main() -> None:
     args = parse_args()
     device, mesh = start(args.replicas, args.timeout)
-    train(args, device, mesh)
+    try:
+        train(args, device, mesh)
+    except KeyboardInterrupt:  # which torchrun hands to every rank
+        if dist.get_rank() == 0:
+            print("interrupted; --resume goes on from the newest checkpoint in --checkpoint", flush=True)
+        os._exit(130)  # at once: what takes groups down would wait for ranks that are gone
     dist.barrier()  # rank 0 writes the report; a rank that leaves meanwhile takes its connections with it
     dist.destroy_process_group()
 
@@ -398,47 +404,47 @@ def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -> N
         if display is not None:
             display.held_out(step, loss)
 
-    held_out_loss(first)
-    for step in range(first + 1, args.steps + 1):
-        began = time.perf_counter()
-        inputs, targets = text.batch(batch=args.batch, seq=args.seq, seed=args.seed, rank=rank, step=step)
-        loss = loss_of(model, inputs, targets, device)
-        loss.backward()
-        lr = schedule.get_last_lr()[0]
-        opt.step()
-        schedule.step()
-        opt.zero_grad()
+    with closing(display) if display is not None else nullcontext():  # which gives the cursor back
+        held_out_loss(first)
+        for step in range(first + 1, args.steps + 1):
+            began = time.perf_counter()
+            inputs, targets = text.batch(batch=args.batch, seq=args.seq, seed=args.seed, rank=rank, step=step)
+            loss = loss_of(model, inputs, targets, device)
+            loss.backward()
+            lr = schedule.get_last_lr()[0]
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
 
-        metrics = opt.metrics()
-        apart = opt.drift() if metrics["curvadion/synchronized"] else None
-        replica_loss, metrics, drift = sum_over_shards(loss.detach(), metrics, apart, mesh)
-        seconds = time.perf_counter() - began
-        if display is not None:
-            index = int(metrics["curvadion/rmmc_argmax"])
-            matrix = opt.matrix_names[index] if index >= 0 else None
-            tokens = args.batch * args.seq * ranks
-            rmmc = opt.named_rmmc() if args.layers_every and step % args.layers_every == 0 else None
-            seen = {
-                "lr": lr,
-                "tokens": tokens,
-                "seconds": seconds,
-                "matrix": matrix,
-                "rmmc": rmmc,
-                "drift": drift,
-            }
-            display.step(step, loss=replica_loss, metrics=metrics, **seen)
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            held_out_loss(step)
-        due = args.checkpoint_every and step % args.checkpoint_every == 0
-        if args.checkpoint and step == args.steps:
-            if saver is not None:
-                saver.wait()
-            save(args.checkpoint, step, model, opt, schedule)
-        elif args.checkpoint and due:
-            (saver.save if saver is not None else save)(args.checkpoint, step, model, opt, schedule)
+            metrics = opt.metrics()
+            apart = opt.drift() if metrics["curvadion/synchronized"] else None
+            replica_loss, metrics, drift = sum_over_shards(loss.detach(), metrics, apart, mesh)
+            seconds = time.perf_counter() - began
+            if display is not None:
+                index = int(metrics["curvadion/rmmc_argmax"])
+                matrix = opt.matrix_names[index] if index >= 0 else None
+                tokens = args.batch * args.seq * ranks
+                rmmc = opt.named_rmmc() if args.layers_every and step % args.layers_every == 0 else None
+                seen = {
+                    "lr": lr,
+                    "tokens": tokens,
+                    "seconds": seconds,
+                    "matrix": matrix,
+                    "rmmc": rmmc,
+                    "drift": drift,
+                }
+                display.step(step, loss=replica_loss, metrics=metrics, **seen)
+            if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+                held_out_loss(step)
+            due = args.checkpoint_every and step % args.checkpoint_every == 0
+            if args.checkpoint and step == args.steps:
+                if saver is not None:
+                    saver.wait()
+                save(args.checkpoint, step, model, opt, schedule)
+            elif args.checkpoint and due:
+                (saver.save if saver is not None else save)(args.checkpoint, step, model, opt, schedule)
 
     if display is not None:
-        display.close()
         write_report([args.out])
 
 

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
+end_with_help "$@"
 ensure_venv torchtitan
 
 NGPU="${NGPU:-2}" MODULE="${MODULE:-curvadion_configs}" CONFIG="${CONFIG:-debug}"

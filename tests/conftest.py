@@ -8,6 +8,10 @@ Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels
 of every test on them.
 """
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 import torch
 from support import interpreter
@@ -40,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make `--kernels` the constructor's default."""
+    config.addinivalue_line("markers", "sample: of all sets of parameters a sample, see `in_sample`")
     from curvadion import CurvaDion
 
     defaults = CurvaDion.__init__.__kwdefaults__
@@ -54,12 +59,36 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Obey `--each-once`."""
+    """Obey `--each-once`, and take a sample of what is marked so."""
     if config.getoption("--each-once"):
         first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(items)}
         kept = set(map(id, first.values()))
-        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-        items[:] = [item for item in items if id(item) in kept]
+    elif not config.getoption("--whole"):
+        numbers: Counter[tuple[Path, str]] = Counter()
+        kept = {id(item) for item in items if item.get_closest_marker("sample") is None}
+        for item in [item for item in items if id(item) not in kept]:
+            test = item.path, getattr(item, "originalname", item.name)
+            sizes = [len(mark.args[1]) for mark in item.iter_markers("parametrize")]
+            if in_sample(sizes, numbers[test]):
+                kept.add(id(item))
+            numbers[test] += 1
+    else:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def in_sample(sizes: Sequence[int], number: int) -> bool:
+    """Whether the places in their lists, of the parameters that this number of the product has, add up to a
+    multiple of the shortest list's length.
+
+    Of the product of two lists that leaves each value at least once, of three every pair of values.
+    """
+    total = 0
+    for size in reversed(sizes):
+        number, place = divmod(number, size)
+        total += place
+    return total % min(sizes) == 0
 
 
 @pytest.fixture

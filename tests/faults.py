@@ -330,7 +330,7 @@ def attempt(fault: Fault, mode: str, shape: tuple[int, int], timeout: float) -> 
 def main() -> None:
     """Print what every rank of every case told, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--times", type=int, default=1, help="runs of each case")
     parser.add_argument("--only", default="", help="words, joined by +, that the case's name has")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds, of init_process_group")
     parser.add_argument("--verbose", action="store_true", help="print messages too")

@@ -39,7 +39,7 @@ def main() -> None:
         "--first", type=int, default=int(time.time()) // 86400 * 10**6, help="seed of the first run"
     )
     parser.add_argument("--count", type=int, default=10**6, help="number of runs")
-    parser.add_argument("--minutes", type=float, default=1440.0)
+    parser.add_argument("--minutes", type=float, default=1440.0, help="after these no run starts")
     options = parser.parse_args()
     done, wrong = fuzz(options.first, options.count, 60 * options.minutes)
     if wrong:

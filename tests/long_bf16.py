@@ -161,7 +161,7 @@ def picture(found: dict[str, tuple[Course, Course]]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000, help="length of the runs")
     parser.add_argument("--mode", default="", choices=["", *MODES], help="this one alone")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all curves, as a PNG file")
     parser.add_argument(

@@ -109,6 +109,7 @@ def corrupted(mode: str, what: str, every: int) -> tuple[str, str, int]:
     return *told, int(opt.metrics()["curvadion/step"])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("what", ["X_0", "U"])
 @pytest.mark.parametrize("mode", ["low", "delay", "fragments"])
 def test_what_replicas_have_in_common_is_compared_between_synchronizations_too(mode: str, what: str) -> None:
@@ -156,6 +157,7 @@ def uneven(mode: str, counts: tuple[int, int]) -> tuple[str, str]:
     return outcome(run)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("counts", [(8, 7), (9, 8), (7, 12), (1, 2)], ids=str)
 @pytest.mark.parametrize("mode", ["low", "average", "asked"])
 def test_replicas_that_took_different_numbers_of_steps_all_raise(mode: str, counts: tuple[int, int]) -> None:

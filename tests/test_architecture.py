@@ -35,9 +35,9 @@ ROWS = [
     {"curvadion.consensus"},
     {"curvadion.signals"},
     {"curvadion.rules"},
-    {"curvadion.state"},
+    {"curvadion.state", "curvadion.costs"},
     {"curvadion.sharding", "curvadion.algebra", "curvadion.gate"},
-    {"curvadion.allowed", "curvadion.version", "curvadion_kernels"},
+    {"curvadion.allowed", "curvadion.formats", "curvadion.version", "curvadion_kernels"},
 ]
 PACKAGE_ROOTS = {"curvadion"}  # one module each, whatever else begins with their names
 DEPTH = {name: depth for depth, row in enumerate(ROWS) for name in row}

@@ -71,6 +71,7 @@ class Watch:
         return values
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("rich", [0.0, 0.5])
 @pytest.mark.parametrize("score", ["staleness", "drift", "spread", "rmmc", "change", "drift*staleness"])
 def test_what_is_sent_follows_the_score_on_all_replicas_alike(

@@ -105,7 +105,7 @@ LAYOUTS = {
 TWO_AXES = ["fsdp-2x2", "fsdp-2x2-uneven-and-empty", "rowwise-2x2", "fsdp-tp-2x2x2"]
 LOCAL_UPDATES = ["gradient", "dion"]
 CASES = [(name, update, "adamw") for name in ("plain-4x1", *TWO_AXES) for update in LOCAL_UPDATES]
-CASES += [("plain-4x1", "gradient", "lion"), ("fsdp-tp-2x2x2", "dion", "lion")]
+CASES += [("plain-4x1", "gradient", "lion"), ("rowwise-2x2", "dion", "lion")]
 
 
 def rank_of(shape: tuple[int, ...], fraction: float = 0.25) -> int:

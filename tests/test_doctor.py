@@ -145,3 +145,10 @@ def test_the_command_answers_without_torch(command: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; from curvadion.cli import main; main({words})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert all(name in said for name in HELP[command])
+
+
+def test_an_unknown_argument_is_answered_with_its_commands_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "--folder", "x", "runs/a"])
+    said = capsys.readouterr().err
+    assert said.startswith("usage: curvadion report ") and "unrecognized arguments: --folder" in said

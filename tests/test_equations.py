@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvadion import CurvaDion
-from curvadion.algebra.power_iteration import PIECE_ELEMENTS, noise_floor, orthogonalize, power_iteration
+from curvadion.algebra.power_iteration import noise_floor, orthogonalize, power_iteration
+from curvadion.algebra.sizes import PIECE_ELEMENTS
 
 # One or a few fp64 products and a QR of condition below 1e3: rounding of 1e-16, amplified.
 FP64 = {"rtol": 1e-11, "atol": 1e-12}

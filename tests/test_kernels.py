@@ -488,6 +488,7 @@ def test_a_momentum_that_is_not_finite_shows_in_its_norm(
     assert not sums[0].isfinite() and sums[1:].tolist() == [CHUNK + 5, 0, 0, 1, 0]
 
 
+@pytest.mark.sample
 @needs_triton
 @packed
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
@@ -1071,6 +1072,7 @@ def test_sign_encode_of_mixed_dtypes(guard: Guard, device: torch.device, packed:
         assert same_bits(e, expected)
 
 
+@pytest.mark.sample
 @needs_triton
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
@@ -1231,11 +1233,13 @@ def test_the_symmetric_product_refuses_what_does_not_fit(device: torch.device) -
 def test_newton_schulz_by_symmetric_products(device: torch.device, dtype: torch.dtype) -> None:
     """Of tall and wide matrices, where M is a transposed view: as far from float64 as with two whole
     products."""
-    from curvadion.algebra.newton_schulz import Iteration, newton_schulz
+    from curvadion.algebra.iteration import Iteration
+    from curvadion.algebra.newton_schulz import newton_schulz
+    from curvadion.formats import name_of
 
     batches = [draw(2, 150, 70, device=device), draw(2, 70, 150, seed=1, device=device).mT]
     exact = newton_schulz([M.double() for M in batches], Iteration("polar_express", 6))
-    how = Iteration("polar_express", 6, dtype)
+    how = Iteration("polar_express", 6, name_of(dtype))
     fused = newton_schulz(batches, how, product=triton_ops.fused_symmetric_product)
     whole = newton_schulz(batches, how)
     for got, other, expected in zip(fused, whole, exact, strict=True):

@@ -79,6 +79,7 @@ def test_groups_hold_hyper_parameters_only() -> None:
                 assert isinstance(value, int | float | str | bool | tuple | None), f"{key}: {type(value)}"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("at", [1, 2, 3, 4], ids=["after-S", "after-SL", "after-SLL", "after-SLLS"])
 @pytest.mark.parametrize("local_update", ["gradient", "dion", "normuon", "dion2"])
 @pytest.mark.parametrize("how", ["state_dict", "torch.save", "pickle", "deepcopy"])
@@ -643,7 +644,8 @@ def test_a_sharded_state_dict_is_saved_and_copied(how: str, tmp_path: Path) -> N
     assert run_ranks(4, worker) == [[]] * 4
 
 
-@pytest.mark.parametrize("local_update", ["gradient", "normuon"])
+@pytest.mark.sample
+@pytest.mark.parametrize("local_update", ["normuon", "gradient"])  # the first has what the second has
 def test_a_checkpoint_of_two_replicas_and_two_shards_loads_on_another_mesh(
     tmp_path: Path, local_update: str, quick: bool
 ) -> None:
@@ -777,16 +779,17 @@ def test_q_depends_on_the_canonical_name_alone() -> None:
         assert untouched, "the global generator is not used"
 
 
-def test_a_changed_shape_is_refused() -> None:
-    """Kernels work on addresses: a parameter that was swapped for one of another shape must not be written
-    to."""
+@pytest.mark.parametrize("other", [torch.ones(3, 4), torch.ones(4, 3, dtype=torch.bfloat16)])
+def test_another_shape_or_dtype_of_a_parameter_is_refused(other: Tensor) -> None:
+    """Kernels work on addresses, and what is kept of a parameter, as X_0, is in its dtype: one that was
+    swapped for another kind must not be written to."""
     p = nn.Parameter(torch.ones(4, 3))
     opt = CurvaDion([p])
     p.grad = torch.ones_like(p)
     opt.step()
-    p.grad, p.data = None, torch.ones(3, 4)
+    p.grad, p.data = None, other.clone()
     p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="must keep the shapes"):
+    with pytest.raises(RuntimeError, match="must keep the shapes and dtypes"):
         opt.step()
     assert (p == 1).all()
 

@@ -63,12 +63,13 @@ def outer_step(options: dict[str, Any]) -> tuple[float, float]:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("replicas", [1, 2])
 def test_an_outer_step_needs_what_is_under_way_and_a_few_buckets(
-    options: dict[str, Any], copies: float, replicas: int
+    options: dict[str, Any], copies: float
 ) -> None:
-    for peak, _ in run_ranks(replicas, outer_step, options):
-        assert peak <= copies * PARAMETERS + 2 * BUCKET
+    """One replica sends nothing, so bits are nothing to it."""
+    for replicas in (1, 2) if options["outer_bits"] == 1 else (2,):
+        for peak, _ in run_ranks(replicas, outer_step, options):
+            assert peak <= copies * PARAMETERS + 2 * BUCKET
 
 
 def test_what_a_fragment_took_as_a_view_may_be_put_back() -> None:

@@ -43,22 +43,42 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from curvadion import CurvaDion
 
+WITH_ALL = ("plain_mesh", "fsdp2")  # of those that run everywhere, with two replicas
+EVERYWHERE = [case for case in CASES if case.everywhere]
+# Three, because a mean over two is exact in binary; one, where nothing crosses replicas.
+LAYOUTS_AND_REPLICAS = [
+    *((layout, 1) for layout in LAYOUTS if layout.name not in WITH_ALL),
+    *((layout, 2) for layout in LAYOUTS),
+    (LAYOUTS[0], 3),
+]
+
+
+def replicas_of(case: Case, layout: Layout, complete: bool) -> set[int]:
+    """With how many replicas a case runs there that runs on all layouts: one in three with two, so that each
+    rule does so on one of the three layouts of 8 ranks, where a run takes longest, and the others with one.
+    If complete with both. One replica has no use for a consensus."""
+    with_two = (EVERYWHERE.index(case) + LAYOUTS.index(layout)) % 3 == 0
+    if "consensus" in case.options:
+        return {2}
+    return {1, 2} if complete else {2} if with_two else {1}
+
 
 def runs_on(layout: Layout, replicas: int, complete: bool) -> list[Case]:
-    """The cases of a layout. All of them where tensors are plain and with FSDP2; each on one of the four
-    layouts of tensor parallelism, if complete on two; on the layouts of 8 ranks, where a run takes longest,
-    and with another layout's code alone, those that run everywhere. With three replicas one in four, if
-    complete all. One replica has no use for a consensus."""
-    if layout.name in ("plain_mesh", "fsdp2") and replicas == 2:
+    """The cases of a layout. Some run everywhere, as `replicas_of` says. The others: where tensors are plain
+    all; with FSDP2 every other one, if complete all, also of the gate alone; each on one of the four layouts
+    of tensor parallelism, if complete on two; with three replicas one in four, if complete all."""
+    if replicas == 2 and (layout.name == "plain_mesh" or (complete and layout.name == "fsdp2")):
         return CASES
+    if replicas == 2 and layout.name == "fsdp2":
+        return [c for k, c in enumerate(CASES) if c.everywhere or (k % 2 and not c.gate_only)]
     every = 2 if complete else 4
     some = replicas == 2 and layout.world_size(2) == 4
     number = LAYOUTS.index(layout)
     return [
         case
         for k, case in enumerate(CASES)
-        if (case.everywhere and (replicas > 1 or "consensus" not in case.options))
-        or (some and not case.gate_only and k % every == number % every)
+        if (case.everywhere and (replicas in replicas_of(case, layout, complete) or replicas == 3))
+        or (some and not case.everywhere and not case.gate_only and k % every == number % every)
         or (replicas == 3 and not case.gate_only and (complete or k % every == 0))
     ]
 
@@ -69,25 +89,29 @@ def run_cases(layout: Layout, replicas: int, cases: list[Case]) -> list[str]:
     return [problem for case in cases for problem in run_case(placed, parts, case, replicas)]
 
 
-# Three, because a mean over two is exact in binary; one, where nothing crosses replicas, for every third
-# layout.
-LAYOUTS_AND_REPLICAS = [
-    *((layout, 1) for layout in LAYOUTS[::3]),
-    *((layout, 2) for layout in LAYOUTS),
-    (LAYOUTS[0], 3),
-]
-
-
 @pytest.mark.parametrize(("layout", "replicas"), LAYOUTS_AND_REPLICAS, ids=str)
 def test_layout_computes_what_one_process_computes(
     layout: Layout, replicas: int, complete: bool, quick: bool
 ) -> None:
-    cases = [case for case in runs_on(layout, replicas, complete) if case.everywhere or not quick]
+    cases = [case for case in runs_on(layout, replicas, complete or quick) if case.everywhere or not quick]
     for case in cases:
         trajectory(case, replicas)  # here, not in every forked rank
     problems = run_ranks(layout.world_size(replicas), run_cases, layout, replicas, cases)
     lines = [f"rank {rank}: {problem}" for rank, of_rank in enumerate(problems) for problem in of_rank]
     assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
+
+
+def test_every_layout_takes_what_runs_everywhere() -> None:
+    """With one replica or with two; and each with two on a layout of 8 ranks."""
+    ran = [
+        (layout, replicas, case)
+        for layout, replicas in LAYOUTS_AND_REPLICAS
+        for case in runs_on(layout, replicas, complete=False)
+        if case.everywhere
+    ]
+    places = {(layout.name, case.name) for layout, replicas, case in ran if replicas < 3}
+    assert places == {(layout.name, case.name) for layout in LAYOUTS for case in EVERYWHERE}
+    assert {case for layout, replicas, case in ran if layout.world_size(replicas) == 8} == set(EVERYWHERE)
 
 
 def check_layout(layout: Layout) -> list[str]:

@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion
 from curvadion.algebra import newton_schulz as module
-from curvadion.algebra.newton_schulz import POLYNOMIALS, Iteration, newton_schulz
+from curvadion.algebra.iteration import POLYNOMIALS, Iteration
+from curvadion.algebra.newton_schulz import iteration_of, newton_schulz
+from curvadion.formats import name_of
 
 # Least and largest singular value after so many rounds, of all between 1e-3 and 1: what `Iteration` promises.
 BANDS = {
@@ -77,7 +79,7 @@ def test_singular_values_in_every_arithmetic(
 ) -> None:
     values = torch.logspace(-2, 0, 48, dtype=torch.float64)
     M = matrix_of(values, 96)
-    how = Iteration(polynomials, steps, dtype, method)
+    how = Iteration(polynomials, steps, name_of(dtype), method)
     [O] = newton_schulz([M.unsqueeze(0)], how)  # noqa: E741
     assert O.dtype == M.dtype
     expected = singular_values(values / values.norm(), polynomials, steps).sort(descending=True).values
@@ -93,14 +95,14 @@ def test_every_size_is_iterated_alike_or_is_next_to_zero(polynomials: str, dtype
     expected = muon(M, polynomials, 6)
     for exponent in (-45, -44, -40, -37, -30, -20, -8, 0, 8, 20, 30, 37, 38):
         scaled = (M * (10.0**exponent / M.abs().max())).float()
-        [O] = newton_schulz([scaled.unsqueeze(0)], Iteration(polynomials, 6, dtype))  # noqa: E741
+        [O] = newton_schulz([scaled.unsqueeze(0)], Iteration(polynomials, 6, name_of(dtype)))  # noqa: E741
         assert bool(O.isfinite().all()), f"1e{exponent}"
         if exponent > -37:
             torch.testing.assert_close(O[0].double(), expected, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
-def test_a_matrix_that_came_in_bfloat16_is_iterated_as_one_of_float32(dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_matrix_that_came_in_bfloat16_is_iterated_as_one_of_float32(dtype: str | None) -> None:
     """As from other ranks: norms and sums of products have more digits than what they are of."""
     M = draw(40, 24).to(torch.bfloat16).unsqueeze(0)
     how = Iteration("polar_express", 6, dtype)
@@ -132,7 +134,7 @@ def test_rounds_on_one_gram_matrix_magnify_nothing(polynomials: str, steps: int,
         exact = matrix_of(singular_values(values / values.norm(), polynomials, steps), 300)
         errors, largest = dict[str, float](), dict[str, float]()
         for method in TIMES:
-            [O] = newton_schulz([M], Iteration(polynomials, steps, dtype, method))  # noqa: E741
+            [O] = newton_schulz([M], Iteration(polynomials, steps, name_of(dtype), method))  # noqa: E741
             errors[method] = float((O[0] - exact).norm() / exact.norm())
             largest[method] = float(torch.linalg.matrix_norm(O[0], 2))
         assert largest["gram"] < largest["standard"] + 5 * ROUNDING[dtype], (name, largest)
@@ -143,14 +145,14 @@ def test_rounds_on_one_gram_matrix_magnify_nothing(polynomials: str, steps: int,
 
 def test_rounds_share_a_gram_matrix_where_that_takes_fewer_flops() -> None:
     for polynomials, dtype, lengths in [
-        ("jordan", torch.float32, [3, 2]),
-        ("jordan", torch.bfloat16, [3, 2]),
-        ("jordan", torch.float16, [3, 2]),
-        ("polar_express", torch.float32, [3, 2]),
-        ("polar_express", torch.bfloat16, [2, 2, 1]),
-        ("polar_express", torch.float16, [2, 2, 1]),
-        ("polar_express", torch.float32, [3, 3]),
-        ("polar_express", torch.bfloat16, [2, 2, 1, 1]),
+        ("jordan", "float32", [3, 2]),
+        ("jordan", "bfloat16", [3, 2]),
+        ("jordan", "float16", [3, 2]),
+        ("polar_express", "float32", [3, 2]),
+        ("polar_express", "bfloat16", [2, 2, 1]),
+        ("polar_express", "float16", [2, 2, 1]),
+        ("polar_express", "float32", [3, 3]),
+        ("polar_express", "bfloat16", [2, 2, 1, 1]),
     ]:
         how = Iteration(polynomials, sum(lengths))
         standard = replace(how, method="standard")
@@ -160,7 +162,7 @@ def test_rounds_share_a_gram_matrix_where_that_takes_fewer_flops() -> None:
             assert [len(s) for s in how.segments(m, n, dtype)] == lengths
             assert [triple for segment in how.segments(m, n, dtype) for triple in segment] == how.rounds
             assert how.flops(m, n, dtype) < standard.flops(m, n, dtype)
-            M = draw(1, max(m, n), min(m, n)).to(dtype)
+            M = draw(1, max(m, n), min(m, n)).to(getattr(torch, dtype))
             for some in (how, standard):
                 with FlopCounterMode(display=False) as counter:
                     newton_schulz([M], replace(some, dtype=dtype))
@@ -186,14 +188,14 @@ def test_a_cpu_iterates_in_bfloat16_only_what_is_kept_in_it(
     asked: dict[str, Any] = {"newton_schulz": "jordan", "newton_schulz_steps": 5, "newton_schulz_dtype": None}
     asked["newton_schulz_method"] = "gram"
     kept = {dtype: torch.zeros(1, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
-    found = {dtype: Iteration.of(asked, like).dtype for dtype, like in kept.items()}
+    found = {dtype: iteration_of(asked, like).dtype for dtype, like in kept.items()}
     assert found == {
         torch.float64: None,
         torch.float32: None,
-        torch.bfloat16: torch.bfloat16 if units else None,
+        torch.bfloat16: "bfloat16" if units else None,
     }
     asked["newton_schulz_dtype"] = torch.float32
-    assert {Iteration.of(asked, like).dtype for like in kept.values()} == {torch.float32}
+    assert {iteration_of(asked, like).dtype for like in kept.values()} == {"float32"}
 
 
 def test_the_probe_asks_the_cpu_and_not_the_clock() -> None:

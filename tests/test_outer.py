@@ -221,8 +221,11 @@ def run_rounded(replicas: int, cases: list[Case]) -> list[str]:
 
 @pytest.mark.parametrize("cases", [ROUNDED, ROUNDED_AND_KEPT], ids=["rounded", "and kept"])
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_rounded_pseudo_gradients_are_those_of_the_reference(replicas: int, cases: list[Case]) -> None:
+def test_rounded_pseudo_gradients_are_those_of_the_reference(
+    replicas: int, cases: list[Case], complete: bool
+) -> None:
     assert RTOL < 1e-8
+    cases = cases if complete or replicas == 2 else cases[::2]
     for case in cases:
         trajectory(case, replicas)  # here, not in every forked rank
     problems = [line for of_rank in run_ranks(replicas, run_rounded, replicas, cases) for line in of_rank]
@@ -264,8 +267,9 @@ def test_what_rounding_keeps_back_is_sent_later(layout: Layout) -> None:
     run_ranks(layout.world_size(2), run_conserved, layout, 1, 1, 0, 0.0)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if layout.name in ("plain", "fsdp2")], ids=str
+    "layout", [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2")], ids=str
 )
 @pytest.mark.parametrize(
     ("fragments", "delay", "kept"), [(3, 0, 0.0), (1, 2, 0.0), (3, 4, 0.0), (1, 0, 0.5), (3, 2, 1.0)]
@@ -297,6 +301,7 @@ def run_fragments(layout: Layout, count: int) -> list[tuple[float, int, int]]:
     return trace
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "layout",
     [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2", "tp2_rowwise")],
@@ -746,6 +751,7 @@ def run_in_buckets(layout: Layout, options: dict) -> list[tuple[str, int]]:
     return results
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "layout", [layout for layout in LAYOUTS if layout.name in ("plain_group", "fsdp2")], ids=str
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,24 @@ from support.models import DENSE, MATRICES, Shapes, Toy, grid
 from support.ranks import run_ranks
 
 from curvadion import CurvaDion, cli
-from curvadion.consensus import codec
+from curvadion.consensus import CODECS, codec
+from curvadion.formats import BLOCK, FORMATS, OUTER_BITS, Format, bits_per_value, name_of
 from curvadion.projection import add_arguments, main
 from curvadion.projection import points as measured
 from curvadion.projection.formulas import (
-    BITS,
-    BLOCK,
     GATE_BYTES,
     PAYLOADS,
     Projection,
     Sent,
-    bits_per_value,
     break_even,
     payload,
     wire_bytes,
 )
-from curvadion.projection.nominal import LINKS, SIZES, Decoder, Model
+from curvadion.projection.nominal import KNOWN_RULES, LINKS, MOVES_Q, SIZES, Decoder, Model
 from curvadion.projection.published import PUBLISHED_RANGE, published
+from curvadion.rules import RULES
 
+ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {"160m": 162_220_800, "350m": 359_965_696, "720m": 720_827_904, "1b3": 1_336_502_272}
 TINY = Model(((4, 6), (8, 2)), scalars=10)  # 50 parameters
 BLOCKS: tuple[Shapes, Shapes] = (
@@ -79,7 +81,7 @@ def test_bytes_by_hand() -> None:
     assert {purpose: s.bytes for purpose, s in halves.items()} == {"factors": 64, "gradients": 20}
     assert payload(TINY, "dense") == {"gradients": Sent(100)}
     assert payload(TINY, "parameters") == {"parameters": Sent(200)}
-    outer = [payload(TINY, f"outer-{bits}", block=32)["pseudo_gradients"].bytes for bits in BITS]
+    outer = [payload(TINY, f"outer-{bits}", block=32)["pseudo_gradients"].bytes for bits in OUTER_BITS]
     assert outer == [200, 100, 50 * 8.5 / 8, 50 * 4.5 / 8, 50 * 2.5 / 8, 50 * 1.5 / 8]
 
 
@@ -145,7 +147,7 @@ def test_bytes_of_pseudo_gradients_are_the_ledgers() -> None:
     def worker() -> list[dict[tuple[str, str], float]]:
         replicate, _ = grid(2, 1)
         found = []
-        for bits in BITS:
+        for bits in OUTER_BITS:
             toy = Toy(matrices=matrices, dense=dense)
             options: dict[str, Any] = {"consensus": "outer", "outer_bits": bits}
             opt = CurvaDion(
@@ -160,7 +162,7 @@ def test_bytes_of_pseudo_gradients_are_the_ledgers() -> None:
     model = Model(
         tuple((m, n) for m, n in matrices.values()), sum(math.prod(shape) for shape in dense.values())
     )
-    for bits, counted in zip(BITS, run_ranks(2, worker)[0], strict=True):
+    for bits, counted in zip(OUTER_BITS, run_ranks(2, worker)[0], strict=True):
         sent = {purpose: wire for (axis, purpose), wire in counted.items() if axis == "replicate" and wire}
         assert sent == {"gate": GATE_BYTES} | {
             p: s.wire(2) for p, s in payload(model, f"outer-{bits}").items()
@@ -366,7 +368,49 @@ def test_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4.36x" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("bits", [8, 1])
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # what is None there cannot be imported
+from curvadion.cli import main
+for words in {}:
+    main(["project", *words])
+"""
+FLAGS = (
+    "",
+    "--published",
+    f"--measured {ROOT / 'benchmarks' / 'results' / 'slow_link.jsonl'}",
+    "--model 1b3 --shards 64 --local-update dion --owners always",
+    "--model 350m --shards 8 --local-update dion --owners never --payload average",
+    "--model 1b3 --local-update normuon --newton-schulz-dtype float32 --payload outer-8 --block 64",
+    "--model 160m --local-update gradient --payload low-rank --replica-gbit 400 --rank-multiple-of 16",
+    "--hardware cpu --shards 2 --delay 4 --rate 0.1 --payload outer-16 --link internet",
+)
+
+
+def test_it_runs_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings are chosen on laptops, that may have none."""
+    words = [flags.split() for flags in FLAGS]
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(words)]
+    without = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not without.returncode, without.stderr
+    for some in words:
+        cli.main(["project", *some])
+    assert without.stdout == capsys.readouterr().out
+
+
+def test_formats_are_torchs() -> None:
+    for name, known in FORMATS.items():
+        dtype = getattr(torch, name)
+        assert name_of(dtype) == name
+        assert known == Format(dtype.itemsize, torch.finfo(dtype).eps)
+
+
+def test_what_stands_for_tables_with_torch() -> None:
+    assert {bits for bits in CODECS if isinstance(bits, int)} == {*OUTER_BITS}
+    assert {name for name in KNOWN_RULES if RULES[name].uses_Q} == {*MOVES_Q}
+
+
+@pytest.mark.parametrize("bits", OUTER_BITS)
 def test_half_the_block_is_twice_the_scales(bits: int) -> None:
     own, half = bits_per_value(bits), bits_per_value(bits, BLOCK // 2)
     assert own == codec.bits_per_value(bits)

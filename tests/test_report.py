@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib: ins
 
 from curvadion.cli import main
 from curvadion.report import drawing, run_figures, study_figures
+from curvadion.report.display import live_line
 from curvadion.report.page import SCRIPT, harmless
 from curvadion.report.runs import Run, provenance, read_lines, run_tables
 from curvadion.report.studies import Spread, aggregate, case_name, read_links, sensitivity, study_table
@@ -627,3 +628,10 @@ def test_ticks_are_short() -> None:
     """Two that are neighbours on a narrow panel must not run into each other."""
     said = [drawing.plain(value) for value in (5e-5, 0.02, 1.0, 5_000.0, 50_000.0, 2e5, 1e6, 2e9)]
     assert said == ["0.00005", "0.02", "1", "5,000", "50,000", "200k", "1M", "2,000M"]
+
+
+@pytest.mark.parametrize(("tau", "shown"), [(math.inf, "RMMC 0.100 sync"), (0.3, "RMMC 0.100/0.3 sync")])
+def test_the_live_line_names_tau_where_there_is_one(tau: float, shown: str) -> None:
+    record = {"loss": 1.0, "tokens": 1000, "seconds": 1.0, "curvadion/rmmc_max": 0.1}
+    record |= {"curvadion/synchronized": 1.0, "curvadion/sync_rate": 0.125}
+    assert shown in live_line(record, tau, "99.1% fewer")

@@ -37,17 +37,19 @@ KEPT = [
 ]
 
 
-def run_kept(layout: Layout) -> list[str]:
+def run_kept(layout: Layout, case: Case) -> list[str]:
     placed = layout.build(initial_values(), 2)
     parts = [placed.parts_of(G[placed.replica]) for G in gradients(2)]
-    return [problem for case in KEPT for problem in run_case(placed, parts, case, 2)]
+    return run_case(placed, parts, case, 2)
 
 
+@pytest.mark.sample
+@pytest.mark.parametrize("case", KEPT, ids=lambda case: case.name)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_keeps_what_the_reference_keeps(layout: Layout) -> None:
-    for case in KEPT:
-        trajectory(case, 2)
-    problems = [line for of_rank in run_ranks(layout.world_size(2), run_kept, layout) for line in of_rank]
+def test_every_layout_keeps_what_the_reference_keeps(layout: Layout, case: Case) -> None:
+    trajectory(case, 2)
+    ranks = run_ranks(layout.world_size(2), run_kept, layout, case)
+    problems = [line for of_rank in ranks for line in of_rank]
     assert not problems, "\n".join(problems[:20])
 
 

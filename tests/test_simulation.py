@@ -124,6 +124,7 @@ def distributed(options: dict[str, Any], adamw: bool) -> list[dict[str, Tensor]]
     return trace
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(
     ("setting", "options"), SAME, ids=lambda value: value.name if isinstance(value, Setting) else ""

@@ -137,6 +137,7 @@ def test_every_size_is_right_or_refused(rule: str, mode: str) -> None:
         assert_near(dict(got), expected, NEAR[torch.float32], f"at 1e{exponent}")
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("dtype", "momentum_dtype"),
     [

@@ -1,12 +1,14 @@
-"""The training script from end to end: torchrun, 2 replicas x 2 shards, a tiny model, and what a run leaves
-behind."""
+"""The training script from end to end: 2 replicas x 2 shards in forked ranks, one process through torchrun, a
+tiny model, and what a run leaves behind."""
 
 import json
 import math
 import os
+import pty
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -37,16 +39,15 @@ pytest.importorskip(
 )
 
 
-def train(out: Path, *options: object) -> str:
-    """Train through torchrun, on this tree, and return the output."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+def train(out: Path, *options: object) -> None:
+    """Train one process through torchrun, on this tree."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     arguments = ["--text", SCRIPTS, "--out", out, *options]
     command = [*torchrun, str(SCRIPTS / "train.py"), *SMALL, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def train_forked(out: Path, *options: object, processes: int = 4) -> None:
@@ -77,7 +78,11 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
         "--layers-every",
         4,
     )
-    return folder, train(folder, *options)
+    with open(folder / "output", "a+", buffering=1) as output:
+        with redirect_stdout(output):
+            train_forked(folder, *options)
+        output.seek(0)
+        return folder, output.read()
 
 
 def test_a_run_learns_and_says_so(finished):
@@ -137,6 +142,30 @@ def test_bytes_are_those_of_a_whole_replica(finished):
             assert record["curvadion/bytes/replicate"] == 2 * 8, "8 bytes from each of the 2 shards"
 
 
+def test_an_interrupted_run_ends_with_one_line_and_gives_the_cursor_back(tmp_path):
+    """In a terminal, where rich hides the cursor; torchrun would wait 30 seconds for a rank that hangs."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--steps", "100000", "--text", str(SCRIPTS), "--out", str(tmp_path)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(OMP_NUM_THREADS="1", TERM="xterm")
+        os.execv(sys.executable, [*torchrun, str(SCRIPTS / "train.py"), *SMALL, *options])
+    said, interrupted = b"", False
+    while True:
+        try:
+            said += os.read(terminal, 65536)
+        except OSError:  # the end, on Linux
+            break
+        if not interrupted and b" 3/100000" in said:
+            os.write(terminal, b"\x03")
+            interrupted = True
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 and interrupted
+    shown = said.decode()
+    assert shown.count("interrupted; ") == 1 and "forcefully" not in shown
+    assert "rank0]: Traceback" not in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_resume_starts_where_there_is_no_checkpoint_yet(tmp_path):
     """One command line for the first launch and for all later ones; saving while training goes on."""
@@ -187,7 +216,7 @@ def test_resume_goes_on_as_if_uninterrupted(finished, tmp_path):
 
 
 def test_one_process_with_the_adamw_control_and_a_comparison(finished, tmp_path, capsys):
-    train_forked(tmp_path / "adamw", "--optimizer", "adamw", processes=1)
+    train(tmp_path / "adamw", "--optimizer", "adamw")
     records = lines(tmp_path / "adamw")
     assert all(record["curvadion/synchronized"] for record in records)
     assert records[-1]["loss"] < records[0]["loss"]

@@ -64,6 +64,7 @@ def run(
     return [p.detach() for p in params], trace, opt
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",

@@ -15,8 +15,9 @@ from torch.distributed.tensor.placement_types import Shard
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion
-from curvadion.algebra.newton_schulz import Iteration
+from curvadion.algebra.iteration import Iteration
 from curvadion.algebra.power_iteration import orthogonalize
+from curvadion.formats import name_of
 from curvadion.projection.nominal import SIZES, Model
 from curvadion.projection.rates import RATES, Rates
 from curvadion.projection.work import (
@@ -80,8 +81,9 @@ def steps(options: dict[str, Any]) -> tuple[float, dict[str, float], int]:
 def test_flops_and_bytes_are_those_that_are_counted(shards: int) -> None:
     ranks = run_ranks(shards, counted)
     for name, options in CASES.items():
-        how = Iteration("jordan", options.get("newton_schulz_steps", 5), options.get("newton_schulz_dtype"))
-        same = {k: v for k, v in options.items() if k in ("owners", "owner_dtype", "rank_fraction")}
+        named = {k: name_of(v) if isinstance(v, torch.dtype) else v for k, v in options.items()}
+        how = Iteration("jordan", named.get("newton_schulz_steps", 5), named.get("newton_schulz_dtype"))
+        same = {k: v for k, v in named.items() if k in ("owners", "owner_dtype", "rank_fraction")}
         settings = Settings(shards, how, device="cpu", **same)
         for rank, work in enumerate(local_step(MODEL, options["local_update"], settings)):
             flops, sent, owned = ranks[rank][name]

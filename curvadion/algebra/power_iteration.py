@@ -10,7 +10,6 @@ right factor of this step.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch.profiler import record_function
 
 from curvadion.algebra.newton_schulz import LEAST_SQUARE
 from curvadion.algebra.side import LOCAL, Side, Tensors, same_twice
+from curvadion.algebra.sizes import piece_elements
 from curvadion_kernels import reference
 
 # Shift of the Gram matrix relative to its trace: above the rounding of a float64 Gram matrix, below (1e-7)^2,
@@ -34,8 +34,6 @@ INDEPENDENT = 1e-2
 NOISE_ULPS = 64
 # ... and, where every entry was rounded to a coarser format than it was summed in, in units of that format's.
 COARSE_NOISE_ULPS = 2
-# Elements that are worked on at a time, by kind of device.
-PIECE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,6 @@ class Factors:
     R: Tensor
     Q: Tensor
     scale: Tensor | None
-
-
-def rank_of(short: int, rank_fraction: float, rank_multiple_of: int) -> int:
-    """Return r = round_up(rank_fraction * short, rank_multiple_of), clipped to the short side."""
-    # A product such as 0.07 * 100 = 7.000000000000001 must not round up to 8.
-    wanted = math.ceil(round(rank_fraction * short, 6))
-    return min(short, math.ceil(max(wanted, 1) / rank_multiple_of) * rank_multiple_of)
 
 
 def initial_right_factor(name: str, n: int, r: int) -> Tensor:
@@ -220,20 +211,15 @@ def orthonormal_columns(
 def pieces(number: int, elements: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Cut a stack of `number` matrices of so many elements: yield from where to where, of a size at which
     copies are cheap."""
-    step = max(1, piece_elements(device) // max(1, elements))
+    step = max(1, piece_elements(device.type) // max(1, elements))
     for start in range(0, number, step):
         yield start, min(start + step, number)
-
-
-def piece_elements(device: torch.device) -> int:
-    """Return how many elements to work on at a time: a GPU wants many, a CPU's caches hold few."""
-    return PIECE_ELEMENTS.get(device.type, PIECE_ELEMENTS["cuda"])
 
 
 def _blocks(P: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut (B, m, r) into pieces: some matrices, or some rows of one of them."""
     m, r = P.shape[1:]
-    rows = max(1, min(m, piece_elements(P.device) // max(1, r)))
+    rows = max(1, min(m, piece_elements(P.device.type) // max(1, r)))
     for start, stop in pieces(len(P), m * r, P.device):
         for row in range(0, m, rows):
             yield slice(start, stop), slice(row, row + rows)

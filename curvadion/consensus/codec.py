@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from curvadion import formats
 from curvadion.allowed import Option
 from curvadion.sharding.journey import Codec
 from curvadion_kernels import Ops, choose
@@ -39,12 +40,12 @@ class Grid:
     """
 
     bits: int
-    block: ClassVar[int] = 128
+    block: ClassVar[int] = formats.BLOCK
 
     @property
     def bits_per_value(self) -> float:
         """Bits on the wire, the block's scale included."""
-        return self.bits + 16 / self.block
+        return formats.bits_per_value(self.bits, self.block)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the bytes, uint8, of a flat tensor whose length is a multiple of block; each block's are
@@ -86,7 +87,7 @@ class Sign:
 
     ops: Ops = field(default_factory=choose)
     block: ClassVar[int] = SIGN_BLOCK
-    bits_per_value: ClassVar[float] = 8 * SIGN_BYTES / SIGN_BLOCK
+    bits_per_value: ClassVar[float] = formats.bits_per_value(1, SIGN_BLOCK)
 
     def on(self, ops: Ops) -> "Sign":
         """Return the same with other operations."""
@@ -114,8 +115,8 @@ class Sign:
 class Bfloat16:
     """Rounds each value to bfloat16."""
 
-    block = 128  # so that buffers are as long as those of the other codecs
-    bits_per_value = 16.0
+    block = formats.BLOCK  # so that buffers are as long as those of the other codecs
+    bits_per_value = formats.bits_per_value(16)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the bytes, uint8, of a flat tensor."""
@@ -131,7 +132,7 @@ class Bfloat16:
 CODECS: dict[int | str, Codec | type[Any] | None] = {
     32: None,
     16: Bfloat16(),
-    **{bits: Grid(bits) for bits in (8, 4, 2)},
+    **{bits: Grid(bits) for bits in formats.GRID_BITS},
     1: Sign(),
 }
 
@@ -160,4 +161,4 @@ def bits_per_value(name: int | str, **options: Any) -> float:
     """Return the bits on the wire of a value sent with `outer_bits=name` and options that it declares."""
     declared: Mapping[str, Option] = getattr(CODECS[name], "options", {})
     codec = codec_of(name, {**{key: option.default for key, option in declared.items()}, **options})
-    return 32.0 if codec is None else codec.bits_per_value
+    return formats.bits_per_value(32) if codec is None else codec.bits_per_value

@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from curvadion.algebra.newton_schulz import Iteration
+from curvadion.algebra.iteration import Iteration
 from curvadion.projection.formulas import (
     FORMULA,
     GATE_BYTES,
@@ -26,7 +24,7 @@ from curvadion.projection.formulas import (
     payload,
     wire_bytes,
 )
-from curvadion.projection.nominal import KNOWN_RULES, LINKS, SIZES, Link, Model
+from curvadion.projection.nominal import KNOWN_RULES, LINKS, MOVES_Q, SIZES, Link, Model
 from curvadion.projection.points import curves_and_markers, print_points, read_points
 from curvadion.projection.published import PUBLISHED_ASSUMPTIONS, published
 from curvadion.projection.rates import RATES, Rates
@@ -40,7 +38,6 @@ from curvadion.projection.work import (
     local_step,
     synchronized_step,
 )
-from curvadion.rules import RULES
 
 # ---- the command
 
@@ -109,7 +106,7 @@ class Case:
         if compute is None:
             how = f"6 FLOP x parameters x {args.tokens:,.0f} tokens at {args.flops_per_gpu:g} FLOP/s a GPU"
             compute = 6 * model.parameters * args.tokens / (args.flops_per_gpu * args.shards)
-        moves_Q = RULES[args.local_update].uses_Q
+        moves_Q = args.local_update in MOVES_Q
         low_rank = {
             "rank_fraction": args.rank_fraction,
             "rank_multiple_of": args.rank_multiple_of,
@@ -182,10 +179,9 @@ def rates_of(args: argparse.Namespace) -> Rates:
 
 def work_of(args: argparse.Namespace, model: Model, rates: Rates) -> dict[str, Work]:
     """Return the optimizer's own work on the busiest GPU, by kind of step."""
-    dtype = getattr(torch, args.newton_schulz_dtype)
     settings = Settings(
         args.shards,
-        Iteration(steps=args.newton_schulz_steps, dtype=dtype),
+        Iteration(steps=args.newton_schulz_steps, dtype=args.newton_schulz_dtype),
         args.symmetric_share,
         args.owners,
         rank_fraction=args.rank_fraction,

@@ -26,8 +26,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from curvadion.algebra.power_iteration import rank_of
-from curvadion.consensus import codec
+from curvadion.algebra.sizes import rank_of
+from curvadion.formats import BLOCK, OUTER_BITS, bits_per_value
 from curvadion.projection.nominal import OUTER, WHOLE_PAYLOADS, Model
 from curvadion.sharding.ledger import WIRE
 
@@ -36,17 +36,7 @@ FORMULA = "    T_dense" + (__doc__ or "T_dense").split("T_dense", 1)[1].split("\
 # ---- bytes
 
 GATE_BYTES = 8
-BITS = tuple(name for name in codec.CODECS if isinstance(name, int))
-PAYLOADS = (*WHOLE_PAYLOADS, *(f"{OUTER}{bits}" for bits in BITS))
-BLOCK = codec.Grid.block
-
-
-def bits_per_value(bits: int, block: int = BLOCK) -> float:
-    """Return the bits on the wire of a value with `outer_bits=bits`: its own and its part of the scale.
-
-    The codec says how many there are in its own blocks; with others, the scale is shared by `block` values.
-    """
-    return bits + (codec.bits_per_value(bits) - bits) * BLOCK / block
+PAYLOADS = (*WHOLE_PAYLOADS, *(f"{OUTER}{bits}" for bits in OUTER_BITS))
 
 
 @dataclass(frozen=True)

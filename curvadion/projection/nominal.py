@@ -104,5 +104,5 @@ LINKS = {
 # What a synchronized step may send; a pseudo-gradient's bits follow the prefix.
 WHOLE_PAYLOADS, OUTER = ("average", "low-rank", "parameters", "dense"), "outer-"
 
-# Local rules whose work is known.
-KNOWN_RULES = ("gradient", "dion", "muon", "normuon")
+# Local rules whose work is known, and those of them that move Q (`Rule.uses_Q`, a test compares).
+KNOWN_RULES, MOVES_Q = ("gradient", "dion", "muon", "normuon"), ("dion",)

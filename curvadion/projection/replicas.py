@@ -4,12 +4,11 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 
-from curvadion.algebra.power_iteration import rank_of
+from curvadion.algebra.sizes import rank_of
+from curvadion.costs import RATES, orthogonalization, seconds_of_P
 from curvadion.projection.nominal import Model
 from curvadion.projection.work import counts_of, spread_of
-from curvadion.rules import left_factor
-from curvadion.rules.orthonormal import RATES
-from curvadion.sharding.owners import Spread
+from curvadion.sharding.dealing import Spread
 from curvadion.sharding.region import Region
 
 
@@ -37,12 +36,12 @@ def common_factors(
         parts = shards if split else 1
         rows = spread_of(shape, 0.0, shards).regions if split else [Region((0, 0), (m, r))] * shards
         regions = tuple(Region((x.offset[0], 0), (x.shape[0], r)) for x in rows)
-        P = Spread((m, r), regions, (0,) if split else (), left_factor.flops(m, r))
+        P = Spread((m, r), regions, (0,) if split else (), orthogonalization(m, r))
         everywhere = replace(P, regions=regions * replicas)
         of = parts, 4, len(model.matrices), "cholesky_qr", rates
-        alone, together = left_factor.seconds(P, *of)
+        alone, together = seconds_of_P(P, *of)
         before = min(alone, together) if shards > 1 else together
-        after, _ = left_factor.seconds(everywhere, *of, replicas=replicas)
+        after, _ = seconds_of_P(everywhere, *of, replicas=replicas)
         repeated, common = repeated + count * before, common + count * min(before, after)
         if after <= before:
             shared += count

@@ -32,17 +32,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from curvadion.algebra.newton_schulz import Iteration
-from curvadion.algebra.power_iteration import rank_of
+from curvadion import costs
+from curvadion.algebra.iteration import Iteration
+from curvadion.algebra.sizes import rank_of
+from curvadion.formats import FORMATS
 from curvadion.projection.nominal import KNOWN_RULES, Model
 from curvadion.projection.rates import KERNELS, Rates
-from curvadion.rules import factors, left_factor
-from curvadion.rules.orthonormal import RATES as CHOICE
-from curvadion.rules.orthonormal import cost_alone, cost_together, owner_pays
+from curvadion.sharding.dealing import BUCKET_ELEMENTS, Errand, Spread, assign
 from curvadion.sharding.ledger import WIRE
-from curvadion.sharding.owners import BUCKET_ELEMENTS, Errand, Spread, assign
 from curvadion.sharding.region import Region
 
 # Copies of what a GPU orthonormalizes at once, at the peak: what came, the iterate, the next one, what goes.
@@ -151,13 +148,23 @@ class Settings:
     """
 
     shards: int
-    how: Iteration = field(default_factory=lambda: Iteration(dtype=torch.bfloat16))
+    how: Iteration = field(default_factory=lambda: Iteration(dtype="bfloat16"))
     triangle: float = 1.0
     owners: str = "auto"
-    owner_dtype: torch.dtype | None = None
+    owner_dtype: str | None = None
     rank_fraction: float = 0.25
     rank_multiple_of: int = 1
     device: str = "cuda"
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype of Newton-Schulz."""
+        return self.how.dtype or "float32"
+
+    @property
+    def wire(self) -> int:
+        """Bytes of an element on the way to its owner."""
+        return FORMATS[self.owner_dtype or self.dtype].bytes
 
 
 def rows_of(rows: int, shards: int) -> list[int]:
@@ -183,7 +190,7 @@ def rounds_of(s: Settings, rows: float, n: float) -> float:
 
 def rounds_alone(s: Settings, m: float, n: float) -> float:
     """Return the FLOPs of all rounds on a whole matrix, in full products' time."""
-    symmetric, others = s.how.products(m, n, s.how.dtype or torch.float32)
+    symmetric, others = s.how.products(m, n, s.dtype)
     return s.triangle * symmetric + others
 
 
@@ -221,7 +228,7 @@ def plain(model: Model, s: Settings, width: float | None = 4) -> list[Work]:
 def addends(s: Settings, m: float, n: float) -> float:
     """Return how many elements the products of all rounds on a whole matrix read to add them."""
     found = 0.0
-    for segment in s.how.segments(m, n, s.how.dtype or torch.float32):
+    for segment in s.how.segments(m, n, s.dtype):
         k = len(segment)
         found += n * n + m * n if k == 1 else (k + 3 * (k - 1)) * n * n
     return found
@@ -230,26 +237,24 @@ def addends(s: Settings, m: float, n: float) -> float:
 def muon(model: Model, s: Settings) -> list[Work]:
     """Return what "muon" takes of each rank, norms, momenta and AdamW left out."""
     counts = counts_of(model)
-    name = str(s.how.dtype or torch.float32).removeprefix("torch.")
-    wire = (s.owner_dtype or s.how.dtype or torch.float32).itemsize
-    width = (s.how.dtype or torch.float32).itemsize
+    wire, width = s.wire, FORMATS[s.dtype].bytes
     owned, work = dict[tuple[int, int], Spread](), [Work() for _ in range(s.shards)]
     for shape, count in counts.items():
         m, n = max(shape), min(shape)
         spread = spread_of(shape, rounds_alone(s, m, n), s.shards)
         wide = shape[0] < shape[1]
         sides = (1, s.shards) if wide else (s.shards, 1)
-        alone = cost_alone(spread, wire, s.shards, len(model.matrices))
-        pays = owner_pays(alone, cost_together(s.how, m, n, *sides), CHOICE[s.device])
+        alone = costs.cost_alone(spread, wire, s.shards, len(model.matrices))
+        pays = costs.owner_pays(alone, costs.cost_together(s.how, m, n, *sides), costs.Rates.of(s.device))
         if s.shards == 1 or s.owners == "always" or (s.owners == "auto" and pays):
             owned[shape] = spread
             continue
         for rank, rows in enumerate(rows_of(shape[0], s.shards)):
-            cost = cost_together(s.how, m, n, *sides)
+            cost = costs.cost_together(s.how, m, n, *sides)
             flops = rounds_of(s, m if wide else rows, n)
             elements = count * (m * n if wide else rows * n)
             work[rank] += Work(
-                {name: count * flops},
+                {s.dtype: count * flops},
                 memory=elements * (4 + (1 + s.how.steps) * width) + count * s.how.steps * (8 + width) * n * n,
                 reduced=4 * elements,
                 all_reduce=count * cost.all_reduce,
@@ -277,7 +282,7 @@ def muon(model: Model, s: Settings) -> list[Work]:
             (COPIES + 2 * several) * max(wire, width) * min(mine, max(BUCKET_ELEMENTS, math.prod(shapes[0])))
         )
         work[rank] += Work(
-            {name: load[rank]},
+            {s.dtype: load[rank]},
             memory=(copied if s.shards > 1 else 0.0) + mine * (wire + width) + added * width,
             reduced=mine * wire,
             all_to_all=wire * sent,
@@ -301,15 +306,15 @@ def dion(model: Model, s: Settings) -> list[Work]:
         m, n = max(shape), min(shape)
         r, wide = rank_of(n, s.rank_fraction, s.rank_multiple_of), shape[0] < shape[1]
         split = (0,) if s.shards > 1 else ()
-        errand = factors.errand(shape, spread_of(shape, 0.0, s.shards).regions, (split, ()), r)
-        pays = factors.owner_pays(
-            errand, lambda axes: s.shards if axes else 1, 4, total, "cholesky_qr", CHOICE[s.device]
+        errand = costs.errand_of_factors(shape, spread_of(shape, 0.0, s.shards).regions, (split, ()), r)
+        pays = costs.factors_have_owner(
+            errand, lambda axes: s.shards if axes else 1, 4, total, "cholesky_qr", costs.Rates.of(s.device)
         )
         if s.shards > 1 and (s.owners == "always" or (s.owners == "auto" and pays)):
             whole[shape] = errand
-        P = replace(errand.gives[0], flops=left_factor.flops(m, r))
+        P = replace(errand.gives[0], flops=costs.orthogonalization(m, r))
         parts = 1 if wide else s.shards
-        pays = left_factor.owner_pays(P, parts, 4, total, "cholesky_qr", CHOICE[s.device])
+        pays = costs.P_has_owner(P, parts, 4, total, "cholesky_qr", costs.Rates.of(s.device))
         if shape not in whole and s.shards > 1 and s.owners == "auto" and pays:
             left[shape] = P
         sent = (4 * m + 8) * r if wide else 4 * n * r + (0 if shape in left else (8 + 4) * r * r)
@@ -357,7 +362,7 @@ def by_owners(
             if not at_once:  # the products are the owner's too
                 (m, r), n = P.shape, errand.gives[1].shape[0]
                 one = replace(one, transient=0.0)
-                one += Work({"float32": factors.products(m, n, r)}, FACTOR * (m + n) * r)
+                one += Work({"float32": costs.factor_products(m, n, r)}, FACTOR * (m + n) * r)
             back = len(whose) * sum(x.regions[rank].numel for x in errand.gives)
             taken = sum(math.prod(x.shape) for x in errand.takes)
             kept = work[rank].transient + own * one.transient + (8 * back if at_once else 0)
@@ -365,7 +370,7 @@ def by_owners(
             work[rank] += Work(memory=16 * (own * taken + back))
             work[rank] = replace(work[rank], transient=kept)
             mine += max(own * taken, back)
-        most = BUCKET_ELEMENTS if at_once else factors.bucket_elements(s.device)
+        most = BUCKET_ELEMENTS if at_once else costs.bucket_elements(s.device)
         buckets = max(1, math.ceil(mine / most))
         work[rank] += Work(buckets=buckets, calls=0 if at_once else 2 * buckets)
         if not at_once:
@@ -421,7 +426,7 @@ def local_step(model: Model, rule: str, s: Settings) -> list[Work]:
             f"the work of a local step is known for {', '.join(LOCAL)}; got {rule!r}; try 'muon', which "
             "takes more"
         )
-    width = (s.owner_dtype or s.how.dtype or torch.float32).itemsize if LOCAL[rule] is muon else 4
+    width = s.wire if LOCAL[rule] is muon else 4
     common = plain(model, s, None if LOCAL[rule] is LOCAL["dion"] else width)
     return [a + b for a, b in zip(common, LOCAL[rule](model, s), strict=True)]
 

@@ -152,9 +152,10 @@ def finite(values: dict[str, float]) -> dict[str, float | None]:
 
 def live_line(record: dict[str, Any], tau: float, traffic: str) -> str:
     rmmc = record["curvadion/rmmc_max"]
+    limit = f"/{tau:g}" if math.isfinite(tau) else ""  # without a gate there is none
     return (
         f"loss {record['loss']:.3f}  {record['tokens'] / record['seconds'] / 1000:.1f}k tokens/s  "
-        f"RMMC {'  -  ' if rmmc is None else f'{rmmc:.3f}'}/{tau:g} "
+        f"RMMC {'  -  ' if rmmc is None else f'{rmmc:.3f}'}{limit} "
         f"{'sync ' if record['curvadion/synchronized'] else 'local'}  {record['curvadion/sync_rate']:4.0%} "
         f"synchronized  bytes {traffic}"
     )

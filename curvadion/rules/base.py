@@ -13,8 +13,8 @@ from curvadion.allowed import Option
 from curvadion.gate.schedule import Schedule
 from curvadion.sharding.blocks import output_dim
 from curvadion.sharding.exchange import Exchange
-from curvadion.sharding.layout import Axes
 from curvadion.sharding.owners import Owners
+from curvadion.sharding.region import Axes
 from curvadion.state.batch import Batch, StateSpec
 from curvadion.state.numbers import Numbers
 from curvadion.state.store import Store

@@ -4,7 +4,8 @@ means."""
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from curvadion.algebra.power_iteration import Factors, piece_elements, pieces, power_iteration
+from curvadion.algebra.power_iteration import Factors, pieces, power_iteration
+from curvadion.algebra.sizes import piece_elements
 from curvadion.rules.base import Rule, Step, local_lr, scale, shrinkage
 from curvadion.rules.factors import factors_by_owners, has_owner
 from curvadion.rules.left_factor import orthonormalize
@@ -100,7 +101,7 @@ def _pieces(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> Iter
             elements = b.layout.shape[b.layout.long] * b.rank
             for start, stop in pieces(len(b.members), elements, b.momentum.device):
                 added = (stop - start) * elements
-                if piece and size + added > piece_elements(b.momentum.device):
+                if piece and size + added > piece_elements(b.momentum.device.type):
                     yield piece
                     piece, size = [], 0
                 piece.append(b.part(Stack(k, start, stop)))

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from curvadion.algebra.power_iteration import orthogonalize, orthonormal_columns
 from curvadion.algebra.side import Tensors
+from curvadion.costs import Rates, orthogonalization, seconds_of_P
 from curvadion.rules.base import Step
-from curvadion.rules.orthonormal import Cost, Rates, cost_alone
-from curvadion.sharding.ledger import WIRE
-from curvadion.sharding.owners import Owners, Spread, Stack
+from curvadion.sharding.dealing import Spread
+from curvadion.sharding.owners import Owners, Stack
 from curvadion.sharding.region import Region
 from curvadion.state.batch import Batch
 
@@ -60,11 +60,6 @@ def orthonormalize(
     return P
 
 
-def flops(m: float, r: float) -> float:
-    """Return the FLOPs of one P: two Gram matrices, two triangular solves, three Cholesky factorizations."""
-    return 6 * m * r**2 + r**3
-
-
 def _spread(owners: Owners, batch: Batch) -> Spread:
     """Return how P of the matrices of a batch is spread over the ranks of a crew."""
     layout, r = batch.layout, batch.rank
@@ -74,7 +69,7 @@ def _spread(owners: Owners, batch: Batch) -> Spread:
             Region((part.offset[dim], 0), (part.shape[dim], r)) for part in owners.crew.regions(layout)
         )
         shape = (layout.shape[dim], r)
-        owners.spreads[key] = Spread(shape, regions, batch.rows, flops(*shape))
+        owners.spreads[key] = Spread(shape, regions, batch.rows, orthogonalization(*shape))
     return owners.spreads[key]
 
 
@@ -95,46 +90,12 @@ def _has_owner(
     batch, total = batches[index], sum(len(b.members) for b in batches if not b.layout.apart)
 
     def cost(crew: Owners) -> tuple[float, float]:
-        rates = replace(Rates.of(step.exchange.device), replicas=crew.bandwidth)
+        rates = replace(Rates.of(step.exchange.device.type), replicas=crew.bandwidth)
         parts = crew.crew.count(batch.rows)
         of = _spread(crew, batch), parts, P.element_size(), total, method, rates
-        return seconds(*of, replicas=crew.crew.replicas)
+        return seconds_of_P(*of, replicas=crew.crew.replicas)
 
     alone, together = cost(owners)
     if owners is step.common_owners and step.owners.ranks > 1:
         together = min(together, cost(step.owners)[0])
     return alone <= together
-
-
-def owner_pays(spread: Spread, parts: int, itemsize: int, total: int, method: str, rates: Rates) -> bool:
-    """Say whether P had better be with one owner than with all ranks together; arguments as of `seconds`."""
-    alone, together = seconds(spread, parts, itemsize, total, method, rates)
-    return alone <= together
-
-
-def seconds(
-    spread: Spread,
-    parts: int,
-    itemsize: int,
-    total: int,
-    method: str,
-    rates: Rates,
-    replicas: int = 1,
-) -> tuple[float, float]:
-    """Return how long each rank takes for one P on average: with one owner, and all of a replica together.
-
-    Args:
-        parts: into how many its rows are split.
-        itemsize: bytes of an element.
-        total: how many matrices there are.
-        replicas: among whose ranks there is one owner.
-    """
-    m, r = spread.shape
-    # Householder needs the whole matrix on all ranks; Cholesky QR two Gram matrices, the first in float64.
-    whole = method == "qr"
-    summed = WIRE["all_reduce"](parts) * (itemsize * m * r if whole else (8 + itemsize) * r * r)
-    together = Cost(flops(m if whole else m / parts, r), summed)
-    alone = replace(cost_alone(spread, itemsize, parts, total, replicas), flops=0.0)
-    alone += Cost(max(1 / len(spread.regions), 1 / total) * flops(m, r))
-    exact = replace(rates, flops=rates.float64)
-    return alone.seconds(exact), together.seconds(exact)

@@ -1,22 +1,24 @@
 """Newton-Schulz on matrices that are sharded: of each on one rank, its owner, or on all ranks at once."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from curvadion.algebra.newton_schulz import Iteration, newton_schulz
+from curvadion.algebra.iteration import Iteration
+from curvadion.algebra.newton_schulz import arithmetic, iteration_of, newton_schulz
 from curvadion.algebra.side import LOCAL
+from curvadion.costs import Rates, cost_alone, cost_together, owner_pays
+from curvadion.formats import name_of
 from curvadion.rules.base import Step
-from curvadion.sharding.ledger import WIRE
-from curvadion.sharding.owners import Spread, Stack
+from curvadion.sharding.dealing import Spread
+from curvadion.sharding.owners import Stack
 from curvadion.sharding.region import Region
 from curvadion.state.batch import Batch
 from curvadion_kernels.reference import compute_dtype
 
-# The options of a group that `Iteration.of` reads.
+# The options of a group that `iteration_of` reads.
 ITERATION = ("newton_schulz", "newton_schulz_steps", "newton_schulz_dtype", "newton_schulz_method")
 
 
@@ -26,86 +28,6 @@ class Slices:
 
     number: int
     along: int
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a rank does in a second: FLOPs of products, and in float64; bytes that leave it in an all-reduce
-    and in an all-to-all, and for other replicas. Round figures; they choose between two ways, so only their
-    ratios count."""
-
-    flops: float
-    float64: float
-    all_reduce: float
-    all_to_all: float
-    replicas: float = math.inf
-
-    @staticmethod
-    def of(device: torch.device) -> "Rates":
-        """Return a device's."""
-        return RATES.get(device.type, RATES["cuda"])
-
-
-# A GPU with bfloat16 products, NVLink inside its machine and a network card to others; a CPU core in float32.
-RATES = {"cuda": Rates(5e14, 4e13, 2e11, 5e10), "cpu": Rates(5e10, 2.5e10, 1e9, 1e9)}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What some work takes of a rank: FLOPs of products, bytes that leave it in all-reduces and in
-    all-to-alls, and for other replicas."""
-
-    flops: float = 0.0
-    all_reduce: float = 0.0
-    all_to_all: float = 0.0
-    replicas: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def seconds(self, rates: Rates) -> float:
-        """Return how long it takes, one after the other."""
-        return sum(getattr(self, f.name) / getattr(rates, f.name) for f in fields(self))
-
-
-def cost_alone(spread: Spread, itemsize: int, parts: int, total: int, replicas: int = 1) -> Cost:
-    """Return what one of the matrices costs each rank on average where each is with one owner.
-
-    Args:
-        itemsize: bytes of an element on the way.
-        parts: into how many parts a matrix is split; those of ranks that have the same part travel once.
-        total: how many matrices there are; with fewer than ranks, some ranks have nothing to do.
-        replicas: among whose ranks there is one owner.
-    """
-    ranks = len(spread.regions)
-    share, sent = max(1 / ranks, 1 / total), itemsize * math.prod(spread.shape) / parts
-    inside, others = (parts - 1) + (ranks // replicas - 1), ranks - ranks // replicas
-    return Cost(share * spread.flops, 0.0, share * sent * inside, share * sent * others)
-
-
-def cost_together(how: Iteration, m: float, n: float, long: int = 1, short: int = 1) -> Cost:
-    """Return what one matrix costs each rank where all ranks work on it at once.
-
-        FLOPs  steps (4 m n^2 / long + 2 n^3),    every rank does the second part, and where the short side is
-                                                  split, as much as the others along it
-        bytes  2 (k - 1) / k of a buffer          k = long: the Gram matrices, float32, and the norm, float64;
-                                                  k = short: m n / long float32, to gather the short side
-
-    Args:
-        m, n: its longer and its shorter side.
-        long, short: over how many ranks they are split.
-    """
-
-    def summed(nbytes: float, ranks: int) -> float:
-        return nbytes * WIRE["all_reduce"](ranks)
-
-    flops = how.steps * (4 * m / long * n**2 + 2 * n**3)
-    return Cost(flops, summed(how.steps * 4 * n * n + 8, long) + summed(4 * m / long * n, short))
-
-
-def owner_pays(alone: Cost, together: Cost, rates: Rates) -> bool:
-    """Say whether a matrix had better be with one owner than with all ranks together."""
-    return alone.seconds(rates) <= together.seconds(rates)
 
 
 def orthonormalized(
@@ -124,11 +46,11 @@ def orthonormalized(
 
     Yields: (stack, this rank's part of what came out, of the same shape).
     """
-    hows = [Iteration.of(step.groups[b.group], b.momentum) for b in batches]
+    hows = [iteration_of(step.groups[b.group], b.momentum) for b in batches]
     cut: Sequence[Slices | None] = slices or [None] * len(batches)
     may = [i for i, b in enumerate(batches) if not b.layout.apart]  # others are where they are worked on
     spreads = {i: _spread(step, batches[i], cut[i], hows[i]) for i in may}
-    wire = [step.owners.dtype or how.arithmetic(b.momentum) for b, how in zip(batches, hows, strict=True)]
+    wire = [step.owners.dtype or arithmetic(how, b.momentum) for b, how in zip(batches, hows, strict=True)]
     total = sum(len(batches[i].members) for i in may)
     owned, alike = [], dict[Iteration, list[int]]()
     for i, (b, how) in enumerate(zip(batches, hows, strict=True)):
@@ -178,7 +100,7 @@ def _together(
 
 def _spread(step: Step, batch: Batch, slices: Slices | None, how: Iteration) -> Spread:
     """Return how the matrices of a batch are spread over the ranks of the replica, or slices of them."""
-    dtype = how.arithmetic(batch.momentum)
+    dtype = arithmetic(how, batch.momentum)
     key = (id(batch.layout), slices, how, dtype)
     spreads = step.owners.spreads
     if key not in spreads:
@@ -188,7 +110,7 @@ def _spread(step: Step, batch: Batch, slices: Slices | None, how: Iteration) -> 
             dim = 1 - slices.along
             regions = tuple(Region((0, r.offset[dim]), (slices.number, r.shape[dim])) for r in regions)
             split, (rows, columns) = layout.sharded[dim], (slices.number, layout.shape[dim])
-        flops = how.flops(rows, columns, dtype)
+        flops = how.flops(rows, columns, name_of(dtype))
         spreads[key] = Spread((rows, columns), regions, split, flops)
     return spreads[key]
 
@@ -216,5 +138,5 @@ def _has_owner(
     return owner_pays(
         cost_alone(spread, wire.itemsize, count(spread.split), total),
         cost_together(how, max(spread.shape), min(spread.shape), long, short),
-        Rates.of(step.exchange.device),
+        Rates.of(step.exchange.device.type),
     )

@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from curvadion.sharding.layout import Axes, Layout
+from curvadion.sharding.layout import Layout
+from curvadion.sharding.region import Axes
 
 # The names of the option `weight_layout`: the dimension of the outputs, "rows" in the equations.
 WEIGHT_LAYOUTS = {"out_in": 0, "in_out": 1}

@@ -6,8 +6,8 @@ from typing import Any
 import torch.distributed as dist
 
 from curvadion.sharding.group import AllToAll, Group, Pairwise, TorchGroup
-from curvadion.sharding.layout import Axes, Layout, ShardMesh, group_of
-from curvadion.sharding.region import Region
+from curvadion.sharding.layout import Layout, ShardMesh, group_of
+from curvadion.sharding.region import Axes, Region
 
 
 class Crew:

@@ -62,9 +62,10 @@ from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.flat import Cut, Part, buckets, flatten, pad, unflatten
 from curvadion.sharding.group import AllToAll, Group, Work
 from curvadion.sharding.journey import AtHome, Codec, Journey, Mean, Nothing, Residuals, RoundedMean, UnderWay
-from curvadion.sharding.layout import Axes, ShardMesh
+from curvadion.sharding.layout import ShardMesh
 from curvadion.sharding.ledger import Key, Ledger
 from curvadion.sharding.lost import Place, explained, meet
+from curvadion.sharding.region import Axes
 from curvadion_kernels.reference import CHECK_KEY
 
 
@@ -183,7 +184,7 @@ class Exchange:
             ("replicate", sent[inside:], crew.replicas > 1),
         ):
             if there:  # one call that two axes have a part of counts for both
-                self.ledger.record("all_to_all_uneven", crew.size, axis, purpose, parts)
+                self.ledger.record("all_to_all_uneven", crew.size, axis, purpose, parts.nbytes)
         # As bytes, which every backend sends, whatever the dtype.
         sizes = ([n * size for n in received_counts], [n * size for n in sent_counts])
         flat = received.view(torch.uint8), sent.view(torch.uint8)
@@ -470,7 +471,7 @@ class Exchange:
 
     def _count(self, collective: str, group: Group, key: Key, *args: Tensor | ReduceOp.RedOpType) -> None:
         sent = [t for t in args if isinstance(t, Tensor)][-1]  # where there are two, the first receives
-        self.ledger.record(collective, group.size, *key, sent)
+        self.ledger.record(collective, group.size, *key, sent.nbytes)
 
     def _mean(
         self, piece: Tensor, purpose: str, payload_dtype: torch.dtype | None = None, *, copy: bool = False

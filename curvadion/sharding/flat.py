@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvadion.sharding.layout import Axes
+from curvadion.sharding.region import Axes
 
 BUCKET_BYTES = 1 << 28
 

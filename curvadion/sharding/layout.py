@@ -29,9 +29,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 from curvadion.sharding.dry import has_no_values, with_values
 from curvadion.sharding.elastic import ElasticGroup
 from curvadion.sharding.group import Group, ThreadGroup, TorchGroup
-from curvadion.sharding.region import Region
-
-Axes = tuple[int, ...]  # axes of the shard mesh, ascending
+from curvadion.sharding.region import Axes, Region
 
 _PLACEMENTS = operator.attrgetter("placements")
 _LOCAL = operator.attrgetter("_local_tensor")

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 Key = tuple[str, str]  # axis, "replicate" or "shard", and purpose
 
 
@@ -90,9 +88,9 @@ class Ledger:
     dense: int = 0
     _before: tuple[dict[Key, int], dict[Key, float]] = field(default_factory=lambda: ({}, {}))
 
-    def record(self, collective: str, ranks: int, axis: str, purpose: str, sent: Tensor) -> None:
-        """Count one collective of `ranks` ranks."""
-        nbytes, key = sent.numel() * sent.element_size(), (axis, purpose)
+    def record(self, collective: str, ranks: int, axis: str, purpose: str, nbytes: int) -> None:
+        """Count one collective of `ranks` ranks, to which this one handed a buffer of so many bytes."""
+        key = axis, purpose
         self.calls[key] = self.calls.get(key, 0) + 1
         self.bytes[key] = self.bytes.get(key, 0) + nbytes
         self.wire[key] = self.wire.get(key, 0.0) + nbytes * WIRE[collective](ranks)

@@ -1,9 +1,14 @@
-"""Regions: which part of a tensor a rank holds."""
+"""Regions: which part of a tensor a rank holds; without torch."""
+
+from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Axes = tuple[int, ...]  # axes of the shard mesh, ascending
 
 
 class Region(NamedTuple):
@@ -24,7 +29,7 @@ class Region(NamedTuple):
                 whole = whole.narrow(dim, start if length else 0, length)
         return whole
 
-    def within(self, start: tuple[int, ...], shape: tuple[int, ...]) -> "Region":
+    def within(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Region:
         """Return the part that it has of a block, which begins at `start` of the last dimensions."""
         pairs = list(zip(self.offset[-len(shape) :], self.shape[-len(shape) :], start, shape, strict=True))
         low = [min(max(o - first, 0), size) for o, _, first, size in pairs]

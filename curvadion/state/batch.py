@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvadion.algebra.power_iteration import initial_right_factor, rank_of
+from curvadion.algebra.power_iteration import initial_right_factor
+from curvadion.algebra.sizes import rank_of
 from curvadion.sharding.blocks import Blocks, Strips
-from curvadion.sharding.layout import Axes, Layout, ShardMesh
+from curvadion.sharding.layout import Layout, ShardMesh
 from curvadion.sharding.owners import Stack
+from curvadion.sharding.region import Axes
 from curvadion.state.table import Table
 from curvadion_kernels.reference import compute_dtype
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.algebra.power_iteration import rank_of
+from curvadion.algebra.sizes import rank_of
 from curvadion.allowed import check_options
 from curvadion.options import GROUP_OPTIONS, follow_schedulers
 from curvadion.rules import RULES
 from curvadion.sharding.blocks import cut_by
 from curvadion.sharding.exchange import Exchange
-from curvadion.sharding.layout import Axes, local_tensor, local_tensors, partial_axes, usual_gradients
+from curvadion.sharding.layout import local_tensor, local_tensors, partial_axes, usual_gradients
+from curvadion.sharding.region import Axes
 from curvadion.state.batch import Batch
 from curvadion.state.store import or_zeros
 from curvadion.state.table import Table
@@ -42,7 +43,8 @@ class Intake:
         self._layouts = [group["weight_layout"] for group in groups]
         self._algorithms = [group["algorithm"] for group in groups]
         self._X: Fixed[Tensor] | None = None
-        self._reshaped: list[str] = []  # names of parameters that changed shape
+        self._dtypes = [p.dtype for p in table.params]
+        self._changed_parameters: list[str] = []  # names of those that have another shape or dtype
         self._partial: dict[int, tuple[Axes, int]] = {}  # parameters whose gradients came Partial once
 
     def parameters(self) -> Fixed[Tensor]:
@@ -53,8 +55,12 @@ class Intake:
         before = () if self._table.dry or self._X is None else self._X.addresses
         if self._X is None or not all(map(operator.is_, X, self._X)) or addresses != before:
             self._X = X
-            pairs = zip(self._table.names, X, self._table.layouts, strict=True)
-            self._reshaped = [name for name, x, layout in pairs if tuple(x.shape) != layout.local_shape]
+            known = zip(self._table.names, X, self._table.layouts, self._dtypes, strict=True)
+            self._changed_parameters = [
+                name
+                for name, x, layout, dtype in known
+                if tuple(x.shape) != layout.local_shape or x.dtype != dtype
+            ]
         return self._X
 
     def gradients(
@@ -158,10 +164,11 @@ class Intake:
                 "the parameters in param_groups must be those the optimizer was built with; they were "
                 "replaced; construct CurvaDion after the model is sharded, wrapped and moved"
             )
-        if self._reshaped:
+        if self._changed_parameters:
             raise RuntimeError(
-                f"parameters must keep the shapes they had at construction; {', '.join(self._reshaped[:5])} "
-                "changed; construct a new optimizer for a changed model"
+                "parameters must keep the shapes and dtypes they had at construction; "
+                f"{', '.join(self._changed_parameters[:5])} changed; construct CurvaDion after the model is "
+                "cast and moved"
             )
         if any(p.requires_grad for p in self._table.frozen):
             raise RuntimeError(self._changed("on for some parameter"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from curvadion.algebra.power_iteration import rank_of
+from curvadion.algebra.sizes import rank_of
 from curvadion.options import check_group
 from curvadion.rules import RULES
 from curvadion.sharding.dry import has_no_values

@@ -15,13 +15,13 @@ from torch.distributed.tensor.placement_types import Placement
 from curvadion.sharding.blocks import Blocks, block_sizes, cut_by
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import (
-    Axes,
     Layout,
     ShardMesh,
     canonical_name,
     local_tensor,
     refuse_gathered,
 )
+from curvadion.sharding.region import Axes
 from curvadion_kernels.reference import Fixed
 
 

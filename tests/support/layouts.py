@@ -251,15 +251,16 @@ def _rows_twice(bag: Bag, mesh: DeviceMesh) -> None:
     distribute_module(bag, mesh, shard)
 
 
+# Those of one size in a row: by their numbers, tests share cases out to them.
 LAYOUTS = [
     Layout("plain_group", {}, replicas_by="group"),
     Layout("plain_mesh", {}, mesh_for_one=True),
     Layout("fsdp2", {"shard": 2}, _fully_shard),
-    Layout("fsdp4_empty_shards", {"shard": 4}, _fully_shard),
     Layout("tp2_colwise", {"tp": 2}, _colwise),
     Layout("tp2_rowwise", {"tp": 2}, _rowwise, replicas_by="group"),
     Layout("tp2_replicated", {"tp": 2}, _tensor_parallel_replicated, partial_gradients=True),
     Layout("tp2_plain_rest", {"tp": 2}, _tensor_parallel_mixed),
     Layout("fsdp2_tp2", {"fsdp": 2, "tp": 2}, _fsdp_and_tp),
     Layout("rows_twice", {"fsdp": 2, "tp": 2}, _rows_twice),
+    Layout("fsdp4_empty_shards", {"shard": 4}, _fully_shard),
 ]
