@@ -431,9 +431,7 @@ def decayed(step: int, steps: int, decay: float) -> float:
     steps after the warm-up."""
     warmup = max(1, steps // 20)
     late = max(warmup, steps - decay * (steps - warmup))
-    return min(
-        learning_rate(min(step, warmup), steps), 1 - 0.9 * max(0, step - late) / max(1, steps - late)
-    )
+    return min(learning_rate(min(step, warmup), steps), 1 - 0.9 * max(0, step - late) / max(1, steps - late))
 
 
 def simulate(run: Run, device: str, count: Any = None, evaluations: float = math.inf) -> dict[str, Any]:

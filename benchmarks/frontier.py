@@ -2,9 +2,10 @@
 
     python benchmarks/frontier.py benchmarks/results/convergence.jsonl --out docs/images/frontier.png
 
-Filled: measured here, the gap to the best baseline of the same steps and seeds, with the 95 % confidence
-interval of the mean of paired differences (Student's t). Hollow: as their authors state them, at other sizes
-and with other baselines, each with what it lacks; a point without a stated gap stands at 0.
+Filled: measured here, the gap to the best baseline of the same steps and seeds (the mean of several models is
+none), with the 95 % confidence interval of the mean of paired differences (Student's t). Hollow: as their
+authors state them, at other sizes and with other baselines, each with what it lacks; a point without a stated
+gap stands at 0.
 """
 
 import argparse
@@ -52,11 +53,16 @@ def interval(gaps: list[float]) -> float:
     return STUDENT[len(gaps) - 1] * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
+def baseline(cell: Cell) -> Setting | None:
+    """Return the best baseline whose own last model was evaluated, not a mean of several."""
+    return next((s for s in cell.baselines.values() if not s.runs[0]["options"].get("averaged")), None)
+
+
 def points(cell: Cell, names: Sequence[str]) -> list[tuple[Setting, float, float, float]]:
     """Return the settings of these names: share of dense bytes, mean gap, half of its confidence interval."""
-    found = []
+    found, best = [], baseline(cell)
     for setting in cell.settings:
-        gap = setting.gap(cell.best) if cell.best and setting.runs and setting.name in names else None
+        gap = setting.gap(best) if best and setting.runs and setting.name in names else None
         if gap is not None and setting.share is not None:
             found.append((setting, setting.share.mean, gap.mean, interval(list(gap.values))))
     return sorted(found, key=lambda point: point[1])
@@ -72,7 +78,8 @@ def draw(cells: Sequence[Cell], names: Sequence[str], out: Path) -> None:
             f"measured: {cell.parameters / 1e6:.2g}M parameters, K = {cell.replicas}, {cell.steps:,} steps"
         )
         label += ", unseen text" if cell.held_out else ", the text that was tuned on"
-        label += f"; gap to {cell.best.name.split(',')[0]}" if cell.best else ""
+        best = baseline(cell)
+        label += f"; gap to {best.name.split(',')[0]}" if best else ""
         bars = [0.0 if math.isnan(one) else one for one in e]
         axes.errorbar([100 * one for one in x], y, bars, fmt=marker, capsize=3, label=label)
     for k, point in enumerate(PUBLISHED):

@@ -217,7 +217,7 @@ LOW_COMMUNICATION_KEPT = Preset(
     outer_residual_kept=0.5,
 )
 
-# For 0.4 % and 0.13 %: two bits on every 36th and 144th step, and outer momentum.
+# For 0.4 % and 0.1 %: two bits on every 36th and 144th step, and outer momentum.
 LOWER_COMMUNICATION = Preset(
     LOW_COMMUNICATION_KEPT,
     momentum=0.8,
