@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_bytes_are_those_of_a_whole_replica(finished):
 def test_an_interrupted_run_ends_with_one_line_and_gives_the_cursor_back(tmp_path):
     """In a terminal, where rich hides the cursor; torchrun would wait 30 seconds for a rank that hangs."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--steps", "100000", "--text", str(SCRIPTS), "--out", str(tmp_path)]
+    options = ["--steps", "2000", "--text", str(SCRIPTS), "--out", str(tmp_path)]
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(OMP_NUM_THREADS="1", TERM="xterm")
@@ -156,7 +157,7 @@ def test_an_interrupted_run_ends_with_one_line_and_gives_the_cursor_back(tmp_pat
             said += os.read(terminal, 65536)
         except OSError:  # the end, on Linux
             break
-        if not interrupted and b" 3/100000" in said:
+        if not interrupted and re.search(rb"[1-9]\d*/2000", said):  # fast steps are not all shown
             os.write(terminal, b"\x03")
             interrupted = True
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 and interrupted
