@@ -79,6 +79,12 @@ NESTEROV = variant("1 bit, Nesterov", nesterov=True)
 KEPT = variant("1 bit, Nesterov, residual kept by half", NESTEROV, kept=0.5)
 
 
+def with_numbers(name: str, of: Setting, outer_lr: float, **numbers: float) -> Setting:
+    """Return a setting with these numbers, to three digits; a baseline has no outer learning rate."""
+    numbers |= {} if of.baseline else {"outer_lr": outer_lr}
+    return variant(name, of, **{key: float(f"{value:.3g}") for key, value in numbers.items()})
+
+
 def trials(
     of: Setting,
     count: int = 10,
@@ -96,17 +102,19 @@ def trials(
         lr, adamw_lr = (m * 2 ** draw.uniform(-spread, spread) for m in rates)
         momentum = 1 - middle_new * 2 ** draw.uniform(-1.2 * spread, 1.2 * spread)
         outer_lr = draw.uniform(middle_outer - 0.4, middle_outer + 0.4)
-        numbers = {"lr": lr, "adamw_lr": adamw_lr, "momentum": momentum}
-        numbers |= {} if of.baseline else {"outer_lr": outer_lr}
-        rounded = {key: float(f"{value:.3g}") for key, value in numbers.items()}
-        found.append(variant(f"{of.name}, trial {i}", of, **rounded))
+        name = f"{of.name}, trial {i}"
+        found.append(with_numbers(name, of, outer_lr, lr=lr, adamw_lr=adamw_lr, momentum=momentum))
     return found
+
+
+def side(of: Setting, rule: str = "NorMuon") -> str:
+    """Return how names of settings with this rule begin, of the baseline and of ours."""
+    return f"{rule} every step" if of.baseline else f"1 bit, {rule}"
 
 
 def normuon(of: Setting, trial: int | str) -> Setting:
     """Return a trial's setting with NorMuon for Muon."""
-    side = "NorMuon every step" if of.baseline else "1 bit, NorMuon"
-    return variant(f"{side}, trial {trial}", of, rule="normuon")
+    return variant(f"{side(of)}, trial {trial}", of, rule="normuon")
 
 
 def second(of: Setting) -> list[Setting]:
@@ -128,16 +136,15 @@ def again(of: Setting) -> list[Setting]:
     for i, (rate, new, outer) in enumerate(scales):
         numbers = {"lr": of.lr * rate, "adamw_lr": of.adamw_lr * rate}
         numbers["momentum"] = 1 - (1 - of.momentum) * new
-        numbers |= {} if of.baseline else {"outer_lr": of.outer_lr * outer}
-        rounded = {key: float(f"{value:.3g}") for key, value in numbers.items()}
-        side = "NorMuon every step" if of.baseline else "1 bit, NorMuon"
-        found.append(variant(f"{side}, again {i}", of, **rounded))
+        found.append(with_numbers(f"{side(of)}, again {i}", of, of.outer_lr * outer, **numbers))
     return found
 
 
-def in_turn(search: Callable[[Setting], list[Setting]]) -> list[Setting]:
+def in_turn(
+    search: Callable[[Setting], list[Setting]], baseline: Setting = BEST, ours: Setting = KEPT
+) -> list[Setting]:
     """Return the trials of a search, of the baseline and of ours in turn."""
-    return [one for pair in zip(search(BEST), search(KEPT), strict=True) for one in pair]
+    return [one for pair in zip(search(baseline), search(ours), strict=True) for one in pair]
 
 
 # The best of the random search.
@@ -337,11 +344,11 @@ TABLES: dict[str, list[Setting]] = {
     "normuon": in_turn(second),
     "third": in_turn(third),
     # Both sides tuned again, where conditions are not those of the searches: --steps, --replicas, --batch.
-    "again": [one for pair in zip(again(NORMUON), again(KEPT_NORMUON), strict=True) for one in pair],
+    "again": in_turn(again, NORMUON, KEPT_NORMUON),
     # The mean of the last consensus models, with a shorter and later decay.
     "averages": [
         variant(
-            f"{'NorMuon every step' if of.baseline else '1 bit, NorMuon'}, decay {decay}, mean of {averaged}",
+            f"{side(of)}, decay {decay}, mean of {averaged}",
             of,
             decay=decay,
             averaged=averaged,
@@ -352,7 +359,7 @@ TABLES: dict[str, list[Setting]] = {
     # Dion2 with the numbers of Muon's best trials; Dion of rank 1/2 that forgets what it leaves out.
     "dion2": [
         variant(
-            f"{'Dion2 every step' if of.baseline else '1 bit, Dion2'}, trial {i}",
+            f"{side(of, 'Dion2')}, trial {i}",
             trials(of)[i],
             rule="dion2",
             rank_fraction=0.5,
@@ -426,14 +433,6 @@ class Run:
         return json.dumps(values, sort_keys=True)
 
 
-def decayed(step: int, steps: int, decay: float) -> float:
-    """Return the factor of the learning rates: scripts/train.py's, whose fall takes the last `decay` of the
-    steps after the warm-up."""
-    warmup = max(1, steps // 20)
-    late = max(warmup, steps - decay * (steps - warmup))
-    return min(learning_rate(min(step, warmup), steps), 1 - 0.9 * max(0, step - late) / max(1, steps - late))
-
-
 def simulate(run: Run, device: str, count: Any = None, evaluations: float = math.inf) -> dict[str, Any]:
     """Train all replicas in this process and return what came out.
 
@@ -477,7 +476,7 @@ def simulate(run: Run, device: str, count: Any = None, evaluations: float = math
             F.cross_entropy(replica(inputs.to(device)).flatten(0, 1), targets.to(device).flatten()).backward()
         last = step == run.steps and not math.isinf(setting.interval)
         try:
-            synchronized = replicas.step(decayed(step - 1, run.steps, setting.decay), last=last)
+            synchronized = replicas.step(learning_rate(step - 1, run.steps, setting.decay), last=last)
         except NonFiniteError:
             curve.append([step, math.nan])
             break
