@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracles import Oracle
 from simulation import Replicas, Setting
 from torch import nn
 from torch.nn import functional as F
@@ -169,6 +170,7 @@ KEPT_FAST = trials(KEPT)[6]
 NORMUON, KEPT_NORMUON = second(BEST)[4], second(KEPT)[0]
 HALF_PERCENT = variant("2 bits every 36 steps, outer 1.0 / 0.5", RARE, interval=36)
 HALF_NORMUON = variant("2 bits every 36 steps, NorMuon", HALF_PERCENT, rule="normuon")
+WHOLE = variant("32 bits every 8 steps, NorMuon", KEPT_NORMUON, bits=32, kept=0.0, outer_lr=1.4)
 TENTH_PERCENT = variant("2 bits every 144 steps, outer 1.0 / 0.5", RARE, interval=144)
 
 TABLES: dict[str, list[Setting]] = {
@@ -356,6 +358,27 @@ TABLES: dict[str, list[Setting]] = {
         for decay, averaged in ((1.0, 4), (0.5, 8), (0.25, 16), (0.25, 0))
         for of in (NORMUON, KEPT_NORMUON)
     ],
+    # Where the gap comes from: what replicas have of their own, and which parameters.
+    "where": [
+        WHOLE,
+        *(
+            variant(f"own {own}, outer {g}", WHOLE, interval=interval, together=g, outer_lr=1.0)
+            for own, interval in (("momenta", 1), ("momenta and positions", 8))
+            for g in (1.4, 1.8)
+        ),
+        *(
+            variant(f"32 bits every 8 steps, NorMuon, exact {what}", WHOLE, exact=parts)
+            for what, parts in (
+                ("embedding, head, norms", "embedding,head,norm"),
+                ("wq, wk", "wq,wk"),
+                ("wv, wo", "wv,wo"),
+                ("w1, w3", "w1,w3"),
+                ("w2", "w2"),
+                ("matrices", ".wq,.wk,.wv,.wo,.w1,.w2,.w3"),
+            )
+        ),
+        *(NORMUON, KEPT_NORMUON),
+    ],
     # Dion2 with the numbers of Muon's best trials; Dion of rank 1/2 that forgets what it leaves out.
     "dion2": [
         variant(
@@ -445,7 +468,8 @@ def simulate(run: Run, device: str, count: Any = None, evaluations: float = math
     torch.manual_seed(run.seed)
     text = ByteText(Path(run.text) if run.text else None, max_bytes=20_000_000)
     model = GPT(dim=run.dim, layers=run.layers, heads=run.heads, max_seq=run.seq).to(device)
-    replicas = Replicas(model, run.setting, run.replicas)
+    kind = Oracle if run.setting.exact or run.setting.together else Replicas
+    replicas = kind(model, run.setting, run.replicas)
     unseen = ByteText.whole(Path(run.held_out)) if run.held_out else text
     held_out = unseen.held_out_batches(tokens=65536, batch=32, seq=run.seq, rank=0, ranks=1)
 

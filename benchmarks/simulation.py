@@ -64,6 +64,7 @@ class Setting:
         decay: the share of the steps, the last ones, over which the learning rate falls.
         averaged: the final loss is that of the mean of the last so many consensus models, 8 steps apart; 0:
             of the last alone.
+        exact, together: what replicas are told in each step, see `oracles.Oracle`; "" and 0: nothing.
     """
 
     name: str
@@ -104,6 +105,8 @@ class Setting:
     rich: float = 0.0
     decay: float = 1.0
     averaged: int = 0
+    exact: str = ""
+    together: float = 0.0
 
 
 def options_of(setting: Setting) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from oracles import Oracle
 from simulation import Replica, Replicas, Setting
 from support.layouts import local
 from support.ranks import DEADLINE, run_ranks
@@ -209,6 +210,7 @@ def test_all_that_is_published_comes_out_the_same_in_real_processes(complete: bo
 
     tables = TABLES if complete else SAMPLE
     named = [setting for table in tables for setting in with_controls(TABLES[table])]
+    named = [s for s in named if not (s.exact or s.together)]  # what no process can be told
     settings = list({replace(kind_of(s), name=""): kind_of(s) for s in named}.values())
     assert len(settings) > 30
     ranks = run_ranks(2, in_processes, settings, deadline=4 * DEADLINE if complete else DEADLINE)
@@ -222,6 +224,41 @@ def test_all_that_is_published_comes_out_the_same_in_real_processes(complete: bo
                 compare(replicas, [trace[step] for trace in traces], f"{setting.name}, step {step}")
         if not setting.baseline:
             assert replicas.sent == ranks[0][number][1], setting.name
+
+
+LIKE: list[tuple[Setting, Setting]] = [
+    (Setting("all exact", interval=3, outer_lr=1.4, exact="weight"), Setting("baseline", baseline=True)),
+    (Setting("together", interval=3, together=1.0), Setting("apart", interval=3)),
+    (Setting("together", interval=1, together=1.4), Setting("each step", interval=1, outer_lr=1.4)),
+]
+
+
+@pytest.mark.parametrize(("told", "plain"), LIKE, ids=["exact", "the mean at once", "further"])
+@pytest.mark.parametrize("rule", ["muon", "normuon"])
+def test_what_an_oracle_tells_changes_nothing_else(told: Setting, plain: Setting, rule: str) -> None:
+    told, plain = replace(told, rule=rule), replace(plain, rule=rule)
+    with closing(Oracle(tiny(), told, 3)) as oracle, closing(Replicas(tiny(), plain, 3)) as replicas:
+        for step in range(STEPS):
+            for of in (oracle, replicas):
+                take(of, step)
+                of.step(factor(step))
+            compare(oracle, [{n: x[k] for n, x in replicas.X.items()} for k in range(3)], f"step {step}")
+        assert oracle.told == 2.0 * STEPS * oracle.numel
+        assert oracle.wire > (0 if plain.baseline else replicas.wire)
+
+
+def test_what_is_exact_is_the_same_everywhere_and_the_rest_is_not() -> None:
+    setting = Setting("", interval=4, outer_lr=1.4, exact="up,embedding")
+    with closing(Oracle(tiny(), setting, 3)) as oracle:
+        for step in range(3):
+            take(oracle, step)
+            oracle.step()
+            for name, x in oracle.X.items():
+                exact = "up" in name or "embedding" in name
+                assert bool((x == x[:1]).all()) is (exact or step == 0), name
+    for kept in (replace(setting, kept=0.5), replace(setting, bits=1), replace(setting, together=1.4)):
+        with pytest.raises(ValueError, match="bits=32"):
+            Oracle(tiny(), kept, 3)
 
 
 def test_a_replica_that_fails_ends_the_step_of_all() -> None:
