@@ -1,10 +1,10 @@
 """Replicas that are told what no slow link could carry: to see where the gap comes from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from simulation import Replicas, Setting
-from torch import Tensor, nn
+from torch import nn
 
 from curvadion.sharding.ledger import WIRE
 
@@ -55,25 +55,26 @@ class Oracle(Replicas):
                 moved = before[name].mean(0) - x.mean(0)  # the same where all have just synchronized
                 x.sub_((self.setting.together - 1) * moved)
         for replica, model in zip(self._replicas, self.models, strict=True):
-            start = dict(zip(map(id, replica.opt._built.table.params), self._start(replica), strict=True))
-            for name in self.X if self.setting.together else self.exact:
-                start[id(model.get_parameter(name))].copy_(self.X[name].mean(0))
+            built = replica.opt._built
+            X_0 = replica.opt._consensus.common(built.store)["X_0"]
+            of = dict(zip(map(id, built.table.params), X_0, strict=True))
+            for name in self.told_of:
+                of[id(model.get_parameter(name))].copy_(self.X[name].mean(0))
         return synchronized
 
-    @staticmethod
-    def _start(replica: object) -> list[Tensor]:
-        opt = replica.opt  # type: ignore[attr-defined]
-        return list(opt._consensus.common(opt._built.store)["X_0"])
+    @property
+    def told_of(self) -> Iterable[str]:
+        """The names of the parameters of which something is exact."""
+        return self.X if self.setting.together else self.exact
 
     @property
     def told(self) -> float:
         """Bytes so far of what was exact, as bf16."""
-        names = self.X if self.setting.together else self.exact
-        return 2.0 * self.steps * sum(self.X[name][0].numel() for name in names)
+        return 2.0 * self.steps * sum(self.X[name][0].numel() for name in self.told_of)
 
     @property
-    def sent(self) -> Mapping[str, float]:  # type: ignore[override]
-        return {**super().sent, "oracle": self.told}
+    def sent(self) -> dict[str, float]:
+        return super().sent | {"oracle": self.told}
 
     @property
     def wire(self) -> float:
