@@ -20,8 +20,8 @@ class Oracle(Replicas):
         u_i     = what replica i's own step takes away from X_i,     u = mean_i u_i
         X_i     <- X_i - g u - (u_i - u),     X_0 <- X_0 - g u,     and X_i <- X_0 where all synchronize
 
-    These are no methods: each step sends as much as an all-reduce in bf16 of what is exact, which `sent` and
-    `wire` count.
+    These are no methods: each step sends an all-reduce in bf16 of what is exact, which `sent` and `wire`
+    count. With `together` that is all, since everybody knows X_0.
 
     Args: as of `Replicas`. The setting's consensus must be exact: "outer" with 32 bits, outer_momentum=0 and
     kept=0, and with `together` outer_lr=1. Raises ValueError otherwise.
@@ -74,8 +74,9 @@ class Oracle(Replicas):
 
     @property
     def sent(self) -> dict[str, float]:
-        return super().sent | {"oracle": self.told}
+        return ({} if self.setting.together else super().sent) | {"oracle": self.told}
 
     @property
     def wire(self) -> float:
-        return super().wire + self.told * WIRE["all_reduce"](self.K)
+        synchronizations = 0.0 if self.setting.together else super().wire
+        return synchronizations + self.told * WIRE["all_reduce"](self.K)
