@@ -166,8 +166,8 @@ FOREIGN_OPTIONS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("foreach", "fused"), (None, False, True)),
     **dict.fromkeys(("capturable", "differentiable", "maximize"), (None, False)),
 }
-# Keys that torch, schedulers and host trainers put into groups. `base_momentum` aside, none changes what
-# CurvaDion computes.
+# Keys that torch, schedulers and host trainers put into groups. `base_momentum` aside (see
+# `curvadion.state.cycled`), none changes what CurvaDion computes.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
 FOREIGN_KEYS = {*("params", "param_names", "name"), *FOREIGN_OPTIONS, *SCHEDULED}
 
@@ -469,17 +469,6 @@ def _check_foreign(options: Mapping[str, Any], where: str = "") -> None:
             raise ValueError(
                 f"CurvaDion does not implement {key}; got {key}={options[key]!r}{where}; leave it out"
             )
-
-
-def follow_schedulers(groups: Iterable[dict[str, Any]]) -> None:
-    """Let the momentum of matrices follow OneCycleLR and CyclicLR.
-
-    They cycle betas[0] of every group if some group has betas, and leave `base_momentum` behind: that is
-    AdamW's and Lion's; of matrices it is mu.
-    """
-    for group in groups:
-        if "base_momentum" in group and group.get("algorithm") == "dion" and "betas" in group:
-            group["momentum"] = group["betas"][0]
 
 
 def check_rule(

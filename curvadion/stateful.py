@@ -18,6 +18,7 @@ from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.sharding.lost import take_word_back
 from curvadion.state.checkpoint import load
 from curvadion.state.common import holding, without_own
+from curvadion.state.cycled import CycledMomentum
 from curvadion.state.store import copy_into
 from curvadion.state.table import check_parameters
 from curvadion.view import View
@@ -35,6 +36,7 @@ class Stateful(View):
     _options: Options
     _peers: Group | None
     _agreement: Agreement
+    _cycled: CycledMomentum
     _agreed = False  # on whether all ranks can load what they are loading
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -70,6 +72,7 @@ class Stateful(View):
         replicas can go on from. Raises RuntimeError elsewhere if there are several replicas and they may
         differ.
         """
+        self._cycled.follow(self.param_groups)
         if self._inside == COMMON:
             return self._common_state_dict()
         elastic = self._peers is not None and self._peers.elastic
@@ -239,6 +242,8 @@ class Stateful(View):
         self._consensus.forget()
         self._gate.forget()
         self._trouble.reset()
+        self._cycled.forget()
+        self._cycled.follow(self.param_groups)
         self._agreement.pending = True
         self._schedule.diverged = self._schedule.forced = self._schedule.wanted = False
 
@@ -253,12 +258,13 @@ class Stateful(View):
                 f"an optimizer must not be copied or pickled inside {COMMON}, where parameters and what they "
                 "are put back to have changed places; leave it first, or save opt.state_dict()"
             )
+        self._cycled.follow(self.param_groups)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._CARRIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
-            self._peers, self._inside = None, ""
+            self._peers, self._inside, self._cycled = None, "", CycledMomentum()
             self._schedule.diverged = self._gate.awaits_answer or self._consensus.under_way
             self._build()
 
@@ -276,6 +282,7 @@ class Stateful(View):
             before=self.__dict__["state"],
             earlier=self._rooms,
         )
+        self._cycled.follow(self.param_groups)
         self._consensus.allocate(rooms.X())
         self._gate.attach(rooms.step(self.param_groups, self._schedule))
         self.__dict__["state"].update(rooms.store.states)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvadion.algebra.sizes import rank_of
 from curvadion.allowed import check_options
-from curvadion.options import GROUP_OPTIONS, follow_schedulers
+from curvadion.options import GROUP_OPTIONS
 from curvadion.rules import RULES
 from curvadion.sharding.blocks import cut_by
 from curvadion.sharding.exchange import Exchange
@@ -75,7 +75,6 @@ class Intake:
         """
         failure: Exception | None = None
         try:
-            follow_schedulers(groups)
             self._check_groups(groups)
         except Exception as error:
             failure = error
