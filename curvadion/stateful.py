@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.options import Options, asks_for_local_steps, check_group, check_rule
+from curvadion.options import Options, asks_for_local_steps, check_decay, check_group, check_rule
 from curvadion.rooms import Rooms
 from curvadion.rules import Step
 from curvadion.sharding.agreement import Agreement
@@ -53,6 +53,7 @@ class Stateful(View):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_decay(group)
             check_parameters(group)
             check_rule(group, self._options.defaults, self._consensus)
             if built:

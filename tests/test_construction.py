@@ -88,6 +88,34 @@ def test_a_number_out_of_range_in_a_group(option: str, value: Any) -> None:
         opt.add_param_group({"params": [matrix()], option: value})
 
 
+@pytest.mark.parametrize("algorithm", ["dion", "adamw", "lion"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_weight_decay_must_not_change_the_sign_of_weights(tensor: bool, algorithm: str) -> None:
+    def lr(value: float) -> Any:
+        return torch.tensor(value) if tensor else value
+
+    def group(**options: Any) -> dict[str, Any]:
+        return {"params": [matrix()], "algorithm": algorithm, **options}
+
+    words = "lr * weight_decay must be at most 1", "2.5", "1 / lr = 0.4"
+    fails(ValueError, *words, params=[group()], lr=lr(2.5), weight_decay=0.5)
+    fails(ValueError, *words, params=[group(lr=lr(2.5))], weight_decay=0.5)
+    fails(ValueError, *words, params=[group(weight_decay=0.5)], lr=lr(2.5))
+    opt = CurvaDion([group(lr=lr(2.0))], weight_decay=0.5)  # all of it
+    with pytest.raises(ValueError, match=r"lr \* weight_decay"):
+        opt.add_param_group(group(lr=lr(2.5)))
+    CurvaDion([group(weight_decay=0.0)], lr=lr(2.5), weight_decay=0.5)  # what no group has, hurts none
+    (p,), before = opt.param_groups[0]["params"], matrix()
+    p.grad = torch.zeros_like(p)
+    opt.step()
+    assert torch.equal(p, torch.zeros_like(before))
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 2.0)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay .* got lr=4 "):
+        opt.step()
+    assert torch.equal(p, torch.zeros_like(before))
+
+
 CHOICES = {
     "local_update": ("gradient", "dion"),
     "consensus": ("average", "none"),

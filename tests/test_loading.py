@@ -151,6 +151,7 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a negative norm": (fill(0, "last_norm", -7.0), "none negative"),
     "more local steps than steps": (fill(2, "local_steps", 5.0), "no more local"),
     "more synchronized steps than steps": (fill(0, "synchronized_steps", 5.0), "no more local"),
+    "a decay of more than there is": (option("lr", 101.0), r"lr \* weight_decay must be"),
     "a learning rate that is true": (option("lr", True), "lr must be"),
     "a learning rate of two": (option("lr", torch.ones(2)), "lr must be"),
     "a NaN where a schedule began": (option("initial_lr", math.nan), "initial_lr must be"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from curvadion.algebra.sizes import rank_of
-from curvadion.options import check_group
+from curvadion.options import check_decay, check_group
 from curvadion.rules import RULES
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import local_tensor
@@ -73,6 +73,7 @@ def check_groups(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Map
         )
     for group, saved in zip(groups, saved_groups, strict=True):
         check_group(saved, " of the checkpoint")
+        check_decay({**group, **saved}, " of the checkpoint")
         for key in ("algorithm", "local_update", "weight_layout", "batch_dims", "splits", "split_along"):
             if _plain(saved.get(key, group[key])) != _plain(group[key]):
                 raise ValueError(
