@@ -14,7 +14,7 @@ from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from curvadion import (
     LOW_COMMUNICATION,
@@ -282,6 +282,76 @@ def test_no_parameters_and_duplicates_are_torch_errors() -> None:
     same = matrix()
     with pytest.raises(ValueError, match="group"):
         CurvaDion([{"params": [same]}, {"params": [same]}])
+
+
+def halves(dim: int, overlap: int = 0) -> list[torch.Tensor]:
+    """Two parts of one block of memory, with so many rows or columns in common."""
+    whole = torch.linspace(-1, 1, 48).view(6, 8)
+    half = whole.shape[dim] // 2
+    return [whole.narrow(dim, 0, half + overlap), whole.narrow(dim, half, half)]
+
+
+SHARED = {
+    "the same": lambda: [torch.ones(6, 4)] * 2,
+    "a transpose": lambda: [(whole := torch.ones(6, 4)), whole.T],
+    "a row": lambda: halves(0, overlap=1),
+    "a column": lambda: halves(1, overlap=1),
+    "bytes": lambda: [(whole := torch.ones(6, 4)), whole.view(torch.bfloat16)[:, :2]],
+}
+APART = {
+    "rows": lambda: halves(0),
+    "columns": lambda: halves(1),
+    "nothing": lambda: [(whole := torch.ones(6, 4)), whole[:0].flatten()],
+    "meta": lambda: [torch.ones(6, 4, device="meta")] * 2,
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("what", SHARED)
+def test_two_parameters_of_the_same_memory_are_refused(what: str, groups: int) -> None:
+    """Both would be moved: a head that was tied by its data, not by the parameter."""
+    named = [(name, nn.Parameter(x)) for name, x in zip("ab", SHARED[what](), strict=True)]
+    parts = [named] if groups == 1 else [[one] for one in named]
+    params = [{"params": part, "algorithm": "adamw"} for part in parts]
+    fails(ValueError, "memory of its own", "'b'", "'a'", "tie them", params=params)
+    named[1][1].requires_grad_(False)  # moves with the other, and by nothing else
+    CurvaDion(params)
+    named[1][1].requires_grad_(True)
+    opt = CurvaDion([{"params": [named[0]]}])
+    with pytest.raises(ValueError, match="memory of its own"):
+        opt.add_param_group({"params": [named[1]], "algorithm": "adamw"})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("what", APART)
+def test_parts_of_one_block_of_memory_are_parameters(what: str) -> None:
+    results = []
+    for separate in (False, True):
+        params = [nn.Parameter(x.clone() if separate else x) for x in APART[what]()]
+        opt = CurvaDion([{"params": [p], "algorithm": "dion" if p.ndim > 1 else "adamw"} for p in params])
+        for step in range(3 if what != "meta" else 0):
+            for p in params:
+                p.grad = torch.sin(step + torch.arange(1.0, 1 + p.numel())).view(p.shape)
+            opt.step()
+        results.append([p.detach() for p in params])
+    assert all(a.is_meta or torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_shards_of_the_same_memory_are_refused_too() -> None:
+    def worker() -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (2,))
+        model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(4, 8, bias=False))
+        fully_shard(model, mesh=mesh)
+        one, other = model.parameters()
+        same = nn.Parameter(DTensor.from_local(local(one).detach(), mesh, one.placements))
+        return {
+            "apart": outcome(lambda: CurvaDion([one, other])),
+            "shared": outcome(lambda: CurvaDion([one, other, same])),
+        }
+
+    for seen in run_ranks(2, worker):
+        assert seen["apart"][0] == "ok"
+        assert seen["shared"][0] == "ValueError" and "memory of its own" in seen["shared"][1]
 
 
 @pytest.mark.parametrize("form", ["iterator", "list", "groups", "named", "named-groups"])
