@@ -19,6 +19,7 @@ from curvadion.sharding.lost import take_word_back
 from curvadion.state.checkpoint import load
 from curvadion.state.common import holding, without_own
 from curvadion.state.cycled import CycledMomentum
+from curvadion.state.loadable import intact
 from curvadion.state.store import copy_into
 from curvadion.state.table import check_parameters
 from curvadion.view import View
@@ -170,11 +171,7 @@ class Stateful(View):
             calls = self._agree, store.start_right_factors, self._start_afresh
             load(self, store.table, own, super().load_state_dict, state_dict, *calls)
         except Exception:
-            if not store.as_left(self._schedule):
-                self._trouble.broken = (
-                    "a checkpoint that was refused had been read into this optimizer's own state, as "
-                    "torch.distributed.checkpoint reads; load another one before the next step()"
-                )
+            self._refuse_steps(self._spoiled())
             raise
 
     @contextmanager
@@ -194,7 +191,23 @@ class Stateful(View):
     def _agree(self, failure: BaseException | None, steps: int) -> None:
         self._agreed = True
         self._now_in("load_state_dict()")
-        self._agreement.check_loads(self._built.exchange, failure, steps)
+        refusal = self._agreement.refusal(self._built.exchange, failure, steps)
+        if refusal is not None:  # all ranks refuse, and are to go on or not as one
+            self._refuse_steps(self._agreement.on_any(self._built.exchange, self._spoiled()))
+            raise refusal
+
+    def _spoiled(self) -> bool:
+        """Whether the state on this rank is not what a step leaves."""
+        as_counted = self._built.store.counts_as(self._schedule)
+        return not (as_counted and intact(self.__dict__["state"].values()))
+
+    def _refuse_steps(self, spoiled: bool) -> None:
+        if spoiled:
+            self._trouble.broken = (
+                "a checkpoint that was refused had been read into the optimizer's own state, as "
+                "torch.distributed.checkpoint reads, on this rank or another; load another one before the "
+                "next step()"
+            )
 
     @property
     def _built(self) -> Rooms:
