@@ -41,6 +41,7 @@ from simulation import Replicas, Setting
 from torch import nn
 from torch.nn import functional as F
 
+from curvadion.cli import HelpFormatter
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
 from curvadion.report.files import replace_file
@@ -714,9 +715,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add(
         "--tables",
@@ -760,13 +759,13 @@ def parse_args() -> argparse.Namespace:
     add(
         "--text",
         default="",
-        help="file or folder to train on; none: the Python standard library's own source",
+        help="file or folder to train on (default: the Python standard library's own source)",
     )
     add(
         "--held-out",
         default="",
-        help="file or folder to take the loss of, with --backend simulation; none: a part of --text that is "
-        "not trained on, which settings are tuned on",
+        help="file or folder to take the loss of, with --backend simulation (default: a part of --text that "
+        "is not trained on, which settings are tuned on)",
     )
     add("--parts", action="store_true", help="each replica reads a part of the text of its own")
     add(

@@ -18,6 +18,7 @@ from typing import Any
 
 from convergence import HALF_NORMUON, HALF_PERCENT, KEPT, KEPT_FAST, KEPT_NORMUON, OURS
 
+from curvadion.cli import HelpFormatter
 from curvadion.report.studies import Cell, Setting, read_studies
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
@@ -100,9 +101,7 @@ def draw(cells: Sequence[Cell], names: Sequence[str], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="of benchmarks/convergence.py")
     parser.add_argument("--out", type=Path, default=Path("docs/images/frontier.png"), help="the picture")
     args = parser.parse_args()

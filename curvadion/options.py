@@ -4,7 +4,6 @@ Defaults stand in the constructor's signature and nowhere else, prose in its doc
 the fields of the torchtitan plug-in are generated from the three (scripts/options.py).
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.iteration import METHODS, POLYNOMIALS
-from curvadion.allowed import Allowed, Option, check_options
+from curvadion.allowed import Allowed, Option, check_options, nearest
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
@@ -32,7 +31,10 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
     first = next(iter(choices)) if hint is None else hint
     names = choices if isinstance(choices, Mapping) else tuple(choices)
     return Allowed(
-        lambda v: v in tuple(names), lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+        lambda v: v in tuple(names),
+        lambda: "one of " + ", ".join(map(repr, names)),
+        lambda v: f"try {nearest(v, names, first)!r}",
+        names,
     )
 
 
@@ -522,5 +524,5 @@ _SYNONYMS = {
 
 def _meant(name: str) -> str:
     known = [*group_options(), *optimizer_options()]
-    close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
+    meant = _SYNONYMS.get(name) or nearest(name, known, None)
+    return f"did you mean {meant!r}?" if meant else f"a group may set {', '.join(group_options())}"

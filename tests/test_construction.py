@@ -136,6 +136,31 @@ def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
         CurvaDion([matrix()], **{option: choice})
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "nearest"),
+    [
+        ("local_update", "normoun", "normuon"),
+        ("local_update", "dion3", "dion2"),
+        ("local_update", "sgd", "gradient"),  # nothing is near, so the first one
+        ("consensus", "averaged", "average"),
+        ("gate", "rmcc", "rmmc"),
+        ("gate", "Drift", "drift"),
+        ("outer_bits", 3, 4),
+        ("outer_bits", 7, 8),
+        ("outer_bits", 64, 32),
+        ("outer_bits", "2", 2),
+        ("outer_bits", "ternary", 4),
+        ("on_nonfinite", "skipping", "skip"),
+        ("owners", "allways", "always"),
+        ("newton_schulz", "polar", "polar_express"),
+        ("right_factor", "column_normalize", "column_norm"),
+        ("kernels", "tritons", "triton"),
+    ],
+)
+def test_an_unknown_choice_is_told_the_nearest(option: str, value: Any, nearest: Any) -> None:
+    assert fails(ValueError, option, **{option: value}).endswith(f"try {nearest!r}")
+
+
 @pytest.mark.parametrize("option", ["gate", "local_update", "consensus", "outer_bits", "kernels"])
 def test_what_cannot_be_a_name_is_an_unknown_choice_too(option: str) -> None:
     fails(ValueError, option, "['dion']", **{option: ["dion"]})
