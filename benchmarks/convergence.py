@@ -45,6 +45,7 @@ from curvadion.cli import HelpFormatter
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
 from curvadion.report.files import replace_file
+from curvadion.report.studies import is_baseline
 from curvadion.sharding.ledger import WIRE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -698,7 +699,7 @@ def validate(lines: Sequence[dict[str, Any]]) -> None:
         ).append(line)
     for group in alike.values():
         best = {
-            s: min((x["loss"] for x in group if x["baseline"] and x["seed"] == s), default=None)
+            s: min((x["loss"] for x in group if is_baseline(x) and x["seed"] == s), default=None)
             for s in {x["seed"] for x in group}
         }
         never = {x["seed"]: x["loss"] for x in group if x["setting"] == NEVER.name}
