@@ -45,9 +45,16 @@ class Stateful(View):
         self._refuse_inside("add_param_group()")
         built = self._rooms is not None
         if built and self._consensus.under_way:
+            elastic = self._peers is not None and self._peers.elastic
             raise RuntimeError(
                 f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
-                "between replicas; a step was taken since; call opt.synchronize() on every rank first"
+                "between replicas; a step was taken since; "
+                + (
+                    "replicas of an ElasticGroup cannot synchronize(): save inside opt.common_state(), end "
+                    "all of them, start them again, load, and add it before join()"
+                    if elastic
+                    else "call opt.synchronize() on every rank first"
+                )
             )
         if isinstance(param_group, dict):  # torch refuses anything else
             check_group(param_group)
