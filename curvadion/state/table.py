@@ -150,6 +150,11 @@ class Table:
         return [layout.copied for layout in self.layouts]
 
     @functools.cached_property
+    def some_copied_apart(self) -> bool:
+        """Whether a matrix that some ranks have nothing of is the same on several of those that have it."""
+        return any(bool(m.layout.copied) for m in self.matrices if m.layout.apart)
+
+    @functools.cached_property
     def placements(self) -> list[tuple[Placement, ...] | None]:
         """For each parameter, how it is placed; None for a plain one."""
         return [p.placements if isinstance(p, DTensor) else None for p in self.params]
