@@ -42,9 +42,11 @@ from simulation import Replicas, Setting
 from torch import nn
 from torch.nn import functional as F
 
+from curvadion.cli import HelpFormatter
 from curvadion.gate.trouble import NonFiniteError
 from curvadion.report.display import hardware
 from curvadion.report.files import replace_file
+from curvadion.report.studies import is_baseline
 from curvadion.sharding.ledger import WIRE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -721,7 +723,7 @@ def validate(lines: Sequence[dict[str, Any]]) -> None:
         ).append(line)
     for group in alike.values():
         best = {
-            s: min((x["loss"] for x in group if x["baseline"] and x["seed"] == s), default=None)
+            s: min((x["loss"] for x in group if is_baseline(x) and x["seed"] == s), default=None)
             for s in {x["seed"] for x in group}
         }
         never = {x["seed"]: x["loss"] for x in group if x["setting"] == NEVER.name}
@@ -738,9 +740,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add(
         "--tables",
@@ -784,13 +784,13 @@ def parse_args() -> argparse.Namespace:
     add(
         "--text",
         default="",
-        help="file or folder to train on; none: the Python standard library's own source",
+        help="file or folder to train on (default: the Python standard library's own source)",
     )
     add(
         "--held-out",
         default="",
-        help="file or folder to take the loss of, with --backend simulation; none: a part of --text that is "
-        "not trained on, which settings are tuned on",
+        help="file or folder to take the loss of, with --backend simulation (default: a part of --text that "
+        "is not trained on, which settings are tuned on)",
     )
     add("--parts", action="store_true", help="each replica reads a part of the text of its own")
     add(

@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvadion import CurvaDion
+from curvadion.cli import HelpFormatter
 from curvadion.projection.nominal import Decoder
 
 
@@ -90,9 +91,7 @@ def count(model: Decoder, shards: int, rule: str, rank_fraction: float) -> dict[
 
 def main() -> None:
     """Print a table, and write a line for each case."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["160m", "1b3"], help="which decoders")
     parser.add_argument("--shards", nargs="+", type=int, default=[8, 64, 1024], help="ranks of a replica")
     parser.add_argument("--rules", nargs="+", default=["muon", "dion"], help="of local steps")

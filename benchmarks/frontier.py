@@ -18,6 +18,7 @@ from typing import Any
 
 from convergence import HALF_NORMUON, HALF_PERCENT, KEPT, KEPT_FAST, KEPT_NORMUON, OURS
 
+from curvadion.cli import HelpFormatter
 from curvadion.report.studies import Cell, Setting, read_studies
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
@@ -53,14 +54,9 @@ def interval(gaps: list[float]) -> float:
     return STUDENT[len(gaps) - 1] * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
-def baseline(cell: Cell) -> Setting | None:
-    """Return the best baseline whose own last model was evaluated, not a mean of several."""
-    return next((s for s in cell.baselines.values() if not s.runs[0]["options"].get("averaged")), None)
-
-
 def points(cell: Cell, names: Sequence[str]) -> list[tuple[Setting, float, float, float]]:
     """Return the settings of these names: share of dense bytes, mean gap, half of its confidence interval."""
-    found, best = [], baseline(cell)
+    found, best = [], cell.best
     for setting in cell.settings:
         gap = setting.gap(best) if best and setting.runs and setting.name in names else None
         if gap is not None and setting.share is not None:
@@ -78,7 +74,7 @@ def draw(cells: Sequence[Cell], names: Sequence[str], out: Path) -> None:
             f"measured: {cell.parameters / 1e6:.2g}M parameters, K = {cell.replicas}, {cell.steps:,} steps"
         )
         label += ", unseen text" if cell.held_out else ", the text that was tuned on"
-        best = baseline(cell)
+        best = cell.best
         label += f"; gap to {best.name.split(',')[0]}" if best else ""
         bars = [0.0 if math.isnan(one) else one for one in e]
         axes.errorbar([100 * one for one in x], y, bars, fmt=marker, capsize=3, label=label)
@@ -100,9 +96,7 @@ def draw(cells: Sequence[Cell], names: Sequence[str], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="of benchmarks/convergence.py")
     parser.add_argument("--out", type=Path, default=Path("docs/images/frontier.png"), help="the picture")
     args = parser.parse_args()

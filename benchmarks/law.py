@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from convergence import BEST, OURS
 
+from curvadion.cli import HelpFormatter
 from curvadion.report.studies import Cell, read_studies
 
 BASE = {"steps": 600, "parameters": 133_440, "replicas": 4, "batch": 16}
@@ -124,9 +125,7 @@ def draw(settings: dict[str, tuple[list[Point], Law]], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("files", type=Path, nargs="+", help="of benchmarks/convergence.py")
     add("--settings", nargs="+", default=[OURS.name], metavar="NAME", help="of the study")

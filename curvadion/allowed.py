@@ -1,6 +1,8 @@
 """What an option may be, and how a rule, a signal, a consensus or a codec declares one of its own."""
 
-from collections.abc import Callable, Collection, Mapping
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +14,13 @@ class Allowed:
     Attributes:
         test: says of a value whether it is allowed; may raise.
         rule: the same in words.
-        hint: what to try.
+        hint: what to try, in words or as a function of the value.
         choices: the names it may have, for an option that is one of a table's keys.
     """
 
     test: Callable[[Any], bool]
     rule: str | Callable[[], str]
-    hint: str
+    hint: str | Callable[[Any], str]
     choices: Collection[Any] | None = None
 
     @property
@@ -68,4 +70,23 @@ def check_options(options: Mapping[str, Any], allowed: Mapping[str, Allowed], wh
 
 
 def _breaks(name: str, may_be: Allowed, value: Any, where: str) -> str:
-    return f"{name} must be {may_be.words}; got {value!r}{where}; {may_be.hint}"
+    hint = may_be.hint if isinstance(may_be.hint, str) else may_be.hint(value)
+    return f"{name} must be {may_be.words}; got {value!r}{where}; {hint}"
+
+
+def nearest(value: Any, choices: Iterable[Any], otherwise: Any) -> Any:
+    """Return the choice that was meant by something that is none: the one of the same word and the nearest
+    number, as outer-4 for outer-3, or the one that is spelled nearly so; otherwise that one."""
+    by_text = {str(choice): choice for choice in choices}
+    word, number = _word_and_number(str(value))
+    alike = {text: n for text in by_text for w, n in [_word_and_number(text)] if w == word and n >= 0}
+    if number >= 0 and alike:
+        return by_text[min(alike, key=lambda text: abs(alike[text] - number))]
+    close = difflib.get_close_matches(str(value).casefold(), by_text, n=1, cutoff=0.55)
+    return by_text[close[0]] if close else otherwise
+
+
+def _word_and_number(text: str) -> tuple[str, int]:
+    """Return a text without the number at its end, and that; -1 where there is none."""
+    found = re.fullmatch(r"(.*?)(\d+)", text)
+    return (found[1], int(found[2])) if found else (text, -1)

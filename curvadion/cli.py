@@ -20,6 +20,15 @@ COMMANDS = {
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that say something; where nothing is the default, an option says itself what happens
+    then."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, "") or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run the subcommand that the arguments name; none: those of the process."""
     arguments = sys.argv[1:] if arguments is None else arguments

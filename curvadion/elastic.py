@@ -100,6 +100,7 @@ class _HandOver:
 
     def note(self) -> dict[str, Any]:
         optimizer = self._optimizer
+        optimizer._cycled.follow(optimizer.param_groups)
         return {
             "groups": [
                 {k: v for k, v in group.items() if k not in ("params", "param_names")}

@@ -34,6 +34,7 @@ from curvadion.sharding.group import Group
 from curvadion.sharding.layout import replicate_group, reshard_gathered_modules
 from curvadion.sharding.lost import leave_word
 from curvadion.signals import SIGNALS
+from curvadion.state.cycled import CycledMomentum
 from curvadion.state.store import averaged
 from curvadion_kernels.reference import Fixed
 
@@ -206,7 +207,7 @@ class CurvaDion(Elastic):
         check_signal(self._gate.signal, self._consensus, o)
         if self._elastic is not None:
             check_elastic(self._gate.signal, self._consensus, o)
-        self._inside = ""
+        self._inside, self._cycled = "", CycledMomentum()
         super().__init__(params, defaults)
         self._build()
         check_taus(self.param_groups, o)
@@ -315,6 +316,7 @@ class CurvaDion(Elastic):
     def _take_in(self, failure: Exception | None) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
         self._trouble.overflow = getattr(self, "found_inf", None)  # torch.amp.GradScaler sets both for step()
+        self._cycled.follow(self.param_groups)
         X = self._built.intake.parameters()
         G, found = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
         if failure is not None:  # gradients are those of half a batch, or of none

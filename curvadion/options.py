@@ -4,7 +4,6 @@ Defaults stand in the constructor's signature and nowhere else, prose in its doc
 the fields of the torchtitan plug-in are generated from the three (scripts/options.py).
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvadion.algebra.iteration import METHODS, POLYNOMIALS
-from curvadion.allowed import Allowed, Option, check_options
+from curvadion.allowed import Allowed, Option, check_options, nearest
 from curvadion.consensus import CODECS, CONSENSUS, Consensus
 from curvadion.gate.schedule import ScheduleOptions
 from curvadion.rules import RULES
@@ -32,7 +31,10 @@ def _one_of(choices: Iterable[Any], hint: Any = None) -> Allowed:
     first = next(iter(choices)) if hint is None else hint
     names = choices if isinstance(choices, Mapping) else tuple(choices)
     return Allowed(
-        lambda v: v in tuple(names), lambda: "one of " + ", ".join(map(repr, names)), f"try {first!r}", names
+        lambda v: v in tuple(names),
+        lambda: "one of " + ", ".join(map(repr, names)),
+        lambda v: f"try {nearest(v, names, first)!r}",
+        names,
     )
 
 
@@ -166,8 +168,8 @@ FOREIGN_OPTIONS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("foreach", "fused"), (None, False, True)),
     **dict.fromkeys(("capturable", "differentiable", "maximize"), (None, False)),
 }
-# Keys that torch, schedulers and host trainers put into groups. `base_momentum` aside, none changes what
-# CurvaDion computes.
+# Keys that torch, schedulers and host trainers put into groups. `base_momentum` aside (see
+# `curvadion.state.cycled`), none changes what CurvaDion computes.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
 FOREIGN_KEYS = {*("params", "param_names", "name"), *FOREIGN_OPTIONS, *SCHEDULED}
 
@@ -471,15 +473,15 @@ def _check_foreign(options: Mapping[str, Any], where: str = "") -> None:
             )
 
 
-def follow_schedulers(groups: Iterable[dict[str, Any]]) -> None:
-    """Let the momentum of matrices follow OneCycleLR and CyclicLR.
-
-    They cycle betas[0] of every group if some group has betas, and leave `base_momentum` behind: that is
-    AdamW's and Lion's; of matrices it is mu.
-    """
-    for group in groups:
-        if "base_momentum" in group and group.get("algorithm") == "dion" and "betas" in group:
-            group["momentum"] = group["betas"][0]
+def check_decay(group: Mapping[str, Any], where: str = "") -> None:
+    """Raise ValueError if a whole group's weight decay, X <- (1 - lr wd) X, would turn X round."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if lr * decay > 1:
+        raise ValueError(
+            "lr * weight_decay must be at most 1, or weights change their sign in each step; got "
+            f"lr={lr:.6g} with weight_decay={decay:.6g} in a parameter group{where}; try a smaller lr, or a "
+            f"weight_decay below 1 / lr = {1 / lr:.3g}"
+        )
 
 
 def check_rule(
@@ -522,5 +524,5 @@ _SYNONYMS = {
 
 def _meant(name: str) -> str:
     known = [*group_options(), *optimizer_options()]
-    close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"a group may set {', '.join(group_options())}"
+    meant = _SYNONYMS.get(name) or nearest(name, known, None)
+    return f"did you mean {meant!r}?" if meant else f"a group may set {', '.join(group_options())}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvadion.options import Options, asks_for_local_steps, check_group, check_rule
+from curvadion.options import Options, asks_for_local_steps, check_decay, check_group, check_rule
 from curvadion.rooms import Rooms
 from curvadion.rules import Step
 from curvadion.sharding.agreement import Agreement
@@ -18,6 +18,8 @@ from curvadion.sharding.layout import reshard_gathered_modules
 from curvadion.sharding.lost import take_word_back
 from curvadion.state.checkpoint import load
 from curvadion.state.common import holding, without_own
+from curvadion.state.cycled import CycledMomentum
+from curvadion.state.loadable import intact
 from curvadion.state.store import copy_into
 from curvadion.state.table import check_parameters
 from curvadion.view import View
@@ -35,6 +37,7 @@ class Stateful(View):
     _options: Options
     _peers: Group | None
     _agreement: Agreement
+    _cycled: CycledMomentum
     _agreed = False  # on whether all ranks can load what they are loading
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -42,15 +45,23 @@ class Stateful(View):
         self._refuse_inside("add_param_group()")
         built = self._rooms is not None
         if built and self._consensus.under_way:
+            elastic = self._peers is not None and self._peers.elastic
             raise RuntimeError(
                 f"with consensus={self._options.consensus!r} a group must be added when nothing is under way "
-                "between replicas; a step was taken since; call opt.synchronize() on every rank first"
+                "between replicas; a step was taken since; "
+                + (
+                    "replicas of an ElasticGroup cannot synchronize(): save inside opt.common_state(), end "
+                    "all of them, start them again, load, and add it before join()"
+                    if elastic
+                    else "call opt.synchronize() on every rank first"
+                )
             )
         if isinstance(param_group, dict):  # torch refuses anything else
             check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_decay(group)
             check_parameters(group)
             check_rule(group, self._options.defaults, self._consensus)
             if built:
@@ -70,6 +81,7 @@ class Stateful(View):
         replicas can go on from. Raises RuntimeError elsewhere if there are several replicas and they may
         differ.
         """
+        self._cycled.follow(self.param_groups)
         if self._inside == COMMON:
             return self._common_state_dict()
         elastic = self._peers is not None and self._peers.elastic
@@ -166,11 +178,7 @@ class Stateful(View):
             calls = self._agree, store.start_right_factors, self._start_afresh
             load(self, store.table, own, super().load_state_dict, state_dict, *calls)
         except Exception:
-            if not store.as_left(self._schedule):
-                self._trouble.broken = (
-                    "a checkpoint that was refused had been read into this optimizer's own state, as "
-                    "torch.distributed.checkpoint reads; load another one before the next step()"
-                )
+            self._refuse_steps(self._spoiled())
             raise
 
     @contextmanager
@@ -190,7 +198,23 @@ class Stateful(View):
     def _agree(self, failure: BaseException | None, steps: int) -> None:
         self._agreed = True
         self._now_in("load_state_dict()")
-        self._agreement.check_loads(self._built.exchange, failure, steps)
+        refusal = self._agreement.refusal(self._built.exchange, failure, steps)
+        if refusal is not None:  # all ranks refuse, and are to go on or not as one
+            self._refuse_steps(self._agreement.on_any(self._built.exchange, self._spoiled()))
+            raise refusal
+
+    def _spoiled(self) -> bool:
+        """Whether the state on this rank is not what a step leaves."""
+        as_counted = self._built.store.counts_as(self._schedule)
+        return not (as_counted and intact(self.__dict__["state"].values()))
+
+    def _refuse_steps(self, spoiled: bool) -> None:
+        if spoiled:
+            self._trouble.broken = (
+                "a checkpoint that was refused had been read into the optimizer's own state, as "
+                "torch.distributed.checkpoint reads, on this rank or another; load another one before the "
+                "next step()"
+            )
 
     @property
     def _built(self) -> Rooms:
@@ -239,6 +263,8 @@ class Stateful(View):
         self._consensus.forget()
         self._gate.forget()
         self._trouble.reset()
+        self._cycled.forget()
+        self._cycled.follow(self.param_groups)
         self._agreement.pending = True
         self._schedule.diverged = self._schedule.forced = self._schedule.wanted = False
 
@@ -253,12 +279,13 @@ class Stateful(View):
                 f"an optimizer must not be copied or pickled inside {COMMON}, where parameters and what they "
                 "are put back to have changed places; leave it first, or save opt.state_dict()"
             )
+        self._cycled.follow(self.param_groups)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._CARRIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_options" in state:  # a copy; torch's load_state_dict comes through here as well
-            self._peers, self._inside = None, ""
+            self._peers, self._inside, self._cycled = None, "", CycledMomentum()
             self._schedule.diverged = self._gate.awaits_answer or self._consensus.under_way
             self._build()
 
@@ -276,6 +303,7 @@ class Stateful(View):
             before=self.__dict__["state"],
             earlier=self._rooms,
         )
+        self._cycled.follow(self.param_groups)
         self._consensus.allocate(rooms.X())
         self._gate.attach(rooms.step(self.param_groups, self._schedule))
         self.__dict__["state"].update(rooms.store.states)

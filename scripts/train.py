@@ -43,6 +43,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import curvadion
 from curvadion import CurvaDion, param_groups_for
+from curvadion.cli import HelpFormatter
 from curvadion.consensus import CODECS, CONSENSUS
 from curvadion.options import OPTIMIZER_OPTIONS
 from curvadion.report.display import Display, hardware
@@ -79,30 +80,31 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument_group("optimizer").add_argument
     optimizer_help = "dion and adamw are the controls: CurvaDion's own code, synchronized every step"
     add("--optimizer", choices=("curvadion", "dion", "adamw"), default="curvadion", help=optimizer_help)
     preset_help = "curvadion's settings; the options below that say so change them"
     add("--preset", choices=PRESETS, default=PRESETS[0], help=preset_help)
-    add("--tau", type=float, help="synchronize when the momentum's relative change exceeds this; none: never")
+    tau_help = "synchronize when the momentum's relative change exceeds this (default: never)"
+    add("--tau", type=float, help=tau_help)
     add("--target-sync-rate", type=float, help="steer tau so that this share of the steps is synchronized")
-    local_help = "what a matrix does on a local step; gradient is the paper's text; none: the preset's"
+    local_help = "what a matrix does on a local step; gradient is the paper's text (default: the preset's)"
     add("--local-update", choices=tuple(RULES), help=local_help)
-    consensus_help = "how replicas become equal again; none: outer, as the preset has it"
+    consensus_help = "how replicas become equal again (default: outer, as the preset has it)"
     add("--consensus", choices=tuple(CONSENSUS), help=consensus_help)
-    add("--outer-lr", type=float, help="learning rate of --consensus outer; none: the preset's")
-    momentum_help = "Nesterov momentum of --consensus outer; none: the preset's"
+    add("--outer-lr", type=float, help="learning rate of --consensus outer (default: the preset's)")
+    momentum_help = "Nesterov momentum of --consensus outer (default: the preset's)"
     add("--outer-momentum", type=float, help=momentum_help)
-    bits_help = "bits per parameter of --consensus outer; none: the preset's"
+    bits_help = "bits per parameter of --consensus outer (default: the preset's)"
     add("--outer-bits", type=codec_name, choices=tuple(CODECS), help=bits_help)
     delay_help = (
-        "steps for which a synchronization of --consensus outer is under way; none: 0, which waits for it"
+        "steps for which a synchronization of --consensus outer is under way (default: 0, which waits for it)"
     )
     add("--outer-delay", type=int, help=delay_help)
-    kept_help = "share of its rounding residual that a replica keeps in its parameters; none: the preset's"
+    kept_help = (
+        "share of its rounding residual that a replica keeps in its parameters (default: the preset's)"
+    )
     add("--outer-residual-kept", type=float, help=kept_help)
     add(
         "--local-lr-scale",
@@ -117,16 +119,18 @@ def parse_args() -> argparse.Namespace:
         help="rank of the update relative to the matrix's shorter side",
     )
     add("--warmup-steps", type=int, default=0, help="first steps, all of them synchronized")
-    most_help = "synchronize after this many local steps in a row; none: the preset's, no bound with --tau"
+    most_help = (
+        "synchronize after this many local steps in a row (default: the preset's, no bound with --tau)"
+    )
     add("--max-local-steps", type=int, help=most_help)
-    every_help = "ask the gate on every n-th step; none: where --max-local-steps says so, 1 with --tau"
+    every_help = "ask the gate on every n-th step (default: where --max-local-steps says so, 1 with --tau)"
     add("--gate-every", type=int, help=every_help)
     lag_help = "1: local steps do not wait for the gate's answer, the next one reads it"
     add("--gate-lag", type=int, default=0, choices=OPTIMIZER_OPTIONS["gate_lag"].choices, help=lag_help)
     add("--lr", type=float, default=0.02, help="peak learning rate of matrices")
     add("--adamw-lr", type=float, default=6e-3, help="peak learning rate of embedding, head and norms")
-    add("--momentum", type=float, help="mu; none: the preset's")
-    nesterov_help = "G + mu m for m, with --local-update muon or normuon; none: the preset's"
+    add("--momentum", type=float, help="mu (default: the preset's)")
+    nesterov_help = "G + mu m for m, with --local-update muon or normuon (default: the preset's)"
     add("--nesterov", action=argparse.BooleanOptionalAction, help=nesterov_help)
     add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
 
@@ -134,9 +138,8 @@ def parse_args() -> argparse.Namespace:
     add("--dim", type=int, default=160, help="width of the model")
     add("--layers", type=int, default=4, help="number of blocks")
     add("--heads", type=int, default=5, help="attention heads")
-    add(
-        "--text", type=Path, help="file or folder to train on; none: the Python standard library's own source"
-    )
+    text_help = "file or folder to train on (default: the Python standard library's own source)"
+    add("--text", type=Path, help=text_help)
     add("--max-text", type=int, default=8_000_000, help="bytes of it that are read at most, evenly spread")
     add("--seq", type=int, default=128, help="bytes in a sequence")
     add("--batch", type=int, default=8, help="sequences on each rank in each step")
@@ -145,7 +148,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, default=300, help="length of the run and of its learning rate schedule")
     add("--seed", type=int, default=0, help="fixes initial weights and batches")
     replicas_help = (
-        "copies of the model; none: one a machine, on a single one 2, or a process each if these are odd"
+        "copies of the model (default: one a machine, on a single one 2, or a process each if these are odd)"
     )
     add("--replicas", type=int, help=replicas_help)
     add(
@@ -161,7 +164,7 @@ def parse_args() -> argparse.Namespace:
         default=10,
         help="steps between lines with the RMMC of every matrix; 0: none",
     )
-    add("--out", type=Path, help="folder for the run's files; none: runs/ and the optimizer's name")
+    add("--out", type=Path, help="folder for the run's files (default: runs/ and the optimizer's name)")
     add("--checkpoint", type=Path, help="folder to save to, at the end and every --checkpoint-every steps")
     add("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
     async_help = (

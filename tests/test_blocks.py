@@ -287,6 +287,83 @@ def test_blocks_are_matrices_of_their_own_on_every_layout(layout: str) -> None:
     assert not lines, f"{len(lines)} differences from the reference:\n" + "\n".join(lines[:40])
 
 
+# Fewer experts than ranks, so that some ranks have none: who has some must decide as they do. In each, the
+# experts come first: mesh, and (shape, placements, options) of each group.
+POLAR: dict[str, Any] = {"newton_schulz": "polar_express"}
+SOME_HAVE_NONE: dict[
+    str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[Placement, ...], Any]]]
+] = {
+    "how many matrices there are": (  # so that it pays to have owners
+        (4,),
+        [
+            ((2, 7, 1), (Shard(0),), {"batch_dims": 1}),
+            ((4, 8), (Shard(0),), IN_OUT),
+            ((12, 6), (Shard(0),), IN_OUT),
+        ],
+    ),
+    "which iteration comes first": (
+        (4,),
+        [
+            ((2, 6, 8), (Shard(0),), {"batch_dims": 1, **POLAR}),
+            ((8, 6), (Shard(0),), {}),
+            ((6, 12), (Shard(1),), POLAR),
+        ],
+    ),
+    "whether sums must be the same elsewhere": (
+        (3, 2),
+        [
+            ((2, 6, 8), (Shard(0), Replicate()), {"batch_dims": 1}),
+            ((9, 6), (Shard(0), Shard(1)), {}),
+            ((12, 6), (Shard(0), Shard(1)), {}),
+        ],
+    ),
+}
+
+
+def train_experts(name: str, options: Mapping[str, Any], *, sharded: bool) -> list[Tensor]:
+    """Return the whole parameters after some steps, local and synchronized ones."""
+    sizes, parameters = SOME_HAVE_NONE[name]
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=tuple("ab")[: len(sizes)]) if sharded else None
+    draw = torch.Generator().manual_seed(0)
+    params, groups = list[nn.Parameter](), list[dict[str, Any]]()
+
+    def placed(value: Tensor, placements: tuple[Placement, ...]) -> Tensor:
+        return value if mesh is None else distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+    for k, (shape, placements, own) in enumerate(parameters):
+        value = torch.randn(shape, generator=draw, dtype=torch.float64)
+        params.append(nn.Parameter(placed(value, placements)))
+        if options["local_update"] == "dion":
+            own = {key: value for key, value in own.items() if key not in POLAR}
+        groups.append({"params": [(f"w{k}", params[-1])], **own})
+    opt = CurvaDion(
+        groups, lr=0.05, tau=math.inf, max_local_steps=1, right_factor="qr", rank_fraction=0.5, **options
+    )
+    for _ in range(4):
+        for p, (shape, placements, _) in zip(params, parameters, strict=True):
+            p.grad = placed(torch.randn(shape, generator=draw, dtype=torch.float64), placements)
+        opt.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
+
+
+@pytest.mark.parametrize("orthogonalization", ["cholesky_qr", "qr"])
+@pytest.mark.parametrize("owners", ["auto", "always", "never"])
+@pytest.mark.parametrize("name", SOME_HAVE_NONE)
+def test_ranks_without_experts_call_what_the_others_call(
+    name: str, owners: str, orthogonalization: str
+) -> None:
+    rules = ("dion", "muon", "normuon", "dion2")
+    options = [{"local_update": r, "owners": owners, "orthogonalization": orthogonalization} for r in rules]
+
+    def worker() -> list[list[Tensor]]:
+        return [train_experts(name, some, sharded=True) for some in options]
+
+    for told in run_ranks(math.prod(SOME_HAVE_NONE[name][0]), worker):
+        for some, found in zip(options, told, strict=True):
+            for mine, theirs in zip(found, train_experts(name, some, sharded=False), strict=True):
+                torch.testing.assert_close(mine.detach(), theirs, rtol=1e-8, atol=1e-10)
+
+
 # ---- state
 
 

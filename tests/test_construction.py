@@ -14,7 +14,7 @@ from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from curvadion import (
     LOW_COMMUNICATION,
@@ -88,6 +88,34 @@ def test_a_number_out_of_range_in_a_group(option: str, value: Any) -> None:
         opt.add_param_group({"params": [matrix()], option: value})
 
 
+@pytest.mark.parametrize("algorithm", ["dion", "adamw", "lion"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_weight_decay_must_not_change_the_sign_of_weights(tensor: bool, algorithm: str) -> None:
+    def lr(value: float) -> Any:
+        return torch.tensor(value) if tensor else value
+
+    def group(**options: Any) -> dict[str, Any]:
+        return {"params": [matrix()], "algorithm": algorithm, **options}
+
+    words = "lr * weight_decay must be at most 1", "2.5", "1 / lr = 0.4"
+    fails(ValueError, *words, params=[group()], lr=lr(2.5), weight_decay=0.5)
+    fails(ValueError, *words, params=[group(lr=lr(2.5))], weight_decay=0.5)
+    fails(ValueError, *words, params=[group(weight_decay=0.5)], lr=lr(2.5))
+    opt = CurvaDion([group(lr=lr(2.0))], weight_decay=0.5)  # all of it
+    with pytest.raises(ValueError, match=r"lr \* weight_decay"):
+        opt.add_param_group(group(lr=lr(2.5)))
+    CurvaDion([group(weight_decay=0.0)], lr=lr(2.5), weight_decay=0.5)  # what no group has, hurts none
+    (p,), before = opt.param_groups[0]["params"], matrix()
+    p.grad = torch.zeros_like(p)
+    opt.step()
+    assert torch.equal(p, torch.zeros_like(before))
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 2.0)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay .* got lr=4 "):
+        opt.step()
+    assert torch.equal(p, torch.zeros_like(before))
+
+
 CHOICES = {
     "local_update": ("gradient", "dion"),
     "consensus": ("average", "none"),
@@ -106,6 +134,31 @@ def test_an_unknown_choice_lists_the_known_ones(option: str) -> None:
         )
     for choice in CHOICES[option]:
         CurvaDion([matrix()], **{option: choice})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "nearest"),
+    [
+        ("local_update", "normoun", "normuon"),
+        ("local_update", "dion3", "dion2"),
+        ("local_update", "sgd", "gradient"),  # nothing is near, so the first one
+        ("consensus", "averaged", "average"),
+        ("gate", "rmcc", "rmmc"),
+        ("gate", "Drift", "drift"),
+        ("outer_bits", 3, 4),
+        ("outer_bits", 7, 8),
+        ("outer_bits", 64, 32),
+        ("outer_bits", "2", 2),
+        ("outer_bits", "ternary", 4),
+        ("on_nonfinite", "skipping", "skip"),
+        ("owners", "allways", "always"),
+        ("newton_schulz", "polar", "polar_express"),
+        ("right_factor", "column_normalize", "column_norm"),
+        ("kernels", "tritons", "triton"),
+    ],
+)
+def test_an_unknown_choice_is_told_the_nearest(option: str, value: Any, nearest: Any) -> None:
+    assert fails(ValueError, option, **{option: value}).endswith(f"try {nearest!r}")
 
 
 @pytest.mark.parametrize("option", ["gate", "local_update", "consensus", "outer_bits", "kernels"])
@@ -254,6 +307,76 @@ def test_no_parameters_and_duplicates_are_torch_errors() -> None:
     same = matrix()
     with pytest.raises(ValueError, match="group"):
         CurvaDion([{"params": [same]}, {"params": [same]}])
+
+
+def halves(dim: int, overlap: int = 0) -> list[torch.Tensor]:
+    """Two parts of one block of memory, with so many rows or columns in common."""
+    whole = torch.linspace(-1, 1, 48).view(6, 8)
+    half = whole.shape[dim] // 2
+    return [whole.narrow(dim, 0, half + overlap), whole.narrow(dim, half, half)]
+
+
+SHARED = {
+    "the same": lambda: [torch.ones(6, 4)] * 2,
+    "a transpose": lambda: [(whole := torch.ones(6, 4)), whole.T],
+    "a row": lambda: halves(0, overlap=1),
+    "a column": lambda: halves(1, overlap=1),
+    "bytes": lambda: [(whole := torch.ones(6, 4)), whole.view(torch.bfloat16)[:, :2]],
+}
+APART = {
+    "rows": lambda: halves(0),
+    "columns": lambda: halves(1),
+    "nothing": lambda: [(whole := torch.ones(6, 4)), whole[:0].flatten()],
+    "meta": lambda: [torch.ones(6, 4, device="meta")] * 2,
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("what", SHARED)
+def test_two_parameters_of_the_same_memory_are_refused(what: str, groups: int) -> None:
+    """Both would be moved: a head that was tied by its data, not by the parameter."""
+    named = [(name, nn.Parameter(x)) for name, x in zip("ab", SHARED[what](), strict=True)]
+    parts = [named] if groups == 1 else [[one] for one in named]
+    params = [{"params": part, "algorithm": "adamw"} for part in parts]
+    fails(ValueError, "memory of its own", "'b'", "'a'", "tie them", params=params)
+    named[1][1].requires_grad_(False)  # moves with the other, and by nothing else
+    CurvaDion(params)
+    named[1][1].requires_grad_(True)
+    opt = CurvaDion([{"params": [named[0]]}])
+    with pytest.raises(ValueError, match="memory of its own"):
+        opt.add_param_group({"params": [named[1]], "algorithm": "adamw"})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("what", APART)
+def test_parts_of_one_block_of_memory_are_parameters(what: str) -> None:
+    results = []
+    for separate in (False, True):
+        params = [nn.Parameter(x.clone() if separate else x) for x in APART[what]()]
+        opt = CurvaDion([{"params": [p], "algorithm": "dion" if p.ndim > 1 else "adamw"} for p in params])
+        for step in range(3 if what != "meta" else 0):
+            for p in params:
+                p.grad = torch.sin(step + torch.arange(1.0, 1 + p.numel())).view(p.shape)
+            opt.step()
+        results.append([p.detach() for p in params])
+    assert all(a.is_meta or torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_shards_of_the_same_memory_are_refused_too() -> None:
+    def worker() -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (2,))
+        model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(4, 8, bias=False))
+        fully_shard(model, mesh=mesh)
+        one, other = model.parameters()
+        same = nn.Parameter(DTensor.from_local(local(one).detach(), mesh, one.placements))
+        return {
+            "apart": outcome(lambda: CurvaDion([one, other])),
+            "shared": outcome(lambda: CurvaDion([one, other, same])),
+        }
+
+    for seen in run_ranks(2, worker):
+        assert seen["apart"][0] == "ok"
+        assert seen["shared"][0] == "ValueError" and "memory of its own" in seen["shared"][1]
 
 
 @pytest.mark.parametrize("form", ["iterator", "list", "groups", "named", "named-groups"])

@@ -298,6 +298,13 @@ def refused(address: str, name: str) -> list[str]:
     joined = build(**LOW_COMMUNICATION)
     joined.join()
     joined.step()
+    new = {"params": [("new", torch.nn.Parameter(torch.ones(4, 4)))]}
+    collect(partial(joined.add_param_group, new))
+    with joined.common_state():
+        saved = copy.deepcopy(joined.state_dict())
+    resumed = CurvaDion([("weight", torch.nn.Parameter(model.weight.detach().clone()))], **LOW_COMMUNICATION)
+    resumed.load_state_dict(saved)
+    resumed.add_param_group(new)  # as the message says
     model.weight.requires_grad_(False)
     collect(joined.step)
     collect(CurvaDion(list(model.named_parameters())).join)
@@ -316,6 +323,7 @@ def test_what_cannot_be_done_again_by_those_that_are_left_is_refused() -> None:
         "call opt.join() once",
         "synchronize() needs all replicas",
         "broadcast_parameters() needs all replicas",
+        "start them again, load, and add it before join()",
         "the replicas of an ElasticGroup cannot follow a change of requires_grad",
         "pass replicate_mesh=ElasticGroup(...)",
         "letters, digits",

@@ -3,8 +3,10 @@ here."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -552,6 +554,59 @@ def test_schedulers_that_cycle_momentum_cycle_that_of_matrices_too(scheduler: st
     assert all(
         torch.equal(a, b) for a, b in zip(cycled.params.values(), by_hand.params.values(), strict=True)
     )
+
+
+def by_pickle(opt: CurvaDion) -> CurvaDion:
+    return pickle.loads(pickle.dumps(opt))
+
+
+def by_checkpoint(opt: CurvaDion) -> CurvaDion:
+    other = CurvaDion(Toy().groups())
+    SCHEDULERS["cyclic"](other)  # as the program that saved it made one
+    other.load_state_dict(opt.state_dict())
+    return other
+
+
+CARRIED: dict[str, Callable[[CurvaDion], CurvaDion]] = {
+    "same": lambda opt: opt,
+    "copy": copy.deepcopy,
+    "pickle": by_pickle,
+    "checkpoint": by_checkpoint,
+}
+MU = 0.8
+# What a user writes into the group of matrices after the scheduler's step.
+BY_HAND: dict[str, Callable[[int], float | None]] = {
+    "never": lambda step: None,
+    "always": lambda step: MU,
+    "once": lambda step: MU if step == 3 else None,
+    "at_the_end": lambda step: MU if step == 7 else None,
+    "grows": lambda step: 0.5 + 0.01 * step,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")
+@pytest.mark.parametrize("carried", CARRIED)
+@pytest.mark.parametrize("by_hand", BY_HAND)
+@pytest.mark.parametrize("scheduler", ["one_cycle", "cyclic"])
+def test_momentum_is_what_was_written_last(scheduler: str, by_hand: str, carried: str) -> None:
+    """By the scheduler, which ends after a few steps, or by the user; whoever takes the optimizer on."""
+    toy = Toy()
+    opt = CurvaDion(toy.groups())
+    schedule = SCHEDULERS[scheduler](opt)
+    expected = opt.param_groups[0]["betas"][0]
+    for step in range(12):
+        written = BY_HAND[by_hand](step)
+        if written is not None:
+            opt.param_groups[0]["momentum"] = expected = written
+        opt = schedule.optimizer = CARRIED[carried](opt)
+        for p in (p for group in opt.param_groups for p in group["params"]):
+            p.grad = torch.full_like(p, 1e-3)
+        opt.step()
+        assert [group["momentum"] for group in opt.param_groups if group["algorithm"] == "dion"] == [expected]
+        if step < 6:
+            schedule.step()
+            expected = opt.param_groups[0]["betas"][0]
+        opt = schedule.optimizer = CARRIED[carried](opt)
 
 
 # ---- freezing

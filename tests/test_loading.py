@@ -100,6 +100,10 @@ def twist(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]],
 SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "NaN in a momentum": (fill(0, "momentum", math.nan), "momentum of 'a'"),
     "infinity in a momentum": (fill(1, "momentum", math.inf), "momentum of 'b'"),
+    "a momentum whose norm overflows": (fill(0, "momentum", 1e25), "finite norm in float32"),
+    "a momentum that overflows in all": (put(1, "momentum", torch.full((8, 8), 1e19)), "finite norm"),
+    "a Q that is no Q": (fill(0, "Q", 1e38), "columns of norm 1"),
+    "a Q of twos": (put(1, "Q", torch.full((8, 2), 2.0)), "columns of norm 1"),
     "NaN in Q": (fill(0, "Q", math.nan), "Q of 'a'"),
     "NaN in a first moment": (fill(2, "exp_avg", math.nan), "exp_avg of 'n'"),
     "infinity in a second moment": (fill(2, "exp_avg_sq", math.inf), "exp_avg_sq of 'n'"),
@@ -151,6 +155,7 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a negative norm": (fill(0, "last_norm", -7.0), "none negative"),
     "more local steps than steps": (fill(2, "local_steps", 5.0), "no more local"),
     "more synchronized steps than steps": (fill(0, "synchronized_steps", 5.0), "no more local"),
+    "a decay of more than there is": (option("lr", 101.0), r"lr \* weight_decay must be"),
     "a learning rate that is true": (option("lr", True), "lr must be"),
     "a learning rate of two": (option("lr", torch.ones(2)), "lr must be"),
     "a NaN where a schedule began": (option("initial_lr", math.nan), "initial_lr must be"),
@@ -252,6 +257,37 @@ def test_one_rank_that_refuses_a_checkpoint_keeps_all_from_loading(tmp_path: Pat
         for what, unchanged, kind, message in refused:
             assert (unchanged, kind) == (True, "ValueError"), f"{what}: {message}"
             assert "checkpoint" in message or "file" in message, message
+
+
+OVERFLOWS = {"one rank": 1e25, "all together": 0.9 * math.sqrt(torch.finfo(torch.float32).max / 64)}
+
+
+@pytest.mark.parametrize("where", OVERFLOWS)
+def test_a_momentum_whose_norm_overflows_over_the_shards_is_refused_on_all_ranks(where: str) -> None:
+    """One rank's part overflows, or that of none does, but their sum. It loaded, and the next step raised."""
+
+    def worker() -> list[tuple[str, str]]:
+        replicate, mesh = grid(2, 2)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate)
+        good = opt.state_dict()
+        momentum = local(next(v["momentum"] for v in good["state"].values() if "momentum" in v))
+        before = momentum.clone()
+        if where == "all together":
+            momentum.fill_(OVERFLOWS[where] * math.sqrt(64 / momentum.numel()))
+        elif dist.get_rank() == 3:
+            momentum.view(-1)[0] = OVERFLOWS[where]
+        told = [outcome(lambda: opt.load_state_dict(good))]
+        told.append(outcome(opt.step))  # state_dict() had its own memory, which is spoiled now
+        momentum.copy_(before)
+        told.append(outcome(lambda: opt.load_state_dict(good)))
+        toy.set_gradients(0, replicate.get_local_rank())
+        return [*told, outcome(opt.step)]
+
+    for told in run_ranks(4, worker):
+        kinds, messages = zip(*told, strict=True)
+        assert kinds == ("ValueError", "RuntimeError", "ok", "ok"), messages
+        assert "checkpoint" in messages[0] and "load another one" in messages[1]
 
 
 def test_options_in_tensors_are_loaded_as_numbers() -> None:

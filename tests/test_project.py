@@ -336,8 +336,10 @@ def test_a_picture_without_a_baseline() -> None:
     [
         ("--replicas 1", "replicas must be >= 2.*got 1; try 2"),
         ("--shards 0", "--shards must be >= 1; got 0"),
-        ("--local-update dion2", "--local-update must be one of gradient, .*; got dion2; try muon"),
-        ("--payload outer-3", "a payload must be one of average, .*outer-1; got 'outer-3'"),
+        ("--local-update dion2", "--local-update must be one of gradient, .*; got dion2; try dion"),
+        ("--local-update sgd", "--local-update must be one of gradient, .*; got sgd; try muon"),
+        ("--payload outer-3", "a payload must be one of average, .*outer-1; got 'outer-3'; try 'outer-4'"),
+        ("--payload low_rank", "a payload must be one of .* got 'low_rank'; try 'low-rank'"),
         ("--interval 0.5", r"--interval must be finite and >= 1.*got 0.5"),
         ("--rate 0", r"--rate in \(0, 1\]"),
         ("--rate 2", r"--rate in \(0, 1\].*got 2"),
@@ -359,7 +361,7 @@ def test_errors_name_the_rule(arguments: str, message: str) -> None:
 
 
 def test_an_unknown_payload() -> None:
-    with pytest.raises(ValueError, match="a payload must be one of average, .* got 'bytes'; try 'average'"):
+    with pytest.raises(ValueError, match="a payload must be one of average, .* got 'bytes'; try 'outer-1'"):
         payload(TINY, "bytes")
 
 

@@ -407,6 +407,20 @@ def test_gaps_are_paired_by_seed():
     ]
 
 
+def test_the_mean_of_several_models_is_no_baseline() -> None:
+    """Others are compared with one that could be deployed as it was trained; it is shown beside them."""
+    mean = {"averaged": 8}
+    records = [study_run("plain", 0, 1.6, baseline=True), study_run("ours", 0, 1.7, wire=1e6)]
+    records += [study_run("mean of 8", seed, 1.5, baseline=True, options=mean) for seed in (0, 1)]
+    (cell,) = aggregate(records)
+    assert cell.best is not None and cell.best.name == "plain" and list(cell.baselines) == ["plain"]
+    assert {row[0]: row[3] for row in study_table([cell]).rows} == {
+        "plain": "best baseline",
+        "mean of 8": "-0.1000",
+        "ours": "+0.1000",
+    }
+
+
 def test_what_changes_alone_is_compared_over_common_seeds() -> None:
     def run(name: str, seed: int, loss: float, options: dict, **other: object) -> dict:
         return study_run(name, seed, loss, options=options, **other)

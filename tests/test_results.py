@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("rich", reason="the study shows its progress with rich: install the [report] extra")
 
-from frontier import baseline
 
 from curvadion.report.studies import Cell, Setting, Spread, read_studies
 
@@ -120,7 +119,7 @@ STUDENT = {2: 12.706, 3: 4.303}  # two-sided 95 % quantiles for so many seeds
 def test_the_final_table_says_what_was_measured() -> None:
     found = read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
     [cell] = [c for c in found if c.held_out]
-    best = baseline(cell)
+    best = cell.best
     rows = (ROOT / "docs" / "results.md").read_text().split(f"{FINAL}\n")[1].split("\n\n")[0].splitlines()[1:]
     assert best is not None and len(rows) == len(cell.settings) > 5
     for row in rows:

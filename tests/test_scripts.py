@@ -4,6 +4,7 @@ import ast
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,26 @@ def test_a_script_answers_before_it_installs_anything(name: str, flag: str, tmp_
     assert done.returncode == 0, done.stderr
     assert f"scripts/{name}" in done.stdout and "#!" not in done.stdout and "set -" not in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"scripts"}
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("scripts/train.py", ["mu (default: the preset's)", "(default: 0.02)"]),
+        (
+            "benchmarks/convergence.py",
+            ["library's own source) --", "(default: 64)"],
+        ),
+    ],
+)
+def test_help_says_no_default_where_there_is_none(program: str, said: list[str]) -> None:
+    """But what happens then."""
+    words = [sys.executable, str(ROOT / program), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    told = " ".join(done.stdout.split())
+    assert "default: None" not in told and "default: )" not in told and "default: False" not in told
+    assert "none: " not in told
+    assert all(part in told for part in said)
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from curvadion.algebra.iteration import Iteration
+from curvadion.allowed import nearest
 from curvadion.projection.formulas import (
     FORMULA,
     GATE_BYTES,
@@ -233,7 +234,7 @@ def check(args: argparse.Namespace, sizes: Sequence[int], interval: float) -> No
             args.local_update in KNOWN_RULES,
             f"--local-update must be one of {', '.join(KNOWN_RULES)}, whose work is known",
             args.local_update,
-            "muon",
+            nearest(args.local_update, KNOWN_RULES, "muon"),
         ),
         (args.rank_multiple_of >= 1, "--rank-multiple-of must be >= 1", args.rank_multiple_of, "1"),
         (args.block is None or args.block >= 1, "--block must be >= 1", args.block, "128"),

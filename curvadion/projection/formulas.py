@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from curvadion.algebra.sizes import rank_of
+from curvadion.allowed import nearest
 from curvadion.formats import BLOCK, OUTER_BITS, bits_per_value
 from curvadion.projection.nominal import OUTER, WHOLE_PAYLOADS, Model
 from curvadion.sharding.ledger import WIRE
@@ -82,8 +83,8 @@ def payload(
     """
     if what not in PAYLOADS:
         raise ValueError(
-            f"a payload must be one of {', '.join(PAYLOADS)}; got {what!r}; "
-            "try 'average', the optimizer's default consensus"
+            f"a payload must be one of {', '.join(PAYLOADS)}; got {what!r}; try "
+            f"{nearest(what, PAYLOADS, 'outer-1')!r}"
         )
     if what == "dense":
         return {"gradients": Sent(2 * model.parameters)}

@@ -162,6 +162,12 @@ def is_valid(run: Record) -> bool:
     return bool(run.get("valid", True)) and math.isfinite(number(run["loss"]))
 
 
+def is_baseline(run: Record) -> bool:
+    """Say whether others may be compared with a run: it was synchronized in every step, and its loss is that
+    of its own last model, not of the mean of several."""
+    return bool(run.get("baseline")) and not run.get("options", {}).get("averaged")
+
+
 def aggregate(records: Iterable[Record]) -> list[Cell]:
     """Sort runs into cells and settings. Of runs with the same seed the last one counts; invalid ones are
     only counted."""
@@ -180,7 +186,7 @@ def aggregate(records: Iterable[Record]) -> list[Cell]:
         cell = Cell(*key)
         for name, by_seed in settings.items():
             runs = tuple(run for _, run in sorted(by_seed.items()) if is_valid(run))
-            baseline = any(run.get("baseline") for run in runs)
+            baseline = any(map(is_baseline, runs))
             cell.settings.append(
                 Setting(name, order[cell.study][name], baseline, runs, len(by_seed) - len(runs))
             )

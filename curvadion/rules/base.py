@@ -102,7 +102,7 @@ class Step:
     def side(self, batches: Sequence[Batch], dims: Sequence[int], *, synchronized: bool = False) -> Side:
         """Say how the rows of a factor, which run along dimension dims[k] of the matrices of batch k, are
         spread; synchronized, sums must be the same in all replicas, bit for bit."""
-        alike = (synchronized and self.exchange.replicas > 1) or any(b.layout.copied for b in batches)
+        alike = (synchronized and self.exchange.replicas > 1) or self._copied(batches)
         axes = [b.layout.sharded[dim] for b, dim in zip(batches, dims, strict=True)]
 
         def gather(factors: Tensors) -> Tensors:
@@ -120,6 +120,12 @@ class Step:
                 b.layout.take(f, d, 1) for f, b, d in zip(factors, batches, dims, strict=True)
             ],
         )
+
+    def _copied(self, batches: Sequence[Batch]) -> bool:
+        """Say whether some of these matrices are the same on several ranks, or experts anywhere: not all
+        ranks have some of those, and all are to say the same."""
+        here = any(b.layout.copied for b in batches if not b.layout.apart)
+        return here or self.table.some_copied_apart
 
     def rows(self, batches: Sequence[Batch], *, synchronized: bool = False) -> Side:
         """Say how the long sides of the matrices are spread."""
@@ -149,16 +155,18 @@ class Step:
         copied, dtype = [b.layout.copied for b in batches], self.payload_dtype
 
         def total(factors: Tensors) -> tuple[Tensors, Tensors]:
-            if synchronized:
+            each = len(factors) // len(batches)
+            if synchronized and self.exchange.replicas > 1:
                 return self.exchange.mean_over_replicas(
                     factors,
-                    [*partial] * (len(factors) // len(batches)),
-                    [*copied] * (len(factors) // len(batches)),
+                    [*partial] * each,
+                    [*copied] * each,
                     "factors",
                     payload_dtype=dtype,
                     keep_own=keep_own,
                 )
-            own = self.exchange.sum_over_shards(factors, partial, "factors", alike=any(copied))
+            alike = self._copied(batches)
+            own = self.exchange.sum_over_shards(factors, [*partial] * each, "factors", alike=alike)
             return own, own
 
         def reduce(factors: Tensors) -> tuple[Tensors, Tensors]:

@@ -31,7 +31,8 @@ class Dion(Rule):
 def dion_step(step: Step, batches: Sequence[Batch], *, synchronized: bool) -> None:
     """Do what `Dion` says on this replica alone; synchronized, with E_i[P], E_i[R] and lr in place of
     lr_local."""
-    means, total = synchronized and step.exchange.replicas > 1, sum(len(b.members) for b in batches)
+    means = synchronized and step.exchange.replicas > 1
+    total = sum(len(b.members) for b in batches if not b.layout.apart)  # the same on all ranks
     owned = [b for b in batches if not means and has_owner(step, b, total)]
     for b, f in factors_by_owners(step, owned) if owned else ():
         _move(step, b, f, synchronized=synchronized)

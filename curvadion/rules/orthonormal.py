@@ -72,7 +72,9 @@ def orthonormalized(
         plan, lambda stack: matrices(replace(stack, index=owned[stack.index])), at_home
     ):
         yield [(replace(stack, index=owned[stack.index]), direction) for stack, direction in arrived]
-    for how, members in alike.items():
+    # In an order of their own: ranks without some experts lack an iteration, or have another one first.
+    for how in sorted(alike, key=repr):
+        members = alike[how]
         stacks = [Stack(i, 0, len(batches[i].members)) for i in members]
         yield list(zip(stacks, _together(step, how, batches, stacks, matrices, slices), strict=True))
 

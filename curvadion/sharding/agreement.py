@@ -149,9 +149,9 @@ class Agreement:
                 " and others" if len(lacking) > 5 else "",
             )
 
-    def check_loads(self, exchange: Exchange, failure: BaseException | None, steps: int) -> None:
-        """Raise on every rank if one of them cannot load its checkpoint, or does something else, or they are
-        not of one step; a collective.
+    def refusal(self, exchange: Exchange, failure: BaseException | None, steps: int) -> BaseException | None:
+        """Return on every rank what to raise if one of them cannot load its checkpoint, or they are not of
+        one step; a collective. Raises if another rank does something else.
 
         Args:
             failure: what is wrong with that of this rank.
@@ -163,17 +163,24 @@ class Agreement:
             raise failure or error from None
         different = exchange.agree(LOADS + (0 if failure else steps), 2 if failure else 1, 0)
         if failure is not None:
-            raise failure
+            return failure
         if "config" in different:
-            raise ValueError(
+            return ValueError(
                 f"a checkpoint must be loaded by all ranks or by none; {ANOTHER}, or is at something else; "
                 "its own error says which; nothing has changed here either"
             )
         if "step" in different:
-            raise ValueError(
+            return ValueError(
                 f"all ranks must load the same checkpoint; this one's counts {steps} steps, another's "
                 "another number; nothing has changed; load the files of one save"
             )
+        return None
+
+    def on_any(self, exchange: Exchange, here: bool) -> bool:
+        """Say on every rank whether something is so on one of them; a collective of a load that all
+        refuse."""
+        differs = "config" in exchange.agree(LOADS, 2 if here else 1, 0)
+        return here or differs
 
     def _announce(self, exchange: Exchange) -> None:
         """Begin together: ranks of a replica in the store, replicas by a key, which may meet one of a step.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvadion.algebra.sizes import rank_of
 from curvadion.allowed import check_options
-from curvadion.options import GROUP_OPTIONS, follow_schedulers
+from curvadion.options import GROUP_OPTIONS, check_decay
 from curvadion.rules import RULES
 from curvadion.sharding.blocks import cut_by
 from curvadion.sharding.exchange import Exchange
@@ -75,7 +75,6 @@ class Intake:
         """
         failure: Exception | None = None
         try:
-            follow_schedulers(groups)
             self._check_groups(groups)
         except Exception as error:
             failure = error
@@ -175,6 +174,7 @@ class Intake:
         for group, cut, algorithm in zip(groups, self._table.cut_by, self._algorithms, strict=True):
             _check_there(group, GROUP_OPTIONS)
             check_options(group, GROUP_OPTIONS, " in a parameter group")
+            check_decay(group)
             if group["algorithm"] != algorithm:
                 raise ValueError(
                     "the algorithm of a group must stay as it was at construction, for its state is of that: "

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from curvadion.algebra.sizes import rank_of
-from curvadion.options import check_group
+from curvadion.options import check_decay, check_group
 from curvadion.rules import RULES
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import local_tensor
@@ -20,6 +20,7 @@ from curvadion_kernels.reference import NO_NORM
 NOT_NEGATIVE = ("exp_avg_sq", "second_moment", "step", "local_steps", "synchronized_steps")
 COUNTERS = ("step", "local_steps", "synchronized_steps")
 MOST_STEPS = 1 << 24  # above it float32 does not count on
+LARGEST_OF_Q = 1.01  # in a column of norm 1, rounded
 
 
 def check_form(state_dict: Any) -> None:
@@ -73,6 +74,7 @@ def check_groups(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Map
         )
     for group, saved in zip(groups, saved_groups, strict=True):
         check_group(saved, " of the checkpoint")
+        check_decay({**group, **saved}, " of the checkpoint")
         for key in ("algorithm", "local_update", "weight_layout", "batch_dims", "splits", "split_along"):
             if _plain(saved.get(key, group[key])) != _plain(group[key]):
                 raise ValueError(
@@ -161,21 +163,52 @@ def check_value(name: str, key: str, value: Any, own: Tensor) -> None:
             f"a file of one rank's shards loads where it was saved, on the same mesh; {key} of {name!r} was "
             "sharded in another way; save and load with torch.distributed.checkpoint, which reshards"
         )
-    held = local.to(own.dtype)
-    fine = held.isfinite().all()
+    if broken := breaks(key, local, local.to(own.dtype), _shards(value)):
+        raise ValueError(
+            f"a checkpoint must hold {broken}, in {own.dtype} too; {key} of {name!r} does not; it is "
+            "damaged, or was saved after a failure: load an earlier one"
+        )
+
+
+def intact(states: Iterable[Mapping[str, Tensor]]) -> bool:
+    """Say whether what this rank has of an optimizer's own state is what a step may leave there."""
+    return not any(
+        breaks(key, local_tensor(own), local_tensor(own), _shards(own))
+        for values in states
+        for key, own in values.items()
+    )
+
+
+def breaks(key: str, local: Tensor, held: Tensor, shards: int) -> str:
+    """Return the rule that a state tensor breaks, in words; nothing if it breaks none.
+
+    Args:
+        local, held: what this rank has of it, as it was saved and in the optimizer's dtype.
+        shards: how many such parts it has.
+    """
+    rule, fine = "finite numbers", held.isfinite().all()
     if key in NOT_NEGATIVE:
-        fine &= (held >= 0).all()
+        rule, fine = f"{rule}, none negative", fine & (held >= 0).all()
     if key in COUNTERS:
+        rule = "whole numbers of steps"
         fine &= (local < MOST_STEPS).all() & (local == local.round()).all()
     if key == "last_norm":
-        fine &= ((held >= 0) | (held == NO_NORM)).all()
-    if not bool(fine):
-        rule = "whole numbers of steps" if key in COUNTERS else "finite numbers"
-        rule += ", none negative" if key in (*NOT_NEGATIVE, "last_norm") and key not in COUNTERS else ""
-        raise ValueError(
-            f"a checkpoint must hold {rule}, in {own.dtype} too; {key} of {name!r} does not; it is damaged, "
-            "or was saved after a failure: load an earlier one"
-        )
+        rule, fine = f"{rule}, none negative", fine & ((held >= 0) | (held == NO_NORM)).all()
+    if key == "momentum":  # whose norm the next step takes; no rank knows the parts of the others
+        rule = f"{rule} of a finite norm in float32"
+        square = torch.linalg.vector_norm(held, dtype=torch.float64).square()
+        fine &= square * shards <= torch.finfo(torch.float32).max
+    if key in RIGHT_FACTORS:
+        rule, fine = "columns of norm 1", fine & (held.abs() <= LARGEST_OF_Q).all()
+    return "" if bool(fine) else rule
+
+
+def _shards(value: Any) -> int:
+    """Return the number of parts that a state tensor has."""
+    if not isinstance(value, DTensor):
+        return 1
+    mesh = value.device_mesh
+    return math.prod(mesh.size(dim) for dim, p in enumerate(value.placements) if not p.is_replicate())
 
 
 def _dense(value: Any) -> Tensor | None:

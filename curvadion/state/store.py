@@ -183,12 +183,10 @@ class Store:
             int(synchronized),
         )
 
-    def as_left(self, schedule: Schedule) -> bool:
-        """Say whether the state is what a step leaves: it counts what the schedule counts, and is finite."""
-        tensors = [local_tensor(value) for values in self.states.values() for value in values.values()]
+    def counts_as(self, schedule: Schedule) -> bool:
+        """Say whether the state counts the steps that the schedule counts."""
         counted = [schedule.steps, schedule.local_steps, schedule.synchronized_steps]
-        alike = not self.table.params or self.counters.amax(dim=1).tolist() == counted
-        return alike and all(bool(t.isfinite().all()) for t in tensors)
+        return not self.table.params or self.counters.amax(dim=1).tolist() == counted
 
     # ---- momentum
 

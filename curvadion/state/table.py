@@ -22,6 +22,7 @@ from curvadion.sharding.layout import (
     refuse_gathered,
 )
 from curvadion.sharding.region import Axes
+from curvadion.state.memory import refuse_shared
 from curvadion_kernels.reference import Fixed
 
 
@@ -90,6 +91,7 @@ class Table:
         live = [(name or str(i), p, index) for i, (name, p, index) in enumerate(named) if p.requires_grad]
         params = [p for _, p, _ in live]
         refuse_gathered((name, p) for name, p, _ in live)
+        refuse_shared((name, p) for name, p, _ in live)
         group_of = [index for _, _, index in live]
         is_matrix = [groups[index]["algorithm"] == "dion" for index in group_of]
         devices = {local_tensor(p).device for p in params}
@@ -146,6 +148,11 @@ class Table:
     def copied(self) -> list[Axes]:
         """For each parameter, the axes over which it is the same."""
         return [layout.copied for layout in self.layouts]
+
+    @functools.cached_property
+    def some_copied_apart(self) -> bool:
+        """Whether a matrix that some ranks have nothing of is the same on several of those that have it."""
+        return any(bool(m.layout.copied) for m in self.matrices if m.layout.apart)
 
     @functools.cached_property
     def placements(self) -> list[tuple[Placement, ...] | None]:
