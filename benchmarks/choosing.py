@@ -1,8 +1,9 @@
-"""A gate for each matrix: an outer step that sends those that score highest, at a fixed budget of bits."""
+"""What an outer step sends when: the matrices that score highest, at a fixed budget of bits, as a gate for
+each matrix; or embeddings, heads and norms more seldom than matrices."""
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,11 +77,7 @@ class Choosing(OuterVariant):
 
     def _parts(self, step: Step, fragment: int) -> list[Part]:
         if (fragment, 0) not in step.table.parts:  # of no fragments `parts_of` makes none
-            nothing = ((), slice(0, 0))
-            step.table.parts[fragment, 0] = [
-                Part(i) if i in self._fragments[fragment] else Part(i, tuple(layout.local_shape), *nothing)
-                for i, layout in enumerate(step.table.layouts)
-            ]
+            step.table.parts[fragment, 0] = parts_in(step, self._fragments[fragment])
         return step.table.parts[fragment, 0]
 
     def _due(self, step: Step) -> list[int]:
@@ -168,6 +165,46 @@ class Choosing(OuterVariant):
         counted = norms.square() * norms.new_tensor([float(first) for first in step.table.first])
         squares = torch.stack([counted[members].sum() for members in self._fragments])
         return step.exchange.sum_over_all_shards(squares, "scores")
+
+
+class Seldom(OuterVariant):
+    """The outer step, of the matrices each time, of all other parameters every n-th time and in the warm-up.
+
+    Attributes:
+        every: n.
+    """
+
+    every = 2
+
+    def __init__(self, options: Mapping[str, Any]):
+        super().__init__(options)
+        self.leaves_apart = True
+        self._residuals = [Residuals(), Residuals()]
+
+    def _parts(self, step: Step, fragment: int) -> list[Part]:
+        if (fragment, 0) not in step.table.parts:
+            members = step.table.scalars if fragment else step.table.weights
+            step.table.parts[fragment, 0] = parts_in(step, members)
+        return step.table.parts[fragment, 0]
+
+    def _due(self, step: Step) -> list[int]:
+        schedule = step.schedule
+        everything = schedule.warming_up or schedule.synchronized_steps % self.every == 0
+        return [0, 1] if everything else [0]
+
+
+def parts_in(step: Step, members: Collection[int]) -> list[Part]:
+    """Return a part for each parameter: all of these, and nothing of the others."""
+    nothing = ((), slice(0, 0))
+    return [
+        Part(i) if i in members else Part(i, tuple(layout.local_shape), *nothing)
+        for i, layout in enumerate(step.table.layouts)
+    ]
+
+
+def seldom(every: int) -> type[Seldom]:
+    """Return a `Seldom` with this number."""
+    return type(f"Seldom {every}", (Seldom,), {"every": every})
 
 
 def sizes_of(step: Step) -> list[int]:

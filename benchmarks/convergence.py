@@ -381,6 +381,17 @@ TABLES: dict[str, list[Setting]] = {
         ),
         *(NORMUON, KEPT_NORMUON),
     ],
+    # Embedding, head and norms more seldom; a scale for 1,024 values, and what that saves spent on 7 steps.
+    "seldom": [
+        *(
+            variant(f"1 bit, NorMuon, embedding and head every {8 * n} steps", KEPT_NORMUON, others_every=n)
+            for n in (2, 4)
+        ),
+        *(
+            variant(f"sign:1024 every {n} steps, NorMuon", KEPT_NORMUON, codec="sign:1024", interval=n)
+            for n in (8, 7)
+        ),
+    ],
     # Dion2 with the numbers of Muon's best trials; Dion of rank 1/2 that forgets what it leaves out.
     "dion2": [
         variant(

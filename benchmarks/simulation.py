@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from choosing import choosing
+from choosing import choosing, seldom
 from torch import nn
 from variants import codec_of, outer_of, pair_of, rule_of
 
@@ -60,6 +60,7 @@ class Setting:
         kept: outer_residual_kept; in the end all replicas go back to X_0.
         choice: the score by which matrices are chosen, see `choosing.Choosing`: of 1 / fragments of all
             elements at a time. "": fragments are the same share of every matrix, and take turns.
+        others_every: of the synchronizations, those that are of embedding, head and norms too: every n-th.
         rich: with `choice`, the share of these elements that gets 2 bits.
         decay: the share of the steps, the last ones, over which the learning rate falls.
         averaged: the final loss is that of the mean of the last so many consensus models, 8 steps apart; 0:
@@ -103,6 +104,7 @@ class Setting:
     mean_codec: str = ""
     choice: str = ""
     rich: float = 0.0
+    others_every: int = 1
     decay: float = 1.0
     averaged: int = 0
     exact: str = ""
@@ -149,6 +151,7 @@ def options_of(setting: Setting) -> dict[str, Any]:
     odd: Any = {"two_stages": s.two_stages, "feedback": s.error_feedback, "momenta": s.at_synchronization}
     odd |= {"shrink": s.shrink, "turning": bool(s.codec or s.mean_codec)}
     odd |= {"of": choosing(s.choice, s.rich)} if s.choice or s.rich else {}
+    odd |= {"of": seldom(s.others_every)} if s.others_every > 1 else {}
     return options | {
         "consensus": outer_of(two_codecs=two, **odd),
         "outer_bits": pair_of(there, back) if two else there,

@@ -261,6 +261,17 @@ def test_what_is_exact_is_the_same_everywhere_and_the_rest_is_not() -> None:
             Oracle(tiny(), kept, 3)
 
 
+def test_matrices_are_equal_each_time_and_the_others_seldom() -> None:
+    setting = Setting("", interval=2, bits=1, others_every=3)
+    with closing(Replicas(tiny(), setting, 2)) as replicas:
+        for step in range(9):  # synchronized after steps 0, 2, 4, 6 and 8; all at 0 and 6
+            take(replicas, step)
+            assert replicas.step() is (step % 2 == 0)
+            for name, x in replicas.X.items():
+                due = step % 6 == 0 if name.split(".")[0] in ("embedding", "norm", "head") else step % 2 == 0
+                assert bool((x == x[:1]).all()) is due, f"{name} after step {step}"
+
+
 def test_a_replica_that_fails_ends_the_step_of_all() -> None:
     def fail(factor: float, *, last: bool) -> None:
         raise OSError("out of luck")
