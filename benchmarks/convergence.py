@@ -363,10 +363,11 @@ TABLES: dict[str, list[Setting]] = {
     # Where the gap comes from: what replicas have of their own, and which parameters.
     "where": [
         WHOLE,
+        variant("32 bits every 8 steps, NorMuon, outer 1.8", WHOLE, outer_lr=1.8),
         *(
             variant(f"own {own}, outer {g}", WHOLE, interval=interval, together=g, outer_lr=1.0)
             for own, interval in (("momenta", 1), ("momenta and positions", 8))
-            for g in (1.4, 1.8)
+            for g in (1.4, 1.8, 2.2, 2.6, 3.2)
         ),
         *(
             variant(f"32 bits every 8 steps, NorMuon, exact {what}", WHOLE, exact=parts)

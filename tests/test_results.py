@@ -136,6 +136,19 @@ def test_the_final_table_says_what_was_measured() -> None:
         assert gap == ("" if setting is best else expected_gap)
 
 
+WHERE = "| where the gap comes from | seeds | loss | gap | bytes | synchronized steps |"
+
+
+def test_the_table_of_where_the_gap_comes_from_says_what_was_measured() -> None:
+    [cell] = read_studies([ROOT / "benchmarks" / "results" / "where.jsonl"])
+    text = (ROOT / "docs" / "results.md").read_text()
+    lines = text.split(f"{WHERE}\n")[1].split("\n\n")[0].splitlines()[1:]
+    rows = [[word.strip() for word in line.strip("|").split("|")] for line in lines]
+    assert cell.best is not None and cell.best.name == TRIALS[0]
+    assert rows == [expected(cell, row[0]) for row in rows]
+    assert {row[0] for row in rows} == {setting.name for setting in cell.settings if setting.runs}
+
+
 AGAIN = "| conditions | NorMuon every step | tuned again | 1 bit, NorMuon | tuned again | gap | tuned again |"
 TRIALS = ("NorMuon every step, trial 2.4", "1 bit, NorMuon, trial 2.0")
 
