@@ -316,7 +316,7 @@ class CurvaDion(Elastic):
     def _take_in(self, failure: Exception | None) -> tuple[Step, Exception | None]:
         """Return what there is to a step, and what this rank cannot do of it: the gate tells the others."""
         self._trouble.overflow = getattr(self, "found_inf", None)  # torch.amp.GradScaler sets both for step()
-        self._cycled.follow(self.param_groups)
+        self._cycled.follow(self.param_groups, in_step=True)
         X = self._built.intake.parameters()
         G, found = self._built.intake.gradients(self.param_groups, getattr(self, "grad_scale", None))
         if failure is not None:  # gradients are those of half a batch, or of none

@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -607,6 +607,43 @@ def test_momentum_is_what_was_written_last(scheduler: str, by_hand: str, carried
             schedule.step()
             expected = opt.param_groups[0]["betas"][0]
         opt = schedule.optimizer = CARRIED[carried](opt)
+
+
+def test_saving_on_one_rank_leaves_all_with_the_same_momentum() -> None:
+    """Somebody who saves sees what was written; whose turn it was last must not depend on that."""
+
+    def momenta(saves: Collection[str]) -> list[float]:
+        opt = CurvaDion(Toy().groups())
+        schedule, found = SCHEDULERS["one_cycle"](opt), list[float]()
+        for step in range(6):
+            for p in (p for group in opt.param_groups for p in group["params"]):
+                p.grad = torch.full_like(p, 1e-3)
+            opt.step()
+            found.append(opt.param_groups[0]["momentum"])
+            for what in ("hand", "scheduler") if step % 2 else ("scheduler", "hand"):
+                if what == "scheduler":
+                    schedule.step()
+                elif step < 4:
+                    opt.param_groups[0]["momentum"] = MU
+                if what in saves:
+                    opt.state_dict()
+        return found
+
+    first, *others = [momenta(saves) for saves in ((), ("hand",), ("scheduler",), ("hand", "scheduler"))]
+    assert MU in first and len(set(first)) > 2
+    assert others == [first] * 3
+
+
+@pytest.mark.parametrize("momentum", [0, 0.0])
+def test_a_momentum_of_a_whole_number_is_cycled_too(momentum: float) -> None:
+    opt = CurvaDion(Toy().groups(), momentum=momentum)
+    schedule = SCHEDULERS["one_cycle"](opt)
+    for _ in range(3):
+        for p in (p for group in opt.param_groups for p in group["params"]):
+            p.grad = torch.full_like(p, 1e-3)
+        opt.step()
+        assert opt.param_groups[0]["momentum"] == opt.param_groups[0]["betas"][0] > 0.8
+        schedule.step()
 
 
 # ---- freezing
