@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from curvadion import (
     ReplicaMismatchError,
 )
 from curvadion.consensus.codec import bits_per_value
+from curvadion.state.memory import refuse_shared
 
 
 def matrix(*shape: int) -> nn.Parameter:
@@ -360,6 +362,37 @@ def test_parts_of_one_block_of_memory_are_parameters(what: str) -> None:
             opt.step()
         results.append([p.detach() for p in params])
     assert all(a.is_meta or torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Handled(torch.Tensor):
+    """A tensor whose address is that of an object in front of its memory, as on MPS, and not of its bytes."""
+
+    handle: int
+
+    @staticmethod
+    def of(x: torch.Tensor, handle: int) -> Handled:
+        made = torch.Tensor._make_subclass(Handled, x)
+        made.handle = handle
+        return made
+
+    def data_ptr(self) -> int:
+        return self.handle + self.storage_offset() * self.element_size()
+
+    def untyped_storage(self) -> Any:
+        return SimpleNamespace(data_ptr=lambda: self.handle)
+
+
+def test_addresses_of_two_blocks_are_not_compared() -> None:
+    """They may be handles, closer to each other than the blocks are long; or those of freed memory, all 0."""
+    a, b = torch.ones(2, 64, 64).unbind()
+    refuse_shared([("a", Handled.of(a.clone(), 4096)), ("b", Handled.of(a.clone(), 4096 + 160))])
+    refuse_shared([("a", Handled.of(a, 4096)), ("b", Handled.of(b, 4096))])
+    with pytest.raises(ValueError, match="memory of its own"):
+        refuse_shared([("a", Handled.of(a, 4096)), ("b", Handled.of(a.view(-1)[64:], 4096))])
+    freed = [("a", a.clone()), ("b", b.clone())]
+    for _, x in freed:
+        x.untyped_storage().resize_(0)
+    refuse_shared(freed)
 
 
 def test_shards_of_the_same_memory_are_refused_too() -> None:

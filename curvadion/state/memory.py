@@ -11,8 +11,12 @@ from curvadion.sharding.layout import local_tensor
 
 
 class Span(NamedTuple):
-    """Where in memory the first byte of a tensor is, and where its last one has been passed."""
+    """Where in its block of memory the first byte of a tensor is, and where its last one has been passed.
 
+    Of two blocks nothing is compared: some devices say of one where its handle is, not its bytes.
+    """
+
+    block: tuple[str, int]
     start: int
     end: int
     name: str
@@ -20,8 +24,10 @@ class Span(NamedTuple):
 
     @staticmethod
     def of(name: str, x: Tensor) -> "Span":
+        block, size = (str(x.device), x.untyped_storage().data_ptr()), x.element_size()
         last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-        return Span(x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size(), name, x)
+        start = int(x.storage_offset()) * size
+        return Span(block, start, start + int(last + 1) * size, name, x)
 
     @property
     def full(self) -> bool:
@@ -48,10 +54,11 @@ class Span(NamedTuple):
 def refuse_shared(named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ValueError if two parameters have an element in common, on this rank: it would be moved twice."""
     local = [(name, local_tensor(p)) for name, p in named]
-    spans = [Span.of(name, x) for name, x in local if x.numel() and not has_no_values(x)]
+    there = [(name, x) for name, x in local if x.layout == torch.strided and not has_no_values(x)]
+    spans = [Span.of(name, x) for name, x in there if x.numel()]
     before: list[Span] = []
-    for span in sorted(spans, key=lambda span: span.start):
-        before = [other for other in before if other.end > span.start]
+    for span in sorted((span for span in spans if span.block[1]), key=lambda span: span[:2]):  # 0: freed
+        before = [other for other in before if other.block == span.block and other.end > span.start]
         for other in before:
             if span.shares_with(other):
                 first, second = sorted((span.name, other.name))
