@@ -198,13 +198,15 @@ class Stateful(View):
     def _agree(self, failure: BaseException | None, steps: int) -> None:
         self._agreed = True
         self._now_in("load_state_dict()")
-        refusal = self._agreement.refusal(self._built.exchange, failure, steps)
+        refusal, spoiled = self._agreement.refusal(self._built.exchange, failure, steps, self._spoiled)
         if refusal is not None:  # all ranks refuse, and are to go on or not as one
-            self._refuse_steps(self._agreement.on_any(self._built.exchange, self._spoiled()))
+            self._refuse_steps(spoiled)
             raise refusal
 
     def _spoiled(self) -> bool:
-        """Whether the state on this rank is not what a step leaves."""
+        """Whether the state on this rank is not what a step leaves; a dry run's has no values."""
+        if self._built.table.dry:
+            return False
         as_counted = self._built.store.counts_as(self._schedule)
         return not (as_counted and intact(self.__dict__["state"].values()))
 

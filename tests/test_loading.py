@@ -14,6 +14,7 @@ import torch.distributed as dist
 from support.models import Toy, grid, local, outcome, state_digest
 from support.ranks import run_ranks
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -288,6 +289,37 @@ def test_a_momentum_whose_norm_overflows_over_the_shards_is_refused_on_all_ranks
         kinds, messages = zip(*told, strict=True)
         assert kinds == ("ValueError", "RuntimeError", "ok", "ok"), messages
         assert "checkpoint" in messages[0] and "load another one" in messages[1]
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 2)])
+def test_a_rank_that_takes_a_step_while_others_load_is_waited_for_once(sizes: tuple[int, int]) -> None:
+    """It raises, and comes to no second collective of those whose load was refused."""
+
+    def worker() -> list[tuple[str, str]]:
+        replicate, mesh = grid(*sizes)
+        toy = Toy(mesh)
+        opt = CurvaDion(toy.groups(), replicate_mesh=replicate)
+        state = opt.state_dict()
+        toy.set_gradients(0, replicate.get_local_rank())
+        steps = dist.get_rank() == dist.get_world_size() - 1
+        told = [outcome(opt.step if steps else lambda: opt.load_state_dict(state))]
+        dist.barrier()
+        return [*told, outcome(lambda: opt.load_state_dict(state)), outcome(opt.step)]
+
+    *loads, steps = run_ranks(math.prod(sizes), worker)
+    assert steps[0][0] == "ReplicaMismatchError" and "all ranks must be at the same step" in steps[0][1]
+    for told in loads:
+        assert told[0][0] == "ValueError" and "is at something else" in told[0][1]
+    for told in [*loads, steps]:
+        assert told[1:] == [("ok", "")] * 2
+
+
+@pytest.mark.parametrize("dry", ["meta", "fake"])
+def test_a_dry_run_says_why_it_refuses_a_checkpoint(dry: str) -> None:
+    with FakeTensorMode() if dry == "fake" else torch.device("meta"):
+        opt = CurvaDion([torch.nn.Parameter(torch.empty(6, 4))])
+        with pytest.raises(ValueError, match="as many parameters in each group"):
+            opt.load_state_dict({"state": {}, "param_groups": []})
 
 
 def test_options_in_tensors_are_loaded_as_numbers() -> None:

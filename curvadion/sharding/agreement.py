@@ -149,38 +149,43 @@ class Agreement:
                 " and others" if len(lacking) > 5 else "",
             )
 
-    def refusal(self, exchange: Exchange, failure: BaseException | None, steps: int) -> BaseException | None:
+    def refusal(
+        self, exchange: Exchange, failure: BaseException | None, steps: int, spoiled: Callable[[], bool]
+    ) -> tuple[BaseException | None, bool]:
         """Return on every rank what to raise if one of them cannot load its checkpoint, or they are not of
-        one step; a collective. Raises if another rank does something else.
+        one step, and whether the state of one is spoiled then; a collective.
+
+        Where all load, a second collective follows a refusal; a rank that does something else takes part in
+        the first alone, and then only this rank's own state counts.
 
         Args:
             failure: what is wrong with that of this rank.
             steps: steps that it counts.
+            spoiled: says whether this rank's state is not what a step leaves; asked after a refusal.
         """
+        others = (
+            f"a checkpoint must be loaded by all ranks or by none; {ANOTHER}, or is at something else; "
+            "its own error says which; nothing has changed here either"
+        )
         try:
             self._announce(exchange)
         except ReplicaMismatchError as error:
             raise failure or error from None
-        different = exchange.agree(LOADS + (0 if failure else steps), 2 if failure else 1, 0)
-        if failure is not None:
-            return failure
-        if "config" in different:
-            return ValueError(
-                f"a checkpoint must be loaded by all ranks or by none; {ANOTHER}, or is at something else; "
-                "its own error says which; nothing has changed here either"
-            )
-        if "step" in different:
-            return ValueError(
+        different = exchange.agree(LOADS, 0 if failure else 1 + steps, 0)
+        if "step" in different:  # somebody does not load, and will raise now
+            return failure or ValueError(others), spoiled()
+        if failure is None and not different:
+            return None, False
+        here = spoiled()
+        different = exchange.agree(LOADS, 2 if here else 1, 0, seen=1 if failure else 0)
+        if failure is None:
+            failure = ValueError(
                 f"all ranks must load the same checkpoint; this one's counts {steps} steps, another's "
                 "another number; nothing has changed; load the files of one save"
+                if "no gradient" in different  # seen: a failure
+                else others
             )
-        return None
-
-    def on_any(self, exchange: Exchange, here: bool) -> bool:
-        """Say on every rank whether something is so on one of them; a collective of a load that all
-        refuse."""
-        differs = "config" in exchange.agree(LOADS, 2 if here else 1, 0)
-        return here or differs
+        return failure, here or "config" in different
 
     def _announce(self, exchange: Exchange) -> None:
         """Begin together: ranks of a replica in the store, replicas by a key, which may meet one of a step.
