@@ -476,7 +476,7 @@ def _check_foreign(options: Mapping[str, Any], where: str = "") -> None:
 def check_decay(group: Mapping[str, Any], where: str = "") -> None:
     """Raise ValueError if a whole group's weight decay, X <- (1 - lr wd) X, would turn X round."""
     lr, decay = float(group["lr"]), float(group["weight_decay"])
-    if lr * decay > 1:
+    if lr * decay > 1 + 1e-6:  # as a product of 1 may be, of lr in float32
         raise ValueError(
             "lr * weight_decay must be at most 1, or weights change their sign in each step; got "
             f"lr={lr:.6g} with weight_decay={decay:.6g} in a parameter group{where}; try a smaller lr, or a "

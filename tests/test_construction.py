@@ -103,7 +103,8 @@ def test_weight_decay_must_not_change_the_sign_of_weights(tensor: bool, algorith
     fails(ValueError, *words, params=[group()], lr=lr(2.5), weight_decay=0.5)
     fails(ValueError, *words, params=[group(lr=lr(2.5))], weight_decay=0.5)
     fails(ValueError, *words, params=[group(weight_decay=0.5)], lr=lr(2.5))
-    opt = CurvaDion([group(lr=lr(2.0))], weight_decay=0.5)  # all of it
+    CurvaDion([group(lr=lr(0.1))], weight_decay=10)  # all of it; in float32 more than 1
+    opt = CurvaDion([group(lr=lr(2.0))], weight_decay=0.5)
     with pytest.raises(ValueError, match=r"lr \* weight_decay"):
         opt.add_param_group(group(lr=lr(2.5)))
     CurvaDion([group(weight_decay=0.0)], lr=lr(2.5), weight_decay=0.5)  # what no group has, hurts none
