@@ -76,9 +76,7 @@ class Choosing(OuterVariant):
             self._look(step)
 
     def _parts(self, step: Step, fragment: int) -> list[Part]:
-        if (fragment, 0) not in step.table.parts:  # of no fragments `parts_of` makes none
-            step.table.parts[fragment, 0] = parts_in(step, self._fragments[fragment])
-        return step.table.parts[fragment, 0]
+        return parts_in(step, fragment, self._fragments[fragment])
 
     def _due(self, step: Step) -> list[int]:
         self._look(step)
@@ -182,10 +180,7 @@ class Seldom(OuterVariant):
         self._residuals = [Residuals(), Residuals()]
 
     def _parts(self, step: Step, fragment: int) -> list[Part]:
-        if (fragment, 0) not in step.table.parts:
-            members = step.table.scalars if fragment else step.table.weights
-            step.table.parts[fragment, 0] = parts_in(step, members)
-        return step.table.parts[fragment, 0]
+        return parts_in(step, fragment, step.table.scalars if fragment else step.table.weights)
 
     def _due(self, step: Step) -> list[int]:
         schedule = step.schedule
@@ -193,13 +188,15 @@ class Seldom(OuterVariant):
         return [0, 1] if everything else [0]
 
 
-def parts_in(step: Step, members: Collection[int]) -> list[Part]:
-    """Return a part for each parameter: all of these, and nothing of the others."""
-    nothing = ((), slice(0, 0))
-    return [
-        Part(i) if i in members else Part(i, tuple(layout.local_shape), *nothing)
-        for i, layout in enumerate(step.table.layouts)
-    ]
+def parts_in(step: Step, fragment: int, members: Collection[int]) -> list[Part]:
+    """Return a part for each parameter: all of these, and nothing of the others; made once for a fragment."""
+    if (fragment, 0) not in step.table.parts:  # of no fragments `parts_of` makes none
+        nothing = ((), slice(0, 0))
+        step.table.parts[fragment, 0] = [
+            Part(i) if i in members else Part(i, tuple(layout.local_shape), *nothing)
+            for i, layout in enumerate(step.table.layouts)
+        ]
+    return step.table.parts[fragment, 0]
 
 
 def seldom(every: int) -> type[Seldom]:

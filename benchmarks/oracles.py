@@ -43,8 +43,6 @@ class Oracle(Replicas):
 
     @torch.no_grad()
     def step(self, factor: float = 1.0, *, last: bool = False) -> bool:
-        for name in self.exact:
-            self.G[name].copy_(self.G[name].mean(0, keepdim=True).expand_as(self.G[name]))
         before = {name: x.clone() for name, x in self.X.items()}
         with torch.enable_grad():
             synchronized = super().step(factor, last=last)

@@ -234,6 +234,7 @@ class Replicas:
     Attributes:
         models: K copies, whose parameters are views of X and whose gradients are views of G.
         X, G: by parameter name, (K, *shape).
+        exact: the names of those whose gradients are averaged before each step: of the baseline all.
         steps, synchronized: steps so far, and how many of them were synchronized.
         drift: sqrt(E_i ||(X_0 - X_i) - D||^2) / ||D||, D being what arrived last, if the last step was
             synchronized; None for the consensus "average".
@@ -251,6 +252,7 @@ class Replicas:
                 p = replica.get_parameter(name)
                 p.data, p.grad = x[k], self.G[name][k]
         self.numel = sum(x[0].numel() for x in self.X.values())
+        self.exact = set(self.X) if setting.baseline else set[str]()
         # Replicas that take the same steps with the same gradients are one.
         self._groups = [None] if setting.baseline else ThreadGroup.of(count)
         pairs = zip(self.models, self._groups, strict=False)
@@ -268,7 +270,8 @@ class Replicas:
             last: synchronize in any case, all fragments, and wait for it.
         """
         baseline = self.setting.baseline
-        for g in self.G.values() if baseline else ():
+        for name in self.exact:
+            g = self.G[name]
             g.copy_(g.mean(0, keepdim=True).expand_as(g))
         self._together(lambda replica: replica.step(factor, last=last))
         for x in self.X.values() if baseline else ():

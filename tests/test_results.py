@@ -111,6 +111,13 @@ def test_a_figure_that_is_off_by_its_last_digit_is_found() -> None:
             check(text[:at] + new + text[at + len(old) :])
 
 
+def rows_under(head: str) -> list[Row]:
+    """Return the rows of the one table of docs/results.md that has another head than HEAD."""
+    _, rest = (ROOT / "docs" / "results.md").read_text().split(f"{head}\n")
+    lines = rest.split("\n\n")[0].splitlines()[1:]
+    return [[word.strip() for word in line.strip("|").split("|")] for line in lines]
+
+
 UNSEEN = "on text and seeds that nothing was tuned on"
 FINAL = f"| {UNSEEN} | seeds | loss | gap, 95 % interval | bytes | synchronized steps |"
 STUDENT = {2: 12.706, 3: 4.303}  # two-sided 95 % quantiles for so many seeds
@@ -120,10 +127,10 @@ def test_the_final_table_says_what_was_measured() -> None:
     found = read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
     [cell] = [c for c in found if c.held_out]
     best = cell.best
-    rows = (ROOT / "docs" / "results.md").read_text().split(f"{FINAL}\n")[1].split("\n\n")[0].splitlines()[1:]
+    rows = rows_under(FINAL)
     assert best is not None and len(rows) == len(cell.settings) > 5
     for row in rows:
-        name, seeds, loss, gap, share, _ = [word.strip() for word in row.strip("|").split("|")]
+        name, seeds, loss, gap, share, _ = row
         setting = setting_of(cell, name)
         assert setting is not None and setting.share is not None
         assert (seeds, loss) == (f"{len(setting.runs)}", f"{setting.loss.mean:.3f}")
@@ -141,9 +148,7 @@ WHERE = "| where the gap comes from | seeds | loss | gap | bytes | synchronized 
 
 def test_the_table_of_where_the_gap_comes_from_says_what_was_measured() -> None:
     [cell] = read_studies([ROOT / "benchmarks" / "results" / "where.jsonl"])
-    text = (ROOT / "docs" / "results.md").read_text()
-    lines = text.split(f"{WHERE}\n")[1].split("\n\n")[0].splitlines()[1:]
-    rows = [[word.strip() for word in line.strip("|").split("|")] for line in lines]
+    rows = rows_under(WHERE)
     assert cell.best is not None and cell.best.name == TRIALS[0]
     assert rows == [expected(cell, row[0]) for row in rows]
     assert {row[0] for row in rows} == {setting.name for setting in cell.settings if setting.runs}
@@ -170,10 +175,9 @@ def test_the_table_of_what_was_tuned_again_says_what_was_measured() -> None:
         for cell in read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
         if not cell.parts and not cell.held_out and cell.backend == "simulation"
     ]
-    text = (ROOT / "docs" / "results.md").read_text()
-    rows = text.split(f"{AGAIN}\n")[1].split("\n\n")[0].splitlines()[1:]
+    rows = rows_under(AGAIN)
     for row in rows:
-        words, *numbers = [word.strip() for word in row.strip("|").split("|")]
+        words, *numbers = row
         wanted = conditions_of(words)
         [cell] = [c for c in found if (c.replicas, c.batch, c.steps, f"{c.parameters / 1e6:.2f}") == wanted]
         known, again = [], []
