@@ -119,22 +119,27 @@ def rows_under(head: str) -> list[Row]:
 
 
 UNSEEN = "on text and seeds that nothing was tuned on"
-FINAL = f"| {UNSEEN} | seeds | loss | gap, 95 % interval | bytes | synchronized steps |"
+SECOND = "on a second text"
 STUDENT = {2: 12.706, 3: 4.303}  # two-sided 95 % quantiles for so many seeds
 
 
-def test_the_final_table_says_what_was_measured() -> None:
-    found = read_studies([ROOT / "benchmarks" / "results" / "convergence.jsonl"])
-    [cell] = [c for c in found if c.held_out]
+@pytest.mark.parametrize(
+    ("table", "file", "held_out"), [(UNSEEN, "convergence", "test.txt"), (SECOND, "novels", "")]
+)
+def test_tables_of_text_that_no_tuning_saw_say_what_was_measured(
+    table: str, file: str, held_out: str
+) -> None:
+    found = read_studies([ROOT / "benchmarks" / "results" / f"{file}.jsonl"])
+    [cell] = [c for c in found if c.held_out == held_out]
     best = cell.best
-    rows = rows_under(FINAL)
+    rows = rows_under(f"| {table} | seeds | loss | gap, 95 % interval | bytes | synchronized steps |")
     assert best is not None and len(rows) == len(cell.settings) > 5
     for row in rows:
-        name, seeds, loss, gap, share, _ = row
+        name, seeds, loss, gap, share, steps = row
         setting = setting_of(cell, name)
         assert setting is not None and setting.share is not None
         assert (seeds, loss) == (f"{len(setting.runs)}", f"{setting.loss.mean:.3f}")
-        assert share == f"{100 * setting.share.mean:.2f} %"
+        assert (share, steps) == (f"{100 * setting.share.mean:.2f} %", synchronized(cell, name))
         values = setting.gap(best).values  # type: ignore[union-attr]
         expected_gap = f"{statistics.fmean(values):+.3f}"
         if len(values) > 1:
