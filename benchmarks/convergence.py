@@ -360,6 +360,18 @@ TABLES: dict[str, list[Setting]] = {
         for decay, averaged in ((1.0, 4), (0.5, 8), (0.25, 16), (0.25, 0))
         for of in (NORMUON, KEPT_NORMUON)
     ],
+    # Learning rates that fall further than to a tenth; momenta turned toward the mean at a synchronization,
+    # with less momentum and a lower outer learning rate.
+    "ends": [variant(f"{side(of)}, down to 0.02", of, end=0.02) for of in (NORMUON, KEPT_NORMUON)],
+    "turned": [
+        variant(
+            "1 bit, NorMuon, momentum turned",
+            KEPT_NORMUON,
+            momentum=0.69,
+            outer_lr=1.9,
+            at_synchronization="turn 0.4",
+        )
+    ],
     # Where the gap comes from: what replicas have of their own, and which parameters.
     "where": [
         WHOLE,
@@ -514,7 +526,9 @@ def simulate(run: Run, device: str, count: Any = None, evaluations: float = math
             F.cross_entropy(replica(inputs.to(device)).flatten(0, 1), targets.to(device).flatten()).backward()
         last = step == run.steps and not math.isinf(setting.interval)
         try:
-            synchronized = replicas.step(learning_rate(step - 1, run.steps, setting.decay), last=last)
+            synchronized = replicas.step(
+                learning_rate(step - 1, run.steps, setting.decay, setting.end), last=last
+            )
         except NonFiniteError:
             curve.append([step, math.nan])
             break

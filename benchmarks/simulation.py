@@ -54,7 +54,7 @@ class Setting:
         outer_lr_end: what the outer learning rate comes to as the learning rate falls to 0; None: the same.
         shrink: of each value's mean, by how little replicas agree, see `variants.OtherBack`.
         sawtooth: the share by which the learning rate is higher after a synchronization, and lower before.
-        at_synchronization: what happens to momentum: "keep", "average" (in full) or "reset".
+        at_synchronization: what happens to momentum, see `variants.OuterVariant`.
         fragments: synchronize one of so many parts of the parameters at a time, so many times as often.
         delay: steps for which a synchronization is under way.
         kept: outer_residual_kept; in the end all replicas go back to X_0.
@@ -62,7 +62,8 @@ class Setting:
             elements at a time. "": fragments are the same share of every matrix, and take turns.
         others_every: of the synchronizations, those that are of embedding, head and norms too: every n-th.
         rich: with `choice`, the share of these elements that gets 2 bits.
-        decay: the share of the steps, the last ones, over which the learning rate falls.
+        decay, end: the share of the steps, the last ones, over which the learning rate falls, and what it
+            falls to, as a share of the highest.
         averaged: the final loss is that of the mean of the last so many consensus models, 8 steps apart; 0:
             of the last alone.
         exact, together: what replicas are told in each step, see `oracles.Oracle`; "" and 0: nothing.
@@ -106,6 +107,7 @@ class Setting:
     rich: float = 0.0
     others_every: int = 1
     decay: float = 1.0
+    end: float = 0.1
     averaged: int = 0
     exact: str = ""
     together: float = 0.0

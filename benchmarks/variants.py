@@ -13,11 +13,11 @@ from rounding import ThereAndBack, as_bytes, as_scales, at, codec_named, pack_bi
 from torch import Tensor
 
 from curvadion.consensus import CODECS, CONSENSUS, Consensus, register_codec, register_consensus
-from curvadion.consensus.outer import Outer
+from curvadion.consensus.outer import Flight, Outer
 from curvadion.gate.schedule import Plan
 from curvadion.rules import RULES, Step, local_step, register_rule
 from curvadion.rules.dion import Dion
-from curvadion.sharding.flat import pad
+from curvadion.sharding.flat import pad, shaped
 from curvadion.sharding.journey import Codec, RoundedMean
 from curvadion.signals import Reading, Signal, measure, register_signal
 from curvadion.state.batch import Batch
@@ -273,7 +273,10 @@ class OuterVariant(Outer):
 
     Attributes:
         feedback: what rounding leaves out is kept and sent later.
-        momenta: what happens to momentum: "keep", "average" (in full) or "reset".
+        momenta: what happens to momentum: "keep", "average" (in full), "reset", or "turn c": toward where the
+            mean went and away from where this replica did, for no bytes,
+
+                M_i <- M_i + c ||M_i|| (D / ||D|| - D_i / ||D_i||)
     """
 
     feedback, momenta = True, "keep"
@@ -298,6 +301,23 @@ class OuterVariant(Outer):
         elif synchronize and self.momenta == "reset":
             for b in step.store.batches:
                 b.momentum.zero_()
+
+    def _move(
+        self, step: Step, flight: Flight, indices: list[int], D: Tensor, own: Tensor, residual: Tensor | None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        if self.momenta.startswith("turn "):
+            share, shapes = float(self.momenta.removeprefix("turn ")), [flight.like[i] for i in indices]
+            for i, d, d_i in zip(indices, shaped(D, shapes), shaped(own, shapes), strict=True):
+                matrix = step.table.first_matrix.get(flight.parts[i].index)
+                if matrix is not None:  # one for each parameter: nothing is fused or cut here
+                    m = step.store.momenta[matrix]
+                    m.add_((unit(d) - unit(d_i)).view_as(m), alpha=share * float(m.norm()))
+        return super()._move(step, flight, indices, D, own, residual)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return a tensor of norm 1 in its direction; zeros stay zeros."""
+    return x / x.norm().clamp_min(1e-30)
 
 
 def outer_of(

@@ -251,12 +251,13 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh
     )
 
 
-def learning_rate(step: int, steps: int, decay: float = 1.0) -> float:
-    """Rise over the first 5 % of the run, then fall linearly to a tenth of the peak, over the last `decay` of
+def learning_rate(step: int, steps: int, decay: float = 1.0, end: float = 0.1) -> float:
+    """Rise over the first 5 % of the run, then fall linearly to `end` of the peak, over the last `decay` of
     the steps that are left."""
     warmup = max(1, steps // 20)
     falling = decay * (steps - warmup)
-    return min((step + 1) / warmup, 1 - 0.9 * max(0, step - (steps - falling)) / max(1, falling))
+    fallen = max(0, step - (steps - falling)) / max(1, falling)
+    return min((step + 1) / warmup, 1 - (1 - end) * fallen)
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -270,6 +270,38 @@ def test_matrices_are_equal_each_time_and_the_others_seldom() -> None:
             for name, x in replicas.X.items():
                 due = step % 6 == 0 if name.split(".")[0] in ("embedding", "norm", "head") else step % 2 == 0
                 assert bool((x == x[:1]).all()) is due, f"{name} after step {step}"
+
+
+@pytest.mark.parametrize("bits", [32, 1])
+def test_momenta_turn_toward_the_mean_at_a_synchronization_alone(bits: int) -> None:
+    """M' = M + c ||M|| (D / ||D|| - D_i / ||D_i||): D is what all go by, D_i what this replica went alone."""
+    keep = Setting("", interval=3, bits=bits, weight_decay=0.0, momentum=0.8)
+    turn = replace(keep, at_synchronization="turn 0.4")
+    start = {name: p.detach() for name, p in tiny().named_parameters()}
+    expected: dict[tuple[int, str], Tensor] = {}
+
+    def momentum(of: Replicas, k: int, name: str) -> Tensor:
+        return of._replicas[k].opt.state[of.models[k].get_parameter(name)]["momentum"].clone()
+
+    with ExitStack() as stack:
+        kept, turned = (stack.enter_context(closing(Replicas(tiny(), s, 3))) for s in (keep, turn))
+        for of in (kept, turned):
+            take(of, 0)
+            assert of.step() is True
+        compare(turned, [{name: x[k] for name, x in kept.X.items()} for k in range(3)], "step 0")
+        for k in range(3):
+            alone = stack.enter_context(closing(Replicas(tiny(), replace(keep, bits=32), 1)))
+            loss_of(alone.models[0], k, 0).backward()
+            alone.step()
+            for name in ("up.weight", "down.weight"):
+                m, d = momentum(kept, k, name), start[name] - kept.X[name][k]
+                d_i = start[name] - alone.X[name][0]
+                expected[k, name] = m + 0.4 * m.norm() * (d / d.norm() - d_i / d_i.norm())
+                torch.testing.assert_close(momentum(turned, k, name), expected[k, name])
+        take(turned, 1)
+        assert turned.step() is False
+        for (k, name), m in expected.items():
+            torch.testing.assert_close(momentum(turned, k, name), 0.8 * (m + turned.G[name][k]))
 
 
 def test_a_replica_that_fails_ends_the_step_of_all() -> None:

@@ -45,7 +45,7 @@ class OuterOptions:
 
 
 @dataclass
-class _Flight:
+class Flight:
     """Pseudo-gradients under way: of which fragment, their shapes, and for how many steps already."""
 
     fragment: int
@@ -97,7 +97,7 @@ class Outer(Consensus):
         self._stale = True  # X_0 is still to be taken from the parameters
         self._residuals = [Residuals() for _ in range(self._o.fragments)]
         self._like: dict[int, list[Tensor]] = {}
-        self._flights: list[_Flight] = []
+        self._flights: list[Flight] = []
         self._apart: Tensor | None = None
 
     @staticmethod
@@ -240,7 +240,7 @@ class Outer(Consensus):
             keep_own=self._o.delay > 0,
             show_residuals=self._o.residual_kept > 0,
         )
-        self._flights.append(_Flight(fragment, parts, like, mean))
+        self._flights.append(Flight(fragment, parts, like, mean))
         if not self._o.delay:
             self._arrive(step, self._flights[-1])
 
@@ -255,7 +255,7 @@ class Outer(Consensus):
         torch._foreach_sub_(views, take_all(parts, X, indices))
         return flat
 
-    def _arrive(self, step: Step, flight: _Flight) -> None:
+    def _arrive(self, step: Step, flight: Flight) -> None:
         """End a flight, buffer by buffer."""
         self._flights.remove(flight)
         norms: dict[int, tuple[Tensor, Tensor]] = {}
@@ -274,7 +274,7 @@ class Outer(Consensus):
             self._apart = torch.stack([torch.stack(some) for some in both]).square().sum(1)
 
     def _move(
-        self, step: Step, flight: _Flight, indices: list[int], D: Tensor, own: Tensor, residual: Tensor | None
+        self, step: Step, flight: Flight, indices: list[int], D: Tensor, own: Tensor, residual: Tensor | None
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Move the parts in a buffer by their D, in the memory of D and `own`, and by what they keep of their
         residual; return the norms of own - D and of D, by part."""
