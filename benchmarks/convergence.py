@@ -143,6 +143,16 @@ def again(of: Setting) -> list[Setting]:
     return found
 
 
+def lowered(of: Setting, end: float, decay: float = 1.0, scale: float = 1.0) -> Setting:
+    """Return a setting whose learning rates, so many times as high, fall to `end` of that over the last
+    `decay` of the run."""
+    name = f"{side(of)}, down to {end}"
+    name += f" over the last {decay}" if decay != 1 else f", lr {scale} times" if scale != 1 else ""
+    return with_numbers(
+        name, of, of.outer_lr, lr=of.lr * scale, adamw_lr=of.adamw_lr * scale, end=end, decay=decay
+    )
+
+
 def in_turn(
     search: Callable[[Setting], list[Setting]], baseline: Setting = BEST, ours: Setting = KEPT
 ) -> list[Setting]:
@@ -360,9 +370,13 @@ TABLES: dict[str, list[Setting]] = {
         for decay, averaged in ((1.0, 4), (0.5, 8), (0.25, 16), (0.25, 0))
         for of in (NORMUON, KEPT_NORMUON)
     ],
-    # Learning rates that fall further than to a tenth; momenta turned toward the mean at a synchronization,
-    # with less momentum and a lower outer learning rate.
-    "ends": [variant(f"{side(of)}, down to 0.02", of, end=0.02) for of in (NORMUON, KEPT_NORMUON)],
+    # Learning rates that fall further than to a tenth, later, or from another height; momenta turned toward
+    # the mean at a synchronization, with less momentum and a lower outer learning rate.
+    "ends": [
+        lowered(of, end, decay, scale)
+        for end, decay, scale in ((0.02, 1, 1), (0, 1, 1), (0.02, 0.5, 1), (0.02, 1, 1.4), (0.02, 1, 0.7))
+        for of in (NORMUON, KEPT_NORMUON)
+    ],
     "turned": [
         variant(
             "1 bit, NorMuon, momentum turned",

@@ -8,7 +8,6 @@ tests/test_simulation.py compares them, parameter by parameter, with real proces
 import copy
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from variants import codec_of, outer_of, pair_of, rule_of
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.gate.trouble import NonFiniteError
-from curvadion.sharding.group import ThreadGroup, results_of
+from curvadion.sharding.group import ThreadGroup, computing_threads, results_of
 from curvadion.sharding.ledger import WIRE
 
 STEERED = ("rmmc", "directional", "drift")
@@ -259,7 +258,7 @@ class Replicas:
         self._groups = [None] if setting.baseline else ThreadGroup.of(count)
         pairs = zip(self.models, self._groups, strict=False)
         self._replicas = [Replica(replica, setting, group) for replica, group in pairs]
-        self._threads = ThreadPoolExecutor(len(self._groups))
+        self._threads = computing_threads(len(self._groups))
         self.steps = self.synchronized = 0
         self.drift: float | None = None
         self.signal: float | None = None

@@ -37,7 +37,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -278,9 +277,9 @@ def optimizer_variants(
 
 def outer_variant(weights: Weights, kernels: str) -> Variant:
     """Return the synchronized step of several replicas, each in a thread of its own."""
-    from curvadion.sharding.group import ThreadGroup, results_of
+    from curvadion.sharding.group import ThreadGroup, computing_threads, results_of
 
-    threads = ThreadPoolExecutor(REPLICAS)
+    threads = computing_threads(REPLICAS)
     replicas = [weights, *(weights.copy() for _ in range(REPLICAS - 1))]
 
     def build(own: Weights, group: Any) -> torch.optim.Optimizer:

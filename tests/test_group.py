@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any
 
@@ -23,6 +24,21 @@ def test_threads_return_what_they_computed_by_rank() -> None:
         return total.item() + group.rank, largest.item()
 
     assert ThreadGroup.run(3, replica) == [(111.0, 0.0), (112.0, 0.0), (113.0, 0.0)]
+
+
+def test_threads_compute_with_as_many_threads_as_their_caller() -> None:
+    """What OpenMP says, which is not what torch says in a thread that has not computed yet. A pool of threads
+    in each replica would break products in processes that are forked afterwards."""
+    most = getattr(ctypes.CDLL(None), "omp_get_max_threads", None)
+    if most is None:
+        pytest.skip("torch computes without OpenMP here")
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert ThreadGroup.run(2, lambda group: most()) == [count, count]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("guilty", [0, 2])

@@ -226,6 +226,15 @@ def within_replica() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def computing_threads(count: int) -> ThreadPoolExecutor:
+    """Return so many threads, in each of which torch computes with as many threads as in this one.
+
+    By itself a new thread's matrix products take OpenMP's default; its pool of threads is one more for each
+    replica, and leaves processes that are forked afterwards to wait for it, now and then.
+    """
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+
+
 class ThreadGroup(_Fixed):
     """One rank of a group whose ranks are threads of this process, each with tensors of its own.
 
@@ -263,7 +272,7 @@ class ThreadGroup(_Fixed):
             with group:
                 return replica(group)
 
-        with ThreadPoolExecutor(size) as threads:
+        with computing_threads(size) as threads:
             return results_of([threads.submit(guarded, group) for group in ThreadGroup.of(size)])
 
     def __enter__(self) -> "ThreadGroup":
