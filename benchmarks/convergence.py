@@ -147,7 +147,8 @@ def lowered(of: Setting, end: float, decay: float = 1.0, scale: float = 1.0) -> 
     """Return a setting whose learning rates, so many times as high, fall to `end` of that over the last
     `decay` of the run."""
     name = f"{side(of)}, down to {end}"
-    name += f" over the last {decay}" if decay != 1 else f", lr {scale} times" if scale != 1 else ""
+    name += f" over the last {decay}" if decay != 1 else ""
+    name += f", lr {scale} times" if scale != 1 else ""
     return with_numbers(
         name, of, of.outer_lr, lr=of.lr * scale, adamw_lr=of.adamw_lr * scale, end=end, decay=decay
     )
@@ -376,7 +377,9 @@ TABLES: dict[str, list[Setting]] = {
         lowered(of, end, decay, scale)
         for end, decay, scale in ((0.02, 1, 1), (0, 1, 1), (0.02, 0.5, 1), (0.02, 1, 1.4), (0.02, 1, 0.7))
         for of in (NORMUON, KEPT_NORMUON)
-    ],
+    ]
+    + [lowered(NORMUON, end, 1, scale) for end, scale in ((0, 1.4), (0.02, 2))]  # around the best of each
+    + [lowered(KEPT_NORMUON, end, 0.5, scale) for end, scale in ((0, 1), (0.02, 1.4))],
     "turned": [
         variant(
             "1 bit, NorMuon, momentum turned",

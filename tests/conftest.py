@@ -2,12 +2,14 @@
 
 The tests fork their ranks (see ranks.py). A fork copies memory but only one thread, so a parent that has
 started torch's intra-op thread pool may leave a lock held for ever in the child: the parent keeps to one
-thread, always. support/__init__.py keeps autograd from starting others.
+thread, always. support/__init__.py keeps autograd from starting others. MKL counts its buffers by thread,
+and a fork of a parent where threads have come and gone may look for its own for ever: MKL is not to keep any.
 
 Without a GPU, the Triton kernels run in Triton's interpreter. `pytest --kernels triton` runs every optimizer
 of every test on them.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from support import interpreter
 
+os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")  # read at the first product
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     interpreter.install()
