@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.exchange import Exchange
-from curvadion.sharding.layout import local_tensor
+from curvadion.sharding.layout import is_dense, local_tensor
 from curvadion_kernels.reference import CHECK_KEY, FAILED_KEY, OUTSIDE_KEY
 
 logger = logging.getLogger("curvadion.optimizer")
@@ -219,7 +219,7 @@ def look_at(gradients: Gradients, *, hashed: bool) -> tuple[int, int]:
     present = [local_tensor(g) for _, g in gradients if g is not None]
     if not present:
         return 0, 0
-    dense = [g for g in present if g.layout == torch.strided and g.is_floating_point() and g.itemsize > 1]
+    dense = [g for g in present if is_dense(g) and g.is_floating_point() and g.itemsize > 1]
     if not hashed or any(map(has_no_values, dense)) or not any(bool(g.any()) for g in dense):
         return 1, 0
     return 2, hash_tensors(dense)

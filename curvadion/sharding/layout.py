@@ -54,6 +54,17 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
+def is_dense(x: Tensor) -> bool:
+    """Say whether a tensor's elements lie in memory, as those of sparse and nested ones do not, and of ones
+    that wrap others. Without values they count as if they did."""
+    if x.layout != torch.strided or x.is_nested:
+        return False
+    try:
+        return has_no_values(x) or x.untyped_storage().data_ptr() >= 0
+    except RuntimeError:  # a wrapper
+        return False
+
+
 def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return `local_tensor` of each; fast where all are DTensors and where none is."""
     kinds = set(map(type, tensors))
