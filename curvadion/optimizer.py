@@ -240,6 +240,8 @@ class CurvaDion(Elastic):
             LostRankError: on the other ranks, when one has ended, was stopped, or called something else.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
+            ValueError, TypeError: what this rank could not do of it. In a step that asks the other replicas,
+                nothing has changed if every rank raises its own: mend it everywhere and call step() again.
         """
         self._now_in("step()")
         loss, failure = self._loss(closure)
@@ -288,7 +290,8 @@ class CurvaDion(Elastic):
             step, failure = self._take_in(failure)
             sends = self.replicas > 1 and self._schedule.may_ask
             # m_i = M_i + G_i,  ||m_i||^2
-            message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
+            store = failure is None and not self._trouble.skips
+            message = self._accumulate(step.G, store=store, also=step.X if sends else ())
             # rho; the answer of the step before may be waited for, so after the kernels are enqueued
             told = self._gate.last_answer()
             self._refuse_if_elsewhere(told)
@@ -324,8 +327,8 @@ class CurvaDion(Elastic):
         return self._built.step(self.param_groups, self._schedule, X, G), failure or found
 
     def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
-        if store:
-            self._trouble.swallowed()
+        if not self._trouble.skips:
+            self._trouble.begun()
         built = self._built
         return built.store.accumulate(G, built.ops, built.numbers, store=store, also=also)
 

@@ -172,7 +172,11 @@ class Gate:
 
         asked = plan.ask or step.exchange.replicas == 1
         if asked:
-            trouble.raise_or_skip(decision, failure, names, steps=step.schedule.steps)
+            steps, untouched = step.schedule.steps, False
+            if decision.failed:  # as does whoever reads that key elsewhere, see Agreement.refuse_to_go_alone
+                touched = failure is None or trouble.held is not None
+                untouched = not step.exchange.agree(steps, int(touched), 0) and not touched
+            trouble.raise_or_skip(decision, failure, names, steps=steps, untouched=untouched)
         else:
             # Parameters may be others by now.
             with suppress(RuntimeError) if decision.failed else nullcontext():

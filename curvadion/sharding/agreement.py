@@ -201,6 +201,7 @@ class Agreement:
     def refuse_to_go_alone(self, exchange: Exchange, told: int) -> None:
         """Raise, as do the replicas that said `told` in the gate's place: they are at something else."""
         if told == FAILED_KEY:
+            exchange.agree(-1, 0, 0)  # with those that ask whether all have failed
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
         if told == OUTSIDE_KEY:
             exchange.announce_check()
