@@ -387,8 +387,8 @@ class CurvaDion(Elastic):
             with opt.consensus():
                 loss = evaluate(model)
 
-        Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
-        between a forward and its backward.
+        Every rank enters it, between any two steps, but not between a forward and its backward. Costs one
+        copy of the local parameters.
 
         Raises:
             ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
@@ -406,6 +406,7 @@ class CurvaDion(Elastic):
                 yield
         finally:
             self._inside = ""
+            reshard_gathered_modules()  # what an evaluation leaves gathered, the next step would not move
 
     def synchronize_next(self) -> None:
         """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one
