@@ -202,7 +202,8 @@ class CurvaDion(Elastic):
         self._schedule = Schedule(o.schedule)
         self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
-        self._agreement = Agreement(o.check_every, refuse_equal_gradients=o.on_equal_gradients == "raise")
+        refuse = o.on_equal_gradients == "raise"
+        self._agreement = Agreement(o.check_every, refuse_equal_gradients=refuse, lag=o.schedule.gate_lag > 0)
         self._consensus = CONSENSUS[o.consensus](common)
         check_signal(self._gate.signal, self._consensus, o)
         if self._elastic is not None:
@@ -240,8 +241,9 @@ class CurvaDion(Elastic):
             LostRankError: on the other ranks, when one has ended, was stopped, or called something else.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
-            ValueError, TypeError: what this rank could not do of it. In a step that asks the other replicas,
-                nothing has changed if every rank raises its own: mend it everywhere and call step() again.
+            ValueError, TypeError: what this rank could not do of it. With gate_lag=0, in a step that asks the
+                other replicas, nothing has changed if every rank raises its own: mend it everywhere and call
+                step() again.
         """
         self._now_in("step()")
         loss, failure = self._loss(closure)

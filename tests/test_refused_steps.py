@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "delay": LOW_COMMUNICATION(max_local_steps=3, gate_every=1, outer_delay=2, outer_fragments=2),
     "drift": {"gate": "drift", "tau": 1e-3, "local_update": "muon"},
 }
+LAG = {"lag": {"tau": math.inf, "local_update": "muon", "gate_lag": 1}}
 LAYOUTS = {"one process": (1, 1), "shards": (1, 2), "replicas": (2, 1), "both": (2, 2)}
 STEPS = 8
 
@@ -61,7 +62,7 @@ def build(layout: str, options: str) -> tuple[Toy, CurvaDion, int]:
     toy.dense = toy.dense | plain.dense
     place = toy.place
     toy.place = lambda name, x: x.clone() if name == "plain.weight" else place(name, x)  # type: ignore[method-assign]
-    opt = CurvaDion(toy.groups(), replicate_mesh=replicate, check_every=3, **OPTIONS[options])
+    opt = CurvaDion(toy.groups(), replicate_mesh=replicate, check_every=3, **(OPTIONS | LAG)[options])
     return toy, opt, replicate.get_local_rank() if replicate is not None else 0
 
 
@@ -145,3 +146,27 @@ def test_a_step_that_is_refused_meets_a_replica_that_is_elsewhere(call: str) -> 
     refused, elsewhere = run_ranks(2, worker)
     assert refused[0] == "ValueError" and "lr * weight_decay" in refused[1], refused
     assert elsewhere[0] != "ok" and "LostRankError" not in elsewhere[0], elsewhere
+
+
+@pytest.mark.parametrize("call", ["synchronize", "consensus"])
+def test_with_gate_lag_nobody_asks_whether_all_refuse(call: str) -> None:
+    """Who refuses reads that in the step after; who is elsewhere does at once, and must not wait for it."""
+
+    def worker() -> list[tuple[str, str]]:
+        toy, opt, replica = build("replicas", "lag")
+        toy.set_gradients(0, replica)
+        opt.step()
+        opt.synchronize()
+        saved = copy.deepcopy(opt.state_dict())
+        if replica == 0:
+            CAUSES["lr too large"](toy, opt)
+            toy.set_gradients(1, replica)
+            return [outcome(opt.step) for _ in range(3)]
+        elsewhere = opt.synchronize if call == "synchronize" else opt.consensus().__enter__
+        return [outcome(elsewhere), outcome(lambda: opt.load_state_dict(saved))]
+
+    refused, elsewhere = run_ranks(2, worker)
+    assert [error for error, _ in refused] == ["ok", "ValueError", "RuntimeError"], refused
+    assert "load the last checkpoint" in refused[-1][1], refused
+    assert [error for error, _ in elsewhere] == ["RuntimeError"] * 2, elsewhere
+    assert all("another rank could not do its part" in message for _, message in elsewhere), elsewhere

@@ -173,9 +173,11 @@ class Gate:
         asked = plan.ask or step.exchange.replicas == 1
         if asked:
             steps, untouched = step.schedule.steps, False
-            if decision.failed:  # as does whoever reads that key elsewhere, see Agreement.refuse_to_go_alone
-                touched = failure is None or trouble.held is not None
-                untouched = not step.exchange.agree(steps, int(touched), 0) and not touched
+            if decision.failed and not step.schedule.options.gate_lag:
+                # As does whoever reads that key elsewhere, see Agreement.refuse_to_go_alone. With gate_lag
+                # some read it a step later, and nobody asks.
+                mine = failure is not None and trouble.held is None
+                untouched = not step.exchange.agree(steps, int(mine), 0) and mine
             trouble.raise_or_skip(decision, failure, names, steps=steps, untouched=untouched)
         else:
             # Parameters may be others by now.

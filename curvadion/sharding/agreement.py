@@ -31,10 +31,11 @@ class Agreement:
     Args:
         every: steps between checks; 0 for none but the first.
         refuse_equal_gradients: raise, not warn, if all replicas have the same gradients.
+        lag: whether replicas read the gate's key in the step after.
     """
 
-    def __init__(self, every: int, *, refuse_equal_gradients: bool = False):
-        self._every = every
+    def __init__(self, every: int, *, refuse_equal_gradients: bool = False, lag: bool = False):
+        self._every, self._lag = every, lag
         self._refuse_equal_gradients = refuse_equal_gradients
         self.pending = True
         self._weights_due = False
@@ -201,7 +202,8 @@ class Agreement:
     def refuse_to_go_alone(self, exchange: Exchange, told: int) -> None:
         """Raise, as do the replicas that said `told` in the gate's place: they are at something else."""
         if told == FAILED_KEY:
-            exchange.agree(-1, 0, 0)  # with those that ask whether all have failed
+            if not self._lag:
+                exchange.agree(-1, 0, 0)  # with those that ask whether all have failed, see Gate.meet
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
         if told == OUTSIDE_KEY:
             exchange.announce_check()
