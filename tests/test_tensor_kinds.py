@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as funcol
 from support.models import grid, outcome
 from support.ranks import run_ranks
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ KINDS: dict[str, tuple[Callable[[], Tensor], str, str]] = {
     "of another class": (lambda: ONES().as_subclass(Named), "", ""),
     "no dimensions": (lambda: torch.ones(()), "must have two dimensions", ""),
     "no elements": (lambda: torch.ones(0, 3), "must have elements", ""),
+    "no elements, expanded": (lambda: torch.ones(0, 1).expand(0, 3), "must have elements", ""),
     "expanded": (
         lambda: torch.ones(1, 3).expand(4, 3),
         "must not repeat elements",
@@ -231,3 +233,37 @@ def test_a_gradient_of_this_kind_is_worth_what_it_holds(kind: str) -> None:
             opt.step()
         results.append([p.detach() for p in params])
     assert all(map(torch.equal, *results))
+
+
+def test_a_gradient_on_its_way_from_other_ranks_is_waited_for() -> None:
+    """As functional collectives return it, of which FSDP2 and DTensor know nothing."""
+
+    def worker() -> list[Tensor]:
+        _, mesh = grid(1, 2)
+        params = [nn.Parameter(ONES()), nn.Parameter(ONES())]
+        opt = CurvaDion([group("w", params[0], "dion"), group("v", params[1], "adamw")])
+        for p in params:
+            p.grad = funcol.all_reduce((1 + mesh.get_local_rank()) * ONES(), "sum", mesh.get_group())
+            assert type(p.grad) is not Tensor
+        opt.step()
+        return [p.detach() for p in params]
+
+    params = [nn.Parameter(ONES()), nn.Parameter(ONES())]
+    opt = CurvaDion([group("w", params[0], "dion"), group("v", params[1], "adamw")])
+    for p in params:
+        p.grad = 3 * ONES()
+    opt.step()
+    for found in run_ranks(2, worker):
+        assert all(map(torch.equal, found, params))
+
+
+def test_parameters_are_replaced_beside_a_frozen_one_without_a_shape() -> None:
+    frozen, p, q = (
+        nn.Parameter(KINDS["nested"][0](), requires_grad=False),
+        *map(nn.Parameter, (ONES(), ONES())),
+    )
+    opt = CurvaDion([("frozen", frozen), ("w", p)])
+    opt.param_groups[0]["params"][1] = q
+    q.grad = ONES()
+    opt.step()
+    assert torch.equal(p, ONES()) and not torch.equal(q, ONES())

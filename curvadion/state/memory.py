@@ -12,7 +12,8 @@ from curvadion.sharding.layout import local_tensor
 
 def repeats(x: Tensor) -> bool:
     """Say whether elements of a tensor are one in memory, as after `expand()`."""
-    return any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True))
+    pairs = zip(x.shape, x.stride(), strict=True)
+    return 0 in x.stride() and 0 not in x.shape and any(n > 1 and not stride for n, stride in pairs)
 
 
 class Span(NamedTuple):

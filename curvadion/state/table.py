@@ -250,7 +250,8 @@ class Table:
         if sizes != self.sizes or all(map(operator.is_, current, self.listed)):
             return {}
         pairs = dict(zip(self.listed, current, strict=True))
-        alike = all(p.shape == q.shape and p.requires_grad == q.requires_grad for p, q in pairs.items())
+        moved = [(p, q) for p, q in pairs.items() if p is not q]  # some that are frozen have no shape
+        alike = all(p.shape == q.shape and p.requires_grad == q.requires_grad for p, q in moved)
         return pairs if alike else {}
 
     def describe(self) -> list[tuple[Any, ...]]:
