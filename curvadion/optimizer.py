@@ -202,7 +202,8 @@ class CurvaDion(Elastic):
         self._schedule = Schedule(o.schedule)
         self._gate = Gate(SIGNALS[o.gate](common))
         self._trouble = Trouble(skip=o.on_nonfinite == "skip")
-        self._agreement = Agreement(o.check_every, refuse_equal_gradients=o.on_equal_gradients == "raise")
+        refuse = o.on_equal_gradients == "raise"
+        self._agreement = Agreement(o.check_every, refuse_equal_gradients=refuse, lag=o.schedule.gate_lag > 0)
         self._consensus = CONSENSUS[o.consensus](common)
         check_signal(self._gate.signal, self._consensus, o)
         if self._elastic is not None:
@@ -240,6 +241,9 @@ class CurvaDion(Elastic):
             LostRankError: on the other ranks, when one has ended, was stopped, or called something else.
             RuntimeError: on every rank, when one of them could not do its part, or none has a gradient in the
                 first step.
+            ValueError, TypeError: what this rank could not do of it. With gate_lag=0, in a step that asks the
+                other replicas, nothing has changed if every rank raises its own: mend it everywhere and call
+                step() again.
         """
         self._now_in("step()")
         loss, failure = self._loss(closure)
@@ -288,7 +292,8 @@ class CurvaDion(Elastic):
             step, failure = self._take_in(failure)
             sends = self.replicas > 1 and self._schedule.may_ask
             # m_i = M_i + G_i,  ||m_i||^2
-            message = self._accumulate(step.G, store=not self._trouble.skips, also=step.X if sends else ())
+            store = failure is None and not self._trouble.skips
+            message = self._accumulate(step.G, store=store, also=step.X if sends else ())
             # rho; the answer of the step before may be waited for, so after the kernels are enqueued
             told = self._gate.last_answer()
             self._refuse_if_elsewhere(told)
@@ -324,8 +329,8 @@ class CurvaDion(Elastic):
         return self._built.step(self.param_groups, self._schedule, X, G), failure or found
 
     def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
-        if store:
-            self._trouble.swallowed()
+        if not self._trouble.skips:
+            self._trouble.begun()
         built = self._built
         return built.store.accumulate(G, built.ops, built.numbers, store=store, also=also)
 
@@ -384,8 +389,8 @@ class CurvaDion(Elastic):
             with opt.consensus():
                 loss = evaluate(model)
 
-        Every rank enters it. Costs one copy of the local parameters. Enter and leave it between steps, not
-        between a forward and its backward.
+        Every rank enters it, between any two steps, but not between a forward and its backward. Costs one
+        copy of the local parameters.
 
         Raises:
             ReplicaMismatchError: on every rank, if replicas have taken different numbers of steps.
@@ -403,6 +408,7 @@ class CurvaDion(Elastic):
                 yield
         finally:
             self._inside = ""
+            reshard_gathered_modules()  # what an evaluation leaves gathered, the next step would not move
 
     def synchronize_next(self) -> None:
         """Have the next step synchronized in which the gate is asked, whatever it says; with gate_lag the one

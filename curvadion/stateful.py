@@ -21,7 +21,6 @@ from curvadion.state.common import holding, without_own
 from curvadion.state.cycled import CycledMomentum
 from curvadion.state.loadable import intact
 from curvadion.state.store import copy_into
-from curvadion.state.table import check_parameters
 from curvadion.view import View
 
 logger = logging.getLogger("curvadion.optimizer")
@@ -62,7 +61,6 @@ class Stateful(View):
         group = self.param_groups[-1]
         try:
             check_decay(group)
-            check_parameters(group)
             check_rule(group, self._options.defaults, self._consensus)
             if built:
                 self._build()

@@ -69,7 +69,7 @@ def main() -> None:
         inputs, targets = text.batch(batch=args.batch, seq=128, seed=seed, rank=rank, step=step)
         loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
-        replicas.tokens += targets.numel() * ranks
+        replicas.tokens += targets.numel()
         opt.step()
         opt.zero_grad()
         schedule.step()

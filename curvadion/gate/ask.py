@@ -172,7 +172,13 @@ class Gate:
 
         asked = plan.ask or step.exchange.replicas == 1
         if asked:
-            trouble.raise_or_skip(decision, failure, names, steps=step.schedule.steps)
+            steps, untouched = step.schedule.steps, False
+            if decision.failed and not step.schedule.options.gate_lag:
+                # As does whoever reads that key elsewhere, see Agreement.refuse_to_go_alone. With gate_lag
+                # some read it a step later, and nobody asks.
+                mine = failure is not None and trouble.held is None
+                untouched = not step.exchange.agree(steps, int(mine), 0) and mine
+            trouble.raise_or_skip(decision, failure, names, steps=steps, untouched=untouched)
         else:
             # Parameters may be others by now.
             with suppress(RuntimeError) if decision.failed else nullcontext():

@@ -57,8 +57,8 @@ class Trouble:
         if self.broken:
             raise RuntimeError(self.broken)
 
-    def swallowed(self) -> None:
-        """From here on the momentum holds this step's gradients: a step that does not come to its end is
+    def begun(self) -> None:
+        """From here on the momentum may hold this step's gradients: a step that does not come to its end is
         lost."""
         self.broken = f"an earlier step() did not come to its end{RELOAD}"
 
@@ -112,6 +112,7 @@ class Trouble:
         names: Callable[[], list[str]],
         *,
         steps: int,
+        untouched: bool = False,
     ) -> None:
         """Raise on this rank as on every other, or return where the step is skipped. Parameters are untouched
         so far. Outside of a step there is none to skip.
@@ -120,12 +121,13 @@ class Trouble:
             failure: what this rank could not do.
             names: returns what is not finite on this rank: parameters, or those with such a gradient.
             steps: steps taken so far.
+            untouched: no momentum of any rank has swallowed a gradient, because none could do its part.
         """
         failure, here, spoiled = failure or self._failure, self._names, self._spoiled
         self._clear()
         if decision.failed:
             if not self.skips:
-                self.broken = f"an earlier step() failed on some rank{RELOAD}"
+                self.broken = None if untouched else f"an earlier step() failed on some rank{RELOAD}"
             if failure is not None:
                 raise failure
             raise RuntimeError("another rank could not do its part of step(); its own error says why")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.exchange import Exchange
-from curvadion.sharding.layout import local_tensor
+from curvadion.sharding.layout import is_dense, local_tensor
 from curvadion_kernels.reference import CHECK_KEY, FAILED_KEY, OUTSIDE_KEY
 
 logger = logging.getLogger("curvadion.optimizer")
@@ -31,10 +31,11 @@ class Agreement:
     Args:
         every: steps between checks; 0 for none but the first.
         refuse_equal_gradients: raise, not warn, if all replicas have the same gradients.
+        lag: whether replicas read the gate's key in the step after.
     """
 
-    def __init__(self, every: int, *, refuse_equal_gradients: bool = False):
-        self._every = every
+    def __init__(self, every: int, *, refuse_equal_gradients: bool = False, lag: bool = False):
+        self._every, self._lag = every, lag
         self._refuse_equal_gradients = refuse_equal_gradients
         self.pending = True
         self._weights_due = False
@@ -201,6 +202,8 @@ class Agreement:
     def refuse_to_go_alone(self, exchange: Exchange, told: int) -> None:
         """Raise, as do the replicas that said `told` in the gate's place: they are at something else."""
         if told == FAILED_KEY:
+            if not self._lag:
+                exchange.agree(-1, 0, 0)  # with those that ask whether all have failed, see Gate.meet
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
         if told == OUTSIDE_KEY:
             exchange.announce_check()
@@ -219,7 +222,7 @@ def look_at(gradients: Gradients, *, hashed: bool) -> tuple[int, int]:
     present = [local_tensor(g) for _, g in gradients if g is not None]
     if not present:
         return 0, 0
-    dense = [g for g in present if g.layout == torch.strided and g.is_floating_point() and g.itemsize > 1]
+    dense = [g for g in present if is_dense(g) and g.is_floating_point() and g.itemsize > 1]
     if not hashed or any(map(has_no_values, dense)) or not any(bool(g.any()) for g in dense):
         return 1, 0
     return 2, hash_tensors(dense)

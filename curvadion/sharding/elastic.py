@@ -98,7 +98,8 @@ class ElasticGroup:
             synchronization, and in each collective.
 
     Attributes:
-        tokens: what this replica has trained on since the last synchronization: add to it.
+        tokens: what this rank has trained on since the last synchronization: add to it. A replica counts for
+            what all its ranks have.
         failure: of a collective since `settled()` was called last.
         history: for each view that this replica was in, its number and the names in it.
     """
@@ -304,12 +305,11 @@ class ElasticGroup:
 
     def _maximum(self, values: list[int]) -> list[int]:
         """Return the maxima over the replicas that are there; learn how many tokens each has counted."""
-        row = json.dumps([self.tokens, values])
-        while self._members.ballot(self._here, row) is None:
+        while self._members.ballot(self._here, json.dumps(values), self.tokens) is None:
             self._change()
-        rows = [json.loads(text) for text in self._members.rows(self._here)]
-        self._counted = {life: row[0] for life, row in zip(self._here.members, rows, strict=True)}
-        return [max(column) for column in zip(*(theirs for _, theirs in rows), strict=True)]
+        rows, counted = zip(*self._members.rows(self._here), strict=True)
+        self._counted = dict(zip(self._here.members, counted, strict=True))
+        return [max(column) for column in zip(*map(json.loads, rows), strict=True)]
 
     def _start(self, collective: str, tensors: list[Tensor], *args: Any, wait: bool) -> Work:
         """Start a collective of gloo; the first tensor receives, the last one is sent."""

@@ -8,7 +8,9 @@ branch only on the reduced gate key, and a missing gradient contributes zeros.
     2. if partial: gradients  SUM over the axes they are partial on
     3. norms and flags        one SUM over all shards
     4. gate="drift"           if asked: SUM of two numbers over the shards, mean over the replicas
-       gate                   one MAX of one int64 over the replicas; with gate_lag read one step later
+       gate                   one MAX of one int64 over the replicas; with gate_lag read one step later.
+                              If it says that a rank could not do its part, with gate_lag=0: agreement, on
+                              whether all could not
     5. synchronized step      parameters, moments      mean over replicas   (only after a local step)
                               Q                        replica 0's          (only after a local Dion step)
                               P                        sum over shards, mean over replicas

@@ -46,12 +46,22 @@ def canonical_name(name: str) -> str:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part of a parameter, gradient or state tensor; call it under `torch.no_grad()`."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local = (
-        tensor._local_tensor
-    )  # to_local() would return the same, wrapped in a view that costs a microsecond
+    # to_local() would return the same, wrapped in a view that costs a microsecond
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def is_dense(x: Tensor) -> bool:
+    """Say whether a tensor's elements lie in memory, as those of sparse and nested ones do not, and of ones
+    that wrap others. Without values they count as if they did."""
+    if x.layout != torch.strided or x.is_nested:
+        return False
+    if type(x) is Tensor:
+        return True
+    try:
+        return has_no_values(x) or x.untyped_storage().data_ptr() >= 0
+    except RuntimeError:  # a wrapper
+        return False
 
 
 def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -10,8 +10,9 @@ by compare-and-set alone, so that of two who disagree the first one wins and the
     state/N           the last ballot of view N that all ranks of all its members took part in; or that it is
                       closed
     count/N/B, row/N/B/SHARD/RANK     how many took part in ballot B so far, and what they said
+    tokens/N/B/RANK   what each rank of a member has counted by then, one number after the other
     come/N/...        ranks that are about to build a group of view N
-    here/N/LIFE       a member of the view before has nothing to wait for but view N
+    here/N/LIFE       how many ranks of a member of the view before have nothing to wait for but view N
     finished          a life that has seen the end of the run
 
 A ballot ends in one of two ways, the same for every rank: all were there and well, or the view is closed.
@@ -20,6 +21,7 @@ stays so, and no next one is made before that by anybody that is not in it; so a
 a while and goes on afterwards cannot go on in a view that others have left.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -207,12 +209,18 @@ class Membership:
     # ---- ballots
 
     def ballot(
-        self, view: View, row: str | None = None, *, well: bool = True, ask: bool = False
+        self,
+        view: View,
+        row: str | None = None,
+        tokens: float = 0,
+        *,
+        well: bool = True,
+        ask: bool = False,
     ) -> str | None:
         """Take part in the next ballot of a view, and wait for its end.
 
         Args:
-            row: what this rank has to say, for `rows`.
+            row, tokens: what this rank has to say, and has counted, for `rows`.
             well: whether all went well here; if not, the view is closed.
             ask: whether to ask who knocks.
 
@@ -223,6 +231,7 @@ class Membership:
         where, mine = f"{view.number}/{self._ballot}", view.members.index(self.life)
         if row is not None:
             self._board.write(f"row/{where}/{self.shard}/{mine}", row)
+            self._board.append(f"tokens/{where}/{mine}", f"{float(tokens)!r} ")
         if not well:
             self._close(view)
         elif self._board.add(f"count/{where}") == len(view.members) * self.shards:
@@ -251,10 +260,14 @@ class Membership:
         self._looked = now
         return is_closed(self._board.read(f"state/{view.number}")) or bool(self._pulse.silent(view.members))
 
-    def rows(self, view: View) -> list[str]:
-        """Return what the peers of this rank said in the ballot before, in the order of the members."""
-        where = f"{view.number}/{self._ballot - 1}/{self.shard}"
-        return self._board.read_all([f"row/{where}/{k}" for k in range(len(view.members))])
+    def rows(self, view: View) -> list[tuple[str, float]]:
+        """Return what the peers of this rank said in the ballot before, in the order of the members, and what
+        all ranks of each member had counted."""
+        where, members = f"{view.number}/{self._ballot - 1}", range(len(view.members))
+        said = self._board.read_all([f"row/{where}/{self.shard}/{k}" for k in members])
+        counted = self._board.read_all([f"tokens/{where}/{k}" for k in members])
+        # As one sum that is rounded once: ranks have come in any order.
+        return [(row, math.fsum(map(float, c.split()))) for row, c in zip(said, counted, strict=True)]
 
     def _outcome(self, view: View) -> str:
         until, listen, pause = time.monotonic() + self._timeout, time.monotonic() + self._lease / 5, 0.001
@@ -278,7 +291,7 @@ class Membership:
         """Have removed what all have read: all took part in the ballot before."""
         if self.shard == 0 and view.members[0] == self.life and self._ballot > 1:
             where, rows = f"{view.number}/{self._ballot - 2}", range(len(view.members))
-            self._pulse.litter.append(f"count/{where}")
+            self._pulse.litter.extend((f"count/{where}", *(f"tokens/{where}/{k}" for k in rows)))
             self._pulse.litter.extend(f"row/{where}/{s}/{k}" for s in range(self.shards) for k in rows)
 
     # ---- views
@@ -286,20 +299,21 @@ class Membership:
     def next_view(self, view: View, newcomers: Sequence[str] = ()) -> View:
         """Return the view after the last that was tried: its members that are here, and these newcomers.
 
-        Waits for members of the last view until they are here too, or have been silent for the lease, or the
-        timeout is over. Raises LeftBehindError if the others have gone on without this one.
+        Waits for members of the last view until all their ranks are here too, or they have been silent for
+        the lease, or the timeout is over. Raises LeftBehindError if the others have gone on without this one.
         """
         number = self._number + 1
         here, until = f"here/{number}", time.monotonic() + self._timeout
-        self._board.write(f"{here}/{self.life}", "1")
+        self._board.add(f"{here}/{self.life}")
         while not (text := self._board.read(f"view/{number}")):
-            present = [life for life in view.members if self._board.read(f"{here}/{life}")]
+            present = [life for life in view.members if self._board.add(f"{here}/{life}", 0) == self.shards]
             silent = self._pulse.silent([*view.members, *newcomers])
             if time.monotonic() > until or set(view.members) <= {*present, *silent}:
                 new = [life for life in newcomers if life not in silent]
                 for life in silent.intersection(newcomers):
                     self._board.write(f"knock/{life}", "")
                 present = [life for life in present if life not in silent]
+                new = new if present else []  # who has the state that they lack
                 text = self._propose(View(number, (*present, *new), tuple(new)))
                 break
             time.sleep(min(0.02, self._lease / 20))

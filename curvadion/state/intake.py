@@ -14,9 +14,16 @@ from curvadion.options import GROUP_OPTIONS, check_decay
 from curvadion.rules import RULES
 from curvadion.sharding.blocks import cut_by
 from curvadion.sharding.exchange import Exchange
-from curvadion.sharding.layout import local_tensor, local_tensors, partial_axes, usual_gradients
+from curvadion.sharding.layout import (
+    is_dense,
+    local_tensor,
+    local_tensors,
+    partial_axes,
+    usual_gradients,
+)
 from curvadion.sharding.region import Axes
 from curvadion.state.batch import Batch
+from curvadion.state.memory import repeats
 from curvadion.state.store import or_zeros
 from curvadion.state.table import Table
 from curvadion_kernels.reference import Fixed
@@ -126,13 +133,13 @@ class Intake:
             i in self._partial and not axes
         ):  # whole this time; summed all the same, for all ranks to do the same
             g = g * (self._partial[i][1] / shards.count(self._partial[i][0]))
-        if g.layout != torch.strided or g.shape != x.shape:
+        if not is_dense(g) or g.shape != x.shape:
             raise ValueError(
-                f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got "
-                f"{g.layout}, {tuple(g.shape)} for {name!r}; use dense gradients "
-                "(nn.Embedding(sparse=False))"
+                f"a gradient must be dense and shaped like its parameter's shard {tuple(x.shape)}; got a "
+                f"{type(g).__name__} of layout {g.layout}, {tuple(g.shape)} for {name!r}; use dense "
+                "gradients (nn.Embedding(sparse=False))"
             )
-        return g
+        return g.contiguous() if repeats(g) else g
 
     def _changed(self, how: str) -> str:
         if self._exchange.elastic:

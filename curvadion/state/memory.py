@@ -1,4 +1,4 @@
-"""Whether parameters have memory of their own."""
+"""Whether tensors have memory of their own."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,6 +8,12 @@ from torch import Tensor
 
 from curvadion.sharding.dry import has_no_values
 from curvadion.sharding.layout import local_tensor
+
+
+def repeats(x: Tensor) -> bool:
+    """Say whether elements of a tensor are one in memory, as after `expand()`."""
+    pairs = zip(x.shape, x.stride(), strict=True)
+    return 0 in x.stride() and 0 not in x.shape and any(n > 1 and not stride for n, stride in pairs)
 
 
 class Span(NamedTuple):
@@ -54,8 +60,7 @@ class Span(NamedTuple):
 def refuse_shared(named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ValueError if two parameters have an element in common, on this rank: it would be moved twice."""
     local = [(name, local_tensor(p)) for name, p in named]
-    there = [(name, x) for name, x in local if x.layout == torch.strided and not has_no_values(x)]
-    spans = [Span.of(name, x) for name, x in there if x.numel()]
+    spans = [Span.of(name, x) for name, x in local if x.numel() and not has_no_values(x)]
     before: list[Span] = []
     for span in sorted((span for span in spans if span.block[1]), key=lambda span: span[:2]):  # 0: freed
         before = [other for other in before if other.block == span.block and other.end > span.start]

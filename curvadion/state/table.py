@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
+from torch.nn.parameter import is_lazy
 
 from curvadion.sharding.blocks import Blocks, block_sizes, cut_by
 from curvadion.sharding.dry import has_no_values
@@ -18,11 +19,12 @@ from curvadion.sharding.layout import (
     Layout,
     ShardMesh,
     canonical_name,
+    is_dense,
     local_tensor,
     refuse_gathered,
 )
 from curvadion.sharding.region import Axes
-from curvadion.state.memory import refuse_shared
+from curvadion.state.memory import refuse_shared, repeats
 from curvadion_kernels.reference import Fixed
 
 
@@ -80,7 +82,10 @@ class Table:
 
     @staticmethod
     def of(groups: Sequence[Mapping[str, Any]]) -> "Table":
-        """Read the table off parameter groups. Raises ValueError for parameters that do not go together."""
+        """Read the table off parameter groups. Raises ValueError or TypeError for parameters that cannot be
+        updated, or do not go together."""
+        for group in groups:
+            _check_parameters(group)
         named = [
             (canonical_name(name), p, index)
             for index, group in enumerate(groups)
@@ -245,7 +250,8 @@ class Table:
         if sizes != self.sizes or all(map(operator.is_, current, self.listed)):
             return {}
         pairs = dict(zip(self.listed, current, strict=True))
-        alike = all(p.shape == q.shape and p.requires_grad == q.requires_grad for p, q in pairs.items())
+        moved = [(p, q) for p, q in pairs.items() if p is not q]  # some that are frozen have no shape
+        alike = all(p.shape == q.shape and p.requires_grad == q.requires_grad for p, q in moved)
         return pairs if alike else {}
 
     def describe(self) -> list[tuple[Any, ...]]:
@@ -263,8 +269,9 @@ class Table:
         return [self.group_of[matrix.param] for matrix in self.matrices]
 
 
-def check_parameters(group: Mapping[str, Any]) -> None:
-    """Raise if a parameter of the group cannot be updated by its algorithm, or stands there twice."""
+def _check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise if a parameter of the group cannot be updated by its algorithm, or stands there twice; one that
+    is frozen may be of any kind."""
     seen = set[int]()
     for position, p in enumerate(group["params"]):
         name = group.get("param_names", {position: f"number {position}"})[position]
@@ -274,28 +281,51 @@ def check_parameters(group: Mapping[str, Any]) -> None:
                 "each tied parameter once, as model.parameters() does"
             )
         seen.add(id(p))
-        _check_parameter(name, p, group)
+        if p.requires_grad:
+            _check_kind(name, p)
+            _check_shape(name, p, group)
 
 
-def _check_parameter(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-    """Raise if a parameter cannot be updated by the algorithm of its group."""
-    algorithm = group["algorithm"]
-    if algorithm == "dion" and p.requires_grad:
-        try:
-            block_sizes(p.shape, group)
-        except ValueError as error:
-            raise ValueError(
-                f"a parameter of a group with algorithm='dion' {error}; got {name} of shape "
-                f"{tuple(p.shape)}; put it into a group with algorithm='adamw', as param_groups_for(model) "
-                "does, or say by batch_dims and splits which matrices it is"
-            ) from None
-    if algorithm == "dion" and p.requires_grad and not p.numel():
+def _check_kind(name: str, p: Tensor) -> None:
+    """Raise if a parameter is no tensor that can be updated in place."""
+    if is_lazy(p):
         raise ValueError(
-            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
-            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
+            f"parameters must have a shape; got {name}, of a lazy module; run a batch through the model "
+            "before its optimizer is built"
+        )
+    x = local_tensor(p)
+    if not is_dense(x):
+        kind = "a nested tensor" if x.is_nested else f"a {type(x).__name__} of layout {x.layout}"
+        raise TypeError(
+            "parameters must be dense tensors, whose elements lie in memory one by one; got "
+            f"{name}, {kind}; make it dense, as to_dense() does, train what it wraps, or freeze it"
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"parameters must be real floating-point tensors; got {name} of {p.dtype}; train in float32 or "
-            "bfloat16"
+            "bfloat16, or freeze it"
+        )
+    if repeats(x):
+        raise ValueError(
+            f"parameters must not repeat elements in memory; got {name} of shape {tuple(x.shape)} with "
+            f"strides {x.stride()}; make it contiguous(), or expand() it in the model's forward"
+        )
+
+
+def _check_shape(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise if a parameter cannot be updated by the algorithm of its group."""
+    if group["algorithm"] != "dion":
+        return
+    try:
+        block_sizes(p.shape, group)
+    except ValueError as error:
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' {error}; got {name} of shape {tuple(p.shape)}; "
+            "put it into a group with algorithm='adamw', as param_groups_for(model) does, or say by "
+            "batch_dims and splits which matrices it is"
+        ) from None
+    if not p.numel():
+        raise ValueError(
+            f"a parameter of a group with algorithm='dion' must have elements; got {name} of shape "
+            f"{tuple(p.shape)}; leave it out, or put it into a group with algorithm='adamw'"
         )
