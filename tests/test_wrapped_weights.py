@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import digest, local, state_digest
+from support.models import TinyGPT, digest, local, state_digest
 from support.ranks import run_ranks
 from support.resume import Found, Place, Shape, moves, place, resume
 from support.wrapped import Wrapped, WrappedGPT
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from curvadion import CurvaDion, param_groups_for
 from curvadion.sharding.layout import local_tensor
@@ -55,6 +57,29 @@ def test_a_model_of_wrapped_weights_trains_as_one_of_plain_ones(
 
     for found in run_ranks(4, worker):
         assert found and all(same for _, same in found), found
+
+
+def test_wrapped_weights_under_fsdp_and_tensor_parallelism() -> None:
+    def worker() -> list[str]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tp"))
+        found = []
+        for kind in (TinyGPT, WrappedGPT):
+            torch.manual_seed(0)
+            model = kind()
+            for layer in model.layers:
+                parallelize_module(layer, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+                fully_shard(layer, mesh=mesh["shard"])
+            fully_shard(model, mesh=mesh["shard"])
+            opt = CurvaDion(model.groups())
+            for step in range(4):
+                model.loss(step, 0).backward()
+                opt.step()
+                opt.zero_grad()
+            found.append(state_digest(opt))
+        return found
+
+    for plain, wrapped in run_ranks(4, worker):
+        assert plain == wrapped
 
 
 def test_what_was_saved_of_wrapped_weights_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """float8 training by torchao, emulated on the CPU: weights that FSDP2 gathers in float8, each a wrapper.
 
-They run with torchao in the environment: pip install torchao==0.18.0, then pytest tests/hosts/test_torchao.py.
+They run where torchao is: pip install torchao==0.18.0, then pytest tests/hosts/test_torchao.py.
 """
 
 from __future__ import annotations
