@@ -11,41 +11,15 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from support.models import grid, outcome
 from support.ranks import run_ranks
+from support.wrapped import Wrapped
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
 from curvadion import LOW_COMMUNICATION, CurvaDion, param_groups_for
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*prototype stage", "ignore:Sparse .* tensor support is in beta"
 )
-
-
-class Wrapped(Tensor):
-    """A tensor around another one, as low-precision libraries make them; it has no memory itself."""
-
-    inner: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapped:
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-        made.inner = inner
-        return made
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Wrapped:
-        return Wrapped(inner["inner"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        unwrapped, named = tree_map_only(Wrapped, lambda x: x.inner, (args, kwargs or {}))
-        result = tree_map_only(Tensor, Wrapped, func(*unwrapped, **named))
-        return return_and_correct_aliasing(func, args, kwargs or {}, result)
 
 
 class Named(Tensor):
@@ -79,7 +53,11 @@ KINDS: dict[str, tuple[Callable[[], Tensor], str, str]] = {
     "sparse_csr": (lambda: ONES().to_sparse_csr(), DENSE, DENSE),
     "jagged": (jagged, DENSE, DENSE),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]), DENSE, DENSE),
-    "a wrapper": (lambda: Wrapped(ONES()), DENSE, DENSE),
+    "a wrapper": (lambda: Wrapped(ONES()), "", ""),
+    "a wrapper of two": (lambda: Wrapped(ONES(), torch.ones(3)), DENSE, DENSE),
+    "a wrapper of few bits": (lambda: Wrapped(ONES().to(torch.int8), dtype=torch.float32), DENSE, DENSE),
+    "a wrapper of a wrapper": (lambda: Wrapped(Wrapped(ONES())), DENSE, DENSE),
+    "a wrapper of sparse": (lambda: Wrapped(ONES().to_sparse()), DENSE, DENSE),
     "masked": (lambda: torch.masked.masked_tensor(ONES(), ONES() > 0), DENSE, DENSE),
     "mkldnn": (lambda: ONES().to_mkldnn(), DENSE, DENSE),
     "complex": (lambda: ONES().to(torch.complex64), REAL, REAL),
@@ -169,7 +147,7 @@ def test_layers_in_few_bits_need_no_place_in_the_groups() -> None:
 def test_a_shard_of_a_kind_that_is_no_parameter_is_refused() -> None:
     def worker() -> str:
         _, mesh = grid(1, 2)
-        shard = DTensor.from_local(Wrapped(ONES()), mesh, [Shard(0)], run_check=False)
+        shard = DTensor.from_local(Wrapped(ONES(), ONES()), mesh, [Shard(0)], run_check=False)
         return outcome(lambda: CurvaDion([("w", nn.Parameter(shard))]))[1]
 
     for message in run_ranks(2, worker):
@@ -182,7 +160,8 @@ GRADIENTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "transposed": (lambda g: g.T.contiguous().T, True),
     "of another class": (lambda g: g.as_subclass(Named), True),
     "sparse_coo": (lambda g: g.to_sparse(), False),
-    "a wrapper": (Wrapped, False),
+    "a wrapper": (Wrapped, True),
+    "a wrapper of two": (lambda g: Wrapped(g, g), False),
     "masked": (lambda g: torch.masked.masked_tensor(g, g > 0), False),
 }
 

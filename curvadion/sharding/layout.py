@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset,
 )
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvadion.sharding.dry import has_no_values, with_values
 from curvadion.sharding.elastic import ElasticGroup
@@ -34,6 +36,10 @@ from curvadion.sharding.region import Axes, Region
 _PLACEMENTS = operator.attrgetter("placements")
 _LOCAL = operator.attrgetter("_local_tensor")
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+_KIND = operator.attrgetter("shape", "dtype", "device", "layout")
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_HELD_AT: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()  # by wrapper, the name of what it holds
 
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -45,10 +51,33 @@ def canonical_name(name: str) -> str:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a parameter, gradient or state tensor; call it under `torch.no_grad()`."""
-    # to_local() would return the same, wrapped in a view that costs a microsecond
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+    """Return this rank's part of a parameter, gradient or state tensor, and what a wrapper holds in place of
+    that; call it under `torch.no_grad()`."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor  # to_local() returns it in a view, which costs a microsecond
+    if type(tensor) in _PLAIN:
+        return tensor
+    return _held(tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor)
+
+
+def _held(x: Tensor) -> Tensor:
+    """Return the tensor that a wrapper holds, if it is alike and all there is: float8 training wraps weights
+    so, to cast them on their way to other ranks. Return any other tensor as it is.
+
+    Where it lies is asked once: torchao adds a scale later, and waits for the device to say that it has one.
+    """
+    place = _HELD_AT.get(x)
+    if place is None:
+        if not is_traceable_wrapper_subclass(x):
+            return x
+        places = x.__tensor_flatten__()[0]
+        inner = getattr(x, places[0], None) if len(places) == 1 else None
+        if not isinstance(inner, Tensor) or _KIND(inner) != _KIND(x):
+            return x
+        if not is_dense(inner) or inner.stride() != x.stride():
+            return x
+        _HELD_AT[x] = place = places[0]
+    return getattr(x, place)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -67,12 +96,11 @@ def is_dense(x: Tensor) -> bool:
 def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return `local_tensor` of each; fast where all are DTensors and where none is."""
     kinds = set(map(type, tensors))
+    local = tensors
     if kinds == {DTensor}:
         local = list(map(_LOCAL, tensors))
-        return (
-            local if AsyncCollectiveTensor not in set(map(type, local)) else list(map(local_tensor, tensors))
-        )
-    return list(map(local_tensor, tensors)) if any(issubclass(kind, DTensor) for kind in kinds) else tensors
+        kinds = set(map(type, local))
+    return local if kinds <= _PLAIN else list(map(local_tensor, tensors))
 
 
 def usual_gradients(
@@ -130,7 +158,7 @@ def refuse_gathered(named: Iterable[tuple[str, Tensor]]) -> None:
     gone = []
     for name, p in named:
         x = local_tensor(p)
-        plain = type(x) in (Tensor, torch.nn.Parameter) and not has_no_values(x)
+        plain = type(x) in _PLAIN and not has_no_values(x)
         if plain and x.numel() and not x.untyped_storage().nbytes():
             gone.append(name)
     if gone:

@@ -297,8 +297,8 @@ def _check_kind(name: str, p: Tensor) -> None:
     if not is_dense(x):
         kind = "a nested tensor" if x.is_nested else f"a {type(x).__name__} of layout {x.layout}"
         raise TypeError(
-            "parameters must be dense tensors, whose elements lie in memory one by one; got "
-            f"{name}, {kind}; make it dense, as to_dense() does, train what it wraps, or freeze it"
+            "parameters must be dense tensors, whose elements lie in memory one by one, or wrap one such; "
+            f"got {name}, {kind}; make it dense, as to_dense() does, train what it wraps, or freeze it"
         )
     if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(

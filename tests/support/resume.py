@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,10 @@ class Found:
 
 
 class Place:
-    """A mesh over the first ranks of the world, which all ranks must make."""
+    """A mesh over the first ranks of the world, which all ranks must make; and what is trained there."""
+
+    model: Callable[[], TinyGPT] = TinyGPT
+    stager: Callable[[], Any] = staticmethod(lambda: None)  # copies what is saved asynchronously
 
     def __init__(self, shape: Shape):
         self.shape = shape
@@ -74,7 +77,7 @@ class Place:
 
     def build(self, mode: str, seed: int = 0) -> tuple[TinyGPT, CurvaDion]:
         torch.manual_seed(seed)
-        model = TinyGPT()
+        model = self.model()
         if self.shape[1] > 1:
             for layer in model.layers:
                 fully_shard(layer, mesh=self.mesh["shard"])
@@ -219,7 +222,9 @@ def _save_alive(
             for key, value in states[1]["state"][name].items():
                 expected[f"{name}.{key}"] = whole(value)
         state = dict(zip(("model", "optimizer"), states, strict=True))
-        future: Any = dcp.async_save(state, checkpoint_id=folder, process_group=where.group)
+        future: Any = dcp.async_save(
+            state, checkpoint_id=folder, process_group=where.group, async_stager=where.stager()
+        )
     wrong = "" if state_digest(opt) == before else "the save changed something"
     for run in ((model, opt), twin):
         where.train(*run, range(STEPS, STEPS + MORE))
