@@ -174,8 +174,8 @@ class Gate:
         if asked:
             steps, untouched = step.schedule.steps, False
             if decision.failed and not step.schedule.options.gate_lag:
-                # As does whoever reads that key elsewhere, see Agreement.refuse_to_go_alone. With gate_lag
-                # some read it a step later, and nobody asks.
+                # All who read FAILED_KEY call this, in a step or not (Agreement.refuse_to_go_alone). With
+                # gate_lag some read it a step later, so there it is left out.
                 mine = failure is not None and trouble.held is None
                 untouched = not step.exchange.agree(steps, int(mine), 0) and mine
             trouble.raise_or_skip(decision, failure, names, steps=steps, untouched=untouched)

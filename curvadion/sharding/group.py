@@ -229,8 +229,8 @@ def within_replica() -> tuple[int, int]:
 def computing_threads(count: int) -> ThreadPoolExecutor:
     """Return so many threads, in each of which torch computes with as many threads as in this one.
 
-    By itself a new thread's matrix products take OpenMP's default; its pool of threads is one more for each
-    replica, and leaves processes that are forked afterwards to wait for it, now and then.
+    By itself each would start a pool of OpenMP's default size for its matrix products, and a process that is
+    forked afterwards may wait for such a pool for ever.
     """
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 

@@ -64,7 +64,8 @@ def _held(x: Tensor) -> Tensor:
     """Return the tensor that a wrapper holds, if it is alike and all there is: float8 training wraps weights
     so, to cast them on their way to other ranks. Return any other tensor as it is.
 
-    Where it lies is asked once: torchao adds a scale later, and waits for the device to say that it has one.
+    A wrapper is asked once where that is: torchao's holds a scale as well later on, and waits for the device
+    to answer.
     """
     place = _HELD_AT.get(x)
     if place is None:
