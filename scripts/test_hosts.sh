@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# CurvaDion under transformers' Trainer, Accelerate and Lightning: tests/hosts, and through it the examples,
-# with a pinned set of their packages in an environment of their own, .venv-hosts. Meant to take under 10
-# minutes on 2 cores, after the packages have come. Arguments go to pytest:
+# CurvaDion under transformers' Trainer, Accelerate, Lightning and torchao: tests/hosts, and through it the
+# examples, with a pinned set of their packages in an environment of their own, .venv-hosts. Meant to take
+# under 10 minutes on 2 cores, after the packages have come. Arguments go to pytest:
 #     scripts/test_hosts.sh
 #     scripts/test_hosts.sh -k lightning -x
 set -euo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 end_with_help "$@"
 
-hosts=(transformers==5.24.0 accelerate==1.15.0 lightning==2.6.6)
+hosts=(transformers==5.24.0 accelerate==1.15.0 lightning==2.6.6 torchao==0.18.0)
 venv="$PWD/.venv-hosts"
 wanted="$PWD ${hosts[*]} $(cat pyproject.toml scripts/constraints.txt)"
 if [[ ! -f "$venv/installed" || "$(cat "$venv/installed")" != "$wanted" ]]; then
