@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.models import TinyGPT, grid, whole
 from support.ranks import run_ranks
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from curvadion import LOW_COMMUNICATION, CurvaDion
-from curvadion.sharding.group import ThreadGroup
 
 STEPS, PIECES = 9, 3
 TOLERANCE = 1e-12  # of float64, in which one big batch is summed in another order
@@ -44,11 +43,11 @@ def build(model: nn.Module, replicate: Any, options: dict[str, Any]) -> CurvaDio
     return CurvaDion(model.groups(), lr=0.02, replicate_mesh=replicate, **options)  # type: ignore[operator]
 
 
-def one_batch(options: dict[str, Any], shards: int, model: TinyGPT, group: ThreadGroup) -> list[Any]:
-    model = copy.deepcopy(model)
-    opt, synchronized = build(model, group, options), []
+def one_batch(options: dict[str, Any], shards: int, model: TinyGPT) -> list[Any]:
+    replica, model = dist.get_rank(), copy.deepcopy(model)
+    opt, synchronized = build(model, dist.group.WORLD, options), []
     for step in range(STEPS):
-        pieces = [piece(step, group.rank, shard, n) for shard in range(shards) for n in range(PIECES)]
+        pieces = [piece(step, replica, shard, n) for shard in range(shards) for n in range(PIECES)]
         loss_of(model, torch.cat(pieces)).backward()
         opt.step()
         opt.zero_grad()
@@ -103,8 +102,7 @@ HOW += ["DDP in each replica", "no_sync of DDP"]
 def test_pieces_of_a_batch_are_worth_the_batch(options: str, how: str) -> None:
     torch.manual_seed(0)
     model, shards = TinyGPT().double(), 1 if how == "no_sync of DDP" else 2
-    in_threads = partial(ThreadGroup.run, 2, partial(one_batch, OPTIONS[options], shards, model))
-    [expected] = run_ranks(1, in_threads)  # not here: who has had threads forks no ranks that compute
+    expected = run_ranks(2, one_batch, OPTIONS[options], shards, model)
     assert 0 < sum(expected[0][-1]) < STEPS
     for rank, (*X, synchronized) in enumerate(run_ranks(2 * shards, in_pieces, OPTIONS[options], model, how)):
         *wanted, when = expected[rank // shards]
