@@ -329,7 +329,7 @@ class CurvaDion(Elastic):
         return self._built.step(self.param_groups, self._schedule, X, G), failure or found
 
     def _accumulate(self, G: Fixed[Tensor | None], *, store: bool, also: Sequence[Tensor] = ()) -> Tensor:
-        if not self._trouble.skips:
+        if store or not self._trouble.skips:  # without skips others store, also where this rank refuses
             self._trouble.begun()
         built = self._built
         return built.store.accumulate(G, built.ops, built.numbers, store=store, also=also)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from support.models import Toy, grid, outcome, state_digest
 from support.ranks import run_ranks
@@ -170,3 +171,29 @@ def test_with_gate_lag_nobody_asks_whether_all_refuse(call: str) -> None:
     assert "load the last checkpoint" in refused[-1][1], refused
     assert [error for error, _ in elsewhere] == ["RuntimeError"] * 2, elsewhere
     assert all("another rank could not do its part" in message for _, message in elsewhere), elsewhere
+
+
+@pytest.mark.parametrize("how", ["raise", "skip", "GradScaler"])
+def test_a_step_that_ends_early_wants_a_checkpoint(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its momenta hold its gradients, and parameters have not moved: also where non-finite steps are skipped,
+    whose momenta swallow gradients after the gate's answer."""
+
+    def out_of_luck(*args: Any, **kwargs: Any) -> None:
+        raise OSError("out of luck")
+
+    toy = Toy(None)
+    opt = CurvaDion(toy.groups(), on_nonfinite="raise" if how == "raise" else "skip")
+    if how == "GradScaler":
+        opt = CurvaDion(toy.groups())
+        opt.grad_scale, opt.found_inf = torch.ones(()), torch.zeros(1)  # type: ignore[attr-defined]
+    toy.set_gradients(0, 0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    with monkeypatch.context() as context:
+        context.setattr(opt._consensus, "step", out_of_luck)
+        toy.set_gradients(1, 0)
+        assert outcome(opt.step)[0] == "OSError"
+    error, message = outcome(opt.step)
+    assert error == "RuntimeError" and "did not come to its end" in message, message
+    opt.load_state_dict(saved)
+    opt.step()
