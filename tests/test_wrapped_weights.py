@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from curvadion import CurvaDion, param_groups_for
@@ -32,16 +32,7 @@ def test_a_model_of_wrapped_weights_trains_as_one_of_plain_ones(
     """Every parameter, every state tensor and the loss of the mean of the replicas, in every step."""
 
     def run(where: Place) -> list[Any]:
-        model, opt = where.build(mode)
-        seen: list[Any] = []
-        for step in range(6):
-            where.train(model, opt, range(step, step + 1))
-            seen.append(state_digest(opt))
-            with opt.consensus(), torch.no_grad():
-                seen.append(model.loss(step, 0).item())
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        seen, opt = where.course(mode)
         values = [local(v) for state in opt.state.values() for v in state.values()]
         assert {type(v) for v in values if isinstance(v, Tensor)} == {Tensor}
         return seen

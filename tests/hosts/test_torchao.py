@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.models import TinyGPT, state_digest
+from support.models import TinyGPT
 from support.ranks import run_ranks
 from support.resume import Found, Place, moves, place, resume
 from torch import nn
@@ -37,22 +36,9 @@ def test_weights_gathered_in_float8_train_as_those_that_are_cast_after(
 ) -> None:
     """torchao scales both by the largest element of the whole weight, here in advance."""
 
-    def run(where: Place) -> list[Any]:
-        trained, opt = where.build(mode)
-        seen: list[Any] = []
-        for step in range(6):
-            where.train(trained, opt, range(step, step + 1))
-            seen.append(state_digest(opt))
-            with opt.consensus(), torch.no_grad():
-                if isinstance(trained, FSDPModule):
-                    float8.precompute_float8_dynamic_scale_for_fsdp(trained)
-                seen.append(trained.loss(step, 0).item())
-                for module in trained.modules():
-                    if isinstance(module, FSDPModule):
-                        module.reshard()
-            if isinstance(trained, FSDPModule):
-                float8.precompute_float8_dynamic_scale_for_fsdp(trained)
-        return seen
+    def rescale(trained: nn.Module) -> None:
+        if isinstance(trained, FSDPModule):
+            float8.precompute_float8_dynamic_scale_for_fsdp(trained)
 
     def worker() -> list[bool]:
         same = []
@@ -60,7 +46,7 @@ def test_weights_gathered_in_float8_train_as_those_that_are_cast_after(
             runs = []
             for gathered in (True, False):
                 monkeypatch.setattr(Place, "model", partial(model, gathered))
-                runs.append(run(where))
+                runs.append(where.course(mode, rescale)[0])
             same.append(runs[0] == runs[1])
         return same
 

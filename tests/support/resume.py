@@ -90,6 +90,22 @@ class Place:
             model.loss(step, self.mesh.get_local_rank("replicate")).backward()
             opt.step()
 
+    def course(
+        self, mode: str, moved: Callable[[TinyGPT], None] = lambda model: None
+    ) -> tuple[list[Any], CurvaDion]:
+        """Return the digest of all state and the loss of the mean of the replicas after each of six steps;
+        `moved` hears of a model whose weights are others now."""
+        model, opt = self.build(mode)
+        seen: list[Any] = []
+        for step in range(6):
+            self.train(model, opt, range(step, step + 1))
+            seen.append(state_digest(opt))
+            with opt.consensus(), torch.no_grad():
+                moved(model)
+                seen.append(model.loss(step, 0).item())
+            moved(model)
+        return seen, opt
+
     def equal_replicas(self, opt: CurvaDion) -> bool:
         """Say whether peers hold the same; every rank of the mesh asks."""
         digests: list[Any] = [None] * dist.get_world_size(self.group)
