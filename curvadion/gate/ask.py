@@ -12,6 +12,7 @@ from curvadion.gate.key import Decision, decode
 from curvadion.gate.schedule import ASKED, Plan
 from curvadion.gate.trouble import SPOILED, Trouble
 from curvadion.rules import RULES, Step
+from curvadion.sharding.agreement import all_refuse
 from curvadion.sharding.exchange import Answer
 from curvadion.signals.base import Signal
 from curvadion_kernels.reference import FAILED_KEY, NONFINITE_BIT, OUTSIDE_KEY, SYNCHRONIZE_BIT
@@ -174,10 +175,7 @@ class Gate:
         if asked:
             steps, untouched = step.schedule.steps, False
             if decision.failed and not step.schedule.options.gate_lag:
-                # All who read FAILED_KEY call this, in a step or not (Agreement.refuse_to_go_alone). With
-                # gate_lag some read it a step later, so there it is left out.
-                mine = failure is not None and trouble.held is None
-                untouched = not step.exchange.agree(steps, int(mine), 0) and mine
+                untouched = all_refuse(step.exchange, steps, failure is not None and trouble.held is None)
             trouble.raise_or_skip(decision, failure, names, steps=steps, untouched=untouched)
         else:
             # Parameters may be others by now.

@@ -203,7 +203,7 @@ class Agreement:
         """Raise, as do the replicas that said `told` in the gate's place: they are at something else."""
         if told == FAILED_KEY:
             if not self._lag:
-                exchange.agree(-1, 0, 0)  # with those that ask whether all have failed, see Gate.meet
+                all_refuse(exchange, -1, False)
             raise RuntimeError("another rank could not do its part of step(); its own error says why")
         if told == OUTSIDE_KEY:
             exchange.announce_check()
@@ -214,6 +214,13 @@ class Agreement:
             "all ranks must call step() and synchronize() equally often, and whatever else is of all ranks; "
             f"this one is in {exchange.place}, another is at {at}; give every replica as many batches"
         )
+
+
+def all_refuse(exchange: Exchange, steps: int, mine: bool) -> bool:
+    """Say whether every rank refuses the same step, `mine` being whether this one does: a collective of all
+    who read FAILED_KEY, in a step or not. With gate_lag some read it a step later, so nobody calls it then.
+    """
+    return not exchange.agree(steps, int(mine), 0) and mine
 
 
 def look_at(gradients: Gradients, *, hashed: bool) -> tuple[int, int]:
